@@ -1,0 +1,37 @@
+"""resnet_kernels: residual networks as few, fast kernels, without leaving PyTorch.
+
+    fused = rk.fuse(model)                    the same model on fused kernels; the original is untouched
+    report = rk.fuse_(model)                  in place; what was fused, and why the rest was not
+    rk.unfuse_(model)                         back to exactly the model from before
+    report = rk.explain(model)                the report alone
+    result = rk.verify(model, fused, x)       parity, layer by layer, against fp64
+    rk.ops.conv_bias_act, rk.ops.add_relu     the fused operations themselves
+    rk.BasicBlock, rk.Bottleneck, rk.Residual fused blocks to build with
+    rk.models                                 the model zoo, in plain PyTorch
+
+Importing it probes no GPU and imports no Triton.
+"""
+
+from . import models, ops
+from .blocks import BasicBlock, Bottleneck, Residual
+from .fusion import explain, fuse, fuse_, refresh, unfuse_
+from .report import FuseReport
+from .verify import VerifyResult, verify
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "FuseReport",
+    "Residual",
+    "VerifyResult",
+    "explain",
+    "fuse",
+    "fuse_",
+    "models",
+    "ops",
+    "refresh",
+    "unfuse_",
+    "verify",
+]

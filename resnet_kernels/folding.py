@@ -1,0 +1,135 @@
+"""BN as a scale and a shift, and the packed weights that oneDNN wants, with what makes them stale.
+
+On a GPU nothing folded is kept: `scale_shift` reads the live tensors in each call. oneDNN has no per-channel scale, so on
+the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_current` has to notice every change of its
+sources. A version counter is not enough: fused optimizers, BN's own running statistics, `p.data.mul_()` and NumPy write
+under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and version, BN's vectors and the
+bias are compared in full, and the weight at 16 samples. Only single weights edited behind PyTorch's back can slip through;
+`resnet_kernels.refresh` is for that.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import reference
+from .ops import onednn
+from .ops.geometry import Geometry
+
+# Each sample is a cache miss, and 16 of them see every change of a whole tensor.
+_SAMPLES = 16
+
+
+def bn_tensors(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
+    """A BN's (weight, bias, running_mean, running_var); four times None for no BN."""
+    return (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+
+def scale_shift(conv: nn.Conv2d, bn: nn.Module | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """Returns (scale, shift), (C_out,) in fp32 each, from the live tensors; without a BN (None, the convolution's bias)."""
+    if bn is None:
+        return None, conv.bias
+    tensors = bn_tensors(bn)
+    if backend == "triton" and not torch.compiler.is_compiling() and all(
+        t is None or t.is_contiguous() for t in (*tensors, conv.bias)
+    ):  # fmt: skip
+        from .kernels import bn_scale_shift
+
+        return bn_scale_shift.launch(*tensors, conv.bias, bn.eps)
+    return reference.bn_scale_shift(*tensors, conv.bias, bn.eps)
+
+
+class PackedConv:
+    """A convolution's weight and bias with BN folded in, in oneDNN's blocked layout: one copy of the weight.
+
+    Where folding overflows (a huge gamma over tiny weights), the layer runs unfolded.
+    """
+
+    __slots__ = ("weight", "bias", "geometry", "_conv", "_bn", "_settings", "_watched", "_arguments", "_gain", "_offset", "_unfolded")
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, input_shape: torch.Size):
+        self._conv, self._bn = conv, bn
+        self._settings = _settings(conv, bn, dtype)
+        self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
+        if bn is not None:
+            self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        self.geometry = Geometry.of_module(conv)
+        scale, shift = scale_shift(conv, bn, "cpu")
+        weight = conv.weight.detach()
+        if scale is not None:
+            weight = weight * scale.detach()[:, None, None, None]
+        weight = weight.to(dtype)
+        self.bias = None if shift is None else shift.detach().to(dtype)
+        self._gain = weight.float().abs().sum((1, 2, 3)).max().item()
+        self._offset = 0.0 if shift is None else self.bias.float().abs().max().item()
+        self._arguments = onednn.arguments(self.geometry)
+        self._unfolded = None
+        if math.isfinite(self._gain) and math.isfinite(self._offset):
+            self.weight = onednn.pack_weight(weight, self.geometry, input_shape)
+        else:
+            self.weight, self._unfolded = None, (conv.weight.detach().to(dtype), shift, scale)
+
+    def is_current(self, conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype) -> bool:
+        """Whether the packed copy still is what conv and bn say."""
+        if conv is not self._conv or bn is not self._bn or _settings(conv, bn, dtype) != self._settings:
+            return False
+        for registry, name, source, pointer, version, live, then in self._watched:
+            if registry.get(name) is not source:
+                return False
+            if source is not None and (
+                live is None
+                or source.data_ptr() != pointer
+                or (version is not None and source._version != version)
+                or live.tobytes() != then
+            ):
+                return False
+        return True
+
+    def bound(self, x_bound: float) -> float:
+        """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
+        return self._gain * x_bound + self._offset
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, relu: bool, bound: float, overwrite_residual: bool
+    ) -> Tensor:
+        """relu(bn(conv(x)) + residual); x and residual channels_last, `bound` on the sum's magnitude. See onednn.run."""
+        if self._unfolded is not None:
+            weight, shift, scale = self._unfolded
+            return reference.conv_bias_act(x, weight, shift, residual, scale, self.geometry, relu)
+        x = reference.pad_if_asymmetric(x, self.geometry)
+        return onednn.run(x, self.weight, self.bias, residual, self._arguments, relu, bound, overwrite_residual)
+
+
+def _settings(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype) -> tuple:
+    return dtype, conv.stride, conv.padding, conv.dilation, None if bn is None else bn.eps
+
+
+def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:
+    """What it takes to notice a change of a parameter or buffer: where it is, its address, version and some values."""
+    registry = module._parameters if name in module._parameters else module._buffers
+    source = registry.get(name)
+    if source is None:
+        return registry, name, None, None, None, None, None
+    # An inference tensor has no version, and asking for it raises.
+    version = None if source.is_inference() else source._version
+    live = _memory(source.detach(), samples)
+    return registry, name, source, source.data_ptr(), version, live, None if live is None else live.tobytes()
+
+
+def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
+    """The live bytes of a tensor, or of samples spread over all of it: half a microsecond to compare, NaN included.
+
+    None for a tensor that is not dense (an expanded one): that is packed anew in each call.
+    """
+    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+        return None
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    memory = memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(integer).numpy())
+    if samples is None or tensor.numel() <= samples:
+        return memory
+    step = tensor.numel() // samples
+    # An odd step: an even one would meet the same tap and channel in every filter.
+    return memory[:: step - 1 if step % 2 == 0 else step]

@@ -1,0 +1,196 @@
+"""fuse, fuse_, unfuse_, explain, refresh: find the blocks of a model, swap them, say what was done.
+
+First everything is read, then everything is swapped: a model is never left half-fused.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from . import blocks, reading
+from .blocks import FusedBlock, FusedState
+from .ops import dispatch
+from .reading import CannotRead
+from .report import FuseReport, Row
+from .stages import FusedHost
+
+
+@dataclass
+class _Finding:
+    """A module and what reading it gave."""
+
+    module: nn.Module
+    rows: list[Row]
+    mixin: type | None = None
+    plan: Any = None
+    residual: bool = False
+
+    @property
+    def fusible(self) -> bool:
+        return self.mixin is not None
+
+
+def fuse(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+    """Returns a fused copy of a model; the original is untouched.
+
+    Args:
+        model: any module with residual blocks of Conv2d, BatchNorm2d and ReLU in it: torchvision, timm, d2l, one's own.
+        backend: "auto", "triton", "cudnn", "cpu" or "eager" (see ops/dispatch.py).
+
+    Raises:
+        TypeError: if model is no nn.Module. ValueError: unknown backend.
+    """
+    _check(model, backend)
+    fused = copy.deepcopy(model)
+    fuse_(fused, backend=backend)
+    return fused
+
+
+def fuse_(model: nn.Module, *, backend: str = "auto") -> FuseReport:
+    """Fuses a model in place: same modules, parameters, names, hooks and state_dict keys; returns the report.
+
+    On a model that is fused already it looks for what is new or changed. Arguments and errors as `fuse`.
+    """
+    _check(model, backend)
+    findings = _find(model)
+    swapped: list[tuple[nn.Module, type, dict]] = []
+    try:
+        for module in list(model.modules()):
+            if blocks.is_fused(module):
+                swapped.append((module, type(module), dict(module.__dict__)))
+                blocks.swap_back(module)
+        for finding in findings:
+            if finding.fusible:
+                swapped.append((finding.module, type(finding.module), dict(finding.module.__dict__)))
+                blocks.swap(finding.module, finding.mixin, FusedState(finding.plan, backend))
+    except BaseException:
+        for module, cls, state in reversed(swapped):
+            module.__class__ = cls
+            module.__dict__.pop("_rk_state", None)
+            module.__dict__.update({k: v for k, v in state.items() if k == "_rk_state"})
+        raise
+    return _report(findings, backend)
+
+
+def unfuse_(model: nn.Module) -> nn.Module:
+    """Undoes `fuse_`: exactly the modules, classes and keys from before. Returns the model.
+
+    Blocks built as `resnet_kernels.Bottleneck` and the like become plain PyTorch, too.
+    """
+    _check(model, "auto")
+    for module in model.modules():
+        if blocks.is_fused(module):
+            blocks.swap_back(module)
+    return model
+
+
+def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
+    """What `fuse_` would do, a row a block; changes nothing. On a fused model: what is fused, and what runs eager now."""
+    _check(model, backend)
+    if not any(blocks.is_fused(module) for module in model.modules()):
+        return _report(_find(model), backend)
+    states = [m.__dict__["_rk_state"] for m in model.modules() if blocks.is_fused(m)]
+    rows = []
+    for finding in _find(model):
+        state = finding.module.__dict__.get("_rk_state")
+        for row in finding.rows:
+            if not row.fused:
+                rows.append(row)
+            elif state is None:
+                rows.append(Row(row.path, row.kind, False, reason="was added after the model was fused: call fuse_ again"))
+            else:
+                reason = blocks.why_not_now(finding.module, _recipe_of(state, row))
+                rows.append(replace(row, reason=reason or ""))
+    return FuseReport(tuple(rows), states[0].backend)
+
+
+def refresh(model: nn.Module) -> nn.Module:
+    """Drops the CPU backend's packed weights, to be made anew in the next call. Returns the model.
+
+    Needed only after a few elements of a weight were written behind PyTorch's back (NumPy, a raw pointer): every other
+    change is noticed.
+    """
+    _check(model, "auto")
+    for module in model.modules():
+        blocks.drop_packs(module)
+    return model
+
+
+def _check(model: object, backend: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    dispatch.check_name(backend)
+
+
+def _recipe_of(state: FusedState, row: Row) -> reading.Recipe:
+    """The recipe behind a report's row: the block's own, or one of a host's runs."""
+    if isinstance(state.plan, reading.Recipe):
+        return state.plan
+    return next(recipe for recipe in state.plan.runs.values() if str(recipe) == row.steps)
+
+
+def _report(findings: list[_Finding], backend: str) -> FuseReport:
+    return FuseReport(tuple(row for finding in findings for row in finding.rows), backend)
+
+
+def _find(model: nn.Module) -> list[_Finding]:
+    findings = _visit(model, "", set())
+    if any(f.fusible for f in findings) and not any(f.module is model and f.fusible for f in findings):
+        # The model itself becomes the host that converts the layout once, if its forward is one we can stand in for.
+        try:
+            findings.insert(0, _Finding(model, [], FusedHost, reading.read(model).host_plan()))
+        except CannotRead:
+            pass
+    return findings
+
+
+def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
+    """Findings in a module and below. A block is taken whole; anything else is looked into."""
+    if id(module) in seen or not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
+        return []
+    seen.add(id(module))
+    if not module._modules:
+        return []
+    kind = type(module).__name__
+    try:
+        reader = reading.read(module)
+    except CannotRead as reason:
+        below = _visit_children(module, path, seen)
+        direct = {type(child) for child in module._modules.values()}
+        looks_like_block = nn.Conv2d in direct and any("Norm" in cls.__name__ for cls in direct)
+        if looks_like_block and not below:
+            return [_Finding(module, [Row(path, kind, False, reason=str(reason))])]
+        return below
+    reason = None
+    if reader.has_own_conv():
+        try:
+            recipe = reader.recipe()
+            if recipe.fuses:
+                rows = [Row(path, kind, True, str(recipe))]
+                return [_Finding(module, rows, FusedBlock, recipe, residual=reader.is_residual())]
+            return []
+        except CannotRead as error:
+            reason = str(error)
+    below = _visit_children(module, path, seen)
+    if reader.is_residual() and reason and not any(f.residual for f in below):
+        # A residual block with something in it that is not fused stays as it is, its inner modules included.
+        return [_Finding(module, [Row(path, kind, False, reason=reason)], residual=True)]
+    plan = reader.host_plan()
+    stage = reading.is_plain_sequential(module) and sum(f.residual and f.fusible for f in below) > 1
+    if plan.runs or stage:
+        rows = [Row(path, f"{kind} (part)", True, str(recipe)) for recipe in plan.runs.values()]
+        below.insert(0, _Finding(module, rows, FusedHost, plan))
+    return below
+
+
+def _visit_children(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
+    return [
+        finding
+        for name, child in module._modules.items()
+        if child is not None
+        for finding in _visit(child, f"{path}.{name}" if path else name, seen)
+    ]

@@ -1,0 +1,259 @@
+"""Convolution, per-channel scale and shift, residual add and ReLU in one Triton kernel (portable: no TMA, no wgmma asked for).
+
+    y[n, p, q, o] = act( scale[o] * sum_{r, s, c} x[n, p*stride + r*dil - pad, q*stride + s*dil - pad, c] * w[o, r, s, c]
+                         + bias[o] + residual[n, p, q, o] )
+
+An implicit GEMM over channels_last data: M = N*out_h*out_w pixels, N = output channels of one group, K = kernel_h *
+kernel_w * c_in taps and channels. Nothing is gathered into memory first (im2col would write and read K/c_in = 9 copies of
+the input for a 3x3).
+
+Cost: 2*M*N*K FLOP; HBM bytes = x + w + y (+ residual), each once. Eager convolution, BN, add and ReLU apart read and write
+y four times more. Each tap of a 3x3 reads its input tile from L2 anew: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step.
+
+BN reaches the kernel as a live fp32 scale and shift, so the user's weight is read as it is (no folded copy to go stale),
+and the product is rounded once, at the store.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.geometry import Geometry
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """One tile shape. block_m: pixels, block_n: output channels, block_k: reduction step, in elements."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+# Shipped tiles, all held by tests to compile, fit and not spill (tests/test_compile.py prints their registers). None is
+# measured yet, which is why backend="auto" never picks this kernel.
+CONFIGS: tuple[ConvConfig, ...] = (
+    ConvConfig(128, 128, 64, num_warps=8, num_stages=3),  # stages 2 to 4 at large batch
+    ConvConfig(128, 64, 64, num_warps=4, num_stages=3),  # stage 1: 64 output channels
+    ConvConfig(64, 64, 64, num_warps=4, num_stages=3),  # few pixels: late stages at small batch
+    ConvConfig(64, 64, 32, num_warps=4, num_stages=3),  # the stem (K = 147), and every fp32 case
+    ConvConfig(64, 32, 32, num_warps=4, num_stages=3),  # up to 32 output channels
+    ConvConfig(64, 16, 16, num_warps=2, num_stages=3),  # groups of a few channels, depthwise, d2l's 3 and 6 channels
+)
+
+# Program count above which a larger tile still fills the machine; an H200 has 132 multiprocessors.
+_FULL_MACHINE = 132
+
+
+def choose_config(n_pixels: int, c_in: int, c_out: int, dtype: torch.dtype) -> ConvConfig:
+    """Picks a tile for one group of a convolution. c_in, c_out: channels per group."""
+    large, tall, square, short_k, narrow, tiny = CONFIGS
+    if c_out <= 16 or c_in < 16:
+        return tiny if c_out <= 16 else short_k if c_out > 32 else narrow
+    if c_out <= 32:
+        return narrow
+    # fp32 tiles take twice the shared memory, and IEEE products run on the FMA units, where registers run out first.
+    if dtype == torch.float32 or c_in % 64:
+        return short_k
+    if triton.cdiv(n_pixels, 128) * triton.cdiv(c_out, 128) >= _FULL_MACHINE and c_out >= 128:
+        return large
+    return tall if triton.cdiv(n_pixels, 128) * triton.cdiv(c_out, 64) >= _FULL_MACHINE else square
+
+
+@triton.jit
+def _conv_bias_act_kernel(
+    x_ptr,  # (n, in_h, in_w, groups * c_in)
+    w_ptr,  # (groups * c_out, KERNEL_H, KERNEL_W, c_in)
+    scale_ptr,  # (groups * c_out,) or None
+    bias_ptr,  # (groups * c_out,) or None
+    residual_ptr,  # as y, or None
+    y_ptr,  # (n, out_h, out_w, groups * c_out)
+    n_pixels,  # n * out_h * out_w, below 2**31
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    c_in,  # per group
+    c_out,  # per group
+    groups,
+    pad_top,
+    pad_left,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    IN_BOUNDS: tl.constexpr,  # no tap leaves the image
+    WHOLE_CHUNKS: tl.constexpr,  # BLOCK_K divides c_in
+    RELU: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    # Neighbouring programs share a column of output channels only once the pixels ran out: the input, the larger operand,
+    # is read by all programs of its row while it is in L2.
+    n_tiles_n = tl.cdiv(c_out, BLOCK_N)
+    pid = tl.program_id(0)
+    group = tl.program_id(1)
+    pid_m = pid // n_tiles_n
+    pid_n = pid % n_tiles_n
+
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = offs_m < n_pixels
+    mask_n = offs_n < c_out
+    n = offs_m // (out_h * out_w)
+    pixel = offs_m % (out_h * out_w)
+    h_start = (pixel // out_w) * STRIDE_H - pad_top
+    w_start = (pixel % out_w) * STRIDE_W - pad_left
+    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
+    row_offset = ((n.to(tl.int64) * in_h + h_start) * in_w + w_start) * (groups * c_in) + group * c_in
+    w_row_offset = (group * c_out + offs_n).to(tl.int64) * (KERNEL_H * KERNEL_W * c_in)
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    k_total = KERNEL_H * KERNEL_W * c_in
+    for k_start in range(0, k_total, BLOCK_K):
+        offs_k = k_start + tl.arange(0, BLOCK_K)
+        if WHOLE_CHUNKS:
+            # The whole step lies in one tap, so its row and column are scalars.
+            tap = k_start // c_in
+            r = tap // KERNEL_W
+            s = tap % KERNEL_W
+            h = h_start + r * DILATION_H
+            w = w_start + s * DILATION_W
+            channel = k_start - tap * c_in + tl.arange(0, BLOCK_K)
+            x_ptrs = x_ptr + row_offset[:, None] + (r * DILATION_H * in_w + s * DILATION_W) * (groups * c_in) + channel
+            mask_x = mask_m[:, None]
+            if not IN_BOUNDS:
+                mask_x = mask_x & ((h >= 0) & (h < in_h) & (w >= 0) & (w < in_w))[:, None]
+            x = tl.load(x_ptrs, mask=mask_x, other=0.0)
+            weight = tl.load(w_ptr + offs_k[:, None] + w_row_offset[None, :], mask=mask_n[None, :], other=0.0)
+        else:
+            # Few or odd channels: each element of the step has a tap of its own, and the last step is ragged.
+            mask_k = offs_k < k_total
+            tap = offs_k // c_in
+            r = tap // KERNEL_W
+            s = tap % KERNEL_W
+            h = h_start[:, None] + (r * DILATION_H)[None, :]
+            w = w_start[:, None] + (s * DILATION_W)[None, :]
+            offset_k = (r * DILATION_H * in_w + s * DILATION_W) * (groups * c_in) + offs_k - tap * c_in
+            mask_x = mask_m[:, None] & mask_k[None, :]
+            if not IN_BOUNDS:
+                mask_x = mask_x & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
+            x = tl.load(x_ptr + row_offset[:, None] + offset_k[None, :], mask=mask_x, other=0.0)
+            weight = tl.load(
+                w_ptr + offs_k[:, None] + w_row_offset[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0
+            )
+        if UPCAST:
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
+        acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
+
+    offs_c = group * c_out + offs_n
+    if scale_ptr is not None:
+        acc *= tl.load(scale_ptr + offs_c, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + offs_c, mask=mask_n, other=0.0).to(tl.float32)[None, :]
+    y_offset = offs_m.to(tl.int64)[:, None] * (groups * c_out) + offs_c[None, :]
+    mask_y = mask_m[:, None] & mask_n[None, :]
+    if residual_ptr is not None:
+        acc += tl.load(residual_ptr + y_offset, mask=mask_y, other=0.0).to(tl.float32)
+    if RELU:
+        # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
+        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    config: ConvConfig | None = None,
+) -> Tensor:
+    """Runs the kernel on checked operands; returns y, channels_last. Converts what is not channels_last yet."""
+    out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
+    batch, c_out = x.shape[0], weight.shape[0]
+    y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if y.numel() == 0:
+        return y
+    if batch > 1 and batch * out_h * out_w >= 2**31 - 128:
+        # Pixels are counted in int32 inside the kernel; a batch beyond that goes in two.
+        half = batch // 2
+        for part in (slice(0, half), slice(half, batch)):
+            y[part] = launch(
+                x[part], weight, bias, None if residual is None else residual[part], scale, geometry, relu, config
+            )
+        return y
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = weight.contiguous(memory_format=torch.channels_last)
+    if residual is not None:
+        residual = residual.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
+    scale = None if scale is None else scale.contiguous()
+
+    groups = geometry.groups
+    c_in_group, c_out_group = weight.shape[1], c_out // groups
+    n_pixels = batch * out_h * out_w
+    config = config or choose_config(n_pixels, c_in_group, c_out_group, x.dtype)
+    # Programs: tiles of pixels x tiles of one group's output channels, then groups.
+    grid = (triton.cdiv(n_pixels, config.block_m) * triton.cdiv(c_out_group, config.block_n), groups)
+    with _device_of(x):
+        _conv_bias_act_kernel[grid](
+            x, weight, scale, bias, residual, y,
+            n_pixels, x.shape[2], x.shape[3], out_h, out_w, c_in_group, c_out_group, groups,
+            geometry.padding[0], geometry.padding[2],
+            **constexprs(x.dtype, weight.shape, geometry, relu, config),
+            num_warps=config.num_warps, num_stages=config.num_stages,
+        )  # fmt: skip
+    return y
+
+
+def constexprs(dtype: torch.dtype, weight_shape, geometry: Geometry, relu: bool, config: ConvConfig) -> dict:
+    """The kernel's compile-time arguments; shared by the launcher and the compile-only tests."""
+    interpreted = is_interpreted()
+    return dict(
+        KERNEL_H=weight_shape[2],
+        KERNEL_W=weight_shape[3],
+        STRIDE_H=geometry.stride[0],
+        STRIDE_W=geometry.stride[1],
+        DILATION_H=geometry.dilation[0],
+        DILATION_W=geometry.dilation[1],
+        IN_BOUNDS=geometry.padding == (0, 0, 0, 0),
+        WHOLE_CHUNKS=weight_shape[1] % config.block_k == 0,
+        RELU=relu,
+        INPUT_PRECISION="tf32" if allows_tf32(dtype) else "ieee",
+        # The interpreter's tl.dot is wrong in bf16 (triton-lang/triton#11584).
+        UPCAST=interpreted and dtype == torch.bfloat16,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+    )
+
+
+def allows_tf32(dtype: torch.dtype) -> bool:
+    """Whether fp32 products may be rounded to TF32: cuDNN's own setting decides (reading allow_tf32 can raise)."""
+    return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+def is_interpreted() -> bool:
+    """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1 before triton was imported)."""
+    return not isinstance(_conv_bias_act_kernel, triton.JITFunction)
+
+
+def _device_of(x: Tensor):
+    # Triton launches on the current device, which need not be the tensor's.
+    return torch.cuda.device_of(x)

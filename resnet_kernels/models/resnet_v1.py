@@ -1,0 +1,219 @@
+"""ResNet v1.5 in plain PyTorch, with torchvision's constructor options and state_dict keys: the zoo and the reference.
+
+Sources: He et al. 2016 (arXiv:1512.03385), table 1; v1.5 has the stride of a Bottleneck on its 3x3 (Goyal et al. 2017,
+arXiv:1706.02677); ResNeXt: Xie et al. 2017 (arXiv:1611.05431); wide: Zagoruyko and Komodakis 2016 (arXiv:1605.07146).
+"""
+
+from __future__ import annotations
+
+from typing import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+NormLayer = Callable[[int], nn.Module]
+
+
+def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
+    """3x3 convolution without bias that keeps the image's size at stride 1."""
+    return nn.Conv2d(in_planes, out_planes, 3, stride, dilation, dilation, groups, bias=False)
+
+
+def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
+    """1x1 convolution without bias."""
+    return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride)."""
+
+    expansion = 1
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ):
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        if groups != 1 or base_width != 64:
+            raise ValueError(f"BasicBlock only supports groups=1 and base_width=64, got {groups} and {base_width}")
+        if dilation > 1:
+            raise NotImplementedError(f"BasicBlock only supports dilation=1, got {dilation}")
+        self.conv1 = conv3x3(inplanes, planes, stride)
+        self.bn1 = norm_layer(planes)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = conv3x3(planes, planes)
+        self.bn2 = norm_layer(planes)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride)."""
+
+    expansion = 4
+
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: NormLayer | None = None,
+    ):
+        super().__init__()
+        norm_layer = norm_layer or nn.BatchNorm2d
+        width = int(planes * (base_width / 64.0)) * groups
+        self.conv1 = conv1x1(inplanes, width)
+        self.bn1 = norm_layer(width)
+        self.conv2 = conv3x3(width, width, stride, groups, dilation)
+        self.bn2 = norm_layer(width)
+        self.conv3 = conv1x1(width, planes * self.expansion)
+        self.bn3 = norm_layer(planes * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        out += x if self.downsample is None else self.downsample(x)
+        return self.relu(out)
+
+
+class ResNet(nn.Module):
+    """ResNet over BasicBlock or Bottleneck (or a class with their signature, `resnet_kernels.Bottleneck` say).
+
+    Args:
+        block: the residual block's class.
+        layers: blocks in each of the four stages.
+        num_classes: outputs of the classifier.
+        zero_init_residual: start each block as the identity (its last BN's weight at zero; Goyal et al. 2017, section 5.1).
+        groups, width_per_group: of the 3x3 convolutions; ResNeXt 32x4d is (32, 4).
+        replace_stride_with_dilation: for stages 2 to 4, keep the resolution and dilate instead.
+        norm_layer: makes a norm from its channel count; BatchNorm2d if None.
+
+    x: (N, 3, H, W) -> (N, num_classes). Raises ValueError if replace_stride_with_dilation has not three elements.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: Sequence[int],
+        num_classes: int = 1000,
+        zero_init_residual: bool = False,
+        groups: int = 1,
+        width_per_group: int = 64,
+        replace_stride_with_dilation: Sequence[bool] | None = None,
+        norm_layer: NormLayer | None = None,
+    ):
+        super().__init__()
+        dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
+        if len(dilate) != 3:
+            raise ValueError(f"replace_stride_with_dilation must be None or have three elements, got {dilate}")
+        self._norm_layer = norm_layer or nn.BatchNorm2d
+        self.inplanes = 64
+        self.dilation = 1
+        self.groups = groups
+        self.base_width = width_per_group
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = self._norm_layer(64)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        self.layer1 = self._make_layer(block, 64, layers[0])
+        self.layer2 = self._make_layer(block, 128, layers[1], 2, dilate[0])
+        self.layer3 = self._make_layer(block, 256, layers[2], 2, dilate[1])
+        self.layer4 = self._make_layer(block, 512, layers[3], 2, dilate[2])
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(512 * block.expansion, num_classes)
+        self._initialise(zero_init_residual)
+
+    def _initialise(self, zero_init_residual: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+                nn.init.constant_(module.weight, 1)
+                nn.init.constant_(module.bias, 0)
+        if zero_init_residual:
+            for module in self.modules():
+                if isinstance(module, (BasicBlock, Bottleneck)):
+                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+                    if last.weight is not None:
+                        nn.init.constant_(last.weight, 0)
+
+    def _make_layer(
+        self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False
+    ) -> nn.Sequential:
+        first_dilation = self.dilation
+        if dilate:
+            self.dilation *= stride
+            stride = 1
+        out_planes = planes * block.expansion
+        shortcut = None
+        if stride != 1 or self.inplanes != out_planes:
+            shortcut = nn.Sequential(conv1x1(self.inplanes, out_planes, stride), self._norm_layer(out_planes))
+        shared = (self.groups, self.base_width)
+        units = [block(self.inplanes, planes, stride, shortcut, *shared, first_dilation, self._norm_layer)]
+        self.inplanes = out_planes
+        units += [
+            block(out_planes, planes, 1, None, *shared, self.dilation, self._norm_layer) for _ in range(1, blocks)
+        ]
+        return nn.Sequential(*units)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def resnet18(**options) -> ResNet:
+    """ResNet-18; options as ResNet's."""
+    return ResNet(BasicBlock, (2, 2, 2, 2), **options)
+
+
+def resnet34(**options) -> ResNet:
+    """ResNet-34; options as ResNet's."""
+    return ResNet(BasicBlock, (3, 4, 6, 3), **options)
+
+
+def resnet50(**options) -> ResNet:
+    """ResNet-50; options as ResNet's."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), **options)
+
+
+def resnet101(**options) -> ResNet:
+    """ResNet-101; options as ResNet's."""
+    return ResNet(Bottleneck, (3, 4, 23, 3), **options)
+
+
+def resnet152(**options) -> ResNet:
+    """ResNet-152; options as ResNet's."""
+    return ResNet(Bottleneck, (3, 8, 36, 3), **options)
+
+
+def resnext50_32x4d(**options) -> ResNet:
+    """ResNeXt-50: 3x3 convolutions in 32 groups of 4 channels; options as ResNet's."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), **{"groups": 32, "width_per_group": 4, **options})
+
+
+def wide_resnet50_2(**options) -> ResNet:
+    """ResNet-50 with 3x3 convolutions twice as wide; options as ResNet's."""
+    return ResNet(Bottleneck, (3, 4, 6, 3), **{"width_per_group": 128, **options})

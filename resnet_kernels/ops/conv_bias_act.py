@@ -1,0 +1,142 @@
+"""relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
+
+Public function -> `dispatch.resolve` -> `torch.ops.resnet_kernels.conv_bias_act` -> one of
+    kernels/conv_bias_act.py   our Triton kernel: formula, cost, tiles
+    ops/cudnn.py, ops/onednn.py, reference.py
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import cudnn, dispatch, onednn
+from .geometry import Geometry, IntOrPair, Padding, check_operands, normalise
+from .library import LIBRARY, autocast_dtype
+
+LIBRARY.define(
+    "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, SymInt[2] stride, "
+    "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool relu, str backend) -> Tensor"
+)
+
+
+def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    if backend == "triton":
+        from ..kernels import conv_bias_act as kernel
+
+        return kernel.launch(x, weight, bias, residual, scale, geometry, relu)
+    if backend == "cudnn":
+        y = cudnn.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
+    elif backend == "cpu" and x.shape[0]:
+        if scale is not None:
+            weight = (weight * scale[:, None, None, None]).to(x.dtype)
+        y = onednn.conv_bias_act(x, weight, None if bias is None else bias.to(x.dtype), residual, geometry, relu)
+    else:
+        y = reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
+    return y.contiguous(memory_format=torch.channels_last)
+
+
+def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    shape = (x.shape[0], weight.shape[0], *geometry.out_size(x.shape[2:], weight.shape[2:]))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, _ = inputs
+    ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # ReLU's backward needs only y's sign, which y, the next layer's input anyway, has.
+    ctx.save_for_backward(x, weight, scale, output if relu else None)
+
+
+def _backward(ctx, grad_y):
+    x, weight, scale, y = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual, needs_scale = ctx.needs_input_grad[:5]
+    if y is not None:
+        grad_y = torch.ops.aten.threshold_backward(grad_y, y, 0)
+    grad_x = grad_weight = grad_bias = grad_scale = None
+    wide = grad_y if grad_y.dtype == torch.float64 else grad_y.float()
+    if needs_bias:
+        grad_bias = wide.sum((0, 2, 3)).to(ctx.bias_dtype)
+    if needs_scale:
+        # The convolution's own output was never stored: computed again, for frozen BN with trained gamma only.
+        z = reference.conv_bias_act(x, weight, geometry=ctx.geometry, relu=False)
+        grad_scale = (wide * z).sum((0, 2, 3)).to(scale.dtype)
+    if needs_x or needs_weight:
+        grad_z = grad_y if scale is None else (wide * scale[:, None, None]).to(x.dtype)
+        padded = reference.pad_if_asymmetric(x, ctx.geometry)
+        stride, _, dilation, groups = ctx.geometry
+        grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
+            grad_z, padded, weight, None, stride, ctx.geometry.conv2d_padding, dilation, False, [0, 0], groups,
+            [needs_x, needs_weight, False],
+        )  # fmt: skip
+        if needs_x and not ctx.geometry.symmetric:
+            top, _, left, _ = ctx.geometry.padding
+            grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+    grad_residual = grad_y if needs_residual else None
+    return grad_x, grad_weight, grad_bias, grad_residual, grad_scale, None, None, None, None, None, None
+
+
+LIBRARY.impl("conv_bias_act", _conv_bias_act, "CompositeExplicitAutograd")
+torch.library.register_fake("resnet_kernels::conv_bias_act", _fake, lib=LIBRARY)
+torch.library.register_autograd(
+    "resnet_kernels::conv_bias_act", _backward, setup_context=_setup_context, lib=LIBRARY
+)  # fmt: skip
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    scale: Tensor | None = None,
+    stride: IntOrPair = 1,
+    padding: Padding = 0,
+    dilation: IntOrPair = 1,
+    groups: int = 1,
+    relu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Returns relu(conv(x, weight) * scale + bias + residual), differentiable in all five tensors.
+
+    Args:
+        x: (N, C_in, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
+            layout is converted.
+        weight: (C_out, C_in / groups, kernel_h, kernel_w), x's dtype. channels_last is read as it is.
+        bias: (C_out,), float32 or x's dtype. With BN behind the convolution: BN's shift.
+        residual: the output's shape and x's dtype; added before the ReLU.
+        scale: (C_out,), float32 or x's dtype; multiplies the convolution before the bias. BN without folding.
+        stride: int or (h, w).
+        padding: zeros around the image: int, (h, w) or ((top, bottom), (left, right)).
+        dilation: int or (h, w).
+        groups: divides C_in and C_out.
+        relu: False leaves the ReLU away.
+        backend: "auto", "triton", "cudnn", "cpu" or "eager"; the environment's RESNET_KERNELS_BACKEND goes over it.
+
+    Returns:
+        (N, C_out, out_h, out_w), x's dtype (autocast's under autocast), channels_last.
+
+    Raises:
+        TypeError: an argument is no tensor, or of a dtype that doesn't fit.
+        ValueError: a shape, device, range or backend name that doesn't fit.
+        RuntimeError: an explicit backend can't run here.
+
+    Source: He et al. 2016 (arXiv:1512.03385), figure 2 and 5; BN as a scale and a shift: Ioffe and Szegedy 2015.
+    """
+    geometry = normalise(stride, padding, dilation, groups)
+    dispatch.check_name(backend)
+    if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
+        x, weight, residual = (
+            t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, weight, residual)
+        )
+        # A vector in the dtype that x had counts as fp32 or as x's dtype: either is read as it is.
+        bias, scale = (v.float() if isinstance(v, Tensor) and v.dtype != dtype else v for v in (bias, scale))
+    check_operands(x, weight, bias, residual, scale, geometry)
+    backend = dispatch.resolve(backend, x.device, x.dtype)
+    return torch.ops.resnet_kernels.conv_bias_act.default(
+        x, weight, bias, residual, scale, *geometry, bool(relu), backend
+    )  # fmt: skip

@@ -1,0 +1,92 @@
+"""Which backend runs an op: one table of what each can do, one rule for `auto`.
+
+    triton  our kernels, on CUDA or ROCm GPUs, or on CPU tensors under TRITON_INTERPRET=1
+    cudnn   cuDNN's fused convolution + bias (+ add) + ReLU, on NVIDIA GPUs
+    cpu     oneDNN's fused convolution + bias (+ add), on CPU tensors
+    eager   plain PyTorch, anywhere
+    auto    cudnn on NVIDIA GPUs (until a measured table shows a win of ours), cpu on the CPU, eager elsewhere
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "triton", "cudnn", "cpu", "eager")
+ENVIRONMENT_VARIABLE = "RESNET_KERNELS_BACKEND"
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_name(backend: object) -> str:
+    """Returns `backend`; ValueError unless it is one of BACKENDS."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    return backend
+
+
+def requested(backend: str) -> str:
+    """The backend asked for: the environment variable RESNET_KERNELS_BACKEND goes over the argument."""
+    override = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not override:
+        return backend
+    if override not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {', '.join(BACKENDS)}, got {override!r}")
+    return override
+
+
+def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Turns a requested backend into the one that will run.
+
+    Raises:
+        RuntimeError: if an explicit backend can't run on this device in this dtype. Only `auto` falls back.
+    """
+    backend = requested(backend)
+    if backend == "auto":
+        preferred = {"cuda": "cudnn", "cpu": "cpu"}.get(device.type, "eager")
+        return preferred if why_not(preferred, device.type, dtype) is None else "eager"
+    reason = why_not(backend, device.type, dtype)
+    if reason is not None:
+        raise RuntimeError(f'backend="{backend}" {reason}')
+    return backend
+
+
+@functools.lru_cache(maxsize=None)
+def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run a dtype on a kind of device, as the end of a sentence; None if it can."""
+    if backend == "eager":
+        return None
+    if backend == "triton":
+        return _why_not_triton(device_type, dtype)
+    if backend == "cudnn":
+        if device_type != "cuda" or torch.version.hip is not None:
+            return f"needs an NVIDIA GPU, got {'an AMD GPU' if torch.version.hip else f'{device_type} tensors'}"
+        if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
+            return "needs cuDNN, which this PyTorch lacks or has disabled"
+        return None if dtype in _TRITON_DTYPES else f"runs float32, float16 and bfloat16, got {dtype}"
+    from . import onednn
+
+    if device_type != "cpu":
+        return f"runs on CPU tensors, got {device_type} tensors"
+    return onednn.why_not(dtype)
+
+
+def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the package triton, which is not installed (it has no build for Windows or macOS)"
+    if dtype not in _TRITON_DTYPES:
+        return f"runs float32, float16 and bfloat16, got {dtype}"
+    if device_type == "cuda":
+        return None
+    if device_type == "cpu":
+        from ..kernels.conv_bias_act import is_interpreted
+
+        if is_interpreted():
+            return None
+        return (
+            "runs on CPU tensors only in Triton's interpreter: set TRITON_INTERPRET=1 in the environment before Python "
+            'starts, or use backend="cpu"'
+        )
+    return f"needs a GPU, got {device_type} tensors"

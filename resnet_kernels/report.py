@@ -1,0 +1,71 @@
+"""What `fuse_` and `explain` tell: a row per block, fused or the reason why not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Iterator, Sequence
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block.
+
+    path: module path, "" for the model itself. kind: class name. fused: whether it was swapped.
+    steps: the kernels it runs as, e.g. "conv1+bn1+relu -> conv2+bn2+add+relu". reason: why it is not fused, or why a fused
+    one runs eager as things stand; "" if neither.
+    """
+
+    path: str
+    kind: str
+    fused: bool
+    steps: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class FuseReport:
+    """Rows in the order of the model's modules; `print` it for a table, `to_json` for a machine."""
+
+    rows: tuple[Row, ...]
+    backend: str
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def fused(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if row.fused)
+
+    @property
+    def skipped(self) -> tuple[Row, ...]:
+        return tuple(row for row in self.rows if not row.fused)
+
+    def to_json(self, **options) -> str:
+        """The report as a JSON object; options go to json.dumps."""
+        return json.dumps({"backend": self.backend, "rows": [asdict(row) for row in self.rows]}, **options)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "nothing to fuse: no block of Conv2d and BatchNorm2d was found"
+        cells = [
+            (row.path or "(model)", row.kind, "fused" if row.fused else "skipped", _explanation(row)) for row in self.rows
+        ]
+        summary = f'{len(self.fused)} fused, {len(self.skipped)} skipped, backend="{self.backend}"'
+        return f"{table(('module', 'kind', '', 'kernels, or why not'), cells)}\n{summary}"
+
+
+def _explanation(row: Row) -> str:
+    if row.fused and row.reason:
+        return f"{row.steps} [runs eager now: {row.reason}]"
+    return row.steps if row.fused else row.reason
+
+
+def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Lays out text in left-aligned columns under a head and a rule."""
+    widths = [max(len(row[i]) for row in (head, *cells)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *cells)]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])

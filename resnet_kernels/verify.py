@@ -1,0 +1,237 @@
+"""verify: is the fused model the same model? Layer by layer, against fp64, within eager's own error.
+
+Nobody can say what error is right, but eager PyTorch's own can be measured: fp64 is the truth, and the fused result passes
+if its relative norm error is at most twice eager's plus one rounding of the dtype. Each block is fed the very input that
+eager feeds it, so a report line is about that block alone; the last line is the whole model.
+
+Eager runs in channels_last here, the layout that the fused model computes in. It matters: oneDNN's fp32 channels_last
+convolution (PyTorch's own, fused or not) errs up to 4.5 times as much as its NCHW one on long sums (docs/numerics.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from . import blocks, stages
+from .reading import HostPlan
+from .report import table
+
+
+@dataclass(frozen=True)
+class Parity:
+    """One comparison. Errors are ||y - fp64|| / ||fp64|| over the values that are finite in all three."""
+
+    path: str
+    steps: str
+    max_abs: float  # largest |fused - eager|
+    error: float  # fused against fp64
+    eager_error: float  # eager against fp64
+    budget: float  # 2 * eager_error + one rounding
+    lost: int  # NaN or inf in fp64, but finite in fused
+    new: int  # finite in eager, NaN or inf in fused
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.budget and self.lost == 0 and self.new == 0
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """Parity of each fused block and of the whole model. True in a boolean context if all are within budget."""
+
+    blocks: tuple[Parity, ...]
+    output: Parity
+    top1_agreement: float | None  # share of rows with the same largest logit; None if the output is no (N, classes)
+    dtype: str
+    device: str
+    tf32: bool
+
+    @property
+    def first_over_budget(self) -> Parity | None:
+        return next((parity for parity in (*self.blocks, self.output) if not parity.ok), None)
+
+    @property
+    def ok(self) -> bool:
+        return self.first_over_budget is None
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_json(self, **options) -> str:
+        """The result as a JSON object; options go to json.dumps."""
+        rows = [{**asdict(parity), "ok": parity.ok} for parity in (*self.blocks, self.output)]
+        values = {"ok": self.ok, "top1_agreement": self.top1_agreement, "dtype": self.dtype, "device": self.device}
+        return json.dumps({**values, "tf32": self.tf32, "rows": rows}, **options)
+
+    def __str__(self) -> str:
+        head = ("module", "max |fused-eager|", "error", "eager's", "budget", "NaN/inf", "")
+        cells = [
+            (
+                p.path or "(model)",
+                *(f"{v:.2e}" for v in (p.max_abs, p.error, p.eager_error, p.budget)),
+                "same" if p.lost == p.new == 0 else f"{p.lost} lost, {p.new} new",
+                "ok" if p.ok else "OVER BUDGET",
+            )
+            for p in (*self.blocks, self.output)
+        ]
+        agreement = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.1%}"
+        first = self.first_over_budget
+        verdict = "parity holds" if first is None else f"PARITY FAILS, first at {first.path or '(model)'}"
+        tf32 = "on" if self.tf32 else "off"
+        return f"{table(head, cells)}\n{verdict}{agreement} ({self.dtype}, {self.device}, TF32 {tf32})"
+
+
+def verify(
+    model: nn.Module, fused: nn.Module, x: Tensor, *, progress: Callable[[str], None] | None = None
+) -> VerifyResult:
+    """Compares a fused model with its reference on the user's own input, in eval mode and without gradients.
+
+    Args:
+        model: the reference: the model from before `fuse`, or `unfuse_` of a copy.
+        fused: the fused model, on the same device and in the same dtype.
+        x: an input of both, floating point, in the models' dtype.
+        progress: called with the path of each block that was compared.
+
+    Raises:
+        TypeError: if an argument is no module, or x no floating-point tensor.
+        ValueError: if `model` has fused blocks itself, or `fused` blocks that `model` lacks.
+    """
+    for name, module in (("model", model), ("fused", fused)):
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    if any(blocks.is_fused(m) for m in model.modules()):
+        raise ValueError("model must be the unfused reference, got a fused model (unfuse_ a copy of it)")
+    results: list[Parity] = []
+    x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+    def compare(path: str, steps: str, source: Tensor, eager: Tensor, run_fused: Callable, oracle: Callable) -> None:
+        results.append(_parity(path, steps, run_fused(source.clone()), eager, oracle(_wide(source))))
+        if progress is not None:
+            progress(path)
+
+    with torch.no_grad(), _eval_mode(model), _eval_mode(fused), contextlib.ExitStack() as hooks:
+        for path, module in fused.named_modules():
+            if blocks.is_fused(module):
+                for handle in _watch(model, path, module, compare):
+                    hooks.callback(handle.remove)
+        eager_output = model(x)
+        hooks.close()
+        fused_output = fused(x)
+        oracle_output = copy.deepcopy(model).to(**_oracle_options(x))(_wide(x))
+    outputs = [pytree.tree_leaves(output) for output in (fused_output, eager_output, oracle_output)]
+    fused_flat, eager_flat, oracle_flat = (
+        torch.cat([_wide(t).flatten().cpu() for t in leaves if isinstance(t, Tensor)]) for leaves in outputs
+    )
+    output = _parity("", "the whole model", fused_flat, eager_flat, oracle_flat, dtype=outputs[1][0].dtype)
+    top1 = None
+    if isinstance(eager_output, Tensor) and eager_output.dim() == 2 and eager_output.shape[0]:
+        top1 = (fused_output.argmax(1) == eager_output.argmax(1)).double().mean().item()
+    tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return VerifyResult(tuple(results), output, top1, str(x.dtype).removeprefix("torch."), str(x.device), tf32)
+
+
+def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) -> Iterator[Any]:
+    """Hooks that compare a fused module as soon as the reference has run its twin."""
+    try:
+        twin = model.get_submodule(path)
+    except AttributeError:
+        raise ValueError(f"fused must be a fused copy of model, but model has no module {path!r}") from None
+    state = module.__dict__["_rk_state"]
+    if not isinstance(state.plan, HostPlan):
+
+        def after_block(_, inputs, output):
+            oracle = copy.deepcopy(twin)
+            oracle._forward_hooks.clear()
+            compare(path, str(state.plan), inputs[0], output, module.forward, oracle.to(**_oracle_options(output)))
+
+        yield twin.register_forward_hook(after_block)
+        return
+    for name, recipe in state.plan.runs.items():
+        seen: list[Tensor] = []
+        members = [twin._modules[member] for member in recipe.modules]
+        # A clone: an in-place ReLU behind the run would write over what was seen.
+        yield members[0].register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].clone()))
+
+        def after_run(_, inputs, output, name=name, recipe=recipe, seen=seen, members=members):
+            oracle = nn.Sequential(*(copy.deepcopy(member) for member in members))
+            for member in oracle:
+                member._forward_hooks.clear()
+                member._forward_pre_hooks.clear()
+            run = lambda source: stages.call_run(module, name, state, source)[0]  # noqa: E731
+            where = f"{path}.{name}" if path else name
+            compare(where, str(recipe), seen.pop(), output, run, oracle.to(**_oracle_options(output)))
+
+        yield members[-1].register_forward_hook(after_run)
+
+
+def _parity(path: str, steps: str, fused: Tensor, eager: Tensor, oracle: Tensor, dtype=None) -> Parity:
+    dtype = dtype or eager.dtype
+    fused, eager = (_wide(t).to(oracle.device) for t in (fused, eager))
+    finite = fused.isfinite() & eager.isfinite() & oracle.isfinite()
+    truth = oracle[finite]
+    # A block whose true output is all zeros has no relative error: its absolute one counts.
+    size = truth.norm().item() or 1.0
+    error = (fused[finite] - truth).norm().item() / size
+    eager_error = (eager[finite] - truth).norm().item() / size
+    return Parity(
+        path=path,
+        steps=steps,
+        max_abs=(fused[finite] - eager[finite]).abs().max().item() if truth.numel() else 0.0,
+        error=error,
+        eager_error=eager_error,
+        budget=2 * eager_error + torch.finfo(dtype).eps / 2,
+        lost=int((fused.isfinite() & ~oracle.isfinite()).sum()),
+        new=int((~fused.isfinite() & eager.isfinite()).sum()),
+    )
+
+
+def _oracle_options(x: Tensor) -> dict:
+    # Apple's GPUs have no fp64.
+    return {"device": "cpu" if x.device.type == "mps" else x.device, "dtype": torch.float64}
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(**_oracle_options(x))
+
+
+@contextlib.contextmanager
+def _eval_mode(module: nn.Module) -> Iterator[None]:
+    flags = [(m, m.training) for m in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for m, training in flags:
+            m.training = training
+
+
+def randomise_batch_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Gives a fresh model BN values that a trained one could have, in place.
+
+    With means of 0, variances of 1 and weights of 1 a wrong scale or shift would go unseen. Weights below 1 on the last BN
+    of a block keep a deep network's activations from growing without bound.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None:
+                for tensor, low, high in (
+                    (module.running_mean, -0.5, 0.5),
+                    (module.running_var, 0.5, 2.0),
+                    (module.weight, 0.2, 0.8),
+                    (module.bias, -0.5, 0.5),
+                ):
+                    if tensor is not None:
+                        values = torch.empty(tensor.shape).uniform_(low, high, generator=generator)
+                        tensor.copy_(values)
+    return model

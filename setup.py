@@ -1,0 +1,47 @@
+"""Metadata of resnet_kernels. `pip install .[test]` for the tests, `.[bench]` for the benchmarks' peers and plots."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "resnet_kernels" / "__init__.py").read_text(), re.M).group(1)
+
+# torchvision and timm ask for a torch of their own choice: install the torch you want first.
+VISION = ["torchvision>=0.26"]
+TIMM = ["timm>=1.0.9"]
+
+setup(
+    name="resnet_kernels",
+    version=VERSION,
+    description="Residual networks in PyTorch on fused Triton kernels, with proof of parity",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["resnet_kernels", "resnet_kernels.*"]),
+    package_data={"resnet_kernels": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        # No wheels for Windows and macOS: the package runs on its other backends there.
+        'triton>=3.6; platform_system == "Linux"',
+        "numpy",
+    ],
+    extras_require={
+        "vision": VISION,
+        "timm": TIMM,
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "scikit-learn>=1.4", *VISION, *TIMM],
+        "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"],
+    },
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
