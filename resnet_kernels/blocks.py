@@ -14,7 +14,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def drop_packs(module: nn.Module) -> None:
         state.packs = {}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fused_class(original: type, mixin: type) -> type:
     """The subclass that stands for `original` when fused; it bears the same name."""
 
@@ -181,7 +182,7 @@ def _global_hooks() -> bool:
 class Wiring:
     """The live modules behind a recipe's paths: looked up once, checked by identity in each call, list against list."""
 
-    __slots__ = ("registries", "names", "children", "classes", "hooks", "dicts", "with_modes", "steps")
+    __slots__ = ("children", "classes", "dicts", "hooks", "names", "registries", "steps", "with_modes")
 
     def __init__(self, module: nn.Module, recipe: Recipe):
         members = _members(module, recipe)

@@ -48,7 +48,19 @@ class PackedConv:
     Where folding overflows (a huge gamma over tiny weights), the layer runs unfolded.
     """
 
-    __slots__ = ("weight", "bias", "geometry", "_conv", "_bn", "_settings", "_watched", "_arguments", "_gain", "_offset", "_unfolded")
+    __slots__ = (
+        "_arguments",
+        "_bn",
+        "_conv",
+        "_gain",
+        "_offset",
+        "_settings",
+        "_unfolded",
+        "_watched",
+        "bias",
+        "geometry",
+        "weight",
+    )
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, input_shape: torch.Size):
         self._conv, self._bn = conv, bn
@@ -62,7 +74,7 @@ class PackedConv:
         if scale is not None:
             weight = weight * scale.detach()[:, None, None, None]
         weight = weight.to(dtype)
-        self.bias = None if shift is None else shift.detach().to(dtype)
+        self.bias = onednn.as_bias(shift, dtype)
         self._gain = weight.float().abs().sum((1, 2, 3)).max().item()
         self._offset = 0.0 if shift is None else self.bias.float().abs().max().item()
         self._arguments = onednn.arguments(self.geometry)

@@ -101,7 +101,9 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
             if not row.fused:
                 rows.append(row)
             elif state is None:
-                rows.append(Row(row.path, row.kind, False, reason="was added after the model was fused: call fuse_ again"))
+                rows.append(
+                    Row(row.path, row.kind, False, reason="was added after the model was fused: call fuse_ again")
+                )
             else:
                 reason = blocks.why_not_now(finding.module, _recipe_of(state, row))
                 rows.append(replace(row, reason=reason or ""))

@@ -421,15 +421,15 @@ class _Reader:
                 steps.append(CallStep(group["what"], group["is_module"], tuple(inputs), out, frees))
                 continue
             residual = inputs[1] if "residual" in group else None
-            steps.append(
-                ConvStep(
-                    group["conv"], group["bn"], group["relu"], inputs[0], out, residual,
-                    # values[0] is the caller's; fusing a stage may hand it over (stages.py).
-                    residual is not None and residual != inputs[0] and residual in frees
-                    and (residual in made_by_conv or residual == 0),
-                    frees,
-                )  # fmt: skip
+            # values[0] is the caller's own; a stage may hand it over for keeps (stages.py).
+            overwrites = (
+                residual is not None
+                and residual != inputs[0]
+                and residual in frees
+                and (residual in made_by_conv or residual == 0)
             )
+            conv, bn, relu = group["conv"], group["bn"], group["relu"]
+            steps.append(ConvStep(conv, bn, relu, inputs[0], out, residual, overwrites, frees))
         modules = tuple(sorted({node.target for node in self.graph.nodes if node.op == "call_module"}))
         containers = {
             ".".join(path.split(".")[:i]) for path in modules for i in range(1, path.count(".") + 1)

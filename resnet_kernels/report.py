@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Iterator, Sequence
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,8 @@ class FuseReport:
         if not self.rows:
             return "nothing to fuse: no block of Conv2d and BatchNorm2d was found"
         cells = [
-            (row.path or "(model)", row.kind, "fused" if row.fused else "skipped", _explanation(row)) for row in self.rows
+            (row.path or "(model)", row.kind, "fused" if row.fused else "skipped", _explanation(row))
+            for row in self.rows
         ]
         summary = f'{len(self.fused)} fused, {len(self.skipped)} skipped, backend="{self.backend}"'
         return f"{table(('module', 'kind', '', 'kernels, or why not'), cells)}\n{summary}"

@@ -10,7 +10,8 @@ A host does three things, each only where reading.py has shown that it is safe:
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +50,9 @@ def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
     if tuple(module._modules) != state.plan.names or any(
         module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules
     ):
-        blocks.say_once(f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again")
+        blocks.say_once(
+            f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
+        )
         return False
     return dispatch.resolve(state.backend, x.device, autocast_dtype(x) or x.dtype) != "eager"
 

@@ -13,8 +13,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn

@@ -48,6 +48,9 @@ CONFIGS: tuple[ConvConfig, ...] = (
     ConvConfig(64, 16, 16, num_warps=2, num_stages=3),  # groups of a few channels, depthwise, d2l's 3 and 6 channels
 )
 
+# Pixels are counted in int32 inside the kernel, up to a tile past the last one.
+_MOST_PIXELS = 2**31 - 1 - 128
+
 # Program count above which a larger tile still fills the machine; an H200 has 132 multiprocessors.
 _FULL_MACHINE = 132
 
@@ -190,8 +193,8 @@ def launch(
     y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    if batch > 1 and batch * out_h * out_w >= 2**31 - 128:
-        # Pixels are counted in int32 inside the kernel; a batch beyond that goes in two.
+    if batch > 1 and batch * out_h * out_w > _MOST_PIXELS:
+        # A batch beyond that goes in two.
         half = batch // 2
         for part in (slice(0, half), slice(half, batch)):
             y[part] = launch(

@@ -28,11 +28,11 @@ __all__ = [
     "conv1x1",
     "conv3x3",
     "d2l_resnet18",
-    "resnet101",
-    "resnet152",
     "resnet18",
     "resnet34",
     "resnet50",
+    "resnet101",
+    "resnet152",
     "resnext50_32x4d",
     "wide_resnet50_2",
 ]

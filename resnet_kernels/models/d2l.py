@@ -5,7 +5,7 @@ Source: Zhang et al., d2l.ai, section 8.6, after He et al. 2016: all convolution
 
 from __future__ import annotations
 
-from typing import Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F

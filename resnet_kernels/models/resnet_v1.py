@@ -6,7 +6,7 @@ arXiv:1706.02677); ResNeXt: Xie et al. 2017 (arXiv:1611.05431); wide: Zagoruyko 
 
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn

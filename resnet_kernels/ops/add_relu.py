@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
 from . import dispatch
 from .library import LIBRARY
 
@@ -13,7 +12,7 @@ LIBRARY.define("add_relu(Tensor x, Tensor residual, str backend) -> Tensor")
 
 
 def _add_relu(x, residual, backend):
-    if backend == "triton":
+    if dispatch.resolve(backend, x.device, x.dtype) == "triton":
         from ..kernels import add_relu as kernel
 
         return kernel.launch(x, residual)
@@ -69,4 +68,4 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"x must be dense in memory, got shape {tuple(x.shape)} with strides {x.stride()}")
     if x.stride() != residual.stride():
         residual = torch.empty_like(x).copy_(residual)
-    return torch.ops.resnet_kernels.add_relu.default(x, residual, dispatch.resolve(backend, x.device, x.dtype))
+    return torch.ops.resnet_kernels.add_relu.default(x, residual, backend)

@@ -1,6 +1,6 @@
 """relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
 
-Public function -> `dispatch.resolve` -> `torch.ops.resnet_kernels.conv_bias_act` -> one of
+Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `dispatch.resolve` -> one of
     kernels/conv_bias_act.py   our Triton kernel: formula, cost, tiles
     ops/cudnn.py, ops/onednn.py, reference.py
 """
@@ -22,6 +22,8 @@ LIBRARY.define(
 
 
 def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
+    # Resolved here and not by the caller, so that torch.compile sees one op whatever the machine has.
+    backend = dispatch.resolve(backend, x.device, x.dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     if backend == "triton":
         from ..kernels import conv_bias_act as kernel
@@ -32,7 +34,7 @@ def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, 
     elif backend == "cpu" and x.shape[0]:
         if scale is not None:
             weight = (weight * scale[:, None, None, None]).to(x.dtype)
-        y = onednn.conv_bias_act(x, weight, None if bias is None else bias.to(x.dtype), residual, geometry, relu)
+        y = onednn.conv_bias_act(x, weight, bias, residual, geometry, relu)
     else:
         y = reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
     return y.contiguous(memory_format=torch.channels_last)
@@ -45,7 +47,7 @@ def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, r
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, _ = inputs
+    x, weight, bias, _, scale, stride, padding, dilation, groups, relu, _ = inputs
     ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     ctx.bias_dtype = None if bias is None else bias.dtype
     # ReLU's backward needs only y's sign, which y, the next layer's input anyway, has.
@@ -136,7 +138,6 @@ def conv_bias_act(
         # A vector in the dtype that x had counts as fp32 or as x's dtype: either is read as it is.
         bias, scale = (v.float() if isinstance(v, Tensor) and v.dtype != dtype else v for v in (bias, scale))
     check_operands(x, weight, bias, residual, scale, geometry)
-    backend = dispatch.resolve(backend, x.device, x.dtype)
     return torch.ops.resnet_kernels.conv_bias_act.default(
         x, weight, bias, residual, scale, *geometry, bool(relu), backend
     )  # fmt: skip

@@ -30,7 +30,7 @@ def conv_bias_act(
     if scale is not None:
         weight = (weight * scale[:, None, None, None]).to(x.dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
     arguments = (geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *arguments)

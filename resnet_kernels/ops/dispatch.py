@@ -1,10 +1,10 @@
 """Which backend runs an op: one table of what each can do, one rule for `auto`.
 
-    triton  our kernels, on CUDA or ROCm GPUs, or on CPU tensors under TRITON_INTERPRET=1
-    cudnn   cuDNN's fused convolution + bias (+ add) + ReLU, on NVIDIA GPUs
-    cpu     oneDNN's fused convolution + bias (+ add), on CPU tensors
-    eager   plain PyTorch, anywhere
-    auto    cudnn on NVIDIA GPUs (until a measured table shows a win of ours), cpu on the CPU, eager elsewhere
+triton  our kernels, on CUDA or ROCm GPUs, or on CPU tensors under TRITON_INTERPRET=1
+cudnn   cuDNN's fused convolution + bias (+ add) + ReLU, on NVIDIA GPUs
+cpu     oneDNN's fused convolution + bias (+ add), on CPU tensors
+eager   plain PyTorch, anywhere
+auto    cudnn on NVIDIA GPUs (until a measured table shows a win of ours), cpu on the CPU, eager elsewhere
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return backend
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend can't run a dtype on a kind of device, as the end of a sentence; None if it can."""
     if backend == "eager":

@@ -7,13 +7,14 @@ padding is kept as (top, bottom, left, right) throughout.
 from __future__ import annotations
 
 import numbers
-from typing import NamedTuple, Sequence, Union
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-IntOrPair = Union[int, Sequence[int]]
-Padding = Union[int, Sequence[int], Sequence[Sequence[int]]]
+IntOrPair = int | Sequence[int]
+Padding = int | Sequence[int] | Sequence[Sequence[int]]
 
 
 class Geometry(NamedTuple):

@@ -23,7 +23,7 @@ _SAFE = 1e37
 _SMALL = 1e18
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def why_not(dtype: torch.dtype) -> str | None:
     """Why oneDNN's fused convolutions can't run this dtype here, as the end of a sentence; None if they can."""
     if dtype not in (torch.float32, torch.bfloat16):
@@ -61,11 +61,16 @@ def arguments(geometry: Geometry) -> tuple:
 def conv_bias_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, relu: bool
 ) -> Tensor:
-    """relu(conv(x, weight) + bias + residual), channels_last; bias in x's dtype."""
+    """relu(conv(x, weight) + bias + residual), channels_last."""
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
-    return run(x, weight, bias, residual, arguments(geometry), relu)
+    return run(x, weight, as_bias(bias, x.dtype), residual, arguments(geometry), relu)
+
+
+def as_bias(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A shift as oneDNN takes it. It reads a strided bias as if it were contiguous (PyTorch 2.13), without a word."""
+    return None if vector is None else vector.detach().to(dtype).contiguous()
 
 
 def run(

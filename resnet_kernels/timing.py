@@ -1,0 +1,205 @@
+"""Timing on machines that drift: contenders take turns, round after round, and are compared pair by pair.
+
+A clock that throttles or a neighbour that wakes up makes whichever contender runs at that moment look slow. In rounds
+A B C A B C ... it hits all of them, and the ratio of two samples of one round hardly feels it.
+
+One interface over two clocks: `time.perf_counter` on the CPU, CUDA events on a GPU. Neither judges: no function here
+fails because of a time.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+# Two calls see everything that is lazy: the first compiles, packs and allocates; the second may compile for what the first
+# has changed. The share of the time is for caches and clocks to settle.
+_WARM_UP_ROUNDS = 2
+_WARM_UP_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What one contender took.
+
+    samples: seconds, one a round, in the order of the rounds. Raises ValueError if there is none, or one is no finite
+    number of at least 0.
+    """
+
+    samples: tuple[float, ...]
+
+    def __post_init__(self):
+        object.__setattr__(self, "samples", tuple(map(float, self.samples)))
+        if not self.samples:
+            raise ValueError("samples must hold at least one sample, got none")
+        wrong = [sample for sample in self.samples if not (math.isfinite(sample) and sample >= 0)]
+        if wrong:
+            raise ValueError(f"samples must be finite and at least 0 seconds, got {wrong[0]}")
+
+    @property
+    def median(self) -> float:
+        """Seconds."""
+        return self._percentile(50)
+
+    @property
+    def p20(self) -> float:
+        """Seconds that a fifth of the samples stay below."""
+        return self._percentile(20)
+
+    @property
+    def p80(self) -> float:
+        """Seconds that four fifths of the samples stay below."""
+        return self._percentile(80)
+
+    def _percentile(self, percent: int) -> float:
+        return float(np.percentile(self.samples, percent))
+
+    def to_dict(self) -> dict:
+        """The summary and the samples in seconds, ready for json.dumps."""
+        return {
+            "median": self.median,
+            "p20": self.p20,
+            "p80": self.p80,
+            "rounds": len(self.samples),
+            "samples": list(self.samples),
+        }
+
+
+def interleave(
+    contenders: Mapping[str, Callable[[], object]],
+    *,
+    seconds: float = 5.0,
+    min_rounds: int = 5,
+    device: torch.device | str | None = None,
+    progress: Callable[[int, float], object] | None = None,
+) -> dict[str, Timing]:
+    """Times callables in turns: after a warm-up a round calls each of them once, in the mapping's order.
+
+    Each call is waited for, so a sample is a latency: on a GPU it includes the time that the host keeps the GPU waiting.
+    Each call also meets the caches as the other contenders have left them, which is the same for all, and not what calling
+    one of them in a loop would give.
+
+    Args:
+        contenders: what to time, by name; called without arguments, results are dropped.
+        seconds: go on with rounds until this much time has gone, at least 0. The warm-up takes a tenth of it, or two
+            rounds, on top.
+        min_rounds: rounds to do however long they take, at least 1.
+        device: where the work is done: CPU (None as well) or CUDA.
+        progress: called after each round with (rounds done, seconds gone), outside of what is timed.
+
+    Returns:
+        name -> Timing, in the mapping's order; samples with the same index are of the same round.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: no contenders, a number out of range, a device that there is
+        no clock for or that is not here. What a contender raises is passed on.
+    """
+    if not isinstance(contenders, Mapping):
+        raise TypeError(f"contenders must map names to callables, got {type(contenders).__name__}")
+    if not contenders:
+        raise ValueError("contenders must hold at least one callable, got none")
+    for name, call in contenders.items():
+        if not isinstance(name, str):
+            raise TypeError(f"contenders must have str names, got {name!r}")
+        if not callable(call):
+            raise TypeError(f"contenders[{name!r}] must be callable, got {type(call).__name__}")
+    if not isinstance(seconds, numbers.Real) or isinstance(seconds, bool):
+        raise TypeError(f"seconds must be a number, got {seconds!r}")
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"seconds must be finite and at least 0, got {seconds}")
+    if not isinstance(min_rounds, numbers.Integral) or isinstance(min_rounds, bool):
+        raise TypeError(f"min_rounds must be an int, got {min_rounds!r}")
+    if min_rounds < 1:
+        raise ValueError(f"min_rounds must be at least 1, got {min_rounds}")
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be callable or None, got {type(progress).__name__}")
+    clock = _clock(device)
+    calls = dict(contenders)
+    # The same loop as what counts, so that caches, too, are as they will be.
+    _rounds(calls, clock, seconds * _WARM_UP_SHARE, _WARM_UP_ROUNDS, None)
+    samples = _rounds(calls, clock, seconds, min_rounds, progress)
+    return {name: Timing(tuple(values)) for name, values in samples.items()}
+
+
+def ratio(a: Timing, b: Timing) -> float:
+    """Returns the median over the rounds of a's time / b's: below 1, a is the faster.
+
+    Not the ratio of the medians: what slows a whole round down drops out of its own ratio.
+
+    Raises:
+        TypeError: if one is no Timing. ValueError: if they have not the same number of samples, so that they can't be
+        of one call of `interleave`, or if b has a sample of 0 seconds.
+    """
+    for name, timing in (("a", a), ("b", b)):
+        if not isinstance(timing, Timing):
+            raise TypeError(f"{name} must be a Timing, got {type(timing).__name__}")
+    if len(a.samples) != len(b.samples):
+        raise ValueError(f"a and b must be of the same rounds, got {len(a.samples)} and {len(b.samples)} samples")
+    if min(b.samples) == 0:
+        raise ValueError("b must have no sample of 0 seconds: it is too short for the clock, let a call do more")
+    return float(np.median(np.divide(a.samples, b.samples)))
+
+
+def _rounds(
+    calls: dict[str, Callable[[], object]],
+    clock: Callable[[Callable[[], object]], float],
+    seconds: float,
+    min_rounds: int,
+    progress: Callable[[int, float], object] | None,
+) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    done, elapsed = 0, 0.0
+    while done < min_rounds or elapsed < seconds:
+        for name, call in calls.items():
+            samples[name].append(clock(call))
+        done += 1
+        elapsed = time.perf_counter() - begin
+        if progress is not None:
+            progress(done, elapsed)
+    return samples
+
+
+def _clock(device: torch.device | str | None) -> Callable[[Callable[[], object]], float]:
+    """A function that calls a callable and returns the seconds until its work on the device was done."""
+    if device is not None and not isinstance(device, (str, torch.device)):
+        raise TypeError(f"device must be a torch.device, a str or None, got {type(device).__name__}")
+    try:
+        device = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise ValueError(f"device must name a device, got {device!r}") from error
+    if device.type == "cpu":
+        return _cpu_seconds
+    if device.type != "cuda":
+        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device must be one that is here, got {device} with {torch.cuda.device_count()} CUDA devices")
+    return _cuda_clock(device)
+
+
+def _cpu_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    stream = torch.cuda.current_stream(device)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    # Nothing that was queued before may count as the first sample's.
+    torch.cuda.synchronize(device)
+
+    def seconds(call: Callable[[], object]) -> float:
+        start.record(stream)
+        call()
+        end.record(stream)
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3  # from milliseconds
+
+    return seconds

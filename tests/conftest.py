@@ -1,0 +1,53 @@
+"""Set-up shared by all tests: Triton's interpreter where there is no GPU, an importable torchvision, no network."""
+
+import os
+
+import torch
+
+# Before anything imports triton. On a GPU the kernels are compiled, and the same tests run there.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+# A backend forced from outside would change what the tests test.
+os.environ.pop("RESNET_KERNELS_BACKEND", None)
+
+import pytest
+
+if not torch.cuda.is_available():
+    # torchvision's wheel from PyPI is built for CUDA builds of torch; on a CPU build it imports once these two exist.
+    try:
+        _LIBRARY = torch.library.Library("torchvision", "DEF")
+        _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    except RuntimeError:
+        pass  # a torchvision that has them
+
+from resnet_kernels import blocks
+from resnet_kernels.ops import dispatch
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _says_again():
+    # Each fallback is said once a process; each test is to hear its own.
+    blocks._said.clear()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+def runnable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend can't be tested here, None if it can."""
+    reason = dispatch.why_not(backend, device_type, dtype)
+    return None if reason is None else f"{backend} {reason}"

@@ -1,0 +1,30 @@
+"""What is right: fp64 is the truth, eager in the working dtype is the budget."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import runnable
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def error(y: Tensor, oracle: Tensor) -> float:
+    """||y - oracle|| / ||oracle||."""
+    truth = oracle.double().cpu()
+    return ((y.double().cpu() - truth).norm() / truth.norm().clamp_min(1e-300)).item()
+
+
+def assert_within_budget(y: Tensor, eager: Tensor, oracle: Tensor, what: str = "") -> None:
+    """At most twice eager's error, plus one rounding; same shape and dtype; NaN and inf in the same places."""
+    assert y.shape == eager.shape and y.dtype == eager.dtype, what
+    assert torch.equal(y.isnan().cpu(), oracle.isnan().cpu()), f"{what}: NaN elsewhere than in fp64"
+    budget = 2 * error(eager, oracle) + torch.finfo(eager.dtype).eps / 2
+    assert error(y, oracle) <= budget, f"{what}: error {error(y, oracle):.2e} over the budget of {budget:.2e}"
+
+
+def skip_unless_runnable(backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    reason = runnable(backend, device.type, dtype)
+    if reason:
+        pytest.skip(reason)

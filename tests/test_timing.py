@@ -1,0 +1,131 @@
+"""timing.py: the order of the rounds, what is counted, and the errors. No test here depends on how fast a machine is."""
+
+import dataclasses
+import json
+import time
+
+import pytest
+import torch
+
+from resnet_kernels.timing import Timing, interleave, ratio
+
+NOTHING = {"a": lambda: None}
+
+
+def spin(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def test_rounds_are_really_interleaved():
+    calls = []
+    interleave({name: lambda name=name: calls.append(name) for name in "abc"}, seconds=0, min_rounds=4)
+    assert "".join(calls) == "abc" * (len(calls) // 3)
+    assert len(calls) > 3 * 4  # the warm-up is of such rounds, too
+
+
+@pytest.mark.parametrize("min_rounds", [1, 7])
+def test_min_rounds_are_done_and_the_warm_up_is_not_counted(min_rounds):
+    calls = []
+    timings = interleave({"a": lambda: calls.append(0), "b": lambda: None}, seconds=0, min_rounds=min_rounds)
+    assert list(timings) == ["a", "b"]
+    assert [len(timing.samples) for timing in timings.values()] == [min_rounds] * 2
+    assert len(calls) > min_rounds
+
+
+def test_rounds_go_on_until_the_time_has_gone():
+    seen = []
+    timings = interleave(NOTHING, seconds=0.02, min_rounds=1, progress=lambda *now: seen.append(now))
+    rounds, elapsed = zip(*seen)
+    assert rounds == tuple(range(1, len(timings["a"].samples) + 1))
+    assert list(elapsed) == sorted(elapsed)
+    assert elapsed[-1] >= 0.02 and all(seconds < 0.02 for seconds in elapsed[:-1])
+
+
+def test_a_slow_contender_has_a_ratio_above_one():
+    timings = interleave({"slow": lambda: time.sleep(0.01), "fast": lambda: spin(0.001)}, seconds=0)
+    # Neither can end before its time, whatever else the machine does.
+    assert min(timings["slow"].samples) >= 0.01 and min(timings["fast"].samples) >= 0.001
+    assert ratio(timings["slow"], timings["fast"]) > 1 > ratio(timings["fast"], timings["slow"])
+
+
+def test_progress_is_not_timed():
+    timings = interleave(NOTHING, seconds=0, progress=lambda *_: time.sleep(0.01))
+    assert timings["a"].median < 0.01
+
+
+def test_ratio_pairs_the_rounds():
+    # A machine that gets slower tenfold: b takes twice as long in each round, but the medians alone would say so, too,
+    # only by luck.
+    a, b = Timing((1.0, 1.0, 10.0)), Timing((2.0, 20.0, 20.0))
+    assert ratio(a, b) == 0.5
+    assert a.median / b.median != 0.5
+
+
+def test_summary_of_the_samples():
+    timing = Timing((5.0, 1.0, 3.0, 2.0, 4.0, 6.0))
+    assert (timing.p20, timing.median, timing.p80) == (2.0, 3.5, 5.0)
+    summary = json.loads(json.dumps(timing.to_dict()))
+    assert summary == {"median": 3.5, "p20": 2.0, "p80": 5.0, "rounds": 6, "samples": [5.0, 1.0, 3.0, 2.0, 4.0, 6.0]}
+    assert Timing((2.0,)).p20 == Timing((2.0,)).p80 == 2.0
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        timing.samples = ()
+
+
+@pytest.mark.parametrize("samples", [(), (1.0, float("nan")), (float("inf"),), (-1.0,)])
+def test_timing_refuses_what_is_no_time(samples):
+    with pytest.raises(ValueError, match="samples must"):
+        Timing(samples)
+
+
+def test_ratio_refuses_what_is_no_pair():
+    with pytest.raises(TypeError, match="b must be a Timing, got float"):
+        ratio(Timing((1.0,)), 1.0)
+    with pytest.raises(ValueError, match="same rounds, got 1 and 2"):
+        ratio(Timing((1.0,)), Timing((1.0, 2.0)))
+    with pytest.raises(ValueError, match="b must have no sample of 0"):
+        ratio(Timing((1.0,)), Timing((0.0,)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"contenders": [print]}, TypeError, "contenders must map names to callables, got list"),
+        ({"contenders": {}}, ValueError, "contenders must hold at least one"),
+        ({"contenders": {1: print}}, TypeError, "contenders must have str names, got 1"),
+        ({"contenders": {"a": 1}}, TypeError, r"contenders\['a'\] must be callable, got int"),
+        ({"seconds": "1"}, TypeError, "seconds must be a number, got '1'"),
+        ({"seconds": True}, TypeError, "seconds must be a number, got True"),
+        ({"seconds": -1}, ValueError, "seconds must be finite and at least 0, got -1"),
+        ({"seconds": float("nan")}, ValueError, "seconds must be finite"),
+        ({"seconds": float("inf")}, ValueError, "seconds must be finite"),
+        ({"min_rounds": 1.5}, TypeError, "min_rounds must be an int, got 1.5"),
+        ({"min_rounds": True}, TypeError, "min_rounds must be an int, got True"),
+        ({"min_rounds": 0}, ValueError, "min_rounds must be at least 1, got 0"),
+        ({"progress": 1}, TypeError, "progress must be callable or None, got int"),
+        ({"device": 0}, TypeError, "device must be a torch.device, a str or None, got int"),
+        ({"device": "toaster"}, ValueError, "device must name a device, got 'toaster'"),
+        ({"device": "meta"}, ValueError, "device must be a CPU or CUDA device, got meta"),
+        ({"device": "cuda:99"}, ValueError, "device must be one that is here, got cuda:99"),
+    ],
+)
+def test_argument_errors(arguments, error, message):
+    called = []
+    contenders = arguments.pop("contenders", {"a": lambda: called.append(0)})
+    with pytest.raises(error, match=message):
+        interleave(contenders, **arguments)
+    assert not called
+
+
+def test_errors_of_a_contender_are_passed_on():
+    with pytest.raises(ZeroDivisionError):
+        interleave({"a": lambda: 1 / 0})
+
+
+@pytest.mark.gpu
+def test_cuda_events_wait_for_the_work():
+    x = torch.randn(4096, 4096, device="cuda")
+    some = {"long": lambda: [x @ x for _ in range(20)], "short": lambda: x[:32] @ x}
+    timings = interleave(some, seconds=0, device="cuda")
+    assert ratio(timings["long"], timings["short"]) > 1
