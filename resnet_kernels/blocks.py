@@ -179,6 +179,17 @@ def _global_hooks() -> bool:
     )
 
 
+def is_ordinary(x: Any) -> bool:
+    """Whether x is a tensor with numbers in it, and no tracer, transform or dispatch mode is watching."""
+    # torch.fx proxies, fake tensors, DTensors, lists: eager knows what to make of them.
+    return (type(x) is Tensor or type(x) is nn.Parameter) and not (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
 class Wiring:
     """The live modules behind a recipe's paths: looked up once, checked by identity in each call, list against list."""
 
@@ -267,15 +278,7 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> tupl
     """
     if torch.compiler.is_compiling():
         return _decide_for_compiler(module, recipe, state, x), ""
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return None, ""  # torch.fx proxies, fake tensors, DTensors, lists: whatever eager makes of them
-    if (
-        module.training
-        or torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    ):
+    if module.training or not is_ordinary(x):
         return None, ""
     if _global_hooks():
         return None, "a global module hook is registered"

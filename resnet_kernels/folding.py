@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import reference
 from .ops import onednn
 from .ops.geometry import Geometry
+from .ops.library import is_dense
 
 # Each sample is a cache miss, and 16 of them see every change of a whole tensor.
 _SAMPLES = 16
@@ -136,7 +137,7 @@ def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
 
     None for a tensor that is not dense (an expanded one): that is packed anew in each call.
     """
-    if not torch.ops.aten.is_non_overlapping_and_dense(tensor):
+    if not is_dense(tensor):
         return None
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     memory = memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(integer).numpy())

@@ -166,6 +166,12 @@ class _Tracer(torch.fx.Tracer):
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         return not is_plain_sequential(module)
 
+    def call_module(self, module: nn.Module, forward, args, kwargs):
+        if self.is_leaf_module(module, ""):
+            return super().call_module(module, forward, args, kwargs)
+        # Without its hooks: they are the user's, and would see proxies.
+        return nn.Sequential.forward(module, *args, **kwargs)
+
 
 def _trace(module: nn.Module) -> torch.fx.Graph:
     """The graph of module.forward(x), all other arguments at their defaults."""
@@ -255,6 +261,8 @@ class _Reader:
                     users[argument].append(node)
         users[alias[result]].append(None)  # the caller
         heads = self._group(nodes, users, alias)
+        if not any(group["kind"] == "conv" for group in heads.values()):
+            raise CannotRead("it runs no convolution of its own")
         return self._schedule(x, alias[result], heads, alias)
 
     def _classify(self, node: torch.fx.Node) -> None:

@@ -43,9 +43,9 @@ class FusedHost(Fused):
 
 def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
     """Whether this is inference on an image batch, and not training, tracing or a call with something else."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or module.training:
+    if torch.compiler.is_compiling() or module.training or not blocks.is_ordinary(x):
         return False
-    if type(x) is not Tensor or x.dim() != 4 or not x.is_floating_point():
+    if x.dim() != 4 or not x.is_floating_point():
         return False
     if tuple(module._modules) != state.plan.names or any(
         module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules

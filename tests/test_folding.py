@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from oracle import error, skip_unless_runnable
+from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
@@ -16,7 +16,7 @@ from resnet_kernels.verify import randomise_batch_norms_
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 @pytest.mark.parametrize("channels", (1, 17, 512, 1030))
 def test_scale_shift_kernel_against_fp64(affine, bias, dtype, channels, device):
-    """Variances of 6e4 and 1e-15 included; within two roundings of fp32, as the formula in fp32 is."""
+    """Variances of 6e4 and 1e-15 included; PyTorch's own fp32 is the budget."""
     skip_unless_runnable("triton", device, torch.float32)
     from resnet_kernels.kernels import bn_scale_shift
 
@@ -26,10 +26,9 @@ def test_scale_shift_kernel_against_fp64(affine, bias, dtype, channels, device):
     conv_bias = torch.randn(channels).to(dtype) if bias else None
     vectors = [None if t is None else t.to(device) for t in (weight, shift, mean, var, conv_bias)]
     oracle = reference.bn_scale_shift(*(None if t is None else t.double() for t in vectors), 1e-5)
-    for launched in (bn_scale_shift.launch(*vectors, 1e-5), reference.bn_scale_shift(*vectors, 1e-5)):
-        for value, right in zip(launched, oracle):
-            assert value.dtype == torch.float32 and value.shape == (channels,)
-            assert error(value, right) < 2 * 2**-24
+    results = zip(bn_scale_shift.launch(*vectors, 1e-5), reference.bn_scale_shift(*vectors, 1e-5), oracle)
+    for value, eager, right in results:
+        assert_within_budget(value, eager, right)
 
 
 def _model(dtype=torch.float32):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .library import LIBRARY
+from .library import LIBRARY, is_dense
 
 LIBRARY.define("add_relu(Tensor x, Tensor residual, str backend) -> Tensor")
 
@@ -64,7 +64,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = "auto") -> Tensor:
         if came != accepted:
             came, accepted = (tuple(v) if attribute == "shape" else v for v in (came, accepted))
             raise ValueError(f"residual must have x's {attribute} {accepted}, got {came}")
-    if not torch.ops.aten.is_non_overlapping_and_dense(x):
+    if not is_dense(x):
         raise ValueError(f"x must be dense in memory, got shape {tuple(x.shape)} with strides {x.stride()}")
     if x.stride() != residual.stride():
         residual = torch.empty_like(x).copy_(residual)

@@ -19,3 +19,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether x's elements fill its memory without gaps or overlaps, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape) if size != 1):
+        if stride != expected:
+            return x.numel() == 0
+        expected *= size
+    return True
