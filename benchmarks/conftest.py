@@ -52,9 +52,7 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[ROWS]
     if not rows:
         return
-    terminalreporter.section(
-        "time / eager's time, both in turns in one run: median of the rounds' ratios, below 1 is faster"
-    )
+    terminalreporter.section("time / eager's time, measured in turns: below 1 is faster")
     head = ("case", "contender", "ratio", "eager [p20, p80] ms", "contender [p20, p80] ms", "rounds", "error", "budget")
     cells = [
         (

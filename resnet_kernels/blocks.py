@@ -342,8 +342,8 @@ def run_recipe(
             residual = None if step.residual is None else values[step.residual]
             if on_cpu:
                 pack = state.packs.get(step.conv)
-                if pack is None or not pack.is_current(child, bn, values[step.x].dtype):
-                    pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x].dtype, values[step.x].shape)
+                if pack is None or not pack.is_current(child, bn, values[step.x]):
+                    pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x])
                 bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])
                 overwrite = step.overwrites_residual and (step.residual != 0 or owned)
                 y = pack(values[step.x], residual, step.relu, bound, overwrite)

@@ -63,9 +63,10 @@ class PackedConv:
         "weight",
     )
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype, input_shape: torch.Size):
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor):
+        dtype = x.dtype
         self._conv, self._bn = conv, bn
-        self._settings = _settings(conv, bn, dtype)
+        self._settings = _settings(conv, bn, x)
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -80,14 +81,16 @@ class PackedConv:
         self._offset = 0.0 if shift is None else self.bias.float().abs().max().item()
         self._arguments = onednn.arguments(self.geometry)
         self._unfolded = None
-        if math.isfinite(self._gain) and math.isfinite(self._offset):
-            self.weight = onednn.pack_weight(weight, self.geometry, input_shape)
-        else:
+        if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
             self.weight, self._unfolded = None, (conv.weight.detach().to(dtype), shift, scale)
+        elif onednn.is_for_aten(x):
+            self.weight = weight
+        else:
+            self.weight = onednn.pack_weight(weight, self.geometry, x.shape)
 
-    def is_current(self, conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype) -> bool:
-        """Whether the packed copy still is what conv and bn say."""
-        if conv is not self._conv or bn is not self._bn or _settings(conv, bn, dtype) != self._settings:
+    def is_current(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor) -> bool:
+        """Whether the packed copy still is what conv and bn say, and fit for x."""
+        if conv is not self._conv or bn is not self._bn or _settings(conv, bn, x) != self._settings:
             return False
         for registry, name, source, pointer, version, live, then in self._watched:
             if registry.get(name) is not source:
@@ -112,12 +115,15 @@ class PackedConv:
         if self._unfolded is not None:
             weight, shift, scale = self._unfolded
             return reference.conv_bias_act(x, weight, shift, residual, scale, self.geometry, relu)
+        if onednn.is_for_aten(x):
+            return reference.conv_bias_act(x, self.weight, self.bias, residual, None, self.geometry, relu)
         x = reference.pad_if_asymmetric(x, self.geometry)
         return onednn.run(x, self.weight, self.bias, residual, self._arguments, relu, bound, overwrite_residual)
 
 
-def _settings(conv: nn.Conv2d, bn: nn.Module | None, dtype: torch.dtype) -> tuple:
-    return dtype, conv.stride, conv.padding, conv.dilation, None if bn is None else bn.eps
+def _settings(conv: nn.Conv2d, bn: nn.Module | None, x: Tensor) -> tuple:
+    eps = None if bn is None else bn.eps
+    return x.dtype, onednn.is_for_aten(x), conv.stride, conv.padding, conv.dilation, eps
 
 
 def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:

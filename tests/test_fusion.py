@@ -165,27 +165,28 @@ def test_nothing_is_left_half_fused_when_swapping_fails(model, monkeypatch):
     assert not any("_rk_state" in m.__dict__ for m in mine.modules())
 
 
-def test_hooks_fire_whether_added_before_or_after(model, x):
-    for add_before in (True, False):
-        mine, seen = copy.deepcopy(model), []
+@pytest.mark.parametrize("add_before", (True, False))
+def test_hooks_fire_whether_added_before_or_after(model, x, add_before):
+    mine, seen = copy.deepcopy(model), []
 
-        def add(target=mine, log=seen):
-            for path in ("layer1.0", "layer1.0.conv2", "layer1.1.bn3", "layer2.0.downsample", "bn1", "layer1"):
-                target.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: log.append((path, o.clone())))
+    def add():
+        for path in ("layer1.0", "layer1.0.conv2", "layer1.1.bn3", "layer2.0.downsample", "bn1", "layer1"):
+            mine.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: seen.append((path, o.clone())))
 
-        if add_before:
-            add()
-        rk.fuse_(mine)
-        if not add_before:
-            add()
-        with torch.no_grad(), pytest.warns(RuntimeWarning, match="a hook on"):
-            y = mine(x)
-            fired = list(seen)
-            seen.clear()
-            close(y, rk.unfuse_(mine)(x))
-        assert [path for path, _ in fired] == [path for path, _ in seen] and len(fired) == 6
-        for (_, a), (_, b) in zip(fired, seen):
-            close(a, b)
+    if add_before:
+        add()
+    rk.fuse_(mine)
+    if not add_before:
+        add()
+    assert not seen, "reading a model must not fire its hooks"
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="a hook on"):
+        y = mine(x)
+        fired = list(seen)
+        seen.clear()
+        close(y, rk.unfuse_(mine)(x))
+    assert [path for path, _ in fired] == [path for path, _ in seen] and len(fired) == 6
+    for (_, a), (_, b) in zip(fired, seen):
+        close(a, b)
 
 
 def test_a_hook_on_a_block_may_keep_its_output(model, x):

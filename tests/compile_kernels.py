@@ -1,0 +1,394 @@
+"""Compiles every shipped Triton kernel for GPUs that need not be here, and says what each one takes.
+
+    python tests/compile_kernels.py                a table
+    python tests/compile_kernels.py --all          the same of every case
+    python tests/compile_kernels.py --json FILE    the same as records, which tests/test_compile.py checks
+
+A case is a kernel with its compile-time arguments, as the launcher would specialise it for a layer of a real network; the
+convolutions carry their heaviest epilogue (scale, bias, residual and ReLU).
+
+Without --all, cases that differ only in stride, batch or image size are compiled once, and fp16 for one target only: seen
+over all of them with Triton 3.9.0, registers differ by 15 at most, and shared memory and spills to memory not at all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# No import of triton or of a kernel up here: main() has to take TRITON_INTERPRET away first.
+import torch
+from torch import nn
+
+from resnet_kernels import models
+from resnet_kernels.models.d2l import Residual
+from resnet_kernels.ops.geometry import Geometry
+
+KIB = 1024
+WORKERS = 2
+FP16_TARGET = "sm_90"
+# Seconds each to compile; one fits but spills, the other doesn't even fit.
+PLANTED_TARGETS = ("sm_90", "gfx942")
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU to compile for. Sizes are the vendors' published ones: shared memory of a program and of an SM in bytes."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_per_program: int
+    shared_per_sm: int
+
+    @property
+    def nvidia(self) -> bool:
+        return self.backend == "cuda"
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, 163 * KIB, 164 * KIB),
+    Target("sm_90", "cuda", 90, 32, 227 * KIB, 228 * KIB),
+    Target("sm_100", "cuda", 100, 32, 227 * KIB, 228 * KIB),
+    Target("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel, specialised. arguments: run-time ones by name, with their type; aligned: those known to be 16-fold."""
+
+    kernel: str
+    config: str
+    dtype: str
+    layer: str
+    num_warps: int
+    num_stages: int
+    arguments: dict[str, str]
+    aligned: tuple[str, ...]
+    constants: dict = field(default_factory=dict)
+    planted: bool = False
+
+
+def find_cuobjdump() -> str | None:
+    """NVIDIA's reader of compiled kernels, from Triton's own package or the PATH."""
+    import triton
+
+    shipped = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return str(shipped) if shipped.exists() else shutil.which("cuobjdump")
+
+
+def layers() -> dict[tuple, str]:
+    """(weight shape, geometry, input size, output size) of every convolution of the nets, with a name for each."""
+    found: dict[tuple, str] = {}
+
+    def visit(net_name, build, *shape):
+        def note(module, inputs, output, name):
+            key = (tuple(module.weight.shape), Geometry.of_module(module), *(t.shape[2:] for t in (inputs[0], output)))
+            found.setdefault(key, f"{net_name} {name}".strip())
+
+        with torch.device("meta"):
+            net = build().eval()
+        for name, module in net.named_modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(lambda *call, name=name: note(*call, name))
+        net(torch.empty(shape, device="meta"))
+
+    for net_name in ("resnet18", "resnet50", "resnext50_32x4d"):
+        visit(net_name, models.BY_NAME[net_name], 1, 3, 224, 224)
+    visit("d2l_resnet18", models.d2l_resnet18, 1, 1, 96, 96)
+    visit("d2l 3 to 3", lambda: Residual(3, 3), 4, 3, 6, 6)
+    visit("d2l 3 to 6", lambda: Residual(3, 6, use_1x1conv=True, strides=2), 4, 3, 6, 6)
+    # Beyond the nets: what else can lead to a configuration's other loop (whole chunks or ragged ones).
+    for c_in, c_out in ((32, 64), (17, 33), (17, 32)):
+        visit(f"{c_in} to {c_out}", lambda sizes=(c_in, c_out): nn.Conv2d(*sizes, 3, 1, 1), 1, c_in, 14, 14)
+    return found
+
+
+def specialise(integers: dict[str, int]) -> tuple[dict[str, str], tuple[str, ...], dict[str, int]]:
+    """Does to a launch's integers what Triton does: 1 becomes a constant, multiples of 16 are known as such."""
+    constants = {name: 1 for name, value in integers.items() if value == 1}
+    arguments = {name: "i32" for name in integers if name not in constants}
+    return arguments, tuple(name for name in arguments if integers[name] % 16 == 0), constants
+
+
+def conv_case(config, dtype: str, layer: str, weight_shape, geometry: Geometry, in_size, out_size, n_pixels) -> Case:
+    from resnet_kernels.kernels import conv_bias_act
+
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    integers = dict(
+        n_pixels=n_pixels,
+        in_h=in_size[0],
+        in_w=in_size[1],
+        out_h=out_size[0],
+        out_w=out_size[1],
+        c_in=weight_shape[1],
+        c_out=weight_shape[0] // geometry.groups,
+        groups=geometry.groups,
+        pad_top=geometry.padding[0],
+        pad_left=geometry.padding[2],
+    )
+    arguments, aligned, constants = specialise(integers)
+    data = dict.fromkeys(("x_ptr", "w_ptr", "residual_ptr", "y_ptr"), "*" + dtype.replace("tf32", "fp32"))
+    return Case(
+        "conv_bias_act",
+        label(config),
+        dtype,
+        layer,
+        config.num_warps,
+        config.num_stages,
+        data | {"scale_ptr": "*fp32", "bias_ptr": "*fp32"} | arguments,
+        aligned,
+        constants | conv_bias_act.constexprs(DTYPES[dtype], weight_shape, geometry, True, config),
+    )
+
+
+def label(config) -> str:
+    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+
+
+def conv_cases(everything: bool) -> list[Case]:
+    from resnet_kernels.kernels.conv_bias_act import choose_config
+
+    cases = {}
+    for (weight_shape, geometry, in_size, out_size), name in layers().items():
+        c_out, c_in = weight_shape[0] // geometry.groups, weight_shape[1]
+        for batch in (1, 256):
+            n_pixels = batch * out_size[0] * out_size[1]
+            for dtype in DTYPES:
+                config = choose_config(n_pixels, c_in, c_out, DTYPES[dtype])
+                case = conv_case(config, dtype, name, weight_shape, geometry, in_size, out_size, n_pixels)
+                # Stride, batch and image size are left out: see the top of this file.
+                loop = (case.constants["WHOLE_CHUNKS"], case.constants["IN_BOUNDS"], weight_shape[2:])
+                key = repr(replace(case, layer="")) if everything else (loop, c_in == 1, geometry.groups == 1)
+                cases.setdefault((config, dtype, key), case)
+    return list(cases.values())
+
+
+def pointwise_cases() -> list[Case]:
+    from resnet_kernels.kernels import add_relu, bn_scale_shift
+
+    cases = []
+    for dtype in ("fp16", "bf16", "fp32"):
+        pointers = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*" + dtype)
+        size = {"BLOCK_SIZE": add_relu.BLOCK_SIZE}
+        for n_elements in (64 * 56 * 56, 17):
+            arguments, aligned, _ = specialise({"n_elements": n_elements})
+            cases.append(
+                Case("add_relu", str(add_relu.BLOCK_SIZE), dtype, f"{n_elements} elements", add_relu.NUM_WARPS, 3,
+                     pointers | arguments, aligned, size)
+            )  # fmt: skip
+        size = {"BLOCK_SIZE": bn_scale_shift.BLOCK_SIZE}
+        given = dict.fromkeys(("mean_ptr", "var_ptr"), "*" + dtype)
+        optional = dict.fromkeys(("weight_ptr", "bias_ptr", "conv_bias_ptr"), "*" + dtype)
+        arguments, aligned, _ = specialise({"n_channels": 64})
+        arguments |= {"scale_ptr": "*fp32", "shift_ptr": "*fp32", "eps": "fp32"}
+        for name, pointers, absent in (("all given", given | optional, {}), ("bare", given, dict.fromkeys(optional))):
+            cases.append(
+                Case("bn_scale_shift", str(bn_scale_shift.BLOCK_SIZE), dtype, name, bn_scale_shift.NUM_WARPS, 3,
+                     pointers | arguments, aligned, size | absent)
+            )  # fmt: skip
+    return cases
+
+
+def planted_case() -> Case:
+    """A tile that no target can hold: 512 fp32 sums a thread on NVIDIA, 128 KiB of operands and more."""
+    from resnet_kernels.kernels.conv_bias_act import ConvConfig
+
+    config = ConvConfig(256, 256, 64, num_warps=4, num_stages=3)
+    geometry = Geometry(padding=(1, 1, 1, 1))
+    case = conv_case(
+        config, "bf16", "planted: too large", (256, 256, 3, 3), geometry, (14, 14), (14, 14), 256 * 14 * 14
+    )
+    return replace(case, planted=True)
+
+
+def compile_case(job: tuple[Case, Target]) -> dict:
+    """Compiles one case for one target; returns its record, with `error` set instead of figures where that failed."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    case, target = job
+    fn = _kernel(case.kernel)
+    attrs = {}
+    for i, name in enumerate(fn.arg_names):
+        if case.arguments.get(name, "").startswith("*"):
+            # A ROCm launch also tells the compiler of tensors below 2 GiB: that's what buffer instructions need.
+            attrs[(i,)] = [["tt.divisibility", 16]] + ([] if target.nvidia else [["tt.pointer_range", 32]])
+        elif name in case.aligned:
+            attrs[(i,)] = [["tt.divisibility", 16]]
+    record = {**asdict(case), "target": target.name, "error": None}
+    try:
+        compiled = triton.compile(
+            ASTSource(
+                fn=fn,
+                signature={name: case.arguments.get(name, "constexpr") for name in fn.arg_names},
+                constexprs=case.constants,
+                attrs=attrs,
+            ),
+            target=GPUTarget(target.backend, target.arch, target.warp_size),
+            options=dict(num_warps=case.num_warps, num_stages=case.num_stages, enable_fp_fusion=True),
+        )
+        record["shared"] = compiled.metadata.shared
+        record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
+        record |= _read_nvidia(compiled) if target.nvidia else _read_amd(compiled)
+        record["programs"] = _programs(record, target)
+    except Exception as error:
+        record["error"] = f"{type(error).__name__}: {error}"[:2000]
+    return record
+
+
+def _kernel(name: str):
+    from resnet_kernels.kernels import add_relu, bn_scale_shift, conv_bias_act
+
+    return {
+        "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
+        "add_relu": add_relu._add_relu_kernel,
+        "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
+    }[name]
+
+
+def _loads_in_loop(ttgir: str) -> int | None:
+    """How many plain (waiting) loads are left in the K loop; None without a loop."""
+    loop = re.search(r"^( *)[^\n]*\bscf\.for\b.*?^\1\}", ttgir, re.S | re.M)
+    return None if loop is None else len(re.findall(r"\btt\.load\b|\bbuffer_load\b", loop.group(0)))
+
+
+def _read_nvidia(compiled) -> dict:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [find_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    figures = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
+    ptx = compiled.asm["ptx"]
+    return dict(
+        registers=figures["REG"],
+        spills={"stack bytes": figures["STACK"], "local bytes": figures["LOCAL"]},
+        tensor_cores=sorted(set(re.findall(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)\b", ptx))),
+        copy_bytes=sorted({int(n, 16) for n in re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*?(0x\w+)", ptx)}),
+        load_bytes=sorted(
+            {int(n or 1) * int(b) // 8 for n, b in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)}
+        ),
+        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
+    )
+
+
+def _read_amd(compiled) -> dict:
+    asm = compiled.asm["amdgcn"]
+    names = ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    figures = {name: int(re.search(rf"\.{name}:\s+(\d+)", asm).group(1)) for name in names}
+    widths = {"ubyte": 1, "sbyte": 1, "ushort": 2, "sshort": 2, "short": 2}
+    loads = set(re.findall(r"\b(?:global|buffer|flat)_load_(?:(dword)(?:x(\d))?|([us]?byte|[us]?short))", asm))
+    return dict(
+        registers=figures["vgpr_count"],
+        spills={
+            "VGPRs": figures["vgpr_spill_count"],
+            "scratch bytes": figures["private_segment_fixed_size"],
+            "SGPRs": figures["sgpr_spill_count"],
+        },
+        tensor_cores=sorted({"mfma xf32" if xf32 else "mfma" for xf32 in re.findall(r"\bv_mfma_\w+?(xf32)?\b", asm)}),
+        copy_bytes=[],
+        load_bytes=sorted(4 * int(n or 1) if dword else widths[part] for dword, n, part in loads),
+        tensor_memory=0,
+    )
+
+
+def _programs(record: dict, target: Target) -> int:
+    """How many programs run on one SM (CU) at a time: what registers, shared memory, threads and slots leave."""
+    warps, registers = record["num_warps"], -(-record["registers"] // 8) * 8
+    if target.nvidia:
+        # Registers belong to one of four quarters of the SM. 1 KiB of each program's shared memory is the system's.
+        by_registers = 4 * (64 * KIB // 4 // (32 * registers)) // warps
+        by_tensor_memory = 512 // record["tensor_memory"] if record["tensor_memory"] else 32
+        by_shared = target.shared_per_sm // (record["shared"] + KIB)
+        return min(by_registers, by_shared, 2048 // (32 * warps), by_tensor_memory, 32)
+    # 512 registers a lane in each of four SIMDs, and at most 8 waves there.
+    by_registers = 4 * min(8, 512 // registers) // warps
+    return min(by_registers, target.shared_per_sm // max(record["shared"], 1))
+
+
+def jobs(everything: bool) -> list[tuple[Case, Target]]:
+    cases = [*conv_cases(everything), *pointwise_cases()]
+    chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
+    return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
+
+
+def compile_all(everything: bool) -> list[dict]:
+    """Records of the cases on every target, planted ones included."""
+    # spawn: a fork would take torch's and LLVM's threads along half-dead.
+    with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_case, jobs(everything)))
+
+
+def describe(record: dict) -> str:
+    """The case in words, as a failing test names it."""
+    return f"{record['kernel']} {record['config']} {record['dtype']} ({record['layer']}) on {record['target']}"
+
+
+def table(records: list[dict]) -> str:
+    """A line a record. spills: bytes of stack on NVIDIA; VGPRs, or SGPRs held in VGPRs, on AMD."""
+    head = (
+        "kernel",
+        "config",
+        "dtype",
+        "layer",
+        "target",
+        "registers",
+        "shared KiB",
+        "programs/SM",
+        "spills",
+        "multiply",
+    )
+    rows = [head]
+    for r in sorted(records, key=lambda r: [t.name for t in TARGETS].index(r["target"])):
+        row = [r["kernel"], r["config"], r["dtype"], r["layer"], r["target"]]
+        if r["error"]:
+            row += ["error", "", "", "", ""]
+        else:
+            spills = ", ".join(f"{n} {what}" for what, n in r["spills"].items() if n) or "none"
+            row += [
+                r["registers"],
+                f"{r['shared'] / KIB:.1f}",
+                r["programs"],
+                spills,
+                ", ".join(r["tensor_cores"]) or "fma",
+            ]
+        rows.append([str(cell) for cell in row])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="leave no case out; takes minutes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there")
+    arguments = parser.parse_args()
+    # Under the interpreter nothing can be compiled, and a cache may hold what an older source gave.
+    os.environ.pop("TRITON_INTERPRET", None)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        records = compile_all(arguments.all)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(records))
+    print(table(records))
+
+
+if __name__ == "__main__":
+    main()

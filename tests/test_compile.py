@@ -1,0 +1,163 @@
+"""Every shipped kernel configuration compiles, fits, doesn't spill and multiplies where it should, on GPUs that aren't here.
+
+Nothing is launched. tests/compile_kernels.py compiles in a process of its own: this one runs kernels in the interpreter.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from compile_kernels import KIB, PLANTED_TARGETS, TARGETS, Target, describe, find_cuobjdump, label, table
+
+pytestmark = pytest.mark.compile_only
+
+SCRIPT = Path(__file__).with_name("compile_kernels.py")
+BYTES = {"fp16": 2, "bf16": 2, "fp32": 4, "tf32": 4}
+BY_NAME = {target.name: target for target in TARGETS}
+
+
+@pytest.fixture(scope="session")
+def all_records(tmp_path_factory) -> list[dict]:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if find_cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither in Triton's package nor in the PATH: registers and spills can't be read")
+    file = tmp_path_factory.mktemp("compiled") / "records.json"
+    # A function that the interpreter took over can't be compiled.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, str(SCRIPT), "--json", str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert run.returncode == 0, f"compile_kernels.py failed:\n{run.stderr[-5000:]}"
+    records = json.loads(file.read_text())
+    print("\n" + table(records))
+    return records
+
+
+@pytest.fixture(scope="session")
+def records(all_records) -> list[dict]:
+    return [r for r in all_records if not r["planted"]]
+
+
+# Each check takes a record and its target, and returns what is wrong with it, or None.
+
+
+def compiles(record: dict, target: Target) -> str | None:
+    return record["error"]
+
+
+def fits_shared_memory(record: dict, target: Target) -> str | None:
+    if record["shared"] > target.shared_per_program:
+        return f"needs {record['shared'] / KIB:.1f} KiB of shared memory, {target.shared_per_program / KIB:.0f} are to be had"
+
+
+def does_not_spill(record: dict, target: Target) -> str | None:
+    spills = {what: n for what, n in record["spills"].items() if n}
+    # A scalar register spilled on AMD goes to a lane of a vector register, not to memory. The fast loop does without even
+    # that; where each element of a step has a tap of its own, up to 14 scalars are kept there.
+    if not record["constants"].get("WHOLE_CHUNKS", True):
+        spills.pop("SGPRs", None)
+    if spills:
+        return f"spills {spills}, with {record['registers']} registers"
+
+
+def has_room_for_a_program(record: dict, target: Target) -> str | None:
+    if record["programs"] < 1:
+        return f"not one program fits on an SM: {record['registers']} registers, {record['num_warps']} warps"
+
+
+def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
+    if record["kernel"] != "conv_bias_act":
+        return None
+    # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
+    whole_group = record["num_warps"] % 4 == 0
+    instruction = {
+        "sm_80": "mma.sync",
+        "sm_90": "wgmma.mma_async" if whole_group else "mma.sync",
+        "sm_100": "tcgen05.mma" if whole_group else "mma.sync",
+        "gfx942": "mfma xf32" if record["dtype"] == "tf32" else "mfma",
+    }[target.name]
+    # IEEE fp32 has no instruction on NVIDIA's tensor cores: any there would be TF32 unasked for.
+    expected = [] if record["dtype"] == "fp32" and target.nvidia else [instruction]
+    if record["tensor_cores"] != expected:
+        return f"multiplies with {record['tensor_cores'] or 'FMA'}, expected {expected or 'FMA'}"
+
+
+def keeps_the_k_loop_fed(record: dict, target: Target) -> str | None:
+    if not record["constants"].get("WHOLE_CHUNKS", False):
+        return None
+    if not target.nvidia:
+        # No asynchronous copies there: loads a step ahead into registers. Nothing narrower than a register, some 16 bytes.
+        widths = record["load_bytes"]
+        return None if min(widths) >= 4 and max(widths) == 16 else f"loads of {widths} bytes"
+    if record["loads_in_loop"] != 0:
+        return f"{record['loads_in_loop']} loads of the K loop wait for their data"
+    # 16 bytes a thread, or the thread's whole share of a tile.
+    constants, threads = record["constants"], 32 * record["num_warps"]
+    tiles = [constants[rows] * constants["BLOCK_K"] * BYTES[record["dtype"]] for rows in ("BLOCK_M", "BLOCK_N")]
+    expected = sorted({min(16, tile // threads) for tile in tiles})
+    if record["copy_bytes"] != expected:
+        return f"asynchronous copies of {record['copy_bytes']} bytes, expected {expected}"
+
+
+def streams_with_wide_loads(record: dict, target: Target) -> str | None:
+    if record["kernel"] != "add_relu" or "n_elements" not in record["aligned"]:
+        return None
+    share = record["constants"]["BLOCK_SIZE"] // (target.warp_size * record["num_warps"]) * BYTES[record["dtype"]]
+    if record["load_bytes"] != [min(16, share)]:
+        return f"loads of {record['load_bytes']} bytes, expected {min(16, share)}"
+
+
+CHECKS = (
+    compiles,
+    fits_shared_memory,
+    does_not_spill,
+    has_room_for_a_program,
+    multiplies_on_tensor_cores,
+    keeps_the_k_loop_fed,
+    streams_with_wide_loads,
+)
+
+
+def complaints(records: list[dict], check, target: str) -> list[str]:
+    """What the check says of each record of a target; what did not compile is `compiles`'s to report."""
+    own = [r for r in records if r["target"] == target and (check is compiles or not r["error"])]
+    found = [(r, check(r, BY_NAME[target])) for r in own]
+    return [f"{describe(r)}: {complaint}" for r, complaint in found if complaint]
+
+
+@pytest.mark.parametrize("target", BY_NAME)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_every_kernel(check, target, records):
+    found = complaints(records, check, target)
+    assert not found, "\n".join(["", *found])
+
+
+@pytest.mark.parametrize("target", BY_NAME)
+def test_no_configuration_is_left_out(target, records):
+    from resnet_kernels.kernels.conv_bias_act import CONFIGS
+
+    compiled = {r["config"] for r in records if r["kernel"] == "conv_bias_act" and r["target"] == target}
+    assert compiled == {label(config) for config in CONFIGS}
+    assert {r["kernel"] for r in records if r["target"] == target} == {"conv_bias_act", "add_relu", "bn_scale_shift"}
+
+
+@pytest.mark.parametrize("whole", (True, False), ids=("whole chunks", "ragged"))
+def test_both_loops_and_all_dtypes_are_compiled(whole, records):
+    for target in BY_NAME:
+        own = [r for r in records if r["target"] == target and r["constants"].get("WHOLE_CHUNKS") is whole]
+        assert {r["dtype"] for r in own} >= {"bf16", "fp32", "tf32"}, target
+        assert {r["constants"]["IN_BOUNDS"] for r in own} == {True, False}, target
+
+
+@pytest.mark.parametrize(
+    ("check", "target"), [(does_not_spill, name) for name in PLANTED_TARGETS] + [(fits_shared_memory, "gfx942")]
+)
+def test_a_tile_that_is_too_large_is_noticed(check, target, all_records):
+    assert len(complaints([r for r in all_records if r["planted"]], check, target)) == 1
