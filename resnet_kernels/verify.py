@@ -143,11 +143,14 @@ def verify(
 
 def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) -> Iterator[Any]:
     """Hooks that compare a fused module as soon as the reference has run its twin."""
-    try:
-        twin = model.get_submodule(path)
-    except AttributeError:
-        raise ValueError(f"fused must be a fused copy of model, but model has no module {path!r}") from None
     state = module.__dict__["_rk_state"]
+    runs = state.plan.runs.values() if isinstance(state.plan, HostPlan) else ()
+    for wanted in (path, *(f"{path}.{member}" if path else member for recipe in runs for member in recipe.modules)):
+        try:
+            model.get_submodule(wanted)
+        except AttributeError:
+            raise ValueError(f"fused must be a fused copy of model, but model has no module {wanted!r}") from None
+    twin = model.get_submodule(path)
     if not isinstance(state.plan, HostPlan):
 
         def after_block(_, inputs, output):
