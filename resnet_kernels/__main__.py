@@ -89,7 +89,9 @@ def _import(package: str, extra: str):
     try:
         return __import__(package, fromlist=["_"])
     except ImportError as error:
-        raise ValueError(f'{package} is needed for this model: pip install "resnet_kernels[{extra}]" ({error})') from error
+        raise ValueError(
+            f'{package} is needed for this model: pip install "resnet_kernels[{extra}]" ({error})'
+        ) from error
 
 
 def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
@@ -145,7 +147,11 @@ def demo(options: argparse.Namespace, model: nn.Module) -> int:
     announce("")
     eager = timings["eager channels_last"]
     if options.json:
-        values = {"machine": _machine(x), "report": json.loads(report.to_json()), "verify": json.loads(result.to_json())}
+        values = {
+            "machine": _machine(x),
+            "report": json.loads(report.to_json()),
+            "verify": json.loads(result.to_json()),
+        }
         values["timings"] = {name: t.to_dict() for name, t in timings.items()}
         values["speedup"] = timing.ratio(eager, timings["fused"])
         print(json.dumps(values, indent=2))
@@ -160,7 +166,9 @@ def demo(options: argparse.Namespace, model: nn.Module) -> int:
         for name, t in timings.items()
     ]
     head = ("forward", "median ms", "p20", "p80", "img/s", "against eager")
-    print(f"3. How fast is it here? (batch {x.shape[0]}, {x.shape[2]}x{x.shape[3]}, interleaved)\n\n{table(head, rows)}")
+    print(
+        f"3. How fast is it here? (batch {x.shape[0]}, {x.shape[2]}x{x.shape[3]}, interleaved)\n\n{table(head, rows)}"
+    )
     return 0
 
 

@@ -6,58 +6,20 @@ here: `isinstance` holds, and going back is setting `__class__` back. Its forwar
     FusedBlock.forward -> run_recipe -> ops.conv_bias_act (or oneDNN with packed weights) -> kernel
 
 and the class's own forward whenever that is what eager semantics ask for: training, gradients, hooks on inner modules,
-tracing, structure that changed since. `decide` holds all of these conditions.
+tracing, structure that changed since. `running.decide` holds all of these conditions.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
-from . import reading
-from .folding import PackedConv, scale_shift
+from . import reading, running
 from .models import d2l, resnet_v1
-from .ops import add_relu, dispatch, onednn
-from .ops.geometry import Geometry
-from .ops.library import autocast_dtype
-from .reading import CallStep, ConvStep, Recipe
-
-CHANNELS_LAST = torch.channels_last
-_said: set[str] = set()
-
-
-class Known(NamedTuple):
-    """What the caller of a block knows about its input.
-
-    owned: nobody else holds it, so a step may write over it. bound: no value in it is larger in magnitude.
-    """
-
-    owned: bool = False
-    bound: float | None = None
-
-
-UNKNOWN = Known()
-
-
-class FusedState:
-    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights."""
-
-    def __init__(self, plan: Any, backend: str):
-        self.plan = plan
-        self.backend = backend
-        self.packs: dict[str, PackedConv] = {}
-        self.wiring: dict[tuple[str, ...], Wiring] = {}
-
-    def __getstate__(self) -> dict:
-        # Packed weights are opaque and the wiring is of this very module: a copy makes its own in its first call.
-        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}}
+from .running import UNKNOWN, FusedState, Known, drop_packs, say_once
 
 
 class Fused:
@@ -92,19 +54,12 @@ class FusedBlock(Fused):
     def _rk_call(self, x: Tensor, known: Known) -> tuple[Tensor, Known]:
         """Runs the block on x; returns its output, and what is known about it."""
         state: FusedState | None = self.__dict__.get("_rk_state")
-        backend, reason = (None, "") if state is None else decide(self, state.plan, state, x)
+        backend, reason = (None, "") if state is None else running.decide(self, state.plan, state, x, known)
         if backend is None:
             if reason:
                 say_once(reason)
             return type(self)._rk_original_class.forward(self, x), UNKNOWN
-        return run_recipe(self, state.plan, state, backend, x, known)
-
-
-def drop_packs(module: nn.Module) -> None:
-    """Forgets a fused module's packed weights; the next call makes them anew."""
-    state = module.__dict__.get("_rk_state")
-    if state is not None:
-        state.packs = {}
+        return running.run_recipe(self, state.plan, state, backend, x, known)
 
 
 @functools.cache
@@ -146,229 +101,6 @@ def swap_back(module: nn.Module) -> None:
     """Undoes `swap`."""
     module.__class__ = reading.original_class(module)
     module.__dict__.pop("_rk_state", None)
-
-
-def say_once(reason: str) -> None:
-    """Warns that a call falls back to eager; once a reason and process."""
-    if reason not in _said:
-        _said.add(reason)
-        warnings.warn(f"resnet_kernels: {reason}; such calls run the model's own PyTorch code", RuntimeWarning, 5)
-
-
-def child_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, None if it is gone."""
-    for name in path.split("."):
-        module = module._modules.get(name) if module is not None else None
-    return module
-
-
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether eager's call of this module would run a hook."""
-    return any(module.__dict__[kind] for kind in _HOOK_DICTS)
-
-
-def _global_hooks() -> bool:
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
-
-
-def is_ordinary(x: Any) -> bool:
-    """Whether x is a tensor with numbers in it, and no tracer, transform or dispatch mode is watching."""
-    # torch.fx proxies, fake tensors, DTensors, lists: eager knows what to make of them.
-    return (type(x) is Tensor or type(x) is nn.Parameter) and not (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
-
-
-class Wiring:
-    """The live modules behind a recipe's paths: looked up once, checked by identity in each call, list against list."""
-
-    __slots__ = ("children", "classes", "dicts", "hooks", "names", "registries", "steps", "with_modes")
-
-    def __init__(self, module: nn.Module, recipe: Recipe):
-        members = _members(module, recipe)
-        registries = {id(registry): registry for registry, _, _ in members}.values()
-        self.registries = [(registry, [*registry.values()]) for registry in registries]
-        self.names = [name for _, name, _ in members]
-        self.children = [child for _, _, child in members]
-        self.classes = [*map(type, self.children)]
-        self.dicts = [child.__dict__ for child in self.children]
-        # The very dicts that register_*_hook fills.
-        self.hooks = [d[kind] for d in self.dicts for kind in _HOOK_DICTS]
-        self.with_modes = [c for c in self.children if reading.is_batch_norm(c) or reading.is_quiet(c)]
-        self.steps = [
-            (step, child_at(module, step.conv), None if step.bn is None else child_at(module, step.bn))
-            if isinstance(step, ConvStep)
-            else (step, child_at(module, step.what) if step.is_module else None, None)
-            for step in recipe.steps
-        ]
-
-    def is_current(self) -> bool:
-        # Comparing lists of modules compares identities: nn.Module has no __eq__.
-        return [*map(type, self.children)] == self.classes and all(
-            [*registry.values()] == children for registry, children in self.registries
-        )
-
-    def why_not_now(self) -> str | None:
-        """What keeps these modules from being fused at this moment: a hook, a forward of their own, train()."""
-        if any(self.hooks):
-            names = [name for name, child in zip(self.names, self.children) if has_hooks(child)]
-            return f"a hook on {names[0]} has to fire"
-        for d in self.dicts:
-            if "forward" in d:
-                return f"{self.names[self.dicts.index(d)]} got a forward of its own"
-        for child in self.with_modes:
-            if child.training:
-                return f"{self.names[self.children.index(child)]} is in train() mode"
-        return None
-
-
-def _members(module: nn.Module, recipe: Recipe) -> list[tuple[dict, str, nn.Module]]:
-    """(registry, name, child) of everything a recipe depends on: all of a block, but only its own members for a run."""
-    if not isinstance(module, FusedBlock):
-        return [(module._modules, name, module._modules[name]) for name in recipe.modules]
-    members = []
-    for name, child in module._modules.items():
-        if child is not None:
-            members.append((module._modules, name, child))
-            if isinstance(child, nn.Sequential):
-                members.extend(_members_of_sequential(child))
-    return members
-
-
-def _members_of_sequential(module: nn.Sequential) -> list[tuple[dict, str, nn.Module]]:
-    members = []
-    for name, child in module._modules.items():
-        members.append((module._modules, name, child))
-        if isinstance(child, nn.Sequential):
-            members.extend(_members_of_sequential(child))
-    return members
-
-
-def wire(module: nn.Module, recipe: Recipe) -> Wiring | str:
-    """Looks a recipe's modules up; the reason, if they no longer are what the recipe was read from."""
-    if isinstance(module, FusedBlock):
-        same = reading.signature(module) == recipe.signature
-    else:
-        children = ((name, module._modules.get(name)) for name in recipe.modules)
-        same = tuple((name, reading.original_class(child)) for name, child in children) == recipe.signature
-    return Wiring(module, recipe) if same else "its submodules changed after it was fused: call fuse_ again"
-
-
-def why_not_now(module: nn.Module, recipe: Recipe) -> str | None:
-    """Why a fused module runs eager as things stand; None if it runs fused. Needs no input, so that `explain` can ask."""
-    wiring = wire(module, recipe)
-    return wiring if isinstance(wiring, str) else wiring.why_not_now()
-
-
-def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> tuple[str | None, str]:
-    """Returns (backend, "") to run this call fused, or (None, reason) to run the module's own forward.
-
-    The reason is "" where eager goes without saying: in training, under a tracer, for an input that eager will refuse.
-    """
-    if torch.compiler.is_compiling():
-        return _decide_for_compiler(module, recipe, state, x), ""
-    if module.training or not is_ordinary(x):
-        return None, ""
-    if _global_hooks():
-        return None, "a global module hook is registered"
-    wiring = state.wiring.get(recipe.modules)
-    if wiring is None or not wiring.is_current():
-        wiring = wire(module, recipe)
-        if isinstance(wiring, str):
-            return None, f"in a {type(module).__name__}, {wiring}"
-        state.wiring[recipe.modules] = wiring
-    reason = wiring.why_not_now()
-    if reason is not None:
-        return None, "" if reason.endswith("train() mode") else f"in a {type(module).__name__}, {reason}"
-    dtype = autocast_dtype(x)
-    step, conv, _ = next(entry for entry in wiring.steps if isinstance(entry[0], ConvStep))
-    weight = conv.weight
-    if x.dim() != 4 or x.device != weight.device or (dtype is None and x.dtype != weight.dtype):
-        return None, ""  # eager's own error, or its own meaning
-    if step.x == 0 and x.shape[1] != conv.in_channels:
-        return None, ""
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for child in wiring.children for p in child.parameters())
-    ):
-        state.packs = {}
-        return None, "gradients are on in eval mode (torch.no_grad() or torch.inference_mode() runs fused)"
-    backend = dispatch.resolve(state.backend, x.device, dtype or x.dtype)
-    return (None if backend == "eager" else backend), ""
-
-
-def _decide_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> str | None:
-    # On the CPU torch.compile fuses better by itself than around oneDNN's packed weights.
-    on_gpu = isinstance(x, Tensor) and x.device.type == "cuda" and state.backend == "auto"
-    if module.training or torch.is_grad_enabled() or not (on_gpu or state.backend in ("triton", "cudnn")):
-        return None
-    return state.backend if why_not_now(module, recipe) is None else None
-
-
-def run_recipe(
-    module: nn.Module, recipe: Recipe, state: FusedState, backend: str, x: Tensor, known: Known
-) -> tuple[Tensor, Known]:
-    """Runs a recipe on x, as `decide` has said that it may. The output has the layout that eager would give."""
-    wiring = Wiring(module, recipe) if torch.compiler.is_compiling() else state.wiring[recipe.modules]
-    dtype = autocast_dtype(x)
-    value = x if dtype is None else x.to(dtype)
-    restore = False
-    if not value.is_contiguous(memory_format=CHANNELS_LAST):
-        value = value.contiguous(memory_format=CHANNELS_LAST)
-        # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = all(conv.weight.is_contiguous() for step, conv, _ in wiring.steps if isinstance(step, ConvStep))
-    owned = known.owned or value is not x
-    on_cpu = backend == "cpu" and value.shape[0] > 0
-    values: dict[int, Tensor] = {0: value}
-    bounds: dict[int, float] = {0: onednn.bound(value, known.bound) if on_cpu else math.inf}
-    del value
-    for step, child, bn in wiring.steps:
-        bound = math.inf
-        if not isinstance(step, ConvStep):
-            y = _call(step, child, [values[i] for i in step.inputs], backend)
-            if on_cpu:
-                bound = onednn.bound(y, None)
-        else:
-            residual = None if step.residual is None else values[step.residual]
-            if on_cpu:
-                pack = state.packs.get(step.conv)
-                if pack is None or not pack.is_current(child, bn, values[step.x]):
-                    pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x])
-                bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])
-                overwrite = step.overwrites_residual and (step.residual != 0 or owned)
-                y = pack(values[step.x], residual, step.relu, bound, overwrite)
-            else:
-                scale, shift = scale_shift(child, bn, backend)
-                y = torch.ops.resnet_kernels.conv_bias_act.default(
-                    values[step.x], child.weight.to(values[step.x].dtype), shift, residual, scale,
-                    *Geometry.of_module(child), step.relu, backend,
-                )  # fmt: skip
-            del residual
-        values[step.out], bounds[step.out] = y, bound
-        del y
-        # Dead values go at once: peak memory is eager's.
-        for dead in step.frees:
-            del values[dead]
-    result = values[recipe.result]
-    return (result.contiguous() if restore else result), Known(True, bounds[recipe.result])
-
-
-def _call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend: str) -> Tensor:
-    if child is not None:
-        return child(*inputs)
-    if step.what == "add_relu":
-        return add_relu(*inputs, backend=backend)
-    return torch.add(*inputs) if step.what == "add" else torch.relu(*inputs)
 
 
 def fuse_block_(module: nn.Module, backend: str = "auto") -> nn.Module:

@@ -1,7 +1,7 @@
 """BN as a scale and a shift, and the packed weights that oneDNN wants, with what makes them stale.
 
 On a GPU nothing folded is kept: `scale_shift` reads the live tensors in each call. oneDNN has no per-channel scale, so on
-the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_current` has to notice every change of its
+the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to notice every change of its
 sources. A version counter is not enough: fused optimizers, BN's own running statistics, `p.data.mul_()` and NumPy write
 under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and version, BN's vectors and the
 bias are compared in full, and the weight at 16 samples. Only single weights edited behind PyTorch's back can slip through;
@@ -53,6 +53,8 @@ class PackedConv:
         "_arguments",
         "_bn",
         "_conv",
+        "_dtype",
+        "_for_aten",
         "_gain",
         "_offset",
         "_settings",
@@ -61,12 +63,13 @@ class PackedConv:
         "bias",
         "geometry",
         "weight",
-    )
+    )  # fmt: skip
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor):
         dtype = x.dtype
         self._conv, self._bn = conv, bn
-        self._settings = _settings(conv, bn, x)
+        self._settings = _settings(conv, bn)
+        self._dtype, self._for_aten = dtype, onednn.is_for_aten(x)
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -83,14 +86,18 @@ class PackedConv:
         self._unfolded = None
         if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
             self.weight, self._unfolded = None, (conv.weight.detach().to(dtype), shift, scale)
-        elif onednn.is_for_aten(x):
+        elif self._for_aten:
             self.weight = weight
         else:
             self.weight = onednn.pack_weight(weight, self.geometry, x.shape)
 
-    def is_current(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor) -> bool:
-        """Whether the packed copy still is what conv and bn say, and fit for x."""
-        if conv is not self._conv or bn is not self._bn or _settings(conv, bn, x) != self._settings:
+    def fits(self, x: Tensor) -> bool:
+        """Whether the packed copy is of x's dtype and for the convolution that an x of this size goes to."""
+        return x.dtype == self._dtype and onednn.is_for_aten(x) == self._for_aten
+
+    def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+        """Whether the packed copy still is what conv and bn say."""
+        if conv is not self._conv or bn is not self._bn or _settings(conv, bn) != self._settings:
             return False
         for registry, name, source, pointer, version, live, then in self._watched:
             if registry.get(name) is not source:
@@ -115,15 +122,14 @@ class PackedConv:
         if self._unfolded is not None:
             weight, shift, scale = self._unfolded
             return reference.conv_bias_act(x, weight, shift, residual, scale, self.geometry, relu)
-        if onednn.is_for_aten(x):
+        if self._for_aten:
             return reference.conv_bias_act(x, self.weight, self.bias, residual, None, self.geometry, relu)
         x = reference.pad_if_asymmetric(x, self.geometry)
         return onednn.run(x, self.weight, self.bias, residual, self._arguments, relu, bound, overwrite_residual)
 
 
-def _settings(conv: nn.Conv2d, bn: nn.Module | None, x: Tensor) -> tuple:
-    eps = None if bn is None else bn.eps
-    return x.dtype, onednn.is_for_aten(x), conv.stride, conv.padding, conv.dilation, eps
+def _settings(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
+    return conv.stride, conv.padding, conv.dilation, None if bn is None else bn.eps
 
 
 def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:

@@ -11,11 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from . import blocks, reading
-from .blocks import FusedBlock, FusedState
+from . import blocks, reading, running
+from .blocks import FusedBlock
 from .ops import dispatch
 from .reading import CannotRead
 from .report import FuseReport, Row
+from .running import FusedState
 from .stages import FusedHost
 
 
@@ -105,7 +106,7 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
                     Row(row.path, row.kind, False, reason="was added after the model was fused: call fuse_ again")
                 )
             else:
-                reason = blocks.why_not_now(finding.module, _recipe_of(state, row))
+                reason = running.why_not_now(finding.module, _recipe_of(state, row))
                 rows.append(replace(row, reason=reason or ""))
     return FuseReport(tuple(rows), states[0].backend)
 
@@ -118,7 +119,7 @@ def refresh(model: nn.Module) -> nn.Module:
     """
     _check(model, "auto")
     for module in model.modules():
-        blocks.drop_packs(module)
+        running.drop_packs(module)
     return model
 
 

@@ -77,7 +77,8 @@ class Recipe:
     steps: tuple[ConvStep | CallStep, ...]
     result: int
     modules: tuple[str, ...]  # every child module that eager would call, for hooks and train() to be looked up
-    signature: tuple  # names and types of all descendants; another signature means another recipe
+    signature: tuple  # names and types of what it was read from; another signature means another recipe
+    whole: bool = True  # a block's whole forward, and not one of a host's runs
 
     def __str__(self) -> str:
         return " -> ".join(str(step) for step in self.steps)
@@ -261,8 +262,6 @@ class _Reader:
                     users[argument].append(node)
         users[alias[result]].append(None)  # the caller
         heads = self._group(nodes, users, alias)
-        if not any(group["kind"] == "conv" for group in heads.values()):
-            raise CannotRead("it runs no convolution of its own")
         return self._schedule(x, alias[result], heads, alias)
 
     def _classify(self, node: torch.fx.Node) -> None:
@@ -438,6 +437,8 @@ class _Reader:
             )
             conv, bn, relu = group["conv"], group["bn"], group["relu"]
             steps.append(ConvStep(conv, bn, relu, inputs[0], out, residual, overwrites, frees))
+        if not made_by_conv:
+            raise CannotRead("it runs no convolution of its own")
         modules = tuple(sorted({node.target for node in self.graph.nodes if node.op == "call_module"}))
         containers = {
             ".".join(path.split(".")[:i]) for path in modules for i in range(1, path.count(".") + 1)
@@ -480,7 +481,7 @@ class _Reader:
                 step = ConvStep(node.target, bn.target if bn else None, relu is not None, x=0, out=1, frees=(0,))
                 members = (node.target, *followers)
                 own_signature = tuple((name, original_class(self.children[name])) for name in members)
-                runs[node.target] = Recipe((step,), 1, members, own_signature)
+                runs[node.target] = Recipe((step,), 1, members, own_signature, whole=False)
                 absorbed.extend(followers)
         return HostPlan(runs, tuple(absorbed), tuple(self.module._modules))
 

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import blocks, reading
-from .blocks import CHANNELS_LAST, UNKNOWN, Fused, FusedBlock, FusedState, Known
+from . import blocks, reading, running
+from .blocks import Fused, FusedBlock
 from .ops import dispatch
 from .ops.library import autocast_dtype
 from .reading import Recipe
+from .running import CHANNELS_LAST, UNKNOWN, FusedState, Known, Survey
 
 
 class FusedHost(Fused):
@@ -34,23 +35,37 @@ class FusedHost(Fused):
         x = args[0]
         value = x.contiguous(memory_format=CHANNELS_LAST)
         restore = value is not x and _first_weight_is_contiguous(self)
-        if reading.is_plain_sequential(self):
-            y = _run_stage(self, state, value, Known(owned=value is not x))
-        else:
-            y = original(_view(self, state), value) if state.plan.runs else original(self, value)
+        with running.verified_below(self, _survey(self, state), value):
+            if reading.is_plain_sequential(self):
+                y = _run_stage(self, state, value, Known(owned=value is not x))
+            else:
+                y = original(_view(self, state) if state.plan.runs else self, value)
         return pytree.tree_map(_to_contiguous, y) if restore else y
+
+
+def _survey(module: nn.Module, state: FusedState) -> Survey:
+    if state.survey is None or not state.survey.is_current():
+        owners = []
+        for owner in module.modules():
+            if blocks.is_fused(owner):
+                below = owner.__dict__["_rk_state"]
+                recipes = [below.plan] if isinstance(below.plan, Recipe) else [*below.plan.runs.values()]
+                if recipes:
+                    owners.append((owner, below, recipes))
+        state.survey = Survey(module, owners)
+    return state.survey
 
 
 def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
     """Whether this is inference on an image batch, and not training, tracing or a call with something else."""
-    if torch.compiler.is_compiling() or module.training or not blocks.is_ordinary(x):
+    if torch.compiler.is_compiling() or module.training or not running.is_ordinary(x):
         return False
     if x.dim() != 4 or not x.is_floating_point():
         return False
     if tuple(module._modules) != state.plan.names or any(
         module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules
     ):
-        blocks.say_once(
+        running.say_once(
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
         )
         return False
@@ -74,7 +89,7 @@ def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) ->
             x, known = call_run(module, name, state, x, known)
         elif name in state.plan.absorbed:
             continue
-        elif isinstance(child, FusedBlock) and not blocks.has_hooks(child) and "forward" not in child.__dict__:
+        elif isinstance(child, FusedBlock) and not running.has_hooks(child) and "forward" not in child.__dict__:
             x, known = child._rk_call(x, known)
         else:
             x, known = child(x), UNKNOWN
@@ -84,11 +99,11 @@ def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) ->
 def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
     """Runs one of a host's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
-    backend, reason = blocks.decide(host, recipe, state, x)
+    backend, reason = running.decide(host, recipe, state, x, known)
     if backend is not None:
-        return blocks.run_recipe(host, recipe, state, backend, x, known)
+        return running.run_recipe(host, recipe, state, backend, x, known)
     if reason:
-        blocks.say_once(reason)
+        running.say_once(reason)
     # One by one, as eager does: hooks fire, training BNs count.
     for path in recipe.modules:
         x = host._modules[path](x)

@@ -1,14 +1,14 @@
 """Compiles every shipped Triton kernel for GPUs that need not be here, and says what each one takes.
 
     python tests/compile_kernels.py                a table
-    python tests/compile_kernels.py --all          the same of every case
+    python tests/compile_kernels.py --all          the same, of every case
     python tests/compile_kernels.py --json FILE    the same as records, which tests/test_compile.py checks
 
 A case is a kernel with its compile-time arguments, as the launcher would specialise it for a layer of a real network; the
 convolutions carry their heaviest epilogue (scale, bias, residual and ReLU).
 
-Without --all, cases that differ only in stride, batch or image size are compiled once, and fp16 for one target only: seen
-over all of them with Triton 3.9.0, registers differ by 15 at most, and shared memory and spills to memory not at all.
+Without --all, cases that differ only in stride, batch or image size are compiled once, and fp16 for one target only. Over all
+600 (Triton 3.6.0 and 3.9.0) such cases differ by up to 62 registers, fp16 and bf16 by 11, and none in shared memory.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ if not torch.cuda.is_available():
     except RuntimeError:
         pass  # a torchvision that has them
 
-from resnet_kernels import blocks
+from resnet_kernels import running
 from resnet_kernels.ops import dispatch
 
 
@@ -38,7 +38,7 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _says_again():
     # Each fallback is said once a process; each test is to hear its own.
-    blocks._said.clear()
+    running._said.clear()
 
 
 def pytest_collection_modifyitems(items):

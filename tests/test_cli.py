@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from resnet_kernels import __main__ as cli
-from resnet_kernels import blocks
+from resnet_kernels import running
 
 SMALL = ["--model", "d2l_resnet18", "--batch-size", "2"]
 
@@ -16,7 +16,14 @@ SMALL = ["--model", "d2l_resnet18", "--batch-size", "2"]
 def test_demo(capsys):
     assert cli.main(["demo", *SMALL, "--seconds", "0.5"]) == 0
     text = capsys.readouterr().out
-    for expected in ("1. What was fused", "9 fused, 0 skipped", "parity holds", "3. How fast is it here?", "eager", "img/s"):
+    for expected in (
+        "1. What was fused",
+        "9 fused, 0 skipped",
+        "parity holds",
+        "3. How fast is it here?",
+        "eager",
+        "img/s",
+    ):
         assert expected in text
 
 
@@ -43,13 +50,13 @@ def test_explain_timm(capsys):
 def test_verify_and_its_exit_status(capsys, monkeypatch):
     assert cli.main(["verify", *SMALL]) == 0
     assert "parity holds" in capsys.readouterr().out
-    original = blocks.PackedConv.__init__
+    original = running.PackedConv.__init__
 
     def faulty(self, *arguments):
         original(self, *arguments)
         self.bias = self.bias + 0.01
 
-    monkeypatch.setattr(blocks.PackedConv, "__init__", faulty)
+    monkeypatch.setattr(running.PackedConv, "__init__", faulty)
     for command in (["verify", *SMALL, "--json"], ["verify", *SMALL], ["demo", *SMALL]):
         assert cli.main(command) == 1
     assert "PARITY FAILS" in capsys.readouterr().out

@@ -98,7 +98,10 @@ def operands(case: Case, dtype, device, real=False):
     x, weight = integers(shapes[0], -1, 1, dtype, device), integers(shapes[1], -1, 1, dtype, device)
     # One weight in 16 is not zero: sums stay below 256, the last integer up to which bfloat16 has them all.
     weight = weight * (torch.rand(shapes[1], device=device) < max(1 / 16, 8 / weight[0].numel()))
-    bias, scale = integers((case.c_out,), -4, 4, torch.float32, device), integers((case.c_out,), 1, 2, torch.float32, device)
+    bias, scale = (
+        integers((case.c_out,), -4, 4, torch.float32, device),
+        integers((case.c_out,), 1, 2, torch.float32, device),
+    )
     return x, weight, bias, integers(out, -8, 8, dtype, device), scale
 
 
@@ -212,7 +215,9 @@ def test_a_row_beside_the_edge_does_not_see_the_next_image(backend, device):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_empty_batch(backend, device):
     skip_unless_runnable(backend, device, torch.float32)
-    y = ops.conv_bias_act(torch.empty(0, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device), backend=backend)
+    y = ops.conv_bias_act(
+        torch.empty(0, 8, 5, 5, device=device), torch.ones(4, 8, 3, 3, device=device), backend=backend
+    )
     assert y.shape == (0, 4, 3, 3)
 
 
@@ -305,7 +310,9 @@ def test_gradients(case, backend, device):
         return ops.conv_bias_act(x, weight, bias, residual, scale=scale, backend=backend, **arguments(case))
 
     names = ("x", "weight", "bias", "residual", "scale")
-    results = zip(names, gradients(torch.float32, ours), gradients(torch.float32, plain), gradients(torch.float64, plain))
+    results = zip(
+        names, gradients(torch.float32, ours), gradients(torch.float32, plain), gradients(torch.float64, plain)
+    )
     for name, y, eager, oracle in results:
         assert_within_budget(y, eager, oracle, name)
 
@@ -478,5 +485,17 @@ def test_tf32_if_and_only_if_cudnn_has_it(device):
 
 def test_public_docstring_names_every_argument():
     text = ops.conv_bias_act.__doc__
-    for name in ("x", "weight", "bias", "residual", "scale", "stride", "padding", "dilation", "groups", "relu", "backend"):
+    for name in (
+        "x",
+        "weight",
+        "bias",
+        "residual",
+        "scale",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "relu",
+        "backend",
+    ):
         assert re.search(rf"^ +{name}: ", text, re.M), name

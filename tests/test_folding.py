@@ -141,12 +141,14 @@ def test_refresh_sees_a_single_weight_written_behind_pytorch():
         weight = fused[0].conv1.weight.detach().numpy()
         weight[np.unravel_index(5, weight.shape)] += 100.0
         rk.refresh(fused)
-        torch.testing.assert_close(fused(x), type(fused[0])._rk_original_class.forward(fused[0], x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fused(x), type(fused[0])._rk_original_class.forward(fused[0], x), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_planted_bug_a_pack_that_is_never_checked_is_stale(monkeypatch):
     """The staleness tests above can fail."""
-    monkeypatch.setattr(folding.PackedConv, "is_current", lambda *arguments: True)
+    monkeypatch.setattr(folding.PackedConv, "is_unchanged", lambda *arguments: True)
     with pytest.raises(AssertionError):
         test_never_stale(_data_mul, torch.no_grad)
 

@@ -14,7 +14,7 @@ from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import blocks
+from resnet_kernels import blocks, running
 from resnet_kernels.verify import randomise_batch_norms_
 
 IMAGE = (2, 3, 64, 64)
@@ -25,7 +25,10 @@ class PlainResidual(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(channels, channels, 3, padding=1), nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv1, self.conv2 = (
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
         self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
 
     def forward(self, x):
@@ -57,18 +60,18 @@ def fused_names(model):
 def ran_fused(module, x):
     """Paths of the blocks that this call runs fused."""
     seen = []
-    original = blocks.run_recipe
+    original = running.run_recipe
 
     def spy(block, recipe, *rest):
         seen.append(str(recipe))
         return original(block, recipe, *rest)
 
-    blocks.run_recipe = spy
+    running.run_recipe = spy
     try:
         with torch.no_grad():
             module(x)
     finally:
-        blocks.run_recipe = original
+        running.run_recipe = original
     return len(seen)
 
 
@@ -351,7 +354,9 @@ def test_eval_with_gradients_on_is_frozen_bn(model, x):
     for m in (copy.deepcopy(model), fused, copy.deepcopy(model).double()):
         inputs = x.to(next(m.parameters()).dtype).requires_grad_()
         y = m(inputs)
-        grads.append(torch.autograd.grad(y, [inputs, *m.parameters()], torch.linspace(-1, 1, 20).view(2, 10).to(y.dtype)))
+        grads.append(
+            torch.autograd.grad(y, [inputs, *m.parameters()], torch.linspace(-1, 1, 20).view(2, 10).to(y.dtype))
+        )
     for eager, ours, oracle in zip(*grads):
         assert_within_budget(ours, eager, oracle)
 
@@ -575,7 +580,7 @@ def test_peak_memory_values_die_after_their_last_use(model):
 
     fused = rk.fuse(model.layer1[1])
     alive, refs = [], []
-    original = blocks.PackedConv.__call__
+    original = running.PackedConv.__call__
 
     def spy(self, *arguments):
         alive.append(sum(ref() is not None for ref in refs))
@@ -583,11 +588,11 @@ def test_peak_memory_values_die_after_their_last_use(model):
         refs.append(weakref.ref(y))
         return y
 
-    blocks.PackedConv.__call__ = spy
+    running.PackedConv.__call__ = spy
     try:
         with torch.no_grad():
             fused(torch.randn(1, 256, 4, 4))
     finally:
-        blocks.PackedConv.__call__ = original
+        running.PackedConv.__call__ = original
     gc.collect()
     assert alive == [0, 1, 1]

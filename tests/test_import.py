@@ -23,7 +23,9 @@ print(json.dumps({
 
 
 def test_import_has_no_side_effects():
-    values = json.loads(subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout)
+    values = json.loads(
+        subprocess.run([sys.executable, "-c", PROBE], capture_output=True, text=True, check=True).stdout
+    )
     assert not values["cuda"] and values["same"]
     heavy = {m.split(".")[0] for m in values["new"]} & {"triton", "torchvision", "timm", "matplotlib", "numpy"}
     assert not heavy, heavy

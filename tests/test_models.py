@@ -14,7 +14,9 @@ def test_keys_and_shapes_are_torchvisions(name):
     models = pytest.importorskip("torchvision.models", reason="needs torchvision")
     with torch.device("meta"):
         ours, theirs = getattr(rk.models, name)(), models.get_model(name, weights=None)
-    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [(k, v.shape) for k, v in theirs.state_dict().items()]
+    assert [(k, v.shape) for k, v in ours.state_dict().items()] == [
+        (k, v.shape) for k, v in theirs.state_dict().items()
+    ]
 
 
 @pytest.mark.parametrize("options", [

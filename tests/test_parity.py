@@ -252,9 +252,14 @@ def test_residual_shapes_of_the_text():
 
 def test_our_blocks_are_drop_ins_for_torchvisions():
     resnet = pytest.importorskip("torchvision.models.resnet", reason="needs torchvision")
-    for ours, theirs, layers in ((rk.BasicBlock, resnet.BasicBlock, [1, 2, 1, 1]), (rk.Bottleneck, resnet.Bottleneck, [1] * 4)):
+    for ours, theirs, layers in (
+        (rk.BasicBlock, resnet.BasicBlock, [1, 2, 1, 1]),
+        (rk.Bottleneck, resnet.Bottleneck, [1] * 4),
+    ):
         built, reference = resnet.ResNet(ours, layers), randomise_batch_norms_(resnet.ResNet(theirs, layers)).eval()
-        assert {k: v.shape for k, v in built.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}
+        assert {k: v.shape for k, v in built.state_dict().items()} == {
+            k: v.shape for k, v in reference.state_dict().items()
+        }
         built.load_state_dict(reference.state_dict())
         x = torch.randn(1, 3, 64, 64)
         with torch.no_grad():

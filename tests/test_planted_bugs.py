@@ -11,7 +11,11 @@ from test_conv_bias_act import Case, operands, truth
 
 from resnet_kernels.ops.geometry import normalise
 
-CASES = (Case("", 2, 16, 7, 6, 24), Case("", 1, 3, 7, 6, 24, (3, 3), 2, 1), Case("", 1, 64, 5, 5, 40, (3, 2), 1, 1, (1, 2)))
+CASES = (
+    Case("", 2, 16, 7, 6, 24),
+    Case("", 1, 3, 7, 6, 24, (3, 3), 2, 1),
+    Case("", 1, 64, 5, 5, 40, (3, 2), 1, 1, (1, 2)),
+)
 
 BUGS = {
     "dropped ReLU": ("if RELU:", "if RELU and False:"),

@@ -37,7 +37,7 @@ def test_it_learned_something(trained):
 
 @pytest.mark.parametrize("backend", ("auto", "cpu", "triton", "eager"))
 def test_same_predictions_on_the_held_out_part(trained, backend, device):
-    model, images, labels = trained
+    model, images, _ = trained
     if backend != "auto":
         skip_unless_runnable(backend, device, torch.float32)
     if backend == "triton" and device.type == "cpu":
