@@ -255,11 +255,13 @@ def verified_below(module: nn.Module, survey: Survey, x: Tensor) -> Iterator[Non
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
     between, is registered anywhere below.
     """
-    if getattr(_call_state, "verified", None) is not None or any(survey.hooks) or _global_hooks():
+    if is_inside_verified() or any(survey.hooks) or _global_hooks():
         yield
         return
     verified = set()
     for owner, state, recipes in survey.owners:
+        if not recipes[0].whole and tuple(owner._modules) != state.plan.names:
+            continue
         if not owner.training and all(_is_verified(state, recipe) for recipe in recipes):
             verified.add(state)
     _call_state.verified = verified
@@ -267,6 +269,11 @@ def verified_below(module: nn.Module, survey: Survey, x: Tensor) -> Iterator[Non
         yield
     finally:
         _call_state.verified = None
+
+
+def is_inside_verified() -> bool:
+    """Whether an outer module of this very call has verified everything below it."""
+    return not torch.compiler.is_compiling() and getattr(_call_state, "verified", None) is not None
 
 
 def _is_verified(state: FusedState, recipe: Recipe) -> bool:

@@ -164,7 +164,7 @@ def _configs():
     return CONFIGS
 
 
-@pytest.mark.parametrize("index", range(6))
+@pytest.mark.parametrize("index", range(7))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_every_shipped_config_is_exact(index, dtype, device):
     """Ragged in every axis: 7x7 pixels, 72 output channels, 40 (or 64) input channels."""
@@ -182,7 +182,7 @@ def test_every_shipped_config_is_exact(index, dtype, device):
 
 def test_the_config_test_covers_all_configs(device):
     skip_unless_runnable("triton", device, torch.float32)
-    assert len(_configs()) == 6
+    assert len(_configs()) == 7
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -43,8 +43,9 @@ CONFIGS: tuple[ConvConfig, ...] = (
     ConvConfig(128, 128, 64, num_warps=8, num_stages=3),  # stages 2 to 4 at large batch
     ConvConfig(128, 64, 64, num_warps=4, num_stages=3),  # stage 1: 64 output channels
     ConvConfig(64, 64, 64, num_warps=4, num_stages=3),  # few pixels: late stages at small batch
-    ConvConfig(64, 64, 32, num_warps=4, num_stages=3),  # the stem (K = 147), and every fp32 case
+    ConvConfig(64, 64, 32, num_warps=4, num_stages=3),  # the stem (K = 147), channels that 64 does not divide
     ConvConfig(64, 32, 32, num_warps=4, num_stages=3),  # up to 32 output channels
+    ConvConfig(64, 64, 16, num_warps=8, num_stages=3),  # fp32, on the FMA units: 64x64x32 on 4 warps spills
     ConvConfig(64, 16, 16, num_warps=2, num_stages=3),  # groups of a few channels, depthwise, d2l's 3 and 6 channels
 )
 
@@ -57,13 +58,14 @@ _FULL_MACHINE = 132
 
 def choose_config(n_pixels: int, c_in: int, c_out: int, dtype: torch.dtype) -> ConvConfig:
     """Picks a tile for one group of a convolution. c_in, c_out: channels per group."""
-    large, tall, square, short_k, narrow, tiny = CONFIGS
+    large, tall, square, short_k, narrow, fp32, tiny = CONFIGS
+    if dtype == torch.float32 and c_out > 32:
+        return fp32
     if c_out <= 16 or c_in < 16:
         return tiny if c_out <= 16 else short_k if c_out > 32 else narrow
     if c_out <= 32:
         return narrow
-    # fp32 tiles take twice the shared memory, and IEEE products run on the FMA units, where registers run out first.
-    if dtype == torch.float32 or c_in % 64:
+    if c_in % 64:
         return short_k
     if triton.cdiv(n_pixels, 128) * triton.cdiv(c_out, 128) >= _FULL_MACHINE and c_out >= 128:
         return large

@@ -1,0 +1,89 @@
+"""python -m benchmarks.costs: what the package costs beside its kernels, on the CPU.
+
+    import   seconds that `import resnet_kernels` adds to `import torch`
+    fuse     seconds of rk.fuse on ResNet-152
+    memory   peak resident memory of ResNet-50 at 224x224 over that of the built model, eager channels_last and fused
+
+Each figure is of processes of its own, as a peak can't be taken back within one; the median of five.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+
+def import_seconds() -> float:
+    import torch
+    import torch.fx  # noqa: F401
+
+    start = time.perf_counter()
+    import resnet_kernels  # noqa: F401
+
+    return time.perf_counter() - start
+
+
+def fuse_seconds() -> float:
+    import resnet_kernels as rk
+
+    model = rk.models.resnet152().eval()
+    start = time.perf_counter()
+    rk.fuse(model)
+    return time.perf_counter() - start
+
+
+def peak_megabytes(fused: bool, batch: int) -> float:
+    """Peak of five inferences over the resident memory that the built model and its input take, in MB."""
+    import torch
+
+    import resnet_kernels as rk
+
+    torch.set_num_threads(2)
+    model = rk.models.resnet50().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
+    if fused:
+        rk.fuse_(model)
+    with open("/proc/self/statm") as statm:
+        built = int(statm.read().split()[1]) * resource.getpagesize()
+    with torch.inference_mode():
+        for _ in range(5):
+            model(x)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - built) / 1e6
+
+
+FIGURES = {
+    "import_s": import_seconds,
+    "fuse_resnet152_s": fuse_seconds,
+    **{
+        f"peak_{name}_b{batch}_MB": (lambda fused=fused, batch=batch: peak_megabytes(fused, batch))
+        for batch in (1, 8)
+        for name, fused in (("eager", False), ("fused", True))
+    },
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", choices=FIGURES, help="measure one figure in this process and print it")
+    options = parser.parse_args()
+    if options.one:
+        print(FIGURES[options.one]())
+        return
+    command = [sys.executable, "-m", "benchmarks.costs", "--one"]
+    results = {}
+    for name in FIGURES:
+        runs = [subprocess.run([*command, name], capture_output=True, text=True, check=True) for _ in range(5)]
+        results[name] = statistics.median(float(run.stdout.split()[-1]) for run in runs)
+    import resnet_kernels as rk
+
+    results["weights_MB"] = sum(p.numel() * p.element_size() for p in rk.models.resnet50().parameters()) / 1e6
+    print(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
