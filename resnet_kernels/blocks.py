@@ -54,12 +54,12 @@ class FusedBlock(Fused):
     def _rk_call(self, x: Tensor, known: Known) -> tuple[Tensor, Known]:
         """Runs the block on x; returns its output, and what is known about it."""
         state: FusedState | None = self.__dict__.get("_rk_state")
-        backend, reason = (None, "") if state is None else running.decide(self, state.plan, state, x, known)
-        if backend is None:
+        go, reason = (None, "") if state is None else running.decide(self, state.plan, state, x, known)
+        if go is None:
             if reason:
                 say_once(reason)
             return type(self)._rk_original_class.forward(self, x), UNKNOWN
-        return running.run_recipe(self, state.plan, state, backend, x, known)
+        return running.run_recipe(state.plan, state, go, x, known)
 
 
 @functools.cache

@@ -111,9 +111,18 @@ class PackedConv:
                 return False
         return True
 
-    def bound(self, x_bound: float) -> float:
+    def bound(self, x_bound: float, offset: float | None = None) -> float:
         """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
-        return self._gain * x_bound + self._offset
+        return self._gain * x_bound + (self._offset if offset is None else offset)
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether a call is one of oneDNN's ops and nothing else."""
+        return self._unfolded is None and not self._for_aten and self.geometry.symmetric
+
+    def call(self, residual: object, relu: bool, overwrite_residual: bool) -> tuple:
+        """What `__call__` comes down to where oneDNN's ReLU is safe; see onednn.call."""
+        return onednn.call(self.weight, self.bias, residual is not None, self._arguments, relu, overwrite_residual)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, relu: bool, bound: float, overwrite_residual: bool

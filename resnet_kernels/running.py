@@ -55,20 +55,25 @@ class FusedState:
     def __init__(self, plan: Any, backend: str):
         self.plan = plan
         self.backend = backend
-        self.packs: dict[str, PackedConv] = {}
+        self.packs: dict[str, PackedConv]
+        self.programs: dict[tuple[str, ...], PackedProgram]
+        self.drop_packs()
         self.wiring: dict[tuple[str, ...], Wiring] = {}
         self.survey: Survey | None = None
 
+    def drop_packs(self) -> None:
+        self.packs, self.programs = {}, {}
+
     def __getstate__(self) -> dict:
         # Packed weights are opaque and the wiring is of this very module: a copy makes its own in its first call.
-        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}, "survey": None}
+        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
 
 
 def drop_packs(module: nn.Module) -> None:
     """Forgets a fused module's packed weights; the next call makes them anew."""
     state = module.__dict__.get("_rk_state")
     if state is not None:
-        state.packs = {}
+        state.drop_packs()
 
 
 def say_once(reason: str) -> None:
@@ -137,6 +142,9 @@ class Wiring:
         ]
         self.first = next((step, conv) for step, conv, _ in self.steps if isinstance(step, ConvStep))
 
+    def is_of(self, module: nn.Module) -> bool:
+        return self.registries[0][0] is module._modules
+
     def is_current(self) -> bool:
         # Comparing lists of modules compares identities: nn.Module has no __eq__.
         return [*map(type, self.children)] == self.classes and all(
@@ -186,17 +194,27 @@ def why_not_now(module: nn.Module, recipe: Recipe) -> str | None:
     return wiring if isinstance(wiring, str) else wiring.why_not_now()
 
 
-def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: Known) -> tuple[str | None, str]:
-    """Returns (backend, "") to run this call fused, or (None, reason) to run the module's own forward.
+class Go(NamedTuple):
+    """Leave to run fused: on which backend, with which modules, and whether their packed weights were checked already."""
+
+    backend: str
+    wiring: Wiring
+    verified: bool
+
+
+def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: Known) -> tuple[Go | None, str]:
+    """Returns (Go, "") to run this call fused, or (None, reason) to run the module's own forward.
 
     The reason is "" where eager goes without saying: in training, under a tracer, for an input that eager will refuse.
     """
     if torch.compiler.is_compiling():
-        return _decide_for_compiler(module, recipe, state, x), ""
-    verified = state in (getattr(_call_state, "verified", None) or ())
+        backend = _backend_for_compiler(module, recipe, state, x)
+        return (None if backend is None else Go(backend, Wiring(module, recipe), False)), ""
     if known.backend is None and not is_ordinary(x):
         return None, ""
-    if not verified:
+    wiring = _verified_wiring(module, recipe)
+    verified = wiring is not None
+    if wiring is None:
         if module.training:
             return None, ""
         if _global_hooks():
@@ -205,12 +223,11 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
         reason = wiring if isinstance(wiring, str) else wiring.why_not_now()
         if reason is not None:
             return None, "" if reason.endswith("train() mode") else f"in a {type(module).__name__}, {reason}"
-    wiring = state.wiring[recipe.modules]
     step, conv = wiring.first
     if step.x == 0 and x.dim() == 4 and x.shape[1] != conv.in_channels:
         return None, ""  # eager's own error
     if verified and known.backend is not None and known.backend[0] == state.backend and not torch.is_grad_enabled():
-        return known.backend[1], ""
+        return Go(known.backend[1], wiring, True), ""
     dtype = autocast_dtype(x)
     weight = conv.weight
     if x.dim() != 4 or x.device != weight.device or (dtype is None and x.dtype != weight.dtype):
@@ -218,16 +235,17 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
     if torch.is_grad_enabled() and (
         x.requires_grad or any(p.requires_grad for child in wiring.children for p in child.parameters())
     ):
-        state.packs = {}
+        state.drop_packs()
         return None, "gradients are on in eval mode (torch.no_grad() or torch.inference_mode() runs fused)"
     backend = dispatch.resolve(state.backend, x.device, dtype or x.dtype)
-    return (None if backend == "eager" else backend), ""
+    return (None if backend == "eager" else Go(backend, wiring, verified)), ""
 
 
 def current_wiring(module: nn.Module, recipe: Recipe, state: FusedState) -> Wiring | str:
     """A recipe's modules as they are now, looked up anew if one was replaced; or why it no longer holds."""
     wiring = state.wiring.get(recipe.modules)
-    if wiring is None or not wiring.is_current():
+    # Replicas (nn.DataParallel) share the state of the module that they were made from, but not its children.
+    if wiring is None or not wiring.is_of(module) or not wiring.is_current():
         wiring = wire(module, recipe)
         if not isinstance(wiring, str):
             state.wiring[recipe.modules] = wiring
@@ -249,7 +267,7 @@ class Survey:
 
 
 @contextlib.contextmanager
-def verified_below(module: nn.Module, survey: Survey, x: Tensor) -> Iterator[None]:
+def verified_below(survey: Survey) -> Iterator[None]:
     """Asks for all fused modules below at once what `decide` and `run_recipe` would ask for each in turn.
 
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
@@ -258,12 +276,19 @@ def verified_below(module: nn.Module, survey: Survey, x: Tensor) -> Iterator[Non
     if is_inside_verified() or any(survey.hooks) or _global_hooks():
         yield
         return
-    verified = set()
+    verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
     for owner, state, recipes in survey.owners:
-        if not recipes[0].whole and tuple(owner._modules) != state.plan.names:
+        if owner.training or (not recipes[0].whole and tuple(owner._modules) != state.plan.names):
             continue
-        if not owner.training and all(_is_verified(state, recipe) for recipe in recipes):
-            verified.add(state)
+        for recipe in recipes:
+            wiring = state.wiring.get(recipe.modules)
+            if wiring is not None and wiring.is_of(owner) and wiring.is_current() and wiring.why_not_now() is None:
+                if all(
+                    step.conv in state.packs and state.packs[step.conv].is_unchanged(conv, bn)
+                    for step, conv, bn in wiring.steps
+                    if isinstance(step, ConvStep)
+                ):
+                    verified[id(owner), recipe.modules] = wiring
     _call_state.verified = verified
     try:
         yield
@@ -276,18 +301,12 @@ def is_inside_verified() -> bool:
     return not torch.compiler.is_compiling() and getattr(_call_state, "verified", None) is not None
 
 
-def _is_verified(state: FusedState, recipe: Recipe) -> bool:
-    wiring = state.wiring.get(recipe.modules)
-    if wiring is None or not wiring.is_current() or wiring.why_not_now() is not None:
-        return False
-    return all(
-        step.conv in state.packs and state.packs[step.conv].is_unchanged(conv, bn)
-        for step, conv, bn in wiring.steps
-        if isinstance(step, ConvStep)
-    )
+def _verified_wiring(module: nn.Module, recipe: Recipe) -> Wiring | None:
+    verified = getattr(_call_state, "verified", None)
+    return None if verified is None else verified.get((id(module), recipe.modules))
 
 
-def _decide_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> str | None:
+def _backend_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> str | None:
     # On the CPU torch.compile fuses better by itself than around oneDNN's packed weights.
     on_gpu = isinstance(x, Tensor) and x.device.type == "cuda" and state.backend == "auto"
     if module.training or torch.is_grad_enabled() or not (on_gpu or state.backend in ("triton", "cudnn")):
@@ -295,11 +314,9 @@ def _decide_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x
     return state.backend if why_not_now(module, recipe) is None else None
 
 
-def run_recipe(
-    module: nn.Module, recipe: Recipe, state: FusedState, backend: str, x: Tensor, known: Known
-) -> tuple[Tensor, Known]:
+def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Known) -> tuple[Tensor, Known]:
     """Runs a recipe on x, as `decide` has said that it may. The output has the layout that eager would give."""
-    wiring = Wiring(module, recipe) if torch.compiler.is_compiling() else state.wiring[recipe.modules]
+    backend, wiring, verified = go
     dtype = autocast_dtype(x)
     value = x if dtype is None else x.to(dtype)
     restore = False
@@ -309,9 +326,13 @@ def run_recipe(
         restore = all(conv.weight.is_contiguous() for step, conv, _ in wiring.steps if isinstance(step, ConvStep))
     owned = known.owned or value is not x
     on_cpu = backend == "cpu" and value.shape[0] > 0
-    verified = on_cpu and state in (getattr(_call_state, "verified", None) or ())
+    bound = onednn.bound(value, known.bound) if on_cpu else math.inf
+    if verified and on_cpu and (program := _program(recipe, state, value)) is not None and program.is_safe(bound):
+        result = program(value, owned)
+        known = Known(True, program.result_bound(bound), (state.backend, backend))
+        return (result.contiguous() if restore else result), known
     values: dict[int, Tensor] = {0: value}
-    bounds: dict[int, float] = {0: onednn.bound(value, known.bound) if on_cpu else math.inf}
+    bounds: dict[int, float] = {0: bound}
     del value
     for step, child, bn in wiring.steps:
         bound = math.inf
@@ -343,6 +364,78 @@ def run_recipe(
     result = values[recipe.result]
     known = Known(True, bounds[recipe.result], (state.backend, backend))
     return (result.contiguous() if restore else result), known
+
+
+def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | None:
+    """The recipe's steps with everything looked up, made anew when a weight was packed anew or x has another shape."""
+    program, packs = state.programs.get(recipe.modules), state.packs
+    if program is None or not program.is_of(packs, x):
+        if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
+            return None  # another thread has just dropped them
+        program = PackedProgram(recipe, packs, x)
+        state.programs[recipe.modules] = program
+    return program if program.entries else None
+
+
+class PackedProgram:
+    """A recipe on oneDNN as a flat list of calls: what is left of the host's work once nothing has changed.
+
+    Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
+    oneDNN's own ReLU is safe in all steps. Without entries where a step needs more than one call.
+    """
+
+    def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
+        self._shape, self._dtype = x.shape, x.dtype
+        self._packs = {step.conv: packs[step.conv] for step in recipe.steps if isinstance(step, ConvStep)}
+        self._result = recipe.result
+        self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
+        if not all(isinstance(step, ConvStep) and packs[step.conv].is_one_call for step in recipe.steps):
+            return
+        self.entries = [
+            [
+                (*packs[step.conv].call(step.residual, step.relu, self._overwrites(step, owned)), step)
+                for step in recipe.steps
+            ]
+            for owned in (False, True)
+        ]
+        bounds = {0: (1.0, 0.0)}
+        for step in recipe.steps:
+            pack, (slope, constant) = packs[step.conv], bounds[step.x]
+            more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
+            bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
+        self._bound = bounds[recipe.result]
+        self._largest = (max(slope for slope, _ in bounds.values()), max(constant for _, constant in bounds.values()))
+
+    @staticmethod
+    def _overwrites(step: ConvStep, owned: bool) -> bool:
+        return step.overwrites_residual and (step.residual != 0 or owned)
+
+    def is_of(self, packs: dict[str, PackedConv], x: Tensor) -> bool:
+        return (
+            x.shape == self._shape
+            and x.dtype == self._dtype
+            and all(packs.get(name) is pack for name, pack in self._packs.items())
+        )
+
+    def is_safe(self, bound: float) -> bool:
+        return onednn.is_safe(self._largest[0] * bound + self._largest[1])
+
+    def result_bound(self, bound: float) -> float:
+        return self._bound[0] * bound + self._bound[1]
+
+    def __call__(self, x: Tensor, owned: bool) -> Tensor:
+        values = {0: x}
+        del x
+        for function, swapped, arguments, step in self.entries[owned]:
+            if step.residual is None:
+                values[step.out] = function(values[step.x], *arguments)
+            elif swapped:
+                values[step.out] = function(values[step.residual], values[step.x], *arguments)
+            else:
+                values[step.out] = function(values[step.x], values[step.residual], *arguments)
+            for dead in step.frees:
+                del values[dead]
+        return values[self._result]
 
 
 def _call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend: str) -> Tensor:

@@ -37,7 +37,7 @@ class FusedHost(Fused):
             return _run_stage(self, state, x, UNKNOWN)
         value = x.contiguous(memory_format=CHANNELS_LAST)
         restore = value is not x and _first_weight_is_contiguous(self)
-        with running.verified_below(self, _survey(self, state), value):
+        with running.verified_below(_survey(self, state)):
             if reading.is_plain_sequential(self):
                 y = _run_stage(self, state, value, Known(owned=value is not x))
             else:
@@ -101,9 +101,9 @@ def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) ->
 def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
     """Runs one of a host's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
-    backend, reason = running.decide(host, recipe, state, x, known)
-    if backend is not None:
-        return running.run_recipe(host, recipe, state, backend, x, known)
+    go, reason = running.decide(host, recipe, state, x, known)
+    if go is not None:
+        return running.run_recipe(recipe, state, go, x, known)
     if reason:
         running.say_once(reason)
     # One by one, as eager does: hooks fire, training BNs count.

@@ -58,13 +58,13 @@ def fused_names(model):
 
 
 def ran_fused(module, x):
-    """Paths of the blocks that this call runs fused."""
+    """How many recipes this call runs fused."""
     seen = []
     original = running.run_recipe
 
-    def spy(block, recipe, *rest):
+    def spy(recipe, *rest):
         seen.append(str(recipe))
-        return original(block, recipe, *rest)
+        return original(recipe, *rest)
 
     running.run_recipe = spy
     try:
@@ -512,6 +512,25 @@ def test_threads_share_one_fused_model(model):
     assert not errors
     for got, right in zip(results, expected):
         close(got, right)
+
+
+def test_replicas_of_data_parallel_run_on_their_own_parameters(model, x):
+    """nn.DataParallel's replicas share __dict__ entries, the fused state among them, and run in threads."""
+    fused = rk.fuse(model)
+    with torch.no_grad():
+        fused(x)
+        blocks_ = fused.layer1[0], fused.layer1[0]._replicate_for_data_parallel()
+        block, replica = blocks_
+        for name in list(replica._modules):
+            replica._modules[name] = copy.deepcopy(block._modules[name])
+        for p in replica.modules():
+            for tensor in p._parameters.values():
+                if tensor is not None:
+                    tensor.mul_(1.5)
+        inputs = torch.randn(1, 64, 8, 8)
+        for _ in range(2):
+            for b in blocks_:
+                close(b(inputs), type(b)._rk_original_class.forward(b, inputs))
 
 
 def test_functorch_forward_ad_and_vmap(model, x):
