@@ -277,23 +277,46 @@ def verified_below(survey: Survey) -> Iterator[None]:
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
+    programs: dict[int, PackedProgram] = {}
     for owner, state, recipes in survey.owners:
         if owner.training or (not recipes[0].whole and tuple(owner._modules) != state.plan.names):
             continue
         for recipe in recipes:
             wiring = state.wiring.get(recipe.modules)
-            if wiring is not None and wiring.is_of(owner) and wiring.is_current() and wiring.why_not_now() is None:
-                if all(
-                    step.conv in state.packs and state.packs[step.conv].is_unchanged(conv, bn)
-                    for step, conv, bn in wiring.steps
-                    if isinstance(step, ConvStep)
-                ):
-                    verified[id(owner), recipe.modules] = wiring
-    _call_state.verified = verified
+            if wiring is None or not _is_verified(owner, state, wiring):
+                continue
+            verified[id(owner), recipe.modules] = wiring
+            program = state.programs.get(recipe.modules)
+            if recipe.whole and program is not None and program.entries and program.has(state.packs):
+                programs[id(owner)] = program
+    _call_state.verified, _call_state.programs = verified, programs
     try:
         yield
     finally:
-        _call_state.verified = None
+        _call_state.verified = _call_state.programs = None
+
+
+def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
+    if not wiring.is_of(owner) or not wiring.is_current() or wiring.why_not_now() is not None:
+        return False
+    packs = state.packs
+    return all(
+        step.conv in packs and packs[step.conv].is_unchanged(conv, bn)
+        for step, conv, bn in wiring.steps
+        if isinstance(step, ConvStep)
+    )
+
+
+def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor, Known] | None:
+    """Runs a verified block on the output of the block before it, with no further question; None if there are some."""
+    programs = getattr(_call_state, "programs", None)
+    program = programs.get(id(block)) if programs else None
+    if program is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
+        return None
+    bound = onednn.bound(x, known.bound)
+    if not program.takes(x) or not program.is_safe(bound):
+        return None
+    return program(x, known.owned), Known(True, program.result_bound(bound), known.backend)
 
 
 def is_inside_verified() -> bool:
@@ -328,9 +351,7 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
     on_cpu = backend == "cpu" and value.shape[0] > 0
     bound = onednn.bound(value, known.bound) if on_cpu else math.inf
     if verified and on_cpu and (program := _program(recipe, state, value)) is not None and program.is_safe(bound):
-        result = program(value, owned)
-        known = Known(True, program.result_bound(bound), (state.backend, backend))
-        return (result.contiguous() if restore else result), known
+        return _hand_over(program(value, owned), restore, program.result_bound(bound), (state.backend, backend))
     values: dict[int, Tensor] = {0: value}
     bounds: dict[int, float] = {0: bound}
     del value
@@ -361,15 +382,18 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
         # Dead values go at once: peak memory is eager's.
         for dead in step.frees:
             del values[dead]
-    result = values[recipe.result]
-    known = Known(True, bounds[recipe.result], (state.backend, backend))
-    return (result.contiguous() if restore else result), known
+    return _hand_over(values[recipe.result], restore, bounds[recipe.result], (state.backend, backend))
+
+
+def _hand_over(y: Tensor, restore: bool, bound: float, backend: tuple[str, str]) -> tuple[Tensor, Known]:
+    # Only a channels_last tensor may go to the next block unasked.
+    return (y.contiguous(), Known(True, bound)) if restore else (y, Known(True, bound, backend))
 
 
 def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | None:
     """The recipe's steps with everything looked up, made anew when a weight was packed anew or x has another shape."""
     program, packs = state.programs.get(recipe.modules), state.packs
-    if program is None or not program.is_of(packs, x):
+    if program is None or not (program.takes(x) and program.has(packs)):
         if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
             return None  # another thread has just dropped them
         program = PackedProgram(recipe, packs, x)
@@ -410,12 +434,11 @@ class PackedProgram:
     def _overwrites(step: ConvStep, owned: bool) -> bool:
         return step.overwrites_residual and (step.residual != 0 or owned)
 
-    def is_of(self, packs: dict[str, PackedConv], x: Tensor) -> bool:
-        return (
-            x.shape == self._shape
-            and x.dtype == self._dtype
-            and all(packs.get(name) is pack for name, pack in self._packs.items())
-        )
+    def takes(self, x: Tensor) -> bool:
+        return x.shape == self._shape and x.dtype == self._dtype
+
+    def has(self, packs: dict[str, PackedConv]) -> bool:
+        return all(packs.get(name) is pack for name, pack in self._packs.items())
 
     def is_safe(self, bound: float) -> bool:
         return onednn.is_safe(self._largest[0] * bound + self._largest[1])

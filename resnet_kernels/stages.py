@@ -87,7 +87,9 @@ def _to_contiguous(value: Any) -> Any:
 def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) -> Any:
     """nn.Sequential's forward, with runs in one call; what is known about a tensor goes along from block to block."""
     for name, child in module._modules.items():
-        if name in state.plan.runs:
+        if (result := running.verified_program(child, x, known)) is not None:
+            x, known = result
+        elif name in state.plan.runs:
             x, known = call_run(module, name, state, x, known)
         elif name in state.plan.absorbed:
             continue
