@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from . import reading, running
 from .models import d2l, resnet_v1
+from .recipe import CannotRead
 from .running import UNKNOWN, FusedState, Known, drop_packs, say_once
 
 
@@ -107,7 +108,7 @@ def fuse_block_(module: nn.Module, backend: str = "auto") -> nn.Module:
     """Turns one block into its fused self, in place.
 
     Raises:
-        reading.CannotRead: if its forward holds something that is not fused.
+        CannotRead: if its forward holds something that is not fused.
     """
     swap(module, FusedBlock, FusedState(reading.read(module).recipe(), backend))
     return module
@@ -150,5 +151,5 @@ def _fuse_if_readable(block: nn.Module) -> None:
     # A norm_layer, downsample or subclass may hold what is not fused: the block then runs as plain PyTorch.
     try:
         fuse_block_(block)
-    except reading.CannotRead as reason:
+    except CannotRead as reason:
         say_once(f"{type(block).__name__} was built unfused: {reason}")

@@ -19,6 +19,7 @@ from . import reference
 from .ops import onednn
 from .ops.geometry import Geometry
 from .ops.library import is_dense
+from .recipe import ConvStep, Recipe
 
 # Each sample is a cache miss, and 16 of them see every change of a whole tensor.
 _SAMPLES = 16
@@ -135,6 +136,66 @@ class PackedConv:
             return reference.conv_bias_act(x, self.weight, self.bias, residual, None, self.geometry, relu)
         x = reference.pad_if_asymmetric(x, self.geometry)
         return onednn.run(x, self.weight, self.bias, residual, self._arguments, relu, bound, overwrite_residual)
+
+
+class PackedProgram:
+    """A recipe on oneDNN as a flat list of calls: what is left of the host's work once nothing has changed.
+
+    Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
+    oneDNN's own ReLU is safe in all steps. Without entries where a step needs more than one call.
+    """
+
+    def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
+        self._shape, self._dtype = x.shape, x.dtype
+        self._packs = {step.conv: packs[step.conv] for step in recipe.steps if isinstance(step, ConvStep)}
+        self._result = recipe.result
+        self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
+        if not all(isinstance(step, ConvStep) and packs[step.conv].is_one_call for step in recipe.steps):
+            return
+        self.entries = [
+            [
+                (*packs[step.conv].call(step.residual, step.relu, self._overwrites(step, owned)), step)
+                for step in recipe.steps
+            ]
+            for owned in (False, True)
+        ]
+        bounds = {0: (1.0, 0.0)}
+        for step in recipe.steps:
+            pack, (slope, constant) = packs[step.conv], bounds[step.x]
+            more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
+            bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
+        self._bound = bounds[recipe.result]
+        self._largest = (max(slope for slope, _ in bounds.values()), max(constant for _, constant in bounds.values()))
+
+    @staticmethod
+    def _overwrites(step: ConvStep, owned: bool) -> bool:
+        return step.overwrites_residual and (step.residual != 0 or owned)
+
+    def takes(self, x: Tensor) -> bool:
+        return x.shape == self._shape and x.dtype == self._dtype
+
+    def has(self, packs: dict[str, PackedConv]) -> bool:
+        return all(packs.get(name) is pack for name, pack in self._packs.items())
+
+    def is_safe(self, bound: float) -> bool:
+        return onednn.is_safe(self._largest[0] * bound + self._largest[1])
+
+    def result_bound(self, bound: float) -> float:
+        return self._bound[0] * bound + self._bound[1]
+
+    def __call__(self, x: Tensor, owned: bool) -> Tensor:
+        values = {0: x}
+        del x
+        for function, swapped, arguments, step in self.entries[owned]:
+            if step.residual is None:
+                values[step.out] = function(values[step.x], *arguments)
+            elif swapped:
+                values[step.out] = function(values[step.residual], values[step.x], *arguments)
+            else:
+                values[step.out] = function(values[step.x], values[step.residual], *arguments)
+            for dead in step.frees:
+                del values[dead]
+        return values[self._result]
 
 
 def _settings(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:

@@ -14,7 +14,7 @@ from torch import nn
 from . import blocks, reading, running
 from .blocks import FusedBlock
 from .ops import dispatch
-from .reading import CannotRead
+from .recipe import CannotRead, Recipe
 from .report import FuseReport, Row
 from .running import FusedState
 from .stages import FusedHost
@@ -129,9 +129,9 @@ def _check(model: object, backend: str) -> None:
     dispatch.check_name(backend)
 
 
-def _recipe_of(state: FusedState, row: Row) -> reading.Recipe:
+def _recipe_of(state: FusedState, row: Row) -> Recipe:
     """The recipe behind a report's row: the block's own, or one of a host's runs."""
-    if isinstance(state.plan, reading.Recipe):
+    if isinstance(state.plan, Recipe):
         return state.plan
     return next(recipe for recipe in state.plan.runs.values() if str(recipe) == row.steps)
 

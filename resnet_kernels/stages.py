@@ -21,7 +21,7 @@ from . import blocks, reading, running
 from .blocks import Fused, FusedBlock
 from .ops import dispatch
 from .ops.library import autocast_dtype
-from .reading import Recipe
+from .recipe import Recipe
 from .running import CHANNELS_LAST, UNKNOWN, FusedState, Known, Survey
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import blocks, stages
-from .reading import HostPlan
+from .recipe import HostPlan
 from .report import table
 
 

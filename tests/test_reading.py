@@ -9,7 +9,7 @@ from torch import nn
 
 from resnet_kernels import models, reading
 from resnet_kernels.blocks import fuse_block_
-from resnet_kernels.reading import CannotRead
+from resnet_kernels.recipe import CannotRead
 
 
 def recipe(module):
