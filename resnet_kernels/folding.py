@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .ops import onednn
+from .ops import dispatch, onednn
 from .ops.geometry import Geometry
 from .ops.library import is_dense
 from .recipe import ConvStep, Recipe
@@ -35,13 +35,18 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module | None, backend: str) -> tuple[Te
     if bn is None:
         return None, conv.bias
     tensors = bn_tensors(bn)
-    if backend == "triton" and not torch.compiler.is_compiling() and all(
-        t is None or t.is_contiguous() for t in (*tensors, conv.bias)
-    ):  # fmt: skip
+    if not torch.compiler.is_compiling() and _in_one_launch(conv, tensors, backend):
         from .kernels import bn_scale_shift
 
         return bn_scale_shift.launch(*tensors, conv.bias, bn.eps)
     return reference.bn_scale_shift(*tensors, conv.bias, bn.eps)
+
+
+def _in_one_launch(conv: nn.Conv2d, tensors: tuple[Tensor | None, ...], backend: str) -> bool:
+    # PyTorch takes six launches; so cuDNN's backend uses the kernel, too, where Triton is there.
+    if backend == "cudnn" and dispatch.why_not("triton", conv.weight.device.type, torch.float32) is not None:
+        return False
+    return backend in ("triton", "cudnn") and all(t is None or t.is_contiguous() for t in (*tensors, conv.bias))
 
 
 class PackedConv:
