@@ -121,7 +121,7 @@ def is_ordinary(x: Any) -> bool:
 class Wiring:
     """The live modules behind a recipe's paths: looked up once, checked by identity in each call, list against list."""
 
-    __slots__ = ("children", "classes", "dicts", "first", "hooks", "names", "registries", "steps", "with_modes")
+    __slots__ = ("children", "classes", "dicts", "first", "names", "registries", "steps", "with_modes")
 
     def __init__(self, module: nn.Module, recipe: Recipe):
         members = _members(module, recipe)
@@ -131,8 +131,6 @@ class Wiring:
         self.children = [child for _, _, child in members]
         self.classes = [*map(type, self.children)]
         self.dicts = [child.__dict__ for child in self.children]
-        # The very dicts that register_*_hook fills.
-        self.hooks = [d[kind] for d in self.dicts for kind in _HOOK_DICTS]
         self.with_modes = [c for c in self.children if reading.is_batch_norm(c) or reading.is_quiet(c)]
         self.steps = [
             (step, child_at(module, step.conv), None if step.bn is None else child_at(module, step.bn))
@@ -153,12 +151,11 @@ class Wiring:
 
     def why_not_now(self) -> str | None:
         """What keeps these modules from being fused at this moment: a hook, a forward of their own, train()."""
-        if any(self.hooks):
-            names = [name for name, child in zip(self.names, self.children) if has_hooks(child)]
-            return f"a hook on {names[0]} has to fire"
-        for d in self.dicts:
+        for i, d in enumerate(self.dicts):
+            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
+                return f"a hook on {self.names[i]} has to fire"
             if "forward" in d:
-                return f"{self.names[self.dicts.index(d)]} got a forward of its own"
+                return f"{self.names[i]} got a forward of its own"
         for child in self.with_modes:
             if child.training:
                 return f"{self.names[self.children.index(child)]} is in train() mode"
@@ -260,7 +257,8 @@ class Survey:
         inside = {id(child) for owner, _, recipes in owners if recipes[0].whole for child in owner.modules()}
         outside = [m for m in module.modules() if id(m) not in inside]
         self.registries = [(m._modules, [*m._modules.values()]) for m in outside if m._modules]
-        self.hooks = [d for m in module.modules() for d in (m.__dict__[kind] for kind in _HOOK_DICTS)]
+        # Hooks inside a block are its own wiring's to see.
+        self.hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
 
     def is_current(self) -> bool:
         return all([*registry.values()] == children for registry, children in self.registries)
@@ -271,9 +269,9 @@ def verified_below(survey: Survey) -> Iterator[None]:
     """Asks for all fused modules below at once what `decide` and `run_recipe` would ask for each in turn.
 
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
-    between, is registered anywhere below.
+    between, is registered on a block or on what is around blocks.
     """
-    if is_inside_verified() or any(survey.hooks) or _global_hooks():
+    if is_inside_verified() or any(map(has_hooks, survey.hookable)) or _global_hooks():
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}

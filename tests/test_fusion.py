@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 import threading
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -190,6 +191,20 @@ def test_hooks_fire_whether_added_before_or_after(model, x, add_before):
     assert [path for path, _ in fired] == [path for path, _ in seen] and len(fired) == 6
     for (_, a), (_, b) in zip(fired, seen):
         close(a, b)
+
+
+def test_hooks_registered_after_the_dict_of_hooks_was_replaced_fire(model, x):
+    """`module._forward_hooks = OrderedDict()` is a common way of removing hooks."""
+    fused, seen = rk.fuse(model), []
+    with torch.no_grad():
+        fused(x), fused(x)
+        for path in ("layer1.0", "layer1.0.conv2", "layer1", "bn1"):
+            module = fused.get_submodule(path)
+            module._forward_hooks = OrderedDict()
+            module.register_forward_hook(lambda m, i, o, path=path: seen.append(path))
+        with pytest.warns(RuntimeWarning, match="a hook on"):
+            fused(x)
+    assert seen == ["bn1", "layer1.0.conv2", "layer1.0", "layer1"]
 
 
 def test_a_hook_on_a_block_may_keep_its_output(model, x):
