@@ -69,7 +69,7 @@ class PackedConv:
         "bias",
         "geometry",
         "weight",
-    )  # fmt: skip
+    )
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor):
         dtype = x.dtype
@@ -121,6 +121,9 @@ class PackedConv:
         """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
         return self._gain * x_bound + (self._offset if offset is None else offset)
 
+    def out_shape(self, x_shape: torch.Size) -> torch.Size:
+        return torch.Size(self.geometry.out_shape(x_shape, self._conv.weight.shape))
+
     @property
     def is_one_call(self) -> bool:
         """Whether a call is one of oneDNN's ops and nothing else."""
@@ -157,6 +160,11 @@ class PackedProgram:
         self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
         if not all(isinstance(step, ConvStep) and packs[step.conv].is_one_call for step in recipe.steps):
             return
+        shapes = {0: x.shape}
+        for step in recipe.steps:
+            shapes[step.out] = packs[step.conv].out_shape(shapes[step.x])
+            if step.residual is not None and shapes[step.residual] != shapes[step.out]:
+                return  # an add that broadcasts
         self.entries = [
             [
                 (*packs[step.conv].call(step.residual, step.relu, self._overwrites(step, owned)), step)

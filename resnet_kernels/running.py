@@ -277,7 +277,11 @@ def verified_below(survey: Survey) -> Iterator[None]:
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
     programs: dict[int, PackedProgram] = {}
     for owner, state, recipes in survey.owners:
-        if owner.training or (not recipes[0].whole and tuple(owner._modules) != state.plan.names):
+        if (
+            owner.training
+            or "forward" in owner.__dict__
+            or (not recipes[0].whole and tuple(owner._modules) != state.plan.names)
+        ):
             continue
         for recipe in recipes:
             wiring = state.wiring.get(recipe.modules)
@@ -361,20 +365,30 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
                 bound = onednn.bound(y, None)
         else:
             residual = None if step.residual is None else values[step.residual]
+            relu, late = step.relu, None
+            if residual is not None:
+                shape = Geometry.of_module(child).out_shape(values[step.x].shape, child.weight.shape)
+                if residual.shape != shape:
+                    # Eager's add broadcasts; a kernel reads a residual of the output's shape, and beyond a smaller one.
+                    residual, relu, late = None, False, residual
             if on_cpu:
                 pack = state.packs.get(step.conv)
                 if pack is None or not pack.fits(values[step.x]) or not (verified or pack.is_unchanged(child, bn)):
                     pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x])
                 bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])
                 overwrite = step.overwrites_residual and (step.residual != 0 or owned)
-                y = pack(values[step.x], residual, step.relu, bound, overwrite)
+                y = pack(values[step.x], residual, relu, bound, overwrite)
             else:
                 scale, shift = scale_shift(child, bn, backend)
                 y = torch.ops.resnet_kernels.conv_bias_act.default(
                     values[step.x], child.weight.to(values[step.x].dtype), shift, residual, scale,
-                    *Geometry.of_module(child), step.relu, backend,
+                    *Geometry.of_module(child), relu, backend,
                 )  # fmt: skip
-            del residual
+            if late is not None:
+                y = torch.add(y, late).contiguous(memory_format=CHANNELS_LAST)
+                y = torch.relu_(y) if step.relu else y
+                bound += bounds[step.residual]
+            del residual, late
         values[step.out], bounds[step.out] = y, bound
         del y
         # Dead values go at once: peak memory is eager's.
@@ -402,6 +416,8 @@ def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | No
 def _call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend: str) -> Tensor:
     if child is not None:
         return child(*inputs)
-    if step.what == "add_relu":
+    if step.what == "add_relu" and inputs[0].shape == inputs[1].shape:
         return add_relu(*inputs, backend=backend)
+    if step.what == "add_relu":
+        return torch.relu_(torch.add(*inputs))  # a sum that broadcasts
     return torch.add(*inputs) if step.what == "add" else torch.relu(*inputs)

@@ -207,6 +207,49 @@ def test_hooks_registered_after_the_dict_of_hooks_was_replaced_fire(model, x):
     assert seen == ["bn1", "layer1.0.conv2", "layer1.0", "layer1"]
 
 
+def test_a_forward_set_on_a_fused_block_runs(model):
+    """Regression: a block that was verified once ran its recipe past a forward set on the instance later."""
+    fused, x = rk.fuse(nn.Sequential(model.layer1, model.layer2)), torch.randn(1, 64, 8, 8)
+    with torch.no_grad():
+        for _ in range(3):
+            fused(x)
+        fused[0][1].forward = torch.zeros_like
+        close(fused(x), model.layer2(torch.zeros(1, 256, 8, 8)))
+
+
+class Broadcasts(nn.Module):
+    """Adds a (N, C, 1, 1) value to a map: once as a convolution's residual, once the other way round, once alone."""
+
+    def __init__(self, form):
+        super().__init__()
+        self.conv, self.bn, self.pool = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1)
+        self.squeeze, self.form = nn.Conv2d(8, 8, 1), form
+
+    def forward(self, x):
+        if self.form == "small residual":
+            return F.relu(self.bn(self.conv(x)) + self.pool(x))
+        if self.form == "large residual":
+            return F.relu(x + self.bn(self.conv(self.pool(x))))
+        if self.form == "small convolution as residual":
+            return F.relu(self.bn(self.conv(self.conv(x))) + self.squeeze(self.pool(x)))
+        return self.conv(F.relu(x + self.pool(x)))
+
+
+@pytest.mark.parametrize("backend", ("cpu", "triton"))
+@pytest.mark.parametrize(
+    "form", ("small residual", "large residual", "small convolution as residual", "no convolution before the add")
+)
+def test_an_add_that_broadcasts(form, backend, device):
+    """Regression: the Triton kernel read beyond a residual that was smaller than its output."""
+    skip_unless_runnable(backend, device, torch.float32)
+    plain = randomise_batch_norms_(nn.Sequential(Broadcasts(form), Broadcasts(form))).eval().to(device)
+    fused, x = rk.fuse(plain, backend=backend), torch.randn(2, 8, 6, 6, device=device)
+    assert len(rk.explain(fused).fused) == 2
+    with torch.no_grad():
+        for _ in range(3):
+            close(fused(x), plain(x))
+
+
 def test_a_hook_on_a_block_may_keep_its_output(model, x):
     """Regression guard: the next block writes its residual add over its input only when nobody else holds it."""
     mine = rk.fuse(model)

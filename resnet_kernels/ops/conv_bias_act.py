@@ -42,7 +42,7 @@ def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, 
 
 def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    shape = (x.shape[0], weight.shape[0], *geometry.out_size(x.shape[2:], weight.shape[2:]))
+    shape = geometry.out_shape(x.shape, weight.shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 

@@ -34,6 +34,10 @@ class Geometry(NamedTuple):
         padded = (in_size[0] + top + bottom, in_size[1] + left + right)
         return tuple((padded[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1))
 
+    def out_shape(self, x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
+        """Returns (N, C_out, out_h, out_w)."""
+        return (x_shape[0], weight_shape[0], *self.out_size(x_shape[2:], weight_shape[2:]))
+
     @property
     def symmetric(self) -> bool:
         """Whether conv2d's own (h, w) padding can express it."""
@@ -153,7 +157,7 @@ def check_operands(
         if vector.dtype not in (x.dtype, _vector_dtype(x)):
             raise TypeError(f"{name} must be {_vector_dtype(x)} or x's dtype {x.dtype}, got {vector.dtype}")
     if residual is not None:
-        out_shape = (x.shape[0], c_out, out_h, out_w)
+        out_shape = geometry.out_shape(x.shape, weight.shape)
         if tuple(residual.shape) != out_shape:
             raise ValueError(f"residual must have the output's shape {out_shape}, got {tuple(residual.shape)}")
         if residual.dtype != x.dtype:
