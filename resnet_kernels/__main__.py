@@ -142,7 +142,7 @@ def demo(options: argparse.Namespace, model: nn.Module) -> int:
             {"eager channels_last": lambda: model(x), "fused": lambda: fused(x)},
             seconds=options.seconds,
             device=x.device,
-            progress=lambda done, total: announce(f"timing, {done:.0f} of {total:.0f} s"),
+            progress=lambda rounds, spent: announce(f"timing, round {rounds}, {spent:.0f} of {options.seconds:.0f} s"),
         )
     announce("")
     eager = timings["eager channels_last"]
