@@ -50,6 +50,27 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return torch.relu(x + residual)
 
 
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool = True,
+) -> Tensor:
+    """relu(BN(x) + residual), rounded to x's dtype after the BN, too."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    # BN's backward needs its input alone, so what follows may go over its output.
+    if residual is not None:
+        y = y.add_(residual)
+    return torch.relu_(y) if relu else y
+
+
 def bn_scale_shift(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, conv_bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:

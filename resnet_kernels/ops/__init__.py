@@ -1,6 +1,7 @@
 """Fused operations on tensors. Each takes `backend=`; see dispatch.py for which one runs."""
 
 from .add_relu import add_relu
+from .batch_norm_act import batch_norm_act
 from .conv_bias_act import conv_bias_act
 
-__all__ = ["add_relu", "conv_bias_act"]
+__all__ = ["add_relu", "batch_norm_act", "conv_bias_act"]

@@ -1,0 +1,481 @@
+"""BN, residual add and ReLU, forward and backward, over channels_last data seen as (rows = N*H*W, channels).
+
+    forward    y = act( (x - mean) * rstd * weight + bias + residual )
+    backward   dz = dy where y > 0 (of ReLU), the residual's gradient
+               dweight = sum(dz * (x - mean)) * rstd,    dbias = sum(dz)
+               dx = weight * rstd * (dz - dbias / rows - (x - mean) * rstd * dweight / rows)
+
+Passes over data, as reads + writes of one activation each: statistics 1, apply 2 (3 with a residual); reduce 2, apply 3.
+Eager BN, add and ReLU apart take 6 (9) forward and 8 (9) backward. With a residual the backward needs y, which the next
+layer holds anyway: reduce 3 and the write of dz, apply 3. Without one ReLU's mask is computed again from x, not read.
+
+Statistics are sound at a mean of 1000 and a deviation of 1, and next to outliers: never E[x^2] - E[x]^2. Each lane sums in
+fp32 around its own first value; lanes and splits are combined as in Chan et al. 1979, in fp64, which is a few thousand values
+in all. Every sum has a fixed order, so results are deterministic; nothing is atomic.
+
+Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1 and section 3.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A tile holds 4096 elements: on 8 warps 16 a thread, two 16-byte loads of bf16, and sums that stay in registers.
+TILE = 4096
+MOST_CHANNELS = 64  # of a tile: 128 bytes of bf16, a whole cache line of each row
+NUM_WARPS = 8
+# Programs of a reduction: four for each of an H200's 132 multiprocessors, rounded down to a power of two, so that one tile
+# of the finishing kernel takes all splits of a channel. 64 channels go in 512 splits, 2048 in 16.
+MOST_SPLITS = 512
+FINISH_CHANNELS = 8
+LOAD_STAGES = tl.constexpr(3)
+FINISH_WARPS = 16
+
+
+class Split(NamedTuple):
+    """How a reduction over rows is cut: tiles of block_rows x block_channels, `count` splits of `rows` rows each."""
+
+    block_rows: int
+    block_channels: int
+    rows: int
+    count: int
+
+
+def choose_split(n_rows: int, n_channels: int) -> Split:
+    """Cuts n_rows so that few and many channels both fill the machine."""
+    block_channels = min(MOST_CHANNELS, triton.next_power_of_2(n_channels))
+    block_rows = TILE // block_channels
+    most = max(1, MOST_SPLITS // triton.cdiv(n_channels, block_channels))
+    rows = triton.cdiv(triton.cdiv(n_rows, most), block_rows) * block_rows
+    return Split(block_rows, block_channels, rows, triton.cdiv(n_rows, rows))
+
+
+@triton.jit
+def _statistics_kernel(
+    x_ptr,  # (n_rows, n_channels)
+    partial_ptr,  # (2, n_splits, n_channels) fp64: sums, and sums of squares around their own mean
+    n_rows,
+    n_channels,
+    rows_per_split,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    split = tl.program_id(0)
+    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask_c = offs_c < n_channels
+    lane = tl.arange(0, BLOCK_ROWS)
+    start = split * rows_per_split
+    end = tl.minimum(start + rows_per_split, n_rows)
+
+    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
+    x_ptrs = x_ptr + (start + lane).to(tl.int64)[:, None] * n_channels + offs_c[None, :]
+    pivot = _finite(tl.load(x_ptrs, mask=(start + lane < end)[:, None] & mask_c[None, :], other=0.0).to(tl.float32))
+    total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for row in tl.range(start, end, BLOCK_ROWS, num_stages=LOAD_STAGES):
+        mask = (row + lane < end)[:, None] & mask_c[None, :]
+        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        difference = tl.where(mask, x - pivot, 0.0)
+        total += difference
+        squares += difference * difference
+        x_ptrs += BLOCK_ROWS * n_channels
+
+    count = (tl.maximum(end - start - lane + BLOCK_ROWS - 1, 0) // BLOCK_ROWS).to(tl.float32)[:, None]
+    from_pivot = total / tl.maximum(count, 1.0)
+    squares -= total * from_pivot
+    # In fp64: a lane's mean of 1000 would lose in fp32 what its sum has kept.
+    lane_mean = pivot.to(tl.float64) + from_pivot
+    rows_sum = tl.sum(count * lane_mean, 0)
+    off_centre = (lane_mean - (rows_sum / (end - start))[None, :]).to(tl.float32)
+    rows_squares = _sum(squares + count * off_centre * off_centre)
+    partial_ptrs = partial_ptr + split * n_channels + offs_c
+    tl.store(partial_ptrs, rows_sum, mask=mask_c)
+    tl.store(partial_ptrs + tl.num_programs(0) * n_channels, rows_squares, mask=mask_c)
+
+
+@triton.jit
+def _sum(lanes):
+    # Once a program, so fp64 is cheap on GPUs with little of it, too; eager on the CPU sums in fp64 throughout.
+    return tl.sum(lanes.to(tl.float64), 0)
+
+
+@triton.jit
+def _finite(x):
+    # Around an infinite pivot the differences are NaN, and so the mean, which eager has as infinite.
+    return tl.where(tl.abs(x) < float("inf"), x, 0.0)
+
+
+@triton.jit
+def _finish_statistics_kernel(
+    partial_ptr,  # as above
+    mean_ptr,  # (n_channels,) fp32
+    rstd_ptr,  # (n_channels,) fp32
+    running_mean_ptr,  # (n_channels,) or None
+    running_var_ptr,  # (n_channels,) or None
+    n_rows,
+    n_channels,
+    rows_per_split,
+    n_splits,
+    momentum,
+    eps,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    offs_s = tl.arange(0, BLOCK_SPLITS)
+    offs_c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask_c = offs_c < n_channels
+    mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
+    partial_ptrs = partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :]
+    sums = tl.load(partial_ptrs, mask=mask, other=0.0)
+    squares = tl.load(partial_ptrs + n_splits * n_channels, mask=mask, other=0.0)
+    count = tl.minimum(tl.maximum(n_rows - offs_s * rows_per_split, 0), rows_per_split).to(tl.float64)[:, None]
+
+    rows = n_rows.to(tl.float64)
+    mean = tl.sum(sums, 0) / rows
+    off_centre = tl.where(mask, sums / tl.maximum(count, 1.0) - mean[None, :], 0.0)
+    squares = tl.sum(squares + count * off_centre * off_centre, 0)
+    mean = mean.to(tl.float32)
+    # A rounding below zero, of a channel whose values are all the same, would be the root of a negative number.
+    variance = tl.maximum((squares / rows).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(mean_ptr + offs_c, mean, mask=mask_c)
+    tl.store(rstd_ptr + offs_c, _rstd(variance, eps), mask=mask_c)
+    if running_mean_ptr is not None:
+        old = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        new = momentum * mean + (1 - momentum) * old
+        tl.store(running_mean_ptr + offs_c, new.to(running_mean_ptr.dtype.element_ty), mask=mask_c)
+    if running_var_ptr is not None:
+        old = tl.load(running_var_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+        unbiased = (squares / (rows - 1)).to(tl.float32)
+        new = momentum * unbiased + (1 - momentum) * old
+        tl.store(running_var_ptr + offs_c, new.to(running_var_ptr.dtype.element_ty), mask=mask_c)
+
+
+@triton.jit
+def _rstd(variance, eps):
+    # Correctly rounded root and division: the approximate ones err by 2 ulp for a whole channel at once.
+    root = tl.sqrt_rn(variance + eps)
+    return tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root)
+
+
+@triton.jit
+def _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE: tl.constexpr):
+    """A channel's mean, rstd, weight * rstd and bias; with VARIANCE, rstd_ptr holds a variance (eval mode)."""
+    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
+    if VARIANCE:
+        rstd = _rstd(rstd, eps)
+    scale = rstd
+    if weight_ptr is not None:
+        scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    bias = tl.zeros(mean.shape, tl.float32)
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    return mean, rstd, scale, bias
+
+
+@triton.jit
+def _forward_kernel(
+    x_ptr,  # (n_rows, n_channels), residual and y too
+    residual_ptr,  # or None
+    y_ptr,
+    mean_ptr,  # (n_channels,)
+    rstd_ptr,  # (n_channels,); with VARIANCE the running variance
+    weight_ptr,  # (n_channels,) or None, bias too
+    bias_ptr,
+    n_rows,
+    n_channels,
+    eps,
+    RELU: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask_c = offs_c < n_channels
+    mask = (offs_r < n_rows)[:, None] & mask_c[None, :]
+    offs = offs_r.to(tl.int64)[:, None] * n_channels + offs_c[None, :]
+    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
+    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    # x - mean first: x * scale - mean * scale would cancel at a mean of 1000.
+    y = tl.fma(x - mean[None, :], scale[None, :] + tl.zeros_like(x), bias[None, :] + tl.zeros_like(x))
+    if residual_ptr is not None:
+        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _through_relu(dy, y_ptr, offs, mask, centred, scale, bias, DTYPE: tl.constexpr):
+    """dy where ReLU let its input through: by y where it was kept, else by y computed again, rounded as it was stored."""
+    if y_ptr is not None:
+        y = tl.load(y_ptr + offs, mask=mask, other=0.0)
+    else:
+        y = tl.fma(centred, scale[None, :] + tl.zeros_like(centred), bias[None, :] + tl.zeros_like(centred)).to(DTYPE)
+    # By `<=`, as PyTorch does: a NaN lets its gradient through.
+    return tl.where(y.to(tl.float32) <= 0, 0.0, dy)
+
+
+@triton.jit
+def _reduce_kernel(
+    dy_ptr,  # (n_rows, n_channels), x, y and dz too
+    x_ptr,
+    y_ptr,  # or None: ReLU's mask is computed again
+    dz_ptr,  # or None
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    partial_ptr,  # (2, n_splits, n_channels) fp64: sums of dz and of dz * (x - mean)
+    n_rows,
+    n_channels,
+    rows_per_split,
+    eps,
+    RELU: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    split = tl.program_id(0)
+    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask_c = offs_c < n_channels
+    lane = tl.arange(0, BLOCK_ROWS)
+    start = split * rows_per_split
+    end = tl.minimum(start + rows_per_split, n_rows)
+    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
+    offs = (start + lane).to(tl.int64)[:, None] * n_channels + offs_c[None, :]
+    sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    for row in tl.range(start, end, BLOCK_ROWS, num_stages=LOAD_STAGES):
+        mask = (row + lane < end)[:, None] & mask_c[None, :]
+        dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, x - mean[None, :], 0.0)
+        if RELU:
+            dz = _through_relu(dz, y_ptr, offs, mask, centred, scale, bias, x_ptr.dtype.element_ty)
+        if dz_ptr is not None:
+            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
+        sum_dz += dz
+        sum_dz_x += dz * centred
+        offs += BLOCK_ROWS * n_channels
+    partial_ptrs = partial_ptr + split * n_channels + offs_c
+    tl.store(partial_ptrs, _sum(sum_dz), mask=mask_c)
+    tl.store(partial_ptrs + tl.num_programs(0) * n_channels, _sum(sum_dz_x), mask=mask_c)
+
+
+@triton.jit
+def _finish_reduce_kernel(
+    partial_ptr,  # (2, n_splits, n_channels)
+    rstd_ptr,
+    dweight_ptr,  # (n_channels,) or None, dbias too
+    dbias_ptr,
+    coefficient_ptr,  # (2, n_channels) fp32 or None: what to take off dz, constant and per unit of x - mean
+    n_rows,
+    n_channels,
+    n_splits,
+    eps,
+    VARIANCE: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    offs_s = tl.arange(0, BLOCK_SPLITS)
+    offs_c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask_c = offs_c < n_channels
+    mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
+    partial_ptrs = partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :]
+    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
+    if VARIANCE:
+        rstd = _rstd(rstd, eps)
+    dbias = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0), 0)
+    dweight = tl.sum(tl.load(partial_ptrs + n_splits * n_channels, mask=mask, other=0.0), 0) * rstd
+    if dweight_ptr is not None:
+        tl.store(dweight_ptr + offs_c, dweight.to(dweight_ptr.dtype.element_ty), mask=mask_c)
+    if dbias_ptr is not None:
+        tl.store(dbias_ptr + offs_c, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_c)
+    if coefficient_ptr is not None:
+        rows = n_rows.to(tl.float64)
+        tl.store(coefficient_ptr + offs_c, (dbias / rows).to(tl.float32), mask=mask_c)
+        tl.store(coefficient_ptr + n_channels + offs_c, (rstd * dweight / rows).to(tl.float32), mask=mask_c)
+
+
+@triton.jit
+def _backward_kernel(
+    dy_ptr,  # (n_rows, n_channels), x, y and dx too
+    x_ptr,
+    y_ptr,  # or None: ReLU's mask is computed again
+    dx_ptr,
+    mean_ptr,
+    rstd_ptr,
+    weight_ptr,
+    bias_ptr,
+    coefficient_ptr,  # (2, n_channels), or None in eval mode
+    n_rows,
+    n_channels,
+    eps,
+    RELU: tl.constexpr,
+    VARIANCE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    offs_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    mask_c = offs_c < n_channels
+    mask = (offs_r < n_rows)[:, None] & mask_c[None, :]
+    offs = offs_r.to(tl.int64)[:, None] * n_channels + offs_c[None, :]
+    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
+    dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    centred = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    if RELU:
+        dz = _through_relu(dz, y_ptr, offs, mask, centred, scale, bias, x_ptr.dtype.element_ty)
+    if coefficient_ptr is not None:
+        constant = tl.load(coefficient_ptr + offs_c, mask=mask_c, other=0.0)
+        slope = tl.load(coefficient_ptr + n_channels + offs_c, mask=mask_c, other=0.0)
+        dz -= constant[None, :] + centred * slope[None, :]
+    tl.store(dx_ptr + offs, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Runs the forward passes on checked operands, at least one element; writes the running statistics in training.
+
+    Returns:
+        y, channels_last, and, in training, mean and rstd, both (C,) fp32; None in eval mode.
+    """
+    x, residual = _channels_last(x), _channels_last(residual)
+    weight, bias = _contiguous(weight), _contiguous(bias)
+    y = torch.empty_like(x)
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    if training:
+        mean, rstd = _statistics(x, running_mean, running_var, rows, channels, momentum, eps)
+    else:
+        mean, rstd = running_mean.contiguous(), running_var.contiguous()
+    with torch.cuda.device_of(x):
+        _forward_kernel[_tiles(rows, channels)](
+            x, residual, y, mean, rstd, weight, bias, rows, channels, eps,
+            RELU=relu, VARIANCE=not training, **_blocks(rows, channels), num_warps=NUM_WARPS,
+        )  # fmt: skip
+    return (y, mean, rstd) if training else (y, None, None)
+
+
+def _statistics(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    rows: int,
+    channels: int,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    split = choose_split(rows, channels)
+    partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
+    # Not halves of one tensor: the outputs of an op share no memory.
+    mean, rstd = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
+    running = (running_mean, running_var)
+    dense = [_contiguous(statistic) for statistic in running]
+    with torch.cuda.device_of(x):
+        # Programs: splits of rows x tiles of channels; then tiles of channels.
+        _statistics_kernel[split.count, triton.cdiv(channels, split.block_channels)](
+            x, partial, rows, channels, split.rows,
+            BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels, num_warps=NUM_WARPS,
+        )  # fmt: skip
+        _finish_statistics_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
+            partial, mean, rstd, *dense, rows, channels, split.rows, split.count, momentum, eps,
+            BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
+        )  # fmt: skip
+    for statistic, written in zip(running, dense):
+        if statistic is not written:
+            statistic.copy_(written)
+    return mean, rstd
+
+
+def launch_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    training: bool,
+    eps: float,
+    relu: bool,
+    needs: tuple[bool, bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Runs the backward passes.
+
+    Args:
+        y: the output, where a ReLU came after a residual; else None.
+        mean, rstd: as `launch` returned them; in eval mode the running mean and variance.
+        needs: whether dx, dz (the residual's gradient), dweight and dbias are asked for.
+
+    Returns:
+        dx, dz, dweight, dbias; None where not asked for.
+    """
+    dy, x, y = _channels_last(dy), _channels_last(x), _channels_last(y)
+    weight, bias, mean, rstd = (_contiguous(vector) for vector in (weight, bias, mean, rstd))
+    needs_x, needs_dz, needs_weight, needs_bias = needs
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
+    split = choose_split(rows, channels)
+    dz = torch.empty_like(x) if needs_dz else None
+    dx = torch.empty_like(x) if needs_x else None
+    vector = torch.float32 if weight is None else weight.dtype
+    dweight, dbias = (
+        torch.empty(channels, dtype=vector, device=x.device) if needed else None
+        for needed in (needs_weight, needs_bias)
+    )
+    coefficients = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training and needs_x else None
+    common = dict(VARIANCE=not training, num_warps=NUM_WARPS, **_blocks(rows, channels))
+    with torch.cuda.device_of(x):
+        if any(value is not None for value in (dz, dweight, dbias, coefficients)):
+            partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
+            # Programs: splits of rows x tiles of channels; then tiles of channels.
+            _reduce_kernel[split.count, triton.cdiv(channels, split.block_channels)](
+                dy, x, y, dz, mean, rstd, weight, bias, partial, rows, channels, split.rows, eps, RELU=relu, **common
+            )
+            _finish_reduce_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
+                partial, rstd, dweight, dbias, coefficients, rows, channels, split.count, eps,
+                VARIANCE=not training, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
+            )  # fmt: skip
+        if dx is not None:
+            masked = dz is not None  # ReLU's mask has been applied, and stored
+            _backward_kernel[_tiles(rows, channels)](
+                dz if masked else dy, x, None if masked else y, dx, mean, rstd, weight, bias, coefficients,
+                rows, channels, eps, RELU=relu and not masked, **common,
+            )  # fmt: skip
+    return dx, dz, dweight, dbias
+
+
+def _tiles(rows: int, channels: int) -> tuple[int, int]:
+    """Programs of a pass over data: tiles of rows x tiles of channels."""
+    split = choose_split(rows, channels)
+    return triton.cdiv(rows, split.block_rows), triton.cdiv(channels, split.block_channels)
+
+
+def _blocks(rows: int, channels: int) -> dict[str, int]:
+    split = choose_split(rows, channels)
+    return dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
+
+
+def _channels_last(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.contiguous()

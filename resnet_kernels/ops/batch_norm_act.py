@@ -1,0 +1,211 @@
+"""relu(BN(x) + residual), training and eval, forward and backward. Kernels, formulas and cost: kernels/batch_norm_act.py.
+
+The op writes the running statistics, so its autograd is registered by hand: PyTorch registers formulas for functional ops
+only. Where the backend is not Triton, it is PyTorch's own BN, add and ReLU, with PyTorch's own autograd.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from . import dispatch
+from .library import LIBRARY
+
+LIBRARY.define(
+    "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
+)
+LIBRARY.define(
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "bool training, float eps, bool relu, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _nothing(x: Tensor) -> Tensor:
+    """What an op returns in the place of a tensor that there is no use for: its schema knows no optional returns."""
+    return torch.empty(0, dtype=torch.float32, device=x.device)
+
+
+def _is_ours(x: Tensor, backend: str) -> bool:
+    return dispatch.resolve(backend, x.device, x.dtype) == "triton" and x.numel() > 0
+
+
+def _by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu):
+    y = reference.batch_norm_act(
+        x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, relu=relu
+    )
+    return y.contiguous(memory_format=torch.channels_last), _nothing(x), _nothing(x)
+
+
+def _batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
+    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
+    if not _is_ours(x, backend):
+        return _by_pytorch(*arguments)
+    from ..kernels import batch_norm_act as kernel
+
+    y, mean, rstd = kernel.launch(*arguments)
+    return (y, mean, rstd) if training else (y, _nothing(x), _nothing(x))
+
+
+def _fake(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
+    y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    if not (training and _is_ours(x, backend)):
+        return y, _nothing(x), _nothing(x)
+    return y, *(torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
+
+
+class _Function(torch.autograd.Function):
+    """Saves x, and y only where a ReLU came after a residual: elsewhere its mask is computed again from x."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
+        with torch._C._AutoDispatchBelowAutograd():
+            y, mean, rstd = torch.ops.resnet_kernels.batch_norm_act.default(
+                x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend
+            )
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.settings = (training, eps, relu)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        statistics = (mean, rstd) if training else (running_mean, running_var)
+        # What has no part in the backward is not kept, or nobody could change it in between.
+        kept_bias = bias if relu and residual is None else None
+        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, kept_bias, *statistics)
+        return y, mean, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        if dy is None:
+            return (None,) * 11
+        training, eps, relu = ctx.settings
+        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+        needs = (needs_x, needs_residual and relu, needs_weight, needs_bias)
+        gradients = torch.ops.resnet_kernels.batch_norm_act_backward.default(
+            dy, *ctx.saved_tensors, training, eps, relu, needs
+        )
+        dx, dresidual, dweight, dbias = (g if needed else None for g, needed in zip(gradients, needs))
+        if needs_residual and not relu:
+            dresidual = dy
+        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
+        return dx, dresidual, dweight, dbias, *(None,) * 7
+
+
+def _backward(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs):
+    from ..kernels import batch_norm_act as kernel
+
+    gradients = kernel.launch_backward(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs)
+    return tuple(_nothing(x) if gradient is None else gradient for gradient in gradients)
+
+
+def _backward_fake(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs):
+    data = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    vector = torch.empty(x.shape[1], dtype=torch.float32 if weight is None else weight.dtype, device=x.device)
+    whole = (data, data.clone(), vector, vector.clone())
+    return tuple(value if needed else _nothing(x) for value, needed in zip(whole, needs))
+
+
+def _autograd(*arguments):
+    x, *_, backend = arguments
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        return _Function.apply(*arguments) if _is_ours(x, backend) else _by_pytorch(*arguments[:-1])
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.resnet_kernels.batch_norm_act.default(*arguments)
+
+
+LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeExplicitAutograd")
+LIBRARY.impl("batch_norm_act", _autograd, "Autograd")
+LIBRARY.impl("batch_norm_act_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("resnet_kernels::batch_norm_act", _fake, lib=LIBRARY)
+torch.library.register_fake("resnet_kernels::batch_norm_act_backward", _backward_fake, lib=LIBRARY)
+
+
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool = True,
+    backend: str = "auto",
+) -> Tensor:
+    """Returns relu(BN(x) + residual), differentiable in x, residual, weight and bias.
+
+    Args:
+        x: (N, C, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
+            layout is converted.
+        residual: x's shape, dtype and device, added before the ReLU; or None.
+        weight, bias: (C,), float32 or x's dtype; None for ones, zeros (affine=False).
+        running_mean, running_var: (C,), float32 or x's dtype. In training they are updated in place, with the unbiased
+            variance; None keeps none (track_running_stats=False). In eval mode they are the statistics.
+        training: True normalises by the batch's own statistics, computed in fp32.
+        momentum: share of the new statistics in the running ones, from 0 to 1. (nn.BatchNorm2d's momentum=None is
+            1 / num_batches_tracked, which is the module's to count.)
+        eps: added to the variance; above 0 in training, at least 0 else.
+        relu: False leaves the ReLU away.
+        backend: "triton" runs two passes over data forward and two backward. All others, "auto" too until a measured
+            table shows a win, run PyTorch's own BN, add and ReLU. RESNET_KERNELS_BACKEND goes over it.
+
+    Returns:
+        x's shape and dtype, channels_last.
+
+    Raises:
+        TypeError: an argument is no tensor, or x not floating point.
+        ValueError: a shape, dtype, device, range or backend name that doesn't fit; one value per channel in training.
+        RuntimeError: an explicit backend can't run here.
+
+    Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2; He et al. 2016 (arXiv:1512.03385), figure 2.
+    """
+    dispatch.check_name(backend)
+    _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
+    return torch.ops.resnet_kernels.batch_norm_act.default(
+        x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, bool(relu), backend
+    )[0]
+
+
+def _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps) -> None:
+    vectors = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    for name, value in {"x": x, "residual": residual, **vectors}.items():
+        if not isinstance(value, Tensor) and (name == "x" or value is not None):
+            accepted = "a torch.Tensor" if name == "x" else "a torch.Tensor or None"
+            raise TypeError(f"{name} must be {accepted}, got {type(value).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}")
+    if x.dim() != 4:
+        raise ValueError(f"x must have 4 dimensions (N, C, H, W), got shape {tuple(x.shape)}")
+    for name, value in {"residual": residual, **vectors}.items():
+        if value is None:
+            continue
+        shape = tuple(x.shape) if name == "residual" else (x.shape[1],)
+        dtypes = (x.dtype,) if name == "residual" or x.dtype == torch.float64 else (x.dtype, torch.float32)
+        if tuple(value.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+        if value.dtype not in dtypes:
+            accepted = " or ".join(str(dtype) for dtype in dict.fromkeys(dtypes))
+            raise ValueError(f"{name} must be of dtype {accepted}, got {value.dtype}")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+    for name, value in (("momentum", momentum), ("eps", eps)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise ValueError(f"{name} must be a number, got {value!r}")
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
+    if not (0 <= eps < math.inf and (eps > 0 or not training)):
+        raise ValueError(f"eps must be finite and {'above' if training else 'at least'} 0, got {eps}")
+    if not training and (running_mean is None or running_var is None):
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise ValueError(f"{missing} must be given in eval mode, got None")
+    if training and x.numel() == x.shape[1] and x.numel():
+        # In torch.nn.functional.batch_norm's words.
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")
