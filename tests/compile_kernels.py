@@ -14,6 +14,7 @@ Without --all, cases that differ only in stride, batch or image size are compile
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -41,6 +42,11 @@ WORKERS = 2
 FP16_TARGET = "sm_90"
 # Seconds each to compile; one fits but spills, the other doesn't even fit.
 PLANTED_TARGETS = ("sm_90", "gfx942")
+BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
+BATCH_NORM_VECTORS = (
+    "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
+    "coefficient_ptr",
+)  # fmt: skip
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -192,6 +198,49 @@ def pointwise_cases() -> list[Case]:
     return cases
 
 
+def batch_norm_cases() -> list[Case]:
+    """All six kernels of training, each with everything it can take and as a layer without a residual has it.
+
+    64 channels at 112x112 and 2048 at 7x7 give one and the same kernel, another only channels that 16 does not divide.
+    """
+    from resnet_kernels.kernels import batch_norm_act as bn
+
+    cases = {}
+    for dtype, n_channels, size in (
+        ("fp16", 64, 112),
+        ("bf16", 64, 112),
+        ("fp32", 64, 112),
+        ("fp32", 2048, 7),
+        ("fp32", 6, 3),
+    ):
+        rows = 256 * size * size
+        split = bn.choose_split(rows, n_channels)
+        integers = dict(n_rows=rows, n_channels=n_channels, rows_per_split=split.rows, n_splits=split.count)
+        tiles = dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
+        types = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "residual_ptr", "dz_ptr"), "*" + dtype)
+        types |= dict.fromkeys(BATCH_NORM_VECTORS, "*fp32") | {
+            "partial_ptr": "*fp64",
+            "momentum": "fp32",
+            "eps": "fp32",
+        }
+        for name, residual in itertools.product(BATCH_NORM_KERNELS, (True, False)):
+            fn, warps, blocks = _kernel(f"batch_norm_act {name}"), bn.NUM_WARPS, tiles
+            if name.startswith("finish"):
+                warps, blocks = bn.FINISH_WARPS, dict(BLOCK_SPLITS=bn.MOST_SPLITS, BLOCK_CHANNELS=bn.FINISH_CHANNELS)
+            absent = set() if residual else {"residual_ptr", "dz_ptr"} | ({"y_ptr"} if name != "forward" else set())
+            arguments, aligned, constants = specialise({n: v for n, v in integers.items() if n in fn.arg_names})
+            arguments |= {n: t for n, t in types.items() if n in fn.arg_names and n not in absent}
+            given = dict(RELU=True, VARIANCE=False, **blocks, **dict.fromkeys(absent))
+            constants |= {n: v for n, v in given.items() if n in fn.arg_names}
+            config, layer = (
+                "x".join(map(str, blocks.values())),
+                f"{n_channels} channels{', residual' if residual else ''}",
+            )
+            case = Case(f"batch_norm_act {name}", config, dtype, layer, warps, 3, arguments, aligned, constants)
+            cases.setdefault(repr(replace(case, layer="")), case)
+    return list(cases.values())
+
+
 def planted_case() -> Case:
     """A tile that no target can hold: 512 fp32 sums a thread on NVIDIA, 128 KiB of operands and more."""
     from resnet_kernels.kernels.conv_bias_act import ConvConfig
@@ -239,8 +288,10 @@ def compile_case(job: tuple[Case, Target]) -> dict:
 
 
 def _kernel(name: str):
-    from resnet_kernels.kernels import add_relu, bn_scale_shift, conv_bias_act
+    from resnet_kernels.kernels import add_relu, batch_norm_act, bn_scale_shift, conv_bias_act
 
+    if name.startswith("batch_norm_act "):
+        return getattr(batch_norm_act, f"_{name.split()[1]}_kernel")
     return {
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
         "add_relu": add_relu._add_relu_kernel,
@@ -310,7 +361,7 @@ def _programs(record: dict, target: Target) -> int:
 
 
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
-    cases = [*conv_cases(everything), *pointwise_cases()]
+    cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 

@@ -16,7 +16,7 @@ SHAPES = (
     (4, 3, 6, 6),  # d2l's channels
     (3, 80, 9, 9),  # a ragged tile of channels, and of rows
     (1, 64, 1, 2),  # the fewest values there can be
-    (2, 8, 40, 40),  # several tiles in a split
+    (2, 8, 40, 40),  # several splits
 )
 SETTINGS = dict(momentum=0.1, eps=1e-5)
 

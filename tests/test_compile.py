@@ -10,7 +10,18 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_kernels import FP16_TARGET, KIB, PLANTED_TARGETS, TARGETS, Target, describe, find_cuobjdump, label, table
+from compile_kernels import (
+    BATCH_NORM_KERNELS,
+    FP16_TARGET,
+    KIB,
+    PLANTED_TARGETS,
+    TARGETS,
+    Target,
+    describe,
+    find_cuobjdump,
+    label,
+    table,
+)
 
 pytestmark = pytest.mark.compile_only
 
@@ -114,6 +125,18 @@ def streams_with_wide_loads(record: dict, target: Target) -> str | None:
         return f"loads of {record['load_bytes']} bytes, expected {min(16, share)}"
 
 
+def training_streams(record: dict, target: Target) -> str | None:
+    """16-byte loads of activations; in the reductions ahead of time, into shared memory, by at least two programs an SM."""
+    if not record["kernel"].startswith("batch_norm_act") or "n_channels" not in record["aligned"]:
+        return None
+    if 16 not in record["load_bytes"]:
+        return f"loads of {record['load_bytes']} bytes, expected 16 among them"
+    if record["programs"] < 2:
+        return f"{record['registers']} registers leave room for one program an SM"
+    if target.nvidia and record["kernel"].endswith((" statistics", " reduce")) and record["copy_bytes"] != [16]:
+        return f"asynchronous copies of {record['copy_bytes']} bytes, expected 16"
+
+
 CHECKS = (
     compiles,
     fits_shared_memory,
@@ -122,6 +145,7 @@ CHECKS = (
     multiplies_on_tensor_cores,
     keeps_the_k_loop_fed,
     streams_with_wide_loads,
+    training_streams,
 )
 
 
@@ -145,7 +169,13 @@ def test_no_configuration_is_left_out(target, records):
 
     compiled = {r["config"] for r in records if r["kernel"] == "conv_bias_act" and r["target"] == target}
     assert compiled == {label(config) for config in CONFIGS}
-    assert {r["kernel"] for r in records if r["target"] == target} == {"conv_bias_act", "add_relu", "bn_scale_shift"}
+    kernels = {
+        "conv_bias_act",
+        "add_relu",
+        "bn_scale_shift",
+        *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),
+    }
+    assert {r["kernel"] for r in records if r["target"] == target} == kernels
 
 
 @pytest.mark.parametrize("whole", (True, False), ids=("whole chunks", "ragged"))

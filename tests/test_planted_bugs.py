@@ -1,5 +1,6 @@
 """The tests can fail: each classic bug, planted into the kernel's source, is caught by the exact-integer test."""
 
+import importlib
 import importlib.util
 import inspect
 import sys
@@ -48,11 +49,9 @@ def failures(kernel, device) -> int:
     return wrong
 
 
-def planted(name: str, tmp_path, old: str, new: str):
-    """The kernel's module, with a piece of its source replaced."""
-    from resnet_kernels.kernels import conv_bias_act
-
-    source = inspect.getsource(conv_bias_act)
+def planted(kernel: str, tmp_path, old: str, new: str):
+    """A kernel's module, with a piece of its source replaced."""
+    source = inspect.getsource(importlib.import_module(f"resnet_kernels.kernels.{kernel}"))
     assert old in source, f"the kernel no longer has {old!r}: plant this bug anew"
     path = tmp_path / "planted.py"
     path.write_text(source.replace(old, new))
@@ -66,9 +65,66 @@ def planted(name: str, tmp_path, old: str, new: str):
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
-    assert failures(planted(name, tmp_path, *BUGS[name]), device) > 0
+    assert failures(planted("conv_bias_act", tmp_path, *BUGS[name]), device) > 0
 
 
 def test_nothing_planted_nothing_caught(tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
-    assert failures(planted("", tmp_path, "if RELU:", "if RELU:"), device) == 0
+    assert failures(planted("conv_bias_act", tmp_path, "if RELU:", "if RELU:"), device) == 0
+
+
+BATCH_NORM_BUGS = {
+    "E[x^2] - E[x]^2": ("difference = tl.where(mask, x - pivot, 0.0)", "difference = tl.where(mask, x, 0.0)"),
+    "rows past the end counted": ("difference = tl.where(mask, x - pivot, 0.0)", "difference = x - pivot"),
+    "splits' means taken for equal": ("squares + count * off_centre * off_centre, 0)\n    mean", "squares, 0)\n    mean"),
+    "lanes' means taken for equal": ("_sum(squares + count * off_centre * off_centre)", "_sum(squares)"),
+    "biased running variance": ("squares / (rows - 1)", "squares / rows"),
+    "momentum the wrong way round": ("momentum * mean + (1 - momentum) * old", "(1 - momentum) * mean + momentum * old"),
+    "dropped ReLU": ("    if RELU:\n        # propagate_nan", "    if RELU and False:\n        # propagate_nan"),
+    "ReLU ignored in the backward": ("tl.where(y.to(tl.float32) <= 0, 0.0, dy)", "dy"),
+    "ReLU's mask without the bias": ("bias[None, :] + tl.zeros_like(centred)).to(DTYPE)",
+                                     "tl.zeros_like(centred)).to(DTYPE)"),
+    "statistics taken for constants": ("dz -= constant[None, :] + centred * slope[None, :]", "dz -= constant[None, :]"),
+    "swapped weight and bias gradients": ("dweight_ptr + offs_c, dweight.to", "dweight_ptr + offs_c, dbias.to"),
+    "weight forgotten": ("scale *= tl.load(weight_ptr", "scale *= 1 + 0 * tl.load(weight_ptr"),
+    "eps forgotten": ("variance + eps", "variance + 0 * eps"),
+    "residual of another row": ("tl.load(residual_ptr + offs,", "tl.load(residual_ptr + offs_c[None, :] + 0 * offs,"),
+}  # fmt: skip
+
+
+def batch_norm_failures(kernel, monkeypatch, device) -> int:
+    """How many calls go wrong with this kernel: shapes with several splits, ragged tiles, and a large mean."""
+    from test_batch_norm_act import compare, vectors
+
+    import resnet_kernels.kernels
+
+    monkeypatch.setattr(resnet_kernels.kernels, "batch_norm_act", kernel, raising=False)
+    monkeypatch.setitem(sys.modules, "resnet_kernels.kernels.batch_norm_act", kernel)
+    # So few that a split has several tiles of rows, as it has in a large layer.
+    monkeypatch.setattr(kernel, "MOST_SPLITS", 2)
+    wrong = 0
+    for shape, mean, with_residual in (
+        ((2, 8, 40, 40), 3.0, True),
+        ((2, 70, 7, 5), 3.0, False),
+        ((2, 3, 9, 9), 1e3, False),
+    ):
+        x = torch.randn(shape, device=device) + mean + 10 * torch.randn(1, 1, shape[2], 1, device=device)
+        residual = torch.randn(shape, device=device) if with_residual else None
+        try:
+            compare(x, residual, vectors(shape[1], device), torch.float32, training=True, eps=1e-2)
+        except AssertionError:
+            wrong += 1
+    return wrong
+
+
+@pytest.mark.parametrize("name", BATCH_NORM_BUGS)
+def test_planted_bug_in_training_is_caught(name, tmp_path, device, monkeypatch):
+    skip_unless_runnable("triton", device, torch.float32)
+    kernel = planted("batch_norm_act", tmp_path, *BATCH_NORM_BUGS[name])
+    assert batch_norm_failures(kernel, monkeypatch, device) > 0
+
+
+def test_nothing_planted_in_training_nothing_caught(tmp_path, device, monkeypatch):
+    skip_unless_runnable("triton", device, torch.float32)
+    kernel = planted("batch_norm_act", tmp_path, "if RELU:", "if RELU:")
+    assert batch_norm_failures(kernel, monkeypatch, device) == 0
