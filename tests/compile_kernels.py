@@ -214,7 +214,7 @@ def batch_norm_cases() -> list[Case]:
         ("fp32", 6, 3),
     ):
         rows = 256 * size * size
-        split = bn.choose_split(rows, n_channels)
+        split = bn.choose_split(rows, n_channels, DTYPES[dtype].itemsize)
         integers = dict(n_rows=rows, n_channels=n_channels, rows_per_split=split.rows, n_splits=split.count)
         tiles = dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
         types = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "residual_ptr", "dz_ptr"), "*" + dtype)
@@ -230,7 +230,7 @@ def batch_norm_cases() -> list[Case]:
             absent = set() if residual else {"residual_ptr", "dz_ptr"} | ({"y_ptr"} if name != "forward" else set())
             arguments, aligned, constants = specialise({n: v for n, v in integers.items() if n in fn.arg_names})
             arguments |= {n: t for n, t in types.items() if n in fn.arg_names and n not in absent}
-            given = dict(RELU=True, VARIANCE=False, **blocks, **dict.fromkeys(absent))
+            given = dict(RELU=True, VARIANCE=False, STAGES=bn.STAGES, **blocks, **dict.fromkeys(absent))
             constants |= {n: v for n, v in given.items() if n in fn.arg_names}
             config, layer = (
                 "x".join(map(str, blocks.values())),
@@ -288,10 +288,11 @@ def compile_case(job: tuple[Case, Target]) -> dict:
 
 
 def _kernel(name: str):
-    from resnet_kernels.kernels import add_relu, batch_norm_act, bn_scale_shift, conv_bias_act
+    from resnet_kernels.kernels import add_relu, batch_norm_act, batch_norm_act_backward, bn_scale_shift, conv_bias_act
 
     if name.startswith("batch_norm_act "):
-        return getattr(batch_norm_act, f"_{name.split()[1]}_kernel")
+        kernel = f"_{name.split()[1]}_kernel"
+        return getattr(batch_norm_act, kernel, None) or getattr(batch_norm_act_backward, kernel)
     return {
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
         "add_relu": add_relu._add_relu_kernel,

@@ -53,9 +53,9 @@ def planted(kernel: str, tmp_path, old: str, new: str):
     """A kernel's module, with a piece of its source replaced."""
     source = inspect.getsource(importlib.import_module(f"resnet_kernels.kernels.{kernel}"))
     assert old in source, f"the kernel no longer has {old!r}: plant this bug anew"
-    path = tmp_path / "planted.py"
+    path = tmp_path / f"planted_{kernel}.py"
     path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location("resnet_kernels.kernels.planted", path)
+    spec = importlib.util.spec_from_file_location(f"resnet_kernels.kernels.planted_{kernel}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -73,6 +73,7 @@ def test_nothing_planted_nothing_caught(tmp_path, device):
     assert failures(planted("conv_bias_act", tmp_path, "if RELU:", "if RELU:"), device) == 0
 
 
+BATCH_NORM_FILES = ("batch_norm_act", "batch_norm_act_backward")
 BATCH_NORM_BUGS = {
     "E[x^2] - E[x]^2": ("difference = tl.where(mask, x - pivot, 0.0)", "difference = tl.where(mask, x, 0.0)"),
     "rows past the end counted": ("difference = tl.where(mask, x - pivot, 0.0)", "difference = x - pivot"),
@@ -88,20 +89,23 @@ BATCH_NORM_BUGS = {
     "swapped weight and bias gradients": ("dweight_ptr + offs_c, dweight.to", "dweight_ptr + offs_c, dbias.to"),
     "weight forgotten": ("scale *= tl.load(weight_ptr", "scale *= 1 + 0 * tl.load(weight_ptr"),
     "eps forgotten": ("variance + eps", "variance + 0 * eps"),
-    "residual of another row": ("tl.load(residual_ptr + offs,", "tl.load(residual_ptr + offs_c[None, :] + 0 * offs,"),
+    "residual of another row": ("tl.load(residual_ptr + at + offs,", "tl.load(residual_ptr + 0 * offs,"),
 }  # fmt: skip
 
 
-def batch_norm_failures(kernel, monkeypatch, device) -> int:
-    """How many calls go wrong with this kernel: shapes with several splits, ragged tiles, and a large mean."""
+def plant(name: str, kernel, monkeypatch) -> None:
+    """Puts a module in the place of one of the package's kernels."""
+    monkeypatch.setattr(importlib.import_module("resnet_kernels.kernels"), name, kernel, raising=False)
+    monkeypatch.setitem(sys.modules, f"resnet_kernels.kernels.{name}", kernel)
+
+
+def batch_norm_failures(monkeypatch, device) -> int:
+    """How many calls go wrong: shapes with several splits, ragged tiles, and a large mean."""
     from test_batch_norm_act import compare, vectors
 
-    import resnet_kernels.kernels
-
-    monkeypatch.setattr(resnet_kernels.kernels, "batch_norm_act", kernel, raising=False)
-    monkeypatch.setitem(sys.modules, "resnet_kernels.kernels.batch_norm_act", kernel)
     # So few that a split has several tiles of rows, as it has in a large layer.
-    monkeypatch.setattr(kernel, "MOST_SPLITS", 2)
+    for where in BATCH_NORM_FILES:
+        monkeypatch.setattr(importlib.import_module(f"resnet_kernels.kernels.{where}"), "MOST_SPLITS", 2)
     wrong = 0
     for shape, mean, with_residual in (
         ((2, 8, 40, 40), 3.0, True),
@@ -120,11 +124,16 @@ def batch_norm_failures(kernel, monkeypatch, device) -> int:
 @pytest.mark.parametrize("name", BATCH_NORM_BUGS)
 def test_planted_bug_in_training_is_caught(name, tmp_path, device, monkeypatch):
     skip_unless_runnable("triton", device, torch.float32)
-    kernel = planted("batch_norm_act", tmp_path, *BATCH_NORM_BUGS[name])
-    assert batch_norm_failures(kernel, monkeypatch, device) > 0
+    old, new = BATCH_NORM_BUGS[name]
+    # Both before anything is planted: the one takes its tiles from the other when it is first imported.
+    forward, _ = (importlib.import_module(f"resnet_kernels.kernels.{where}") for where in BATCH_NORM_FILES)
+    where = BATCH_NORM_FILES[old not in inspect.getsource(forward)]
+    plant(where, planted(where, tmp_path, old, new), monkeypatch)
+    assert batch_norm_failures(monkeypatch, device) > 0
 
 
 def test_nothing_planted_in_training_nothing_caught(tmp_path, device, monkeypatch):
     skip_unless_runnable("triton", device, torch.float32)
-    kernel = planted("batch_norm_act", tmp_path, "if RELU:", "if RELU:")
-    assert batch_norm_failures(kernel, monkeypatch, device) == 0
+    for where in BATCH_NORM_FILES:
+        plant(where, planted(where, tmp_path, "if RELU:", "if RELU:"), monkeypatch)
+    assert batch_norm_failures(monkeypatch, device) == 0

@@ -25,15 +25,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# A tile holds 4096 elements: on 8 warps 16 a thread, two 16-byte loads of bf16, and sums that stay in registers.
-TILE = 4096
+# A tile is two 16-byte loads for each thread of 8 warps. Channels that 16 does not divide load one by one: a quarter of it.
+TILE_BYTES = 8192
+RAGGED_TILE_BYTES = 2048
+STAGES = 3  # tiles of a reduction that are under way or in use: two programs an SM have 32 KiB or more on their way
 MOST_CHANNELS = 64  # of a tile: 128 bytes of bf16, a whole cache line of each row
 NUM_WARPS = 8
 # Programs of a reduction: four for each of an H200's 132 multiprocessors, rounded down to a power of two, so that one tile
 # of the finishing kernel takes all splits of a channel. 64 channels go in 512 splits, 2048 in 16.
 MOST_SPLITS = 512
 FINISH_CHANNELS = 8
-LOAD_STAGES = tl.constexpr(3)
 FINISH_WARPS = 16
 
 
@@ -46,10 +47,10 @@ class Split(NamedTuple):
     count: int
 
 
-def choose_split(n_rows: int, n_channels: int) -> Split:
-    """Cuts n_rows so that few and many channels both fill the machine."""
+def choose_split(n_rows: int, n_channels: int, itemsize: int) -> Split:
+    """Cuts n_rows so that few and many channels both fill the machine. itemsize: of x, in bytes."""
     block_channels = min(MOST_CHANNELS, triton.next_power_of_2(n_channels))
-    block_rows = TILE // block_channels
+    block_rows = (RAGGED_TILE_BYTES if n_channels % 16 else TILE_BYTES) // itemsize // block_channels
     most = max(1, MOST_SPLITS // triton.cdiv(n_channels, block_channels))
     rows = triton.cdiv(triton.cdiv(n_rows, most), block_rows) * block_rows
     return Split(block_rows, block_channels, rows, triton.cdiv(n_rows, rows))
@@ -64,6 +65,7 @@ def _statistics_kernel(
     rows_per_split,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     split = tl.program_id(0)
     offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
@@ -72,18 +74,21 @@ def _statistics_kernel(
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, n_rows)
 
-    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
-    x_ptrs = x_ptr + (start + lane).to(tl.int64)[:, None] * n_channels + offs_c[None, :]
-    pivot = _finite(tl.load(x_ptrs, mask=(start + lane < end)[:, None] & mask_c[None, :], other=0.0).to(tl.float32))
+    # A scalar start and small offsets: half the registers of 64-bit pointers. int64, as a 64x112x112 activation passes 2**31
+    # elements at batch 2675.
+    at = start.to(tl.int64) * n_channels
+    offs = lane[:, None] * n_channels + offs_c[None, :]
+    mask = (start + lane < end)[:, None] & mask_c[None, :]
+    pivot = _finite(tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32))
     total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     squares = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for row in tl.range(start, end, BLOCK_ROWS, num_stages=LOAD_STAGES):
+    for row in tl.range(start, end, BLOCK_ROWS, num_stages=STAGES):
         mask = (row + lane < end)[:, None] & mask_c[None, :]
-        x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         difference = tl.where(mask, x - pivot, 0.0)
         total += difference
         squares += difference * difference
-        x_ptrs += BLOCK_ROWS * n_channels
+        at += BLOCK_ROWS * n_channels
 
     count = (tl.maximum(end - start - lane + BLOCK_ROWS - 1, 0) // BLOCK_ROWS).to(tl.float32)[:, None]
     from_pivot = total / tl.maximum(count, 1.0)
@@ -195,150 +200,23 @@ def _forward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    offs_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    start = tl.program_id(0) * BLOCK_ROWS
+    lane = tl.arange(0, BLOCK_ROWS)
     offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     mask_c = offs_c < n_channels
-    mask = (offs_r < n_rows)[:, None] & mask_c[None, :]
-    offs = offs_r.to(tl.int64)[:, None] * n_channels + offs_c[None, :]
+    mask = (start + lane < n_rows)[:, None] & mask_c[None, :]
+    at = start.to(tl.int64) * n_channels
+    offs = lane[:, None] * n_channels + offs_c[None, :]
     mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
-    x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     # x - mean first: x * scale - mean * scale would cancel at a mean of 1000.
     y = tl.fma(x - mean[None, :], scale[None, :] + tl.zeros_like(x), bias[None, :] + tl.zeros_like(x))
     if residual_ptr is not None:
-        y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     if RELU:
         # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
         y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _through_relu(dy, y_ptr, offs, mask, centred, scale, bias, DTYPE: tl.constexpr):
-    """dy where ReLU let its input through: by y where it was kept, else by y computed again, rounded as it was stored."""
-    if y_ptr is not None:
-        y = tl.load(y_ptr + offs, mask=mask, other=0.0)
-    else:
-        y = tl.fma(centred, scale[None, :] + tl.zeros_like(centred), bias[None, :] + tl.zeros_like(centred)).to(DTYPE)
-    # By `<=`, as PyTorch does: a NaN lets its gradient through.
-    return tl.where(y.to(tl.float32) <= 0, 0.0, dy)
-
-
-@triton.jit
-def _reduce_kernel(
-    dy_ptr,  # (n_rows, n_channels), x, y and dz too
-    x_ptr,
-    y_ptr,  # or None: ReLU's mask is computed again
-    dz_ptr,  # or None
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    partial_ptr,  # (2, n_splits, n_channels) fp64: sums of dz and of dz * (x - mean)
-    n_rows,
-    n_channels,
-    rows_per_split,
-    eps,
-    RELU: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    split = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    lane = tl.arange(0, BLOCK_ROWS)
-    start = split * rows_per_split
-    end = tl.minimum(start + rows_per_split, n_rows)
-    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
-    offs = (start + lane).to(tl.int64)[:, None] * n_channels + offs_c[None, :]
-    sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    for row in tl.range(start, end, BLOCK_ROWS, num_stages=LOAD_STAGES):
-        mask = (row + lane < end)[:, None] & mask_c[None, :]
-        dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - mean[None, :], 0.0)
-        if RELU:
-            dz = _through_relu(dz, y_ptr, offs, mask, centred, scale, bias, x_ptr.dtype.element_ty)
-        if dz_ptr is not None:
-            tl.store(dz_ptr + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
-        sum_dz += dz
-        sum_dz_x += dz * centred
-        offs += BLOCK_ROWS * n_channels
-    partial_ptrs = partial_ptr + split * n_channels + offs_c
-    tl.store(partial_ptrs, _sum(sum_dz), mask=mask_c)
-    tl.store(partial_ptrs + tl.num_programs(0) * n_channels, _sum(sum_dz_x), mask=mask_c)
-
-
-@triton.jit
-def _finish_reduce_kernel(
-    partial_ptr,  # (2, n_splits, n_channels)
-    rstd_ptr,
-    dweight_ptr,  # (n_channels,) or None, dbias too
-    dbias_ptr,
-    coefficient_ptr,  # (2, n_channels) fp32 or None: what to take off dz, constant and per unit of x - mean
-    n_rows,
-    n_channels,
-    n_splits,
-    eps,
-    VARIANCE: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    offs_s = tl.arange(0, BLOCK_SPLITS)
-    offs_c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
-    partial_ptrs = partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :]
-    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
-    if VARIANCE:
-        rstd = _rstd(rstd, eps)
-    dbias = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0), 0)
-    dweight = tl.sum(tl.load(partial_ptrs + n_splits * n_channels, mask=mask, other=0.0), 0) * rstd
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + offs_c, dweight.to(dweight_ptr.dtype.element_ty), mask=mask_c)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + offs_c, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_c)
-    if coefficient_ptr is not None:
-        rows = n_rows.to(tl.float64)
-        tl.store(coefficient_ptr + offs_c, (dbias / rows).to(tl.float32), mask=mask_c)
-        tl.store(coefficient_ptr + n_channels + offs_c, (rstd * dweight / rows).to(tl.float32), mask=mask_c)
-
-
-@triton.jit
-def _backward_kernel(
-    dy_ptr,  # (n_rows, n_channels), x, y and dx too
-    x_ptr,
-    y_ptr,  # or None: ReLU's mask is computed again
-    dx_ptr,
-    mean_ptr,
-    rstd_ptr,
-    weight_ptr,
-    bias_ptr,
-    coefficient_ptr,  # (2, n_channels), or None in eval mode
-    n_rows,
-    n_channels,
-    eps,
-    RELU: tl.constexpr,
-    VARIANCE: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_CHANNELS: tl.constexpr,
-):
-    offs_r = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    mask = (offs_r < n_rows)[:, None] & mask_c[None, :]
-    offs = offs_r.to(tl.int64)[:, None] * n_channels + offs_c[None, :]
-    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
-    dz = tl.load(dy_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    if RELU:
-        dz = _through_relu(dz, y_ptr, offs, mask, centred, scale, bias, x_ptr.dtype.element_ty)
-    if coefficient_ptr is not None:
-        constant = tl.load(coefficient_ptr + offs_c, mask=mask_c, other=0.0)
-        slope = tl.load(coefficient_ptr + n_channels + offs_c, mask=mask_c, other=0.0)
-        dz -= constant[None, :] + centred * slope[None, :]
-    tl.store(dx_ptr + offs, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def launch(
@@ -358,42 +236,37 @@ def launch(
     Returns:
         y, channels_last, and, in training, mean and rstd, both (C,) fp32; None in eval mode.
     """
-    x, residual = _channels_last(x), _channels_last(residual)
-    weight, bias = _contiguous(weight), _contiguous(bias)
-    y = torch.empty_like(x)
+    x, residual = channels_last(x), channels_last(residual)
+    weight, bias = contiguous(weight), contiguous(bias)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
+    split = choose_split(rows, channels, x.element_size())
+    y = torch.empty_like(x)
     if training:
-        mean, rstd = _statistics(x, running_mean, running_var, rows, channels, momentum, eps)
+        mean, rstd = _statistics(x, running_mean, running_var, split, momentum, eps)
     else:
         mean, rstd = running_mean.contiguous(), running_var.contiguous()
     with torch.cuda.device_of(x):
-        _forward_kernel[_tiles(rows, channels)](
+        _forward_kernel[tiles(split, rows, channels)](
             x, residual, y, mean, rstd, weight, bias, rows, channels, eps,
-            RELU=relu, VARIANCE=not training, **_blocks(rows, channels), num_warps=NUM_WARPS,
+            RELU=relu, VARIANCE=not training, **blocks(split), num_warps=NUM_WARPS,
         )  # fmt: skip
     return (y, mean, rstd) if training else (y, None, None)
 
 
 def _statistics(
-    x: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    rows: int,
-    channels: int,
-    momentum: float,
-    eps: float,
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, split: Split, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
-    split = choose_split(rows, channels)
+    rows, channels = x.numel() // x.shape[1], x.shape[1]
     partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
     # Not halves of one tensor: the outputs of an op share no memory.
     mean, rstd = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
     running = (running_mean, running_var)
-    dense = [_contiguous(statistic) for statistic in running]
+    dense = [contiguous(statistic) for statistic in running]
     with torch.cuda.device_of(x):
         # Programs: splits of rows x tiles of channels; then tiles of channels.
         _statistics_kernel[split.count, triton.cdiv(channels, split.block_channels)](
             x, partial, rows, channels, split.rows,
-            BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels, num_warps=NUM_WARPS,
+            **blocks(split), STAGES=STAGES, num_warps=NUM_WARPS,
         )  # fmt: skip
         _finish_statistics_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
             partial, mean, rstd, *dense, rows, channels, split.rows, split.count, momentum, eps,
@@ -405,77 +278,18 @@ def _statistics(
     return mean, rstd
 
 
-def launch_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    training: bool,
-    eps: float,
-    relu: bool,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Runs the backward passes.
-
-    Args:
-        y: the output, where a ReLU came after a residual; else None.
-        mean, rstd: as `launch` returned them; in eval mode the running mean and variance.
-        needs: whether dx, dz (the residual's gradient), dweight and dbias are asked for.
-
-    Returns:
-        dx, dz, dweight, dbias; None where not asked for.
-    """
-    dy, x, y = _channels_last(dy), _channels_last(x), _channels_last(y)
-    weight, bias, mean, rstd = (_contiguous(vector) for vector in (weight, bias, mean, rstd))
-    needs_x, needs_dz, needs_weight, needs_bias = needs
-    rows, channels = x.numel() // x.shape[1], x.shape[1]
-    split = choose_split(rows, channels)
-    dz = torch.empty_like(x) if needs_dz else None
-    dx = torch.empty_like(x) if needs_x else None
-    vector = torch.float32 if weight is None else weight.dtype
-    dweight, dbias = (
-        torch.empty(channels, dtype=vector, device=x.device) if needed else None
-        for needed in (needs_weight, needs_bias)
-    )
-    coefficients = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training and needs_x else None
-    common = dict(VARIANCE=not training, num_warps=NUM_WARPS, **_blocks(rows, channels))
-    with torch.cuda.device_of(x):
-        if any(value is not None for value in (dz, dweight, dbias, coefficients)):
-            partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
-            # Programs: splits of rows x tiles of channels; then tiles of channels.
-            _reduce_kernel[split.count, triton.cdiv(channels, split.block_channels)](
-                dy, x, y, dz, mean, rstd, weight, bias, partial, rows, channels, split.rows, eps, RELU=relu, **common
-            )
-            _finish_reduce_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
-                partial, rstd, dweight, dbias, coefficients, rows, channels, split.count, eps,
-                VARIANCE=not training, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
-            )  # fmt: skip
-        if dx is not None:
-            masked = dz is not None  # ReLU's mask has been applied, and stored
-            _backward_kernel[_tiles(rows, channels)](
-                dz if masked else dy, x, None if masked else y, dx, mean, rstd, weight, bias, coefficients,
-                rows, channels, eps, RELU=relu and not masked, **common,
-            )  # fmt: skip
-    return dx, dz, dweight, dbias
-
-
-def _tiles(rows: int, channels: int) -> tuple[int, int]:
+def tiles(split: Split, rows: int, channels: int) -> tuple[int, int]:
     """Programs of a pass over data: tiles of rows x tiles of channels."""
-    split = choose_split(rows, channels)
     return triton.cdiv(rows, split.block_rows), triton.cdiv(channels, split.block_channels)
 
 
-def _blocks(rows: int, channels: int) -> dict[str, int]:
-    split = choose_split(rows, channels)
+def blocks(split: Split) -> dict[str, int]:
     return dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
 
 
-def _channels_last(tensor: Tensor | None) -> Tensor | None:
+def channels_last(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous(memory_format=torch.channels_last)
 
 
-def _contiguous(vector: Tensor | None) -> Tensor | None:
+def contiguous(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()

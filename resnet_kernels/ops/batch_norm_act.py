@@ -98,9 +98,9 @@ class _Function(torch.autograd.Function):
 
 
 def _backward(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs):
-    from ..kernels import batch_norm_act as kernel
+    from ..kernels import batch_norm_act_backward as kernel
 
-    gradients = kernel.launch_backward(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs)
+    gradients = kernel.launch(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs)
     return tuple(_nothing(x) if gradient is None else gradient for gradient in gradients)
 
 
