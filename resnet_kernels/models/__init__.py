@@ -13,6 +13,7 @@ from .resnet_v1 import (
     resnext50_32x4d,
     wide_resnet50_2,
 )
+from .same_padding import Conv2dSame, MaxPool2dSame
 
 # What the command line's --model knows.
 BY_NAME = {
@@ -24,6 +25,8 @@ BY_NAME = {
 
 __all__ = [
     "BY_NAME",
+    "Conv2dSame",
+    "MaxPool2dSame",
     "ResNet",
     "conv1x1",
     "conv3x3",
