@@ -1,6 +1,6 @@
 """Model zoo, in plain PyTorch: fuse what it builds with `resnet_kernels.fuse`."""
 
-from .d2l import d2l_resnet18
+from .d2l import Residual, d2l_resnet18, d2l_resnet18_keras, print_shapes, resnet_block
 from .resnet_v1 import (
     ResNet,
     conv1x1,
@@ -30,7 +30,7 @@ BY_NAME = {
     f.__name__: f
     for f in (
         resnet18, resnet34, resnet50, resnet101, resnet152, resnext50_32x4d, wide_resnet50_2, resnet_v2_50, resnet_v2_101,
-        resnet_v2_152, resnet_v2_200, d2l_resnet18,
+        resnet_v2_152, resnet_v2_200, d2l_resnet18, d2l_resnet18_keras,
     )
 }  # fmt: skip
 
@@ -42,14 +42,18 @@ __all__ = [
     "PreactBottleneck",
     "ResNet",
     "ResNetV2",
+    "Residual",
     "conv1x1",
     "conv3x3",
     "d2l_resnet18",
+    "d2l_resnet18_keras",
+    "print_shapes",
     "resnet18",
     "resnet34",
     "resnet50",
     "resnet101",
     "resnet152",
+    "resnet_block",
     "resnet_v2_50",
     "resnet_v2_101",
     "resnet_v2_152",
