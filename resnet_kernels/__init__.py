@@ -8,11 +8,12 @@
     rk.ops.conv_bias_act, rk.ops.add_relu     the fused operations themselves
     rk.BasicBlock, rk.Bottleneck, rk.Residual fused blocks to build with
     rk.models                                 the model zoo, in plain PyTorch
+    rk.timing.time_run(step, "Forward")       the slim text's timing loop
 
 Importing it probes no GPU and imports no Triton.
 """
 
-from . import models, ops
+from . import models, ops, timing
 from .blocks import BasicBlock, Bottleneck, Residual
 from .fusion import explain, fuse, fuse_, refresh, unfuse_
 from .report import FuseReport
@@ -32,6 +33,7 @@ __all__ = [
     "models",
     "ops",
     "refresh",
+    "timing",
     "unfuse_",
     "verify",
 ]

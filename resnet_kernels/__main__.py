@@ -1,8 +1,9 @@
-"""python -m resnet_kernels {demo, explain, verify}
+"""python -m resnet_kernels {demo, explain, verify, time}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
     verify    parity, layer by layer, against fp64
+    time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
 
 Exit status: 0, or 1 where parity fails, or 2 for a wrong argument.
 """
@@ -11,28 +12,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import warnings
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import resnet_kernels as rk
 
-from . import models, timing
+from . import timing
+from .commands import common, time
 from .report import table
-from .verify import randomise_batch_norms_
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     torch.manual_seed(options.seed)
     try:
-        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = _build(options.model).to(device, getattr(torch, options.dtype), memory_format=torch.channels_last)
-        return options.run(options, randomise_batch_norms_(model.eval(), options.seed))
+        return options.run(options)
     except (ValueError, TypeError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -48,74 +45,29 @@ def _parser() -> argparse.ArgumentParser:
     ):
         command = commands.add_parser(run.__name__, help=help_text, description=help_text)
         command.set_defaults(run=run)
-        command.add_argument(
-            "--model",
-            default="resnet50",
-            help=f"{', '.join(models.BY_NAME)}, torchvision:NAME or timm:NAME (default: resnet50)",
-        )
-        command.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16", "float64"))
-        command.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-        command.add_argument("--backend", default="auto", help="auto, triton, cudnn, cpu or eager (default: auto)")
-        command.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
-        command.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+        common.add_model_arguments(command)
         if run is not explain:
-            command.add_argument("--batch-size", type=_positive, default=1 if run is demo else 2)
-            command.add_argument("--image-size", type=_positive, help="default: 224, and 28 for d2l_resnet18")
+            command.add_argument("--batch-size", type=common.positive, default=1 if run is demo else 2)
+            command.add_argument("--image-size", type=common.positive, help="default: 224, and 28 for d2l")
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
+    time.add_arguments(commands.add_parser("time", help=time.HELP, description=time.HELP))
     return parser
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
-
-
-def _build(name: str) -> nn.Module:
-    source, _, rest = name.rpartition(":")
-    if not source and rest in models.BY_NAME:
-        return models.BY_NAME[rest]()
-    if source == "torchvision":
-        return _import("torchvision.models", "vision").get_model(rest, weights=None)
-    if source == "timm":
-        return _import("timm", "timm").create_model(rest, pretrained=False)
-    known = ", ".join(models.BY_NAME)
-    raise ValueError(f"--model must be one of {known}, torchvision:NAME or timm:NAME, got {name!r}")
-
-
-def _import(package: str, extra: str):
-    try:
-        return __import__(package, fromlist=["_"])
-    except ImportError as error:
-        raise ValueError(
-            f'{package} is needed for this model: pip install "resnet_kernels[{extra}]" ({error})'
-        ) from error
-
-
 def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
-    size = options.image_size or (28 if options.model == "d2l_resnet18" else 224)
-    first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    x = torch.randn(options.batch_size, first.in_channels, size, size)
-    return x.to(first.weight.device, first.weight.dtype, memory_format=torch.channels_last)
+    return common.image_batch(model, options.batch_size, options.image_size or common.image_size(options.model))
 
 
-def _announce(quiet: bool) -> Callable[[str], None]:
-    """A line on a terminal's stderr that says what is being done, rewritten in place."""
-    if quiet or not sys.stderr.isatty():
-        return lambda what: None
-    return lambda what: print(f"\r\033[K{what}", end="" if what else "\r", file=sys.stderr, flush=True)
-
-
-def explain(options: argparse.Namespace, model: nn.Module) -> int:
-    report = rk.explain(model, backend=options.backend)
+def explain(options: argparse.Namespace) -> int:
+    report = rk.explain(common.model_for(options), backend=options.backend)
     print(report.to_json(indent=2) if options.json else report)
     return 0
 
 
-def verify(options: argparse.Namespace, model: nn.Module) -> int:
-    announce = _announce(options.json)
+def verify(options: argparse.Namespace) -> int:
+    model = common.model_for(options)
+    announce = common.announce(options.json)
     x = _image_batch(options, model)
     result = rk.verify(model, rk.fuse(model, backend=options.backend), x, progress=lambda p: announce(f"verifying {p}"))
     announce("")
@@ -123,8 +75,9 @@ def verify(options: argparse.Namespace, model: nn.Module) -> int:
     return 0 if result else 1
 
 
-def demo(options: argparse.Namespace, model: nn.Module) -> int:
-    announce = _announce(options.json)
+def demo(options: argparse.Namespace) -> int:
+    model = common.model_for(options)
+    announce = common.announce(options.json)
     x = _image_batch(options, model)
     announce("fusing")
     fused = rk.fuse(model, backend=options.backend)
@@ -132,10 +85,10 @@ def demo(options: argparse.Namespace, model: nn.Module) -> int:
     result = rk.verify(model, fused, x, progress=lambda path: announce(f"verifying {path}"))
     announce("")
     if not options.json:
-        print(f"{_machine(x)}\n\n1. What was fused\n\n{report}\n\n2. Is it the same model?\n\n{result}\n")
+        print(f"{common.machine(x)}\n\n1. What was fused\n\n{report}\n\n2. Is it the same model?\n\n{result}\n")
     if not result:
         if options.json:
-            print(json.dumps({"machine": _machine(x), "verify": json.loads(result.to_json())}, indent=2))
+            print(json.dumps({"machine": common.machine(x), "verify": json.loads(result.to_json())}, indent=2))
         return 1
     with torch.inference_mode():
         timings = timing.interleave(
@@ -148,7 +101,7 @@ def demo(options: argparse.Namespace, model: nn.Module) -> int:
     eager = timings["eager channels_last"]
     if options.json:
         values = {
-            "machine": _machine(x),
+            "machine": common.machine(x),
             "report": json.loads(report.to_json()),
             "verify": json.loads(result.to_json()),
         }
@@ -170,14 +123,6 @@ def demo(options: argparse.Namespace, model: nn.Module) -> int:
         f"3. How fast is it here? (batch {x.shape[0]}, {x.shape[2]}x{x.shape[3]}, interleaved)\n\n{table(head, rows)}"
     )
     return 0
-
-
-def _machine(x: Tensor) -> str:
-    if x.is_cuda:
-        name = torch.cuda.get_device_name(x.device)
-    else:
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    return f"resnet_kernels {rk.__version__}, torch {torch.__version__}, {name}, {str(x.dtype).removeprefix('torch.')}"
 
 
 if __name__ == "__main__":

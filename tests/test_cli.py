@@ -2,13 +2,18 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
 
 from resnet_kernels import __main__ as cli
-from resnet_kernels import running
+from resnet_kernels import models, running
+from resnet_kernels.commands import time as time_command
 
 SMALL = ["--model", "d2l_resnet18", "--batch-size", "2"]
 
@@ -57,9 +62,58 @@ def test_verify_and_its_exit_status(capsys, monkeypatch):
         self.bias = self.bias + 0.01
 
     monkeypatch.setattr(running.PackedConv, "__init__", faulty)
-    for command in (["verify", *SMALL, "--json"], ["verify", *SMALL], ["demo", *SMALL]):
+    for command in (["verify", *SMALL, "--json"], ["verify", *SMALL], ["demo", *SMALL], ["time", *SMALL]):
         assert cli.main(command) == 1
     assert "PARITY FAILS" in capsys.readouterr().out
+
+
+def test_time(capsys):
+    assert cli.main(["time", *SMALL, "--image-size", "16", "--num-batches", "11"]) == 0
+    text = capsys.readouterr().out
+    assert "d2l_resnet18: batch 2, 16x16, 11 batches after 10 to warm up" in text and "smaller" not in text
+    for run in ("Forward", "Forward-backward"):
+        steps = re.findall(rf": step:(\d+)\. duration = \d+\.\d{{3}} \({run}, (\w+)\)$", text, re.M)
+        assert steps == [(step, who) for step in ("0", "10") for who in ("eager", "fused")]
+        for who in ("eager", "fused"):
+            summary = rf"^.+: {run}, {who} across 11 steps, \d+\.\d{{3}} \+/- \d+\.\d{{3}} sec / batch$"
+            assert len(re.findall(summary, text, re.M)) == 1
+            row = rf"^{run}, {who} +\d+\.\d\d \+/- \d+\.\d\d +\d+\.\d +\d+\.\d\dx$"
+            assert len(re.findall(row, text, re.M)) == 1
+
+
+def test_time_json_and_its_defaults_on_a_cpu(capsys):
+    assert cli.main(["time", "--model", "d2l_resnet18_keras", "--device", "cpu", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert "smaller than the text's 32, 28x28 and 100 after 10" in err and "across 10 steps" in err
+    values = json.loads(out)
+    sizes = {key: values[key] for key in ("batch_size", "image_size", "num_batches", "num_steps_burn_in")}
+    assert sizes == {"batch_size": 2, "image_size": 28, "num_batches": 10, "num_steps_burn_in": 2}
+    assert list(values["runs"]) == ["Forward", "Forward-backward"]
+    for run in values["runs"].values():
+        assert set(run) == {"eager", "fused", "speedup"} and run["speedup"] > 0
+        assert all(len(run[who]["samples"]) == 10 and run[who]["mean"] > 0 for who in ("eager", "fused"))
+
+
+def test_time_takes_the_gradients_of_cross_entropy():
+    """Of all parameters, and of the network that gives probabilities the same as from its logits."""
+    net = models.d2l_resnet18_keras(width=4, num_blocks=(1, 1)).double()
+    x = torch.randn(4, 1, 16, 16, dtype=torch.float64)
+    torch.manual_seed(1)
+    step = time_command._forward_backward(net.eval(), x)(net, x)
+    torch.manual_seed(1)
+    labels = torch.randint(10, (4,))
+    assert net.training
+    expected = torch.autograd.grad(F.cross_entropy(net[:-1](x), labels), list(net.parameters()))
+    for mine, theirs in zip(step(), expected, strict=True):
+        # A bias before a BN has a gradient of nothing but rounding.
+        torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
+
+
+def test_time_needs_classes(monkeypatch, capsys):
+    maps = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())  # noqa: E731
+    monkeypatch.setitem(models.BY_NAME, "maps", maps)
+    assert cli.main(["time", "--model", "maps", "--device", "cpu", "--image-size", "8", "--num-batches", "1"]) == 2
+    assert "--model must give (N, classes) to be trained on labels, got (1, 4, 6, 6)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -67,6 +121,7 @@ def test_verify_and_its_exit_status(capsys, monkeypatch):
     [
         (["explain", "--model", "resnet51"], "--model must be one of resnet18, "),
         (["explain", "--model", "keras:resnet50"], "--model must be one of resnet18, "),
+        (["time", "--model", "resnet_v2_51"], "--model must be one of resnet18, "),
         (["verify", "--backend", "fast"], "backend must be one of auto, triton, cudnn, cpu, eager, got 'fast'"),
         (["verify", *SMALL, "--device", "tpu"], "error: "),
         (["verify", *SMALL, "--image-size", "1", "--backend", "cudnn"], "error: "),
@@ -78,7 +133,10 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys):
     assert message in error and "Traceback" not in error
 
 
-@pytest.mark.parametrize("arguments", ([], ["fly"], ["demo", "--batch-size", "0"], ["demo", "--dtype", "int8"]))
+@pytest.mark.parametrize(
+    "arguments",
+    ([], ["fly"], ["demo", "--batch-size", "0"], ["time", "--num-batches", "0"], ["demo", "--dtype", "int8"]),
+)
 def test_usage_errors(arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)

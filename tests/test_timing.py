@@ -1,14 +1,20 @@
 """timing.py: the order of the rounds, what is counted, and the errors. No test depends on how fast a machine is."""
 
 import dataclasses
+import io
 import json
+import math
+import re
 import time
 
 import pytest
 import torch
 
-from resnet_kernels.timing import Timing, interleave, ratio
+import resnet_kernels as rk
+from resnet_kernels import timing as timing_module
+from resnet_kernels.timing import Timing, interleave, ratio, time_run, time_runs
 
+WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?: "
 NOTHING = {"a": lambda: None}
 
 
@@ -119,6 +125,95 @@ def test_argument_errors(arguments, error, message):
 def test_errors_of_a_contender_are_passed_on():
     with pytest.raises(ZeroDivisionError):
         interleave({"a": lambda: 1 / 0})
+
+
+def lines_of(call, **arguments) -> list[str]:
+    stream = io.StringIO()
+    call(stream=stream, **arguments)
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize("num_batches, steps", [(1, [0]), (10, [0]), (11, [0, 10]), (25, [0, 10, 20])])
+def test_time_run_prints_every_tenth_step_and_a_summary(num_batches, steps):
+    *each, last = lines_of(time_run, target=lambda: None, info="Forward", num_batches=num_batches)
+    found = [re.fullmatch(WHEN + r"step:(\d+)\. duration = \d+\.\d{3}", line) for line in each]
+    assert [int(match.group(2)) for match in found] == steps
+    summary = WHEN + rf"Forward across {num_batches} steps, \d+\.\d{{3}} \+/- \d+\.\d{{3}} sec / batch"
+    assert re.fullmatch(summary, last)
+
+
+def test_time_run_prints_to_stdout(capsys):
+    rk.timing.time_run(lambda: None, "Forward", 1, 0)
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize("burn_in", [0, 3])
+def test_burn_in_is_done(burn_in):
+    calls = []
+    time_run(lambda: calls.append(0), "Forward", 12, burn_in, stream=io.StringIO())
+    assert len(calls) == burn_in + 12
+
+
+def faked_clock(monkeypatch, seconds):
+    def clock(device):
+        return lambda call: (call(), next(seconds))[1]
+
+    monkeypatch.setattr(timing_module, "_clock", clock)
+
+
+def test_mean_and_deviation_without_the_burn_in(monkeypatch):
+    faked_clock(monkeypatch, iter([9.0, 1.0, 2.0, 3.0, 6.0]))
+    stream = io.StringIO()
+    run = time_run(lambda: None, "Forward", 4, 1, stream=stream)
+    assert run == (3.0, math.sqrt(3.5)) and (run.mean, run.std) == run
+    assert stream.getvalue().endswith("Forward across 4 steps, 3.000 +/- 1.871 sec / batch\n")
+
+
+@pytest.mark.parametrize("seconds", [0.1, 1 / 3, 1e-9, 1e9 / 7, 0.0])
+@pytest.mark.parametrize("num_batches", [1, 3, 49, 100])
+def test_equal_durations_deviate_by_nothing(monkeypatch, seconds, num_batches):
+    """E[x^2] - E[x]^2 of such durations can round to below zero."""
+    faked_clock(monkeypatch, iter([seconds] * num_batches))
+    assert time_run(lambda: None, "Forward", num_batches, 0, stream=io.StringIO()).std == 0
+
+
+def test_runs_take_turns_step_by_step():
+    calls = []
+    contenders = {"Forward, eager": lambda: calls.append("e"), "Forward, fused": lambda: calls.append("f")}
+    lines = lines_of(time_runs, contenders=contenders, num_batches=11, num_steps_burn_in=2)
+    assert "".join(calls) == "ef" * 13
+    steps = [re.fullmatch(WHEN + r"step:(\d+)\. duration = \d+\.\d{3} \((.+)\)", line) for line in lines[:-2]]
+    expected = [(step, info) for step in ("0", "10") for info in contenders]
+    assert [match.group(2, 3) for match in steps] == expected
+    for line, info in zip(lines[-2:], contenders):
+        assert re.match(WHEN + f"{info} across 11 steps, ", line)
+
+
+def test_runs_can_be_paired():
+    both = {"a": lambda: spin(0.002), "b": lambda: spin(0.001)}
+    timings = time_runs(both, 3, 1, stream=io.StringIO())
+    assert [len(timing.samples) for timing in timings.values()] == [3, 3]
+    assert min(timings["a"].samples) >= 0.002 and ratio(timings["a"], timings["b"]) > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"target": 1}, TypeError, "target must be callable, got int"),
+        ({"info": 1}, TypeError, "info must be a str, got 1"),
+        ({"num_batches": 0}, ValueError, "num_batches must be at least 1, got 0"),
+        ({"num_batches": 10.0}, TypeError, "num_batches must be an int, got 10.0"),
+        ({"num_steps_burn_in": -1}, ValueError, "num_steps_burn_in must be at least 0, got -1"),
+        ({"num_steps_burn_in": True}, TypeError, "num_steps_burn_in must be an int, got True"),
+        ({"device": "toaster"}, ValueError, "device must name a device, got 'toaster'"),
+        ({"stream": 1}, TypeError, "stream must be a text stream or None, got int"),
+    ],
+)
+def test_argument_errors_of_time_run(arguments, error, message):
+    called = []
+    with pytest.raises(error, match=message):
+        time_run(**{"target": lambda: called.append(0), "info": "Forward", **arguments})
+    assert not called
 
 
 @pytest.mark.gpu
