@@ -5,8 +5,8 @@
     rk.unfuse_(model)                         back to exactly the model from before
     report = rk.explain(model)                the report alone
     result = rk.verify(model, fused, x)       parity, layer by layer, against fp64
-    rk.ops.conv_bias_act, rk.ops.add_relu     the fused operations themselves
-    rk.BasicBlock, rk.Bottleneck, rk.Residual fused blocks to build with
+    rk.ops.conv_bias_act, batch_norm_act, add_relu    the fused operations themselves
+    rk.BasicBlock, rk.Bottleneck, rk.PreactBottleneck, rk.Residual    fused blocks to build with
     rk.models                                 the model zoo, in plain PyTorch
     rk.timing.time_run(step, "Forward")       the slim text's timing loop
 
@@ -14,7 +14,7 @@ Importing it probes no GPU and imports no Triton.
 """
 
 from . import models, ops, timing
-from .blocks import BasicBlock, Bottleneck, Residual
+from .blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
 from .fusion import explain, fuse, fuse_, refresh, unfuse_
 from .report import FuseReport
 from .verify import VerifyResult, verify
@@ -25,6 +25,7 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "FuseReport",
+    "PreactBottleneck",
     "Residual",
     "VerifyResult",
     "explain",

@@ -1,4 +1,4 @@
-"""Fused blocks: what `fuse` turns a user's block into, and `BasicBlock`, `Bottleneck`, `Residual` ready to build with.
+"""Fused blocks: what `fuse` makes of a user's block; `BasicBlock`, `Bottleneck`, `PreactBottleneck`, `Residual` to build with.
 
 A fused block is the user's own module, with the user's parameters, names and hooks, under a subclass of its own class, made
 here: `isinstance` holds, and going back is setting `__class__` back. Its forward runs the recipe that reading.py found:
@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import reading, running
-from .models import d2l, resnet_v1
-from .recipe import CannotRead
-from .running import UNKNOWN, FusedState, Known, drop_packs, say_once
+from . import inference, reading, running, training
+from .models import d2l, resnet_v1, resnet_v2
+from .recipe import CannotRead, Recipe
+from .running import UNKNOWN, FusedState, Go, Known, drop_packs, say_once
 
 
 class Fused:
@@ -60,7 +60,14 @@ class FusedBlock(Fused):
             if reason:
                 say_once(reason)
             return type(self)._rk_original_class.forward(self, x), UNKNOWN
-        return running.run_recipe(state.plan, state, go, x, known)
+        return run(state.plan, state, go, x, known)
+
+
+def run(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Known) -> tuple[Tensor, Known]:
+    """Runs a recipe on x, as inference or as training does; returns its output, and what is known about it."""
+    if go.learns:
+        return training.run_recipe(recipe, go, x), UNKNOWN
+    return inference.run_recipe(recipe, state, go, x, known)
 
 
 @functools.cache
@@ -140,6 +147,18 @@ class Residual(d2l.Residual):
     """d2l's Residual block, fused: 3x3 convolutions with bias, and a 1x1 shortcut without BN where asked for.
 
     x: (N, input_channels, H, W) -> (N, num_channels, H / strides, W / strides). Source: Zhang et al., d2l.ai, section 8.6.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        _fuse_if_readable(self)
+
+
+class PreactBottleneck(resnet_v2.PreactBottleneck):
+    """slim's bottleneck_v2, fused: BN and ReLU before the convolutions, the raw add inside the last one.
+
+    x: (N, in_channels, H, W) -> (N, depth, ceil(H / stride), ceil(W / stride)). Source: He et al. 2016 (arXiv:1603.05027),
+    figure 1(b).
     """
 
     def __init__(self, *args, **kwargs):

@@ -79,7 +79,7 @@ class PackedConv:
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
-        self.geometry = Geometry.of_module(conv)
+        self.geometry = Geometry.of_module(conv, x.shape[2:])
         scale, shift = scale_shift(conv, bn, "cpu")
         weight = conv.weight.detach()
         if scale is not None:
@@ -99,7 +99,14 @@ class PackedConv:
 
     def fits(self, x: Tensor) -> bool:
         """Whether the packed copy is of x's dtype and for the convolution that an x of this size goes to."""
-        return x.dtype == self._dtype and onednn.is_for_aten(x) == self._for_aten
+        return (
+            x.dtype == self._dtype
+            and onednn.is_for_aten(x) == self._for_aten
+            and (
+                not hasattr(self._conv, "same_padding")
+                or self._conv.same_padding(*x.shape[2:]) == self.geometry.padding
+            )
+        )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
         """Whether the packed copy still is what conv and bn say."""

@@ -106,7 +106,7 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
                     Row(row.path, row.kind, False, reason="was added after the model was fused: call fuse_ again")
                 )
             else:
-                reason = running.why_not_now(finding.module, _recipe_of(state, row))
+                reason = running.why_not_now(finding.module, _recipe_of(state, row), state.backend)
                 rows.append(replace(row, reason=reason or ""))
     return FuseReport(tuple(rows), states[0].backend)
 
@@ -169,7 +169,7 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
             return [_Finding(module, [Row(path, kind, False, reason=str(reason))])]
         return below
     reason = None
-    if reader.has_own_conv():
+    if reader.has_own_conv() or reader.has_wrappers():
         try:
             recipe = reader.recipe()
             if recipe.fuses:
@@ -177,7 +177,8 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
                 return [_Finding(module, rows, FusedBlock, recipe, residual=reader.is_residual())]
             return []
         except CannotRead as error:
-            reason = str(error)
+            # Of wrappers alone it may be anything, a network too: what is below is looked at one by one.
+            reason = str(error) if reader.has_own_conv() else None
     below = _visit_children(module, path, seen)
     if reader.is_residual() and reason and not any(f.residual for f in below):
         # A residual block with something in it that is not fused stays as it is, its inner modules included.

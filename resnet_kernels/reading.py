@@ -15,13 +15,16 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
 
-from .recipe import CallStep, CannotRead, ConvStep, HostPlan, Recipe
+from .models.same_padding import Conv2dSame, MaxPool2dSame
+from .recipe import CallStep, CannotRead, ConvStep, HostPlan, NormStep, Recipe
 
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -30,8 +33,9 @@ _QUIET_NAMES = frozenset(
     {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "DropPath",
      "DropBlock2d", "StochasticDepth"}
 )  # fmt: skip
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _FROZEN_BN_NAME = "FrozenBatchNorm2d"  # torchvision.ops, detectron2: weight, bias, running_mean, running_var as buffers
+_BN_ACT_NAME = "BatchNormAct2d"  # timm: a BatchNorm2d with `drop` and `act`
 
 
 def original_class(module: nn.Module) -> type:
@@ -40,10 +44,10 @@ def original_class(module: nn.Module) -> type:
 
 
 def signature(module: nn.Module) -> tuple:
-    """Names and classes of a module's children, through Sequentials: what a recipe depends on besides numbers."""
+    """Names and classes of all modules below one: what a recipe depends on besides numbers."""
     return tuple(
         (name, original_class(child), signature(child))
-        if isinstance(child, nn.Sequential)
+        if child is not None and child._modules
         else (name, original_class(child))
         for name, child in module._modules.items()
     )
@@ -55,8 +59,19 @@ def is_plain_sequential(module: nn.Module) -> bool:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """BatchNorm2d, SyncBatchNorm or a FrozenBatchNorm2d: a scale and a shift per channel in eval mode."""
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__ == _FROZEN_BN_NAME
+    """A scale and a shift per channel in eval mode; a BatchNormAct2d has an activation behind it."""
+    names = (_FROZEN_BN_NAME, _BN_ACT_NAME)
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__ in names
+
+
+def is_frozen(bn: nn.Module) -> bool:
+    """Whether a BN takes its running statistics, and keeps them as they are."""
+    return not bn.training or type(bn).__name__ == _FROZEN_BN_NAME
+
+
+def has_act(bn: nn.Module) -> bool:
+    """Whether a BN is timm's BatchNormAct2d, with dropout and activation behind it."""
+    return type(bn).__name__ == _BN_ACT_NAME
 
 
 def is_quiet(module: nn.Module) -> bool:
@@ -68,7 +83,7 @@ def why_not_conv(conv: nn.Module) -> str | None:
     """Why a convolution can't go into a fused kernel; None if it can."""
     if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
         return "is lazy and not materialised yet: run the model once, then fuse"
-    if type(conv) is not nn.Conv2d:
+    if type(conv) not in (nn.Conv2d, Conv2dSame):
         return f"is a {type(conv).__name__}, only Conv2d is fused"
     if conv.padding_mode != "zeros":
         return f"has padding_mode={conv.padding_mode!r}, only zeros are fused"
@@ -81,6 +96,12 @@ def why_not_bn(bn: nn.Module) -> str | None:
         return "is lazy and not materialised yet: run the model once, then fuse"
     if getattr(bn, "running_mean", None) is None:
         return "has track_running_stats=False, so it needs each batch's own statistics"
+    if has_act(bn):
+        for child in (bn.drop, bn.act):
+            if not (is_quiet(child) or (child is bn.act and type(child) is nn.ReLU)):
+                return f"has a {type(child).__name__} behind it, which is not fused"
+            if _why_not_patched(child):
+                return f"has a {type(child).__name__} behind it that {_why_not_patched(child)}"
     return _why_not_patched(bn)
 
 
@@ -92,21 +113,37 @@ def _why_not_patched(module: nn.Module) -> str | None:
     return None
 
 
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether a module is a convolution, pool, norm and activation under a name: no block, only a part of one."""
+    children = list(module._modules.values())
+    convs = sum(isinstance(child, nn.modules.conv._ConvNd) for child in children)
+    return (
+        convs == 1
+        and not is_plain_sequential(module)
+        and "forward" not in module.__dict__
+        and not any(child is None or (child._modules and not is_batch_norm(child)) for child in children)
+    )
+
+
 class _Tracer(torch.fx.Tracer):
-    """Stops at every child but plain Sequentials."""
+    """Stops at every child but plain Sequentials, and wrappers if asked to."""
+
+    def __init__(self, into_wrappers: bool):
+        super().__init__()
+        self.into_wrappers = into_wrappers
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return not is_plain_sequential(module)
+        return not (is_plain_sequential(module) or (self.into_wrappers and is_wrapper(module)))
 
     def call_module(self, module: nn.Module, forward, args, kwargs):
         if self.is_leaf_module(module, ""):
             return super().call_module(module, forward, args, kwargs)
         # Without its hooks: they are the user's, and would see proxies.
-        return nn.Sequential.forward(module, *args, **kwargs)
+        return original_class(module).forward(module, *args, **kwargs)
 
 
-def _trace(module: nn.Module) -> torch.fx.Graph:
-    """The graph of module.forward(x), all other arguments at their defaults."""
+def _trace(module: nn.Module, training: bool, into_wrappers: bool) -> torch.fx.Graph:
+    """The graph of module.forward(x) in eval or train() mode, all other arguments at their defaults."""
     cls = original_class(module)
     if "forward" in module.__dict__:
         raise CannotRead("its forward was set on the instance")
@@ -127,12 +164,12 @@ def _trace(module: nn.Module) -> torch.fx.Graph:
         defaults[parameter.name] = parameter.default
     # A shallow copy, so that what forward may write to `self` (a counter, a kept activation) does not reach the user's.
     clone = cls.__new__(cls)
-    clone.__dict__.update(module.__dict__, training=False)
+    clone.__dict__.update(module.__dict__, training=training)
     for registry in ("_modules", "_parameters", "_buffers"):
         clone.__dict__[registry] = copy.copy(module.__dict__[registry])
     before = dict(clone.__dict__)
     try:
-        graph = _Tracer().trace(clone, concrete_args=defaults or None)
+        graph = _Tracer(into_wrappers).trace(clone, concrete_args=defaults or None)
     except CannotRead:
         raise
     except Exception as error:  # forward is the user's code: it may raise anything
@@ -159,9 +196,9 @@ def _mutates(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
 class _Reader:
     """Turns a traced graph into values and steps: first what each node means, then which of them make one kernel."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, training: bool = False, into_wrappers: bool = False):
         self.module = module
-        self.graph = _trace(module)
+        self.graph = _trace(module, training, into_wrappers)
         self.children = dict(module.named_modules())
         self.kind: dict[torch.fx.Node, str] = {}
 
@@ -175,7 +212,25 @@ class _Reader:
             for node in self.graph.nodes
         )
 
+    def has_wrappers(self) -> bool:
+        return any(child is not None and is_wrapper(child) for child in self.module._modules.values())
+
     def recipe(self) -> Recipe:
+        """The module's whole forward as steps. Raises CannotRead if there is one that we don't have."""
+        # Only what is seen as a whole is sure to be a block: the network itself keeps its wrappers.
+        into_wrappers = self.has_wrappers()
+        reader = _Reader(self.module, into_wrappers=True) if into_wrappers else self
+        recipe = reader._recipe()
+        return replace(recipe, trains=self._in_training(_Reader._recipe, into_wrappers) == recipe)
+
+    def _in_training(self, what: Callable, into_wrappers: bool = False):
+        """What reading the module in train() mode gives, where its forward may do something else; None if it can't be read."""
+        try:
+            return what(_Reader(self.module, True, into_wrappers))
+        except CannotRead:
+            return None
+
+    def _recipe(self) -> Recipe:
         nodes = list(self.graph.nodes)
         inputs = [node for node in nodes if node.op == "placeholder"]
         x = inputs[0]
@@ -277,14 +332,19 @@ class _Reader:
                 taken[node] = group
             elif self.kind.get(node) in ("bn", "relu", "add", "call"):
                 sources = self._operands(node, alias)
-                fused = self._absorb(node, sources, taken, users, order)
-                if fused is None:
-                    what = node.target if self.kind[node] in ("bn", "call") else self.kind[node]
-                    group = dict(kind="call", what=what, is_module=self.kind[node] in ("bn", "call"), inputs=sources)
-                    taken[node] = group
-                else:
-                    taken[node] = fused
+                taken[node] = self._absorb(node, sources, taken, users, order) or self._own_group(node, sources)
         return taken
+
+    def _own_group(self, node, sources) -> dict:
+        kind = self.kind[node]
+        if kind == "bn":
+            return dict(kind="norm", bn=node.target, relu=self._has_relu(node), x=sources[0])
+        is_module = kind == "call"
+        return dict(kind="call", what=node.target if is_module else kind, is_module=is_module, inputs=sources)
+
+    def _has_relu(self, bn: torch.fx.Node) -> bool:
+        child = self.children[bn.target]
+        return has_act(child) and type(child.act) is nn.ReLU
 
     def _absorb(self, node, sources, taken, users, order) -> dict | None:
         """Puts a BN, add or ReLU into the kernel that made its input, if that input has no other reader."""
@@ -300,7 +360,7 @@ class _Reader:
         source = max(candidates, key=lambda s: (self._depth(s, taken), order[s]))
         group = dict(taken.pop(source))
         if kind == "bn":
-            group["bn"] = node.target
+            group["bn"], group["relu"] = node.target, self._has_relu(node)
         elif kind == "add":
             group["residual"] = next((s for s in sources if s is not source), None)
         elif group["kind"] == "call":
@@ -323,7 +383,7 @@ class _Reader:
         group = taken.get(node)
         if group is None:
             return 0
-        inputs = [group["x"], group.get("residual")] if group["kind"] == "conv" else group["inputs"]
+        inputs = group["inputs"] if group["kind"] == "call" else [group["x"], group.get("residual")]
         return (group["kind"] == "conv") + max((self._depth(i, taken) for i in inputs if i is not None), default=0)
 
     def _schedule(self, x, result, groups, alias) -> Recipe:
@@ -359,6 +419,9 @@ class _Reader:
                 steps.append(CallStep(group["what"], group["is_module"], tuple(inputs), out, frees))
                 continue
             residual = inputs[1] if "residual" in group else None
+            if group["kind"] == "norm":
+                steps.append(NormStep(group["bn"], group["relu"], inputs[0], out, residual, frees))
+                continue
             # values[0] is the caller's own; a stage may hand it over for keeps (stages.py).
             overwrites = (
                 residual is not None
@@ -378,6 +441,10 @@ class _Reader:
 
     def host_plan(self) -> HostPlan:
         """The runs conv+bn+relu among the host's own children, each called once and with one reader."""
+        plan = self._host_plan()
+        return replace(plan, trains=self._in_training(_Reader._host_plan) == plan)
+
+    def _host_plan(self) -> HostPlan:
         calls: dict[str, int] = {}
         for node in self.graph.nodes:
             if node.op == "call_module":
@@ -400,7 +467,7 @@ class _Reader:
             if not own(node, lambda m: why_not_conv(m) is None):
                 continue
             bn = self._only_reader(node)
-            if bn is not None and own(bn, lambda m: is_batch_norm(m) and why_not_bn(m) is None):
+            if bn is not None and own(bn, lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None):
                 last = bn
             else:
                 bn, last = None, node

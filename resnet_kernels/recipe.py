@@ -31,6 +31,22 @@ class ConvStep:
 
 
 @dataclass(frozen=True)
+class NormStep:
+    """relu(bn(values[x]) + values[residual]) -> values[out]; one pass over data. A BN that comes before its convolution."""
+
+    bn: str
+    relu: bool
+    x: int
+    out: int
+    residual: int | None = None
+    frees: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        parts = [self.bn, "add" if self.residual is not None else None, "relu" if self.relu else None]
+        return "+".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
 class CallStep:
     """values[out] = what(*values[inputs]): a child module by its path, or "add", "relu", "add_relu"."""
 
@@ -48,11 +64,12 @@ class CallStep:
 class Recipe:
     """What a block computes. values[0] is its input; `result` is the index of its output."""
 
-    steps: tuple[ConvStep | CallStep, ...]
+    steps: tuple[ConvStep | NormStep | CallStep, ...]
     result: int
     modules: tuple[str, ...]  # every child module that eager would call, for hooks and train() to be looked up
     signature: tuple  # names and types of what it was read from; another signature means another recipe
     whole: bool = True  # a block's whole forward, and not one of a host's runs
+    trains: bool = True  # its forward is the same in train() mode
 
     def __str__(self) -> str:
         return " -> ".join(str(step) for step in self.steps)
@@ -63,7 +80,7 @@ class Recipe:
         return any(
             step.what == "add_relu"
             if isinstance(step, CallStep)
-            else step.bn is not None or step.relu or step.residual is not None
+            else step.relu or step.residual is not None or (isinstance(step, ConvStep) and step.bn is not None)
             for step in self.steps
         )
 
@@ -75,3 +92,4 @@ class HostPlan:
     runs: dict[str, Recipe]
     absorbed: tuple[str, ...]  # BNs and ReLUs that a run already did
     names: tuple[str, ...]  # the host's children; with others, its forward may be another
+    trains: bool = True  # its forward is the same in train() mode

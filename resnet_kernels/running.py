@@ -1,7 +1,4 @@
-"""Running a recipe: may this call run fused, and then its steps, one kernel each.
-
-    decide       every condition under which eager semantics ask for the module's own forward
-    run_recipe   values in, values out; dead ones freed; the residual written over where nobody else holds it
+"""May this call run fused? `decide` holds every condition under which eager semantics ask for the module's own forward.
 
 A call of a network asks the same questions 70 times (is this convolution still the one that was packed?), and between two
 convolutions the caches are cold: 20 us a question instead of 3. So the outermost fused module asks all of them at once,
@@ -11,7 +8,6 @@ convolutions the caches are cold: 20 us a question instead of 3. So the outermos
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,14 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
-from . import reading
-from .folding import PackedConv, PackedProgram, scale_shift
-from .ops import add_relu, dispatch, onednn
-from .ops.geometry import Geometry
+from .folding import PackedConv, PackedProgram
+from .ops import dispatch, onednn
 from .ops.library import autocast_dtype
-from .recipe import CallStep, ConvStep, Recipe
+from .recipe import ConvStep, Recipe
+from .wiring import Wiring, has_hooks, wire
 
-CHANNELS_LAST = torch.channels_last
 _said: set[str] = set()
 _call_state = threading.local()
 
@@ -83,21 +77,6 @@ def say_once(reason: str) -> None:
         warnings.warn(f"resnet_kernels: {reason}; such calls run the model's own PyTorch code", RuntimeWarning, 5)
 
 
-def child_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, None if it is gone."""
-    for name in path.split("."):
-        module = module._modules.get(name) if module is not None else None
-    return module
-
-
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether eager's call of this module would run a hook."""
-    return any(module.__dict__[kind] for kind in _HOOK_DICTS)
-
-
 def _global_hooks() -> bool:
     return bool(
         nn_module._global_forward_hooks
@@ -118,124 +97,90 @@ def is_ordinary(x: Any) -> bool:
     )
 
 
-class Wiring:
-    """The live modules behind a recipe's paths: looked up once, checked by identity in each call, list against list."""
-
-    __slots__ = ("children", "classes", "dicts", "first", "names", "registries", "steps", "with_modes")
-
-    def __init__(self, module: nn.Module, recipe: Recipe):
-        members = _members(module, recipe)
-        registries = {id(registry): registry for registry, _, _ in members}.values()
-        self.registries = [(registry, [*registry.values()]) for registry in registries]
-        self.names = [name for _, name, _ in members]
-        self.children = [child for _, _, child in members]
-        self.classes = [*map(type, self.children)]
-        self.dicts = [child.__dict__ for child in self.children]
-        self.with_modes = [c for c in self.children if reading.is_batch_norm(c) or reading.is_quiet(c)]
-        self.steps = [
-            (step, child_at(module, step.conv), None if step.bn is None else child_at(module, step.bn))
-            if isinstance(step, ConvStep)
-            else (step, child_at(module, step.what) if step.is_module else None, None)
-            for step in recipe.steps
-        ]
-        self.first = next((step, conv) for step, conv, _ in self.steps if isinstance(step, ConvStep))
-
-    def is_of(self, module: nn.Module) -> bool:
-        return self.registries[0][0] is module._modules
-
-    def is_current(self) -> bool:
-        # Comparing lists of modules compares identities: nn.Module has no __eq__.
-        return [*map(type, self.children)] == self.classes and all(
-            [*registry.values()] == children for registry, children in self.registries
-        )
-
-    def why_not_now(self) -> str | None:
-        """What keeps these modules from being fused at this moment: a hook, a forward of their own, train()."""
-        for i, d in enumerate(self.dicts):
-            if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-                return f"a hook on {self.names[i]} has to fire"
-            if "forward" in d:
-                return f"{self.names[i]} got a forward of its own"
-        for child in self.with_modes:
-            if child.training:
-                return f"{self.names[self.children.index(child)]} is in train() mode"
-        return None
-
-
-def _members(module: nn.Module, recipe: Recipe) -> list[tuple[dict, str, nn.Module]]:
-    """(registry, name, child) of everything a recipe depends on: all of a block, but only its own members for a run."""
-    if not recipe.whole:
-        return [(module._modules, name, module._modules[name]) for name in recipe.modules]
-    members = []
-    for name, child in module._modules.items():
-        if child is not None:
-            members.append((module._modules, name, child))
-            if isinstance(child, nn.Sequential):
-                members.extend(_members(child, recipe))
-    return members
-
-
-def wire(module: nn.Module, recipe: Recipe) -> Wiring | str:
-    """Looks a recipe's modules up; the reason, if they no longer are what the recipe was read from."""
-    if recipe.whole:
-        same = reading.signature(module) == recipe.signature
-    else:
-        children = ((name, module._modules.get(name)) for name in recipe.modules)
-        same = tuple((name, reading.original_class(child)) for name, child in children) == recipe.signature
-    return Wiring(module, recipe) if same else "its submodules changed after it was fused: call fuse_ again"
-
-
-def why_not_now(module: nn.Module, recipe: Recipe) -> str | None:
+def why_not_now(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
     """Why a fused module runs eager as things stand; None if it runs fused. Needs no input, so that `explain` can ask."""
     wiring = wire(module, recipe)
-    return wiring if isinstance(wiring, str) else wiring.why_not_now()
+    if isinstance(wiring, str):
+        return wiring
+    if wiring.in_training() is None or dispatch.requested(backend) != "triton":
+        return wiring.why_not_now()
+    return wiring.why_not_at_all() or wiring.why_not_trained() or (None if recipe.trains else _OTHER_IN_TRAINING)
+
+
+_OTHER_IN_TRAINING = "its forward is another one in train() mode"
 
 
 class Go(NamedTuple):
-    """Leave to run fused: on which backend, with which modules, and whether their packed weights were checked already."""
+    """Leave to run fused: on which backend, with which modules, whether their packed weights were checked already.
+
+    learns: with gradients or batch statistics (training.py), and not as inference does (inference.py).
+    """
 
     backend: str
     wiring: Wiring
     verified: bool
+    learns: bool = False
 
 
 def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: Known) -> tuple[Go | None, str]:
     """Returns (Go, "") to run this call fused, or (None, reason) to run the module's own forward.
 
-    The reason is "" where eager goes without saying: in training, under a tracer, for an input that eager will refuse.
+    The reason is "" where eager goes without saying: under a tracer, for an input that eager will refuse, in training on a
+    backend that has nothing faster for it.
     """
     if torch.compiler.is_compiling():
-        backend = _backend_for_compiler(module, recipe, state, x)
-        return (None if backend is None else Go(backend, Wiring(module, recipe), False)), ""
+        return _decide_for_compiler(module, recipe, state, x), ""
     if known.backend is None and not is_ordinary(x):
         return None, ""
     wiring = _verified_wiring(module, recipe)
     verified = wiring is not None
-    if wiring is None:
-        if module.training:
-            return None, ""
-        if _global_hooks():
-            return None, "a global module hook is registered"
+    batch_statistics = False
+    if not verified:
         wiring = current_wiring(module, recipe, state)
-        reason = wiring if isinstance(wiring, str) else wiring.why_not_now()
+        reason = wiring
+        if not isinstance(wiring, str):
+            batch_statistics = wiring.in_training() is not None
+            reason = "a global module hook is registered" if _global_hooks() else wiring.why_not_at_all()
+        if reason is None and module.training and not recipe.trains:
+            reason = _OTHER_IN_TRAINING
         if reason is not None:
-            return None, "" if reason.endswith("train() mode") else f"in a {type(module).__name__}, {reason}"
-    step, conv = wiring.first
-    if step.x == 0 and x.dim() == 4 and x.shape[1] != conv.in_channels:
+            plain = module.training and not trains_on(state.backend)
+            return None, "" if plain else f"in a {type(module).__name__}, {reason}"
+    if x.dim() != 4 or wiring.widths - {x.shape[1]}:
         return None, ""  # eager's own error
-    if verified and known.backend is not None and known.backend[0] == state.backend and not torch.is_grad_enabled():
+    gradients = torch.is_grad_enabled()
+    if verified and known.backend is not None and known.backend[0] == state.backend and not gradients:
         return Go(known.backend[1], wiring, True), ""
     dtype = autocast_dtype(x)
-    weight = conv.weight
-    if x.dim() != 4 or x.device != weight.device or (dtype is None and x.dtype != weight.dtype):
+    weight = wiring.convs[0].weight
+    if x.device != weight.device or (dtype is None and x.dtype != weight.dtype):
         return None, ""  # eager's own error, or its own meaning
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(p.requires_grad for child in wiring.children for p in child.parameters())
-    ):
-        state.drop_packs()
-        return None, "gradients are on in eval mode (torch.no_grad() or torch.inference_mode() runs fused)"
     backend = dispatch.resolve(state.backend, x.device, dtype or x.dtype)
-    return (None if backend == "eager" else Go(backend, wiring, verified)), ""
+    if backend == "eager":
+        return None, ""
+    gradients = gradients and (x.requires_grad or wiring.needs_gradients())
+    if not (gradients or batch_statistics):
+        return Go(backend, wiring, verified), ""
+    state.drop_packs()
+    return _decide_to_learn(module, backend, wiring, batch_statistics)
+
+
+def _decide_to_learn(module: nn.Module, backend: str, wiring: Wiring, batch_statistics: bool) -> tuple[Go | None, str]:
+    reason = None
+    if backend == "triton":
+        reason = wiring.why_not_trained()
+    elif batch_statistics:
+        return None, ""  # PyTorch's BN is all there is
+    elif wiring.norms_need_gradients():
+        return None, "gradients are on in eval mode (torch.no_grad() or torch.inference_mode() runs fused)"
+    if reason is not None:
+        return None, f"in a {type(module).__name__}, {reason}"
+    return Go(backend, wiring, False, learns=True), ""
+
+
+def trains_on(backend: str) -> bool:
+    """Whether a backend has kernels for batch statistics. `auto` takes them where a table shows a win: none does yet."""
+    return dispatch.requested(backend) == "triton"
 
 
 def current_wiring(module: nn.Module, recipe: Recipe, state: FusedState) -> Wiring | str:
@@ -265,13 +210,13 @@ class Survey:
 
 
 @contextlib.contextmanager
-def verified_below(survey: Survey) -> Iterator[None]:
+def verified_below(survey: Survey | None) -> Iterator[None]:
     """Asks for all fused modules below at once what `decide` and `run_recipe` would ask for each in turn.
 
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
     between, is registered on a block or on what is around blocks.
     """
-    if is_inside_verified() or any(map(has_hooks, survey.hookable)) or _global_hooks():
+    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or _global_hooks():
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
@@ -331,93 +276,14 @@ def _verified_wiring(module: nn.Module, recipe: Recipe) -> Wiring | None:
     return None if verified is None else verified.get((id(module), recipe.modules))
 
 
-def _backend_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> str | None:
+def _decide_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> Go | None:
     # On the CPU torch.compile fuses better by itself than around oneDNN's packed weights.
     on_gpu = isinstance(x, Tensor) and x.device.type == "cuda" and state.backend == "auto"
-    if module.training or torch.is_grad_enabled() or not (on_gpu or state.backend in ("triton", "cudnn")):
+    learns = module.training or torch.is_grad_enabled()
+    if not (state.backend == "triton" or (not learns and (on_gpu or state.backend == "cudnn"))):
         return None
-    return state.backend if why_not_now(module, recipe) is None else None
-
-
-def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Known) -> tuple[Tensor, Known]:
-    """Runs a recipe on x, as `decide` has said that it may. The output has the layout that eager would give."""
-    backend, wiring, verified = go
-    dtype = autocast_dtype(x)
-    value = x if dtype is None else x.to(dtype)
-    restore = False
-    if not value.is_contiguous(memory_format=CHANNELS_LAST):
-        value = value.contiguous(memory_format=CHANNELS_LAST)
-        # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = all(conv.weight.is_contiguous() for step, conv, _ in wiring.steps if isinstance(step, ConvStep))
-    owned = known.owned or value is not x
-    on_cpu = backend == "cpu" and value.shape[0] > 0
-    bound = onednn.bound(value, known.bound) if on_cpu else math.inf
-    if verified and on_cpu and (program := _program(recipe, state, value)) is not None and program.is_safe(bound):
-        return _hand_over(program(value, owned), restore, program.result_bound(bound), (state.backend, backend))
-    values: dict[int, Tensor] = {0: value}
-    bounds: dict[int, float] = {0: bound}
-    del value
-    for step, child, bn in wiring.steps:
-        bound = math.inf
-        if not isinstance(step, ConvStep):
-            y = _call(step, child, [values[i] for i in step.inputs], backend)
-            if on_cpu:
-                bound = onednn.bound(y, None)
-        else:
-            residual = None if step.residual is None else values[step.residual]
-            relu, late = step.relu, None
-            if residual is not None:
-                shape = Geometry.of_module(child).out_shape(values[step.x].shape, child.weight.shape)
-                if residual.shape != shape:
-                    # Eager's add broadcasts; a kernel reads a residual of the output's shape, and beyond a smaller one.
-                    residual, relu, late = None, False, residual
-            if on_cpu:
-                pack = state.packs.get(step.conv)
-                if pack is None or not pack.fits(values[step.x]) or not (verified or pack.is_unchanged(child, bn)):
-                    pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x])
-                bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])
-                overwrite = step.overwrites_residual and (step.residual != 0 or owned)
-                y = pack(values[step.x], residual, relu, bound, overwrite)
-            else:
-                scale, shift = scale_shift(child, bn, backend)
-                y = torch.ops.resnet_kernels.conv_bias_act.default(
-                    values[step.x], child.weight.to(values[step.x].dtype), shift, residual, scale,
-                    *Geometry.of_module(child), relu, backend,
-                )  # fmt: skip
-            if late is not None:
-                y = torch.add(y, late).contiguous(memory_format=CHANNELS_LAST)
-                y = torch.relu_(y) if step.relu else y
-                bound += bounds[step.residual]
-            del residual, late
-        values[step.out], bounds[step.out] = y, bound
-        del y
-        # Dead values go at once: peak memory is eager's.
-        for dead in step.frees:
-            del values[dead]
-    return _hand_over(values[recipe.result], restore, bounds[recipe.result], (state.backend, backend))
-
-
-def _hand_over(y: Tensor, restore: bool, bound: float, backend: tuple[str, str]) -> tuple[Tensor, Known]:
-    # Only a channels_last tensor may go to the next block unasked.
-    return (y.contiguous(), Known(True, bound)) if restore else (y, Known(True, bound, backend))
-
-
-def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | None:
-    """The recipe's steps with everything looked up, made anew when a weight was packed anew or x has another shape."""
-    program, packs = state.programs.get(recipe.modules), state.packs
-    if program is None or not (program.takes(x) and program.has(packs)):
-        if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
-            return None  # another thread has just dropped them
-        program = PackedProgram(recipe, packs, x)
-        state.programs[recipe.modules] = program
-    return program if program.entries else None
-
-
-def _call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend: str) -> Tensor:
-    if child is not None:
-        return child(*inputs)
-    if step.what == "add_relu" and inputs[0].shape == inputs[1].shape:
-        return add_relu(*inputs, backend=backend)
-    if step.what == "add_relu":
-        return torch.relu_(torch.add(*inputs))  # a sum that broadcasts
-    return torch.add(*inputs) if step.what == "add" else torch.relu(*inputs)
+    wiring = wire(module, recipe)
+    if isinstance(wiring, str) or (module.training and not recipe.trains):
+        return None
+    reason = wiring.why_not_at_all() or wiring.why_not_trained() if learns else wiring.why_not_now()
+    return Go(state.backend, wiring, False, learns) if reason is None else None

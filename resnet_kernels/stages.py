@@ -22,7 +22,10 @@ from .blocks import Fused, FusedBlock
 from .ops import dispatch
 from .ops.library import autocast_dtype
 from .recipe import Recipe
-from .running import CHANNELS_LAST, UNKNOWN, FusedState, Known, Survey
+from .running import UNKNOWN, FusedState, Known, Survey
+from .wiring import has_hooks
+
+CHANNELS_LAST = torch.channels_last
 
 
 class FusedHost(Fused):
@@ -37,7 +40,7 @@ class FusedHost(Fused):
             return _run_stage(self, state, x, UNKNOWN)
         value = x.contiguous(memory_format=CHANNELS_LAST)
         restore = value is not x and _first_weight_is_contiguous(self)
-        with running.verified_below(_survey(self, state)):
+        with running.verified_below(None if self.training else _survey(self, state)):
             if reading.is_plain_sequential(self):
                 y = _run_stage(self, state, value, Known(owned=value is not x))
             else:
@@ -59,8 +62,10 @@ def _survey(module: nn.Module, state: FusedState) -> Survey:
 
 
 def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
-    """Whether this is inference on an image batch, and not training, tracing or a call with something else."""
-    if torch.compiler.is_compiling() or module.training or not running.is_ordinary(x):
+    """Whether this is a call on an image batch, and not tracing, training on another backend, or something else."""
+    if torch.compiler.is_compiling() or not running.is_ordinary(x):
+        return False
+    if module.training and not (state.plan.trains and running.trains_on(state.backend)):
         return False
     if x.dim() != 4 or not x.is_floating_point():
         return False
@@ -93,7 +98,7 @@ def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) ->
             x, known = call_run(module, name, state, x, known)
         elif name in state.plan.absorbed:
             continue
-        elif isinstance(child, FusedBlock) and not running.has_hooks(child) and "forward" not in child.__dict__:
+        elif isinstance(child, FusedBlock) and not has_hooks(child) and "forward" not in child.__dict__:
             x, known = child._rk_call(x, known)
         else:
             x, known = child(x), UNKNOWN
@@ -105,7 +110,7 @@ def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Kn
     recipe: Recipe = state.plan.runs[name]
     go, reason = running.decide(host, recipe, state, x, known)
     if go is not None:
-        return running.run_recipe(recipe, state, go, x, known)
+        return blocks.run(recipe, state, go, x, known)
     if reason:
         running.say_once(reason)
     # One by one, as eager does: hooks fire, training BNs count.

@@ -104,7 +104,11 @@ def layers() -> dict[tuple, str]:
 
     def visit(net_name, build, *shape):
         def note(module, inputs, output, name):
-            key = (tuple(module.weight.shape), Geometry.of_module(module), *(t.shape[2:] for t in (inputs[0], output)))
+            key = (
+                tuple(module.weight.shape),
+                Geometry.of_module(module, inputs[0].shape[2:]),
+                *(t.shape[2:] for t in (inputs[0], output)),
+            )
             found.setdefault(key, f"{net_name} {name}".strip())
 
         with torch.device("meta"):

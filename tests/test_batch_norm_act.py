@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from oracle import DTYPES, assert_within_budget, skip_unless_runnable
+from oracle import DTYPES, assert_within_budget, error, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
@@ -82,6 +82,50 @@ def test_without_affine_or_running_statistics(absent, device):
     for with_residual in (True, False):
         residual = torch.randn(2, 16, 5, 5, device=device) if with_residual else None
         compare(torch.randn(2, 16, 5, 5, device=device), residual, given, torch.float32, training=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_vectors_in_half_precision(dtype, device):
+    """A model that is half precision throughout: so are its gradients."""
+    skip_unless_runnable("triton", device, dtype)
+    given = {name: v.to(dtype) for name, v in vectors(16, device).items()}
+    x, upstream = torch.randn(2, 16, 5, 5, device=device).to(dtype), torch.randn(2, 16, 5, 5, device=device).to(dtype)
+    ours = results(x, None, given, upstream, dtype, on_triton, training=True, **SETTINGS)
+    oracle = results(x, None, given, upstream, torch.float64, reference.batch_norm_act, training=True, **SETTINGS)
+    for name, truth in oracle.items():
+        assert ours[name].dtype == dtype
+        # Each value is rounded once, its fp32 self being right.
+        assert error(ours[name], truth) <= torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("most", (1, 2, 4))
+@pytest.mark.parametrize("shape", ((2, 8, 39, 41), (1, 64, 17, 19), (2, 70, 11, 13)), ids=str)
+@pytest.mark.parametrize("with_residual", (True, False), ids=("residual", "alone"))
+def test_several_tiles_in_a_split(shape, with_residual, most, device, monkeypatch):
+    """As a large layer has them, with a ragged last one."""
+    skip_unless_runnable("triton", device, torch.float32)
+    from resnet_kernels.kernels import batch_norm_act, batch_norm_act_backward
+
+    for kernel in (batch_norm_act, batch_norm_act_backward):
+        monkeypatch.setattr(kernel, "MOST_SPLITS", most)
+    rows = shape[0] * shape[2] * shape[3]
+    split = batch_norm_act.choose_split(rows, shape[1], 4)
+    assert split.rows > split.block_rows and rows % split.block_rows
+    residual = torch.randn(shape, device=device) if with_residual else None
+    compare(torch.randn(shape, device=device) + 3, residual, vectors(shape[1], device), torch.float32, training=True)
+
+
+@pytest.mark.parametrize("channels", (1, 3, 64, 65, 2048))
+@pytest.mark.parametrize("rows", (1, 63, 64, 12544, 3211264))
+@pytest.mark.parametrize("itemsize", (2, 4))
+def test_splits_cover_all_rows_once(rows, channels, itemsize):
+    kernel = pytest.importorskip("resnet_kernels.kernels.batch_norm_act", reason="needs Triton")
+    split = kernel.choose_split(rows, channels, itemsize)
+    assert (split.count - 1) * split.rows < rows <= split.count * split.rows
+    assert split.rows % split.block_rows == 0 and split.count <= kernel.MOST_SPLITS
+    # Many rows: as many programs as there are multiprocessors on an H200, at least.
+    programs = split.count * -(-channels // split.block_channels)
+    assert programs >= 132 or rows < 132 * split.block_rows
 
 
 @pytest.mark.parametrize("mean", (1000.0, -1000.0, 3.0))

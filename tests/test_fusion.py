@@ -15,7 +15,7 @@ from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import blocks, running
+from resnet_kernels import blocks, inference, running
 from resnet_kernels.verify import randomise_batch_norms_
 
 IMAGE = (2, 3, 64, 64)
@@ -61,18 +61,18 @@ def fused_names(model):
 def ran_fused(module, x):
     """How many recipes this call runs fused."""
     seen = []
-    original = running.run_recipe
+    original = inference.run_recipe
 
     def spy(recipe, *rest):
         seen.append(str(recipe))
         return original(recipe, *rest)
 
-    running.run_recipe = spy
+    inference.run_recipe = spy
     try:
         with torch.no_grad():
             module(x)
     finally:
-        running.run_recipe = original
+        inference.run_recipe = original
     return len(seen)
 
 

@@ -65,11 +65,11 @@ def test_recipes_of_the_zoo():
         (lambda self, x: torch.add(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x))))), x),
          "conv1+bn1+relu -> conv2+bn2+add"),
         (lambda self, x: self.relu(self.conv1(x)), "conv1+relu"),
-        (lambda self, x: self.conv2(F.relu(self.bn1(x))) + x, "bn1 -> relu -> conv2+add"),
-        (lambda self, x: self.conv1(F.relu(self.bn1(x) + self.relu(x))), "bn1 -> relu -> add_relu -> conv1"),
+        (lambda self, x: self.conv2(F.relu(self.bn1(x))) + x, "bn1+relu -> conv2+add"),
+        (lambda self, x: self.conv1(F.relu(self.bn1(x) + self.relu(x))), "bn1+relu -> add_relu -> conv1"),
         (lambda self, x: self.conv1(x) + self.conv1(x), "conv1 -> conv1+add"),
         # A value with two readers is never swallowed.
-        (lambda self, x: (lambda y: F.relu(self.bn1(y)) + y)(self.conv1(x)), "conv1 -> bn1 -> relu -> add"),
+        (lambda self, x: (lambda y: F.relu(self.bn1(y)) + y)(self.conv1(x)), "conv1 -> bn1+relu -> add"),
         (lambda self, x: (lambda y: y + y)(self.bn1(self.conv1(x))), "conv1+bn1 -> add"),
     ],
 )  # fmt: skip

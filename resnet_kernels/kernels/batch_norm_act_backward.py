@@ -109,10 +109,11 @@ def _finish_reduce_kernel(
         rstd = _rstd(rstd, eps)
     dbias = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0), 0)
     dweight = tl.sum(tl.load(partial_ptrs + n_splits * n_channels, mask=mask, other=0.0), 0) * rstd
+    # Through fp32: the interpreter turns fp64 into NaN on its way to bf16 (Triton 3.9).
     if dweight_ptr is not None:
-        tl.store(dweight_ptr + offs_c, dweight.to(dweight_ptr.dtype.element_ty), mask=mask_c)
+        tl.store(dweight_ptr + offs_c, dweight.to(tl.float32).to(dweight_ptr.dtype.element_ty), mask=mask_c)
     if dbias_ptr is not None:
-        tl.store(dbias_ptr + offs_c, dbias.to(dbias_ptr.dtype.element_ty), mask=mask_c)
+        tl.store(dbias_ptr + offs_c, dbias.to(tl.float32).to(dbias_ptr.dtype.element_ty), mask=mask_c)
     if coefficient_ptr is not None:
         rows = n_rows.to(tl.float64)
         tl.store(coefficient_ptr + offs_c, (dbias / rows).to(tl.float32), mask=mask_c)

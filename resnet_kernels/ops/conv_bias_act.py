@@ -69,7 +69,7 @@ def _backward(ctx, grad_y):
         grad_scale = (wide * z).sum((0, 2, 3)).to(scale.dtype)
     if needs_x or needs_weight:
         grad_z = grad_y if scale is None else (wide * scale[:, None, None]).to(x.dtype)
-        padded = reference.pad_if_asymmetric(x, ctx.geometry)
+        padded, weight = onednn.for_gradient(reference.pad_if_asymmetric(x, ctx.geometry), weight, ctx.geometry.stride)
         stride, _, dilation, groups = ctx.geometry
         grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(
             grad_z, padded, weight, None, stride, ctx.geometry.conv2d_padding, dilation, False, [0, 0], groups,

@@ -50,8 +50,13 @@ class Geometry(NamedTuple):
         return (self.padding[0], self.padding[2]) if self.symmetric else (0, 0)
 
     @classmethod
-    def of_module(cls, conv: nn.Conv2d) -> Geometry:
-        """Reads a Conv2d as it is now, `padding="same"` included (the odd pixel goes to the bottom and the right)."""
+    def of_module(cls, conv: nn.Conv2d, in_size: Sequence[int]) -> Geometry:
+        """Reads a Conv2d as it is now, for an input of (h, w): TensorFlow's SAME (models/same_padding.py) depends on it.
+
+        `padding="same"` included: the odd pixel goes to the bottom and the right.
+        """
+        if hasattr(conv, "same_padding"):
+            return cls(conv.stride, conv.same_padding(*in_size), conv.dilation, conv.groups)
         if isinstance(conv.padding, str):
             # Conv2d keeps the resolved string padding as (left, right, top, bottom).
             left, right, top, bottom = conv._reversed_padding_repeated_twice

@@ -52,6 +52,19 @@ def is_for_aten(x: Tensor) -> bool:
     return x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480
 
 
+def for_gradient(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Returns x and weight in the layout in which oneDNN can compute a convolution's gradients on the CPU.
+
+    On channels_last data the weight's gradient of a strided 1x1 convolution of fewer than 16 channels is written past its
+    buffer (oneDNN issue #6035; PyTorch 2.13, eager too): those go as plain NCHW.
+    """
+    strided_1x1 = tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1
+    if x.device.type != "cpu" or not strided_1x1 or weight.shape[1] >= 16:
+        return x, weight
+    # clone: contiguous() keeps a 1x1 weight's strides, by which PyTorch would choose channels_last again.
+    return x.contiguous(), weight.clone(memory_format=torch.contiguous_format)
+
+
 def pack_weight(weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
     """Reorders a weight once into the blocked layout that oneDNN wants for this input; a copy, opaque to other ops."""
     n, c, h, w = input_shape
