@@ -116,12 +116,13 @@ def _why_not_patched(module: nn.Module) -> str | None:
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module is a convolution, pool, norm and activation under a name: no block, only a part of one."""
     children = list(module._modules.values())
-    convs = sum(isinstance(child, nn.modules.conv._ConvNd) for child in children)
+    parts = [type(child) in (nn.ReLU, *_POOLS) or is_batch_norm(child) or is_quiet(child) for child in children]
+    convs = [isinstance(child, nn.Conv2d) for child in children]
     return (
-        convs == 1
+        sum(convs) == 1
+        and all(map(operator.or_, parts, convs))
         and not is_plain_sequential(module)
         and "forward" not in module.__dict__
-        and not any(child is None or (child._modules and not is_batch_norm(child)) for child in children)
     )
 
 
@@ -219,8 +220,7 @@ class _Reader:
         """The module's whole forward as steps. Raises CannotRead if there is one that we don't have."""
         # Only what is seen as a whole is sure to be a block: the network itself keeps its wrappers.
         into_wrappers = self.has_wrappers()
-        reader = _Reader(self.module, into_wrappers=True) if into_wrappers else self
-        recipe = reader._recipe()
+        recipe = (_Reader(self.module, into_wrappers=True) if into_wrappers else self)._recipe()
         return replace(recipe, trains=self._in_training(_Reader._recipe, into_wrappers) == recipe)
 
     def _in_training(self, what: Callable, into_wrappers: bool = False):
