@@ -44,8 +44,20 @@ class AddRelu:
 
 
 @dataclass(frozen=True)
+class BatchNormAct:
+    """rk.ops.batch_norm_act with batch statistics on (batch, c_in, size, size), with or without a residual."""
+
+    group: ClassVar[str] = "op"
+    name: str
+    c_in: int
+    size: int
+    residual: bool = False
+    batch: int = 1
+
+
+@dataclass(frozen=True)
 class Block:
-    """A residual block; `kind` is BasicBlock, Bottleneck or Residual. c_out: channels of its output."""
+    """A residual block; `kind` is BasicBlock, Bottleneck, Residual or PreactBottleneck. c_out: channels of its output."""
 
     group: ClassVar[str] = "block"
     name: str
@@ -79,7 +91,7 @@ class Platform:
 
 @dataclass(frozen=True)
 class Case:
-    subject: Conv | AddRelu | Block | Model
+    subject: Conv | AddRelu | BatchNormAct | Block | Model
     direction: str
     platform: Platform
 
@@ -106,6 +118,9 @@ OPS = (
     Conv("1x1_1024_256", 1024, 256, 14, kernel=1),
     Conv("1x1_64_256_add", 64, 256, 56, kernel=1, residual=True),
     AddRelu("add_relu_256", 256, 56),
+    BatchNormAct("batch_norm_relu_64", 64, 112, batch=2),
+    BatchNormAct("batch_norm_add_relu_256", 256, 56, residual=True, batch=2),
+    BatchNormAct("batch_norm_add_relu_2048", 2048, 7, residual=True, batch=8),
 )
 
 BLOCKS = (
@@ -115,12 +130,16 @@ BLOCKS = (
     Block("bottleneck_512s2", "Bottleneck", 256, 512, 56, stride=2),
     Block("residual_64", "Residual", 64, 64, 56),
     Block("residual_128s2", "Residual", 64, 128, 56, stride=2),
+    Block("preact_256", "PreactBottleneck", 256, 256, 56),
+    Block("preact_512", "PreactBottleneck", 256, 512, 28),
 )
 
 MODELS = (
     Model("resnet18", 64, batch=2),
     Model("resnet50", 64, batch=2),
+    Model("resnet_v2_50", 64, batch=2),
     Model("d2l_resnet18", 28, c_in=1, batch=16),
+    Model("d2l_resnet18_keras", 28, c_in=1, batch=16),
 )
 
 RESNET_50 = Model("resnet50", 224)
@@ -152,6 +171,11 @@ def cases(full: bool = False) -> list[Case]:
 
 
 def contenders(case: Case, full: bool = False) -> tuple[str, ...]:
-    """Returns the names of what a case compares; `full` adds torch.compile with freezing, which is for inference alone."""
-    compiled = full and case.subject.group == "model" and not case.backward
-    return ("eager", "fused", "compile") if compiled else ("eager", "fused")
+    """Returns the names of what a case compares.
+
+    "triton" is fused with that backend, on GPUs: "auto" has none of its kernels until a table shows that they win. `full`
+    adds torch.compile for models: with freezing in inference; in training only where its compilation is worth waiting for.
+    """
+    on_gpu = case.platform.device == "cuda"
+    compiled = full and case.subject.group == "model" and (on_gpu or not case.backward)
+    return ("eager", "fused", *(["triton"] if on_gpu else []), *(["compile"] if compiled else []))

@@ -18,18 +18,19 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_kernels as rk
-from resnet_kernels.models import d2l, resnet_v1
+from resnet_kernels.models import d2l, resnet_v1, resnet_v2
 from resnet_kernels.verify import randomise_batch_norms_
 
+from . import cases
 from .cases import AddRelu, Block, Case, Conv
 
 
 class ConvBiasAct(nn.Module):
     """relu(conv(x) + bias + residual), with the in-place add and ReLU that models use; or the op that fuses it."""
 
-    def __init__(self, conv: Conv, fused: bool = False):
+    def __init__(self, conv: Conv, backend: str | None = None):
         super().__init__()
-        self.fused = fused
+        self.backend = backend
         self.geometry = {"stride": conv.stride, "padding": conv.kernel // 2}
         # He's initialisation: the outputs are as large as the inputs, and half of them negative.
         fan_in = conv.c_in * conv.kernel**2
@@ -37,8 +38,8 @@ class ConvBiasAct(nn.Module):
         self.bias = nn.Parameter(torch.randn(conv.c_out))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.fused:
-            return rk.ops.conv_bias_act(x, self.weight, self.bias, residual, **self.geometry)
+        if self.backend:
+            return rk.ops.conv_bias_act(x, self.weight, self.bias, residual, **self.geometry, backend=self.backend)
         y = F.conv2d(x, self.weight, self.bias, **self.geometry)
         return (y if residual is None else y.add_(residual)).relu_()
 
@@ -46,12 +47,29 @@ class ConvBiasAct(nn.Module):
 class AddAndRelu(nn.Module):
     """relu(x + residual) with an in-place ReLU; or the op that fuses it."""
 
-    def __init__(self, fused: bool = False):
+    def __init__(self, backend: str | None = None):
         super().__init__()
-        self.fused = fused
+        self.backend = backend
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return rk.ops.add_relu(x, residual) if self.fused else torch.add(x, residual).relu_()
+        return rk.ops.add_relu(x, residual, backend=self.backend) if self.backend else torch.add(x, residual).relu_()
+
+
+class BatchNormAct(nn.Module):
+    """relu(BN(x) + residual) with batch statistics and the in-place add and ReLU that models use; or the op that fuses it."""
+
+    def __init__(self, channels: int, backend: str | None = None):
+        super().__init__()
+        self.bn, self.backend = nn.BatchNorm2d(channels), backend
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        bn = self.bn
+        if self.backend:
+            vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+            settings = dict(training=True, momentum=bn.momentum, eps=bn.eps, backend=self.backend)
+            return rk.ops.batch_norm_act(x, residual, *vectors, **settings)
+        y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
+        return (y if residual is None else y.add_(residual)).relu_()
 
 
 def build(subject) -> nn.Module:
@@ -60,9 +78,13 @@ def build(subject) -> nn.Module:
         return ConvBiasAct(subject)
     if isinstance(subject, AddRelu):
         return AddAndRelu()
+    if isinstance(subject, cases.BatchNormAct):
+        return BatchNormAct(subject.c_in)
     if not isinstance(subject, Block):
         return rk.models.BY_NAME[subject.name](**({"in_channels": 1} if subject.c_in == 1 else {}))
     changes_shape = subject.stride != 1 or subject.c_in != subject.c_out
+    if subject.kind == "PreactBottleneck":
+        return resnet_v2.PreactBottleneck(subject.c_in, subject.c_out, subject.c_out // 4, subject.stride)
     if subject.kind == "Residual":
         return d2l.Residual(subject.c_in, subject.c_out, changes_shape, subject.stride)
     cls = getattr(resnet_v1, subject.kind)
@@ -100,7 +122,7 @@ class Workload:
         self.inputs = [x]
         if isinstance(subject, AddRelu) or getattr(subject, "residual", False):
             with torch.no_grad():
-                y = x if isinstance(subject, AddRelu) else self.eager(x)
+                y = self.eager(x) if isinstance(subject, Conv) else x
             self.inputs.append(torch.randn_like(y))
         self._parity: dict[str, rk.VerifyResult] = {}
         self.grad_y = None
@@ -113,10 +135,17 @@ class Workload:
 
     @functools.cached_property
     def fused(self) -> nn.Module:
+        return self._fused("auto")
+
+    @functools.cached_property
+    def triton(self) -> nn.Module:
+        return self._fused("triton")
+
+    def _fused(self, backend: str) -> nn.Module:
         if self.case.subject.group != "op":
-            return rk.fuse(self.eager)
+            return rk.fuse(self.eager, backend=backend)
         fused = copy.deepcopy(self.eager)
-        fused.fused = True
+        fused.backend = backend
         return fused
 
     @functools.cached_property
@@ -162,9 +191,9 @@ class Workload:
         result = self._verified("fused" if contender == "eager" else contender)
         if contender == "eager":
             return Gate(result.output.eager_error, result.output.budget)
-        if contender == "fused":
+        if contender in ("fused", "triton"):
             # A time of eager under the name of fused would be the worst of wrong numbers.
-            report = rk.explain(self.fused)
+            report = rk.explain(getattr(self, contender))
             if not report.rows or any(row.reason or not row.fused for row in report):
                 return Gate(result.output.error, result.output.budget, f"not all of it runs fused:\n{report}")
         return Gate(result.output.error, result.output.budget, "" if result.ok else str(result))
@@ -174,6 +203,37 @@ class Workload:
         with FlopCounterMode(display=False) as counter:
             self.call("eager")()
         return counter.get_total_flops() / 1e9
+
+    def traffic(self) -> int | None:
+        """Returns the bytes that batch_norm_act's kernels have to move, each activation once a pass; None for other cases.
+
+        The formulas of kernels/batch_norm_act.py.
+        """
+        subject = self.case.subject
+        if not isinstance(subject, cases.BatchNormAct):
+            return None
+        passes = 4 if subject.residual else 3
+        if self.case.backward:
+            # reduce: dy, x, (y, and dz out); apply: dz or dy, x, dx
+            passes += 7 if subject.residual else 5
+        return passes * self.inputs[0].numel() * self.inputs[0].element_size()
+
+    def saved_bytes(self, contender: str) -> int:
+        """Returns the bytes of all tensors that a forward pass keeps for its backward, parameters and input left out."""
+        module = getattr(self, contender)
+        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *self.inputs)}
+        kept = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = module(*self.inputs)
+        del y
+        return sum(kept.values())
 
     def info(self) -> dict:
         """What a time is worth nothing without."""
