@@ -66,7 +66,7 @@ def test_recipes_of_the_zoo():
          "conv1+bn1+relu -> conv2+bn2+add"),
         (lambda self, x: self.relu(self.conv1(x)), "conv1+relu"),
         (lambda self, x: self.conv2(F.relu(self.bn1(x))) + x, "bn1+relu -> conv2+add"),
-        (lambda self, x: self.conv1(F.relu(self.bn1(x) + self.relu(x))), "bn1+relu -> add_relu -> conv1"),
+        (lambda self, x: self.conv1(F.relu(self.bn1(x) + self.relu(x))), "relu -> bn1+add+relu -> conv1"),
         (lambda self, x: self.conv1(x) + self.conv1(x), "conv1 -> conv1+add"),
         # A value with two readers is never swallowed.
         (lambda self, x: (lambda y: F.relu(self.bn1(y)) + y)(self.conv1(x)), "conv1 -> bn1+relu -> add"),
