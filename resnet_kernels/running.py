@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
+from . import reading
 from .folding import PackedConv, PackedProgram
 from .ops import dispatch, onednn
 from .ops.library import autocast_dtype
-from .recipe import ConvStep, Recipe
-from .wiring import Wiring, has_hooks, wire
+from .recipe import CallStep, ConvStep, Recipe
+from .wiring import Wiring, child_at, has_hooks, wire
 
 _said: set[str] = set()
 _call_state = threading.local()
@@ -130,6 +131,8 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
     """
     if torch.compiler.is_compiling():
         return _decide_for_compiler(module, recipe, state, x), ""
+    if module.training and not trains_on(state.backend) and _has_batch_statistics(module, recipe):
+        return None, ""  # PyTorch's BN is all there is
     if known.backend is None and not is_ordinary(x):
         return None, ""
     wiring = _verified_wiring(module, recipe)
@@ -163,6 +166,13 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
         return Go(backend, wiring, verified), ""
     state.drop_packs()
     return _decide_to_learn(module, backend, wiring, batch_statistics)
+
+
+def _has_batch_statistics(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether the first BN is at work in train() mode: the quick answer for ordinary training on the CPU."""
+    path = next((step.bn for step in recipe.steps if not isinstance(step, CallStep) and step.bn is not None), None)
+    bn = None if path is None else child_at(module, path)
+    return bn is not None and not reading.is_frozen(bn)
 
 
 def _decide_to_learn(module: nn.Module, backend: str, wiring: Wiring, batch_statistics: bool) -> tuple[Go | None, str]:
