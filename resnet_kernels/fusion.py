@@ -74,7 +74,7 @@ def fuse_(model: nn.Module, *, backend: str = "auto") -> FuseReport:
             module.__dict__.pop("_rk_state", None)
             module.__dict__.update({k: v for k, v in state.items() if k == "_rk_state"})
         raise
-    return _report(findings, backend)
+    return FuseReport(_rows_now(findings), backend)
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -93,10 +93,15 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     """What `fuse_` would do, a row a block; changes nothing. On a fused model: what is fused, and what runs eager now."""
     _check(model, backend)
     if not any(blocks.is_fused(module) for module in model.modules()):
-        return _report(_find(model), backend)
+        return FuseReport(tuple(row for finding in _find(model) for row in finding.rows), backend)
     states = [m.__dict__["_rk_state"] for m in model.modules() if blocks.is_fused(m)]
+    return FuseReport(_rows_now(_find(model)), states[0].backend)
+
+
+def _rows_now(findings: list[_Finding]) -> tuple[Row, ...]:
+    """The rows of a fused model, with why a fused block runs eager as things stand."""
     rows = []
-    for finding in _find(model):
+    for finding in findings:
         state = finding.module.__dict__.get("_rk_state")
         for row in finding.rows:
             if not row.fused:
@@ -108,7 +113,7 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
             else:
                 reason = running.why_not_now(finding.module, _recipe_of(state, row), state.backend)
                 rows.append(replace(row, reason=reason or ""))
-    return FuseReport(tuple(rows), states[0].backend)
+    return tuple(rows)
 
 
 def refresh(model: nn.Module) -> nn.Module:
@@ -134,10 +139,6 @@ def _recipe_of(state: FusedState, row: Row) -> Recipe:
     if isinstance(state.plan, Recipe):
         return state.plan
     return next(recipe for recipe in state.plan.runs.values() if str(recipe) == row.steps)
-
-
-def _report(findings: list[_Finding], backend: str) -> FuseReport:
-    return FuseReport(tuple(row for finding in findings for row in finding.rows), backend)
 
 
 def _find(model: nn.Module) -> list[_Finding]:

@@ -110,8 +110,6 @@ def assert_parity(module, fused, x, rounding=None):
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(name, dtype, device, monkeypatch):
     skip_unless_runnable("triton", device, dtype)
-    if device.type == "cpu" and dtype == torch.float16:
-        pytest.skip("PyTorch's fp16 convolutions on the CPU have no gradient everywhere")
     seen = spy_on_training(monkeypatch)
     module = randomise(BLOCKS[name]()).to(device, dtype, memory_format=CHANNELS_LAST).train()
     fused = rk.fuse(module, backend="triton")
