@@ -1,9 +1,10 @@
-"""python -m resnet_kernels {demo, explain, verify, time}
+"""python -m resnet_kernels {demo, explain, verify, time, roofline}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
     verify    parity, layer by layer, against fp64
     time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
+    roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
 
 Exit status: 0, or 1 where parity fails, or 2 for a wrong argument.
 """
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from . import timing
-from .commands import common, time
+from .commands import common, roofline, time
 from .report import table
 
 
@@ -52,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
     time.add_arguments(commands.add_parser("time", help=time.HELP, description=time.HELP))
+    roofline.add_arguments(commands.add_parser("roofline", help=roofline.HELP, description=roofline.HELP))
     return parser
 
 

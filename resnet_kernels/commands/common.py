@@ -18,16 +18,21 @@ from ..verify import randomise_batch_norms_
 
 def add_model_arguments(parser: argparse.ArgumentParser, model: str = "resnet50") -> None:
     """--model, with that default, --dtype, --device, --backend, --seed and --json."""
-    parser.add_argument(
-        "--model",
-        default=model,
-        help=f"{', '.join(models.BY_NAME)}, torchvision:NAME or timm:NAME (default: {model})",
-    )
+    add_model_name(parser, model)
     parser.add_argument("--dtype", default="float32", choices=("float32", "float16", "bfloat16", "float64"))
     parser.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
     parser.add_argument("--backend", default="auto", help="auto, triton, cudnn, cpu or eager (default: auto)")
     parser.add_argument("--seed", type=int, default=0, help="of weights and images (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+
+
+def add_model_name(parser: argparse.ArgumentParser, model: str) -> None:
+    """--model alone, with that default."""
+    parser.add_argument(
+        "--model",
+        default=model,
+        help=f"{', '.join(models.BY_NAME)}, torchvision:NAME or timm:NAME (default: {model})",
+    )
 
 
 def positive(text: str) -> int:
