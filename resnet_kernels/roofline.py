@@ -21,27 +21,8 @@ How bytes are counted
           a chain the 3x3's tile has all its channels and later products load weights only. The others load what they read
           from HBM. Left out: residuals (1.5% of ResNet-50 per layer) and stores.
 
-Against the project's notes on limits, ResNet-50, 224x224, bf16, batch 256, 790 TFLOP/s, 4.3 TB/s, in 1000 img/s:
-
-    by FLOP and HBM              notes      here
-    eager                        24         24.3
-    per_layer                    60 (65)    60.2 (64.7)     in brackets with merged_shortcut
-    per_layer, stem_with_pool    63 (67)    62.5 (67.3)
-    chained, across_stages       83 (89)    82.8 (88.7)
-    chained                      -          80.2 (85.7)     a stage's output is read once more, for the next one's first 1x1
-    compute                      97         96.6
-
-    and by L2 at 8 TB/s          notes      block_n=128     block_n=256
-    per_layer                    52         46.6            51.5
-    per_layer, columns=2         56         52.5            56.1
-    chained, max_width=128       59         60.5            69.0
-    the same, columns=2          63         66.3            72.2
-    ResNet-18, per_layer         135        114.2           125.7
-    the same, columns=4          177        172.9           176.5
-
-The notes do not say which tiles their L2 figures are for. 128x256 gives three of the six within 1%, 128x128 a fourth within
-3%. ResNet-18 without tap sharing stays 7% below, and chains with tap sharing 5% above. Chains of wide stages are limits alone:
-128 pixels by 512 channels of fp32 accumulators are a multiprocessor's 256 KiB of registers; hence max_width.
+tests/test_roofline.py holds the limits that were worked out by hand beforehand against these counts. Chains of wide stages are
+limits alone: 128 pixels by 512 channels of fp32 accumulators are a multiprocessor's 256 KiB of registers; hence max_width.
 
 Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model".
 """
