@@ -1,10 +1,11 @@
-"""python -m resnet_kernels {demo, explain, verify}
+"""python -m resnet_kernels {demo, explain, verify, train}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
     verify    parity, layer by layer, against fp64
+    train     train a network of the zoo; see commands/train.py
 
-Exit status: 0, or 1 where parity fails, or 2 for a wrong argument.
+Exit status: 0, or 1 where parity fails, or 2 for a wrong argument, or 130 when training was stopped.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from . import models, timing
+from .commands import train
 from .report import table
 from .verify import randomise_batch_norms_
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if options.command == "train":
+        return train.run(options)
     torch.manual_seed(options.seed)
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -63,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=_positive, help="default: 224, and 28 for d2l_resnet18")
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
+    train.add_arguments(commands.add_parser("train", help=train.HELP, description=train.HELP))
     return parser
 
 
