@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import NAME, TRAIN, tiny
+from tiny import TRAIN, tiny, tiny_in_zoo  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import functional as F
 
@@ -19,16 +19,7 @@ from resnet_kernels.commands import checkpoint, data, training
 from resnet_kernels.commands import train as command
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
-
-
-@pytest.fixture(autouse=True)
-def _tiny(monkeypatch):
-    monkeypatch.setitem(rk.models.BY_NAME, NAME, tiny)
-    # Layers this small gain nothing from a second thread, and wait for it, spinning, on a machine that others use too.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("tiny_in_zoo")
 
 
 def train(output, *options):

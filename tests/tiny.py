@@ -2,6 +2,9 @@
 
 import sys
 
+import pytest
+import torch
+
 import resnet_kernels as rk
 from resnet_kernels import __main__ as cli
 
@@ -13,17 +16,20 @@ def tiny(num_classes: int, in_channels: int):
     return rk.models.d2l_resnet18(in_channels, num_classes, width=8, num_blocks=(1, 1))
 
 
+@pytest.fixture
+def tiny_in_zoo(monkeypatch):
+    monkeypatch.setitem(rk.models.BY_NAME, NAME, tiny)
+    # Layers this small gain nothing from a second thread, and wait for it, spinning, on a machine that others use too.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def main(arguments):
     rk.models.BY_NAME[NAME] = tiny
     return cli.main(arguments)
 
 
 if __name__ == "__main__":
-    # Several commands, one after the other, where they are separated by "then".
-    commands = [[]]
-    for argument in sys.argv[1:]:
-        if argument == "then":
-            commands.append([])
-        else:
-            commands[-1].append(argument)
-    sys.exit(max(main(command) for command in commands))
+    sys.exit(main(sys.argv[1:]))

@@ -15,6 +15,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,23 +60,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--seed", type=int, default=0, help="of weights and shuffling (default: 0)")
 
 
+@dataclass
+class _Stop:
+    """Whether a signal asked for the end, and what a run that ends here leaves behind."""
+
+    asked: bool = False
+    kept: str = "no epoch was done, nothing is saved"
+
+
 def run(options: argparse.Namespace) -> int:
     """Trains; returns the exit status: 0, 2 after an error, which is one line on stderr, or 130 when stopped."""
     rank = int(os.environ.get("RANK", 0))
+    stop = _Stop()
     try:
-        with _sigterm_as_ctrl_c(), join(options.device) as processes:
-            return _train(options, processes)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("stopped before anything was trained", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        with _signals(stop), join(options.device) as processes:
+            return _train(options, processes, stop)
+    except (KeyboardInterrupt, ValueError, TypeError, RuntimeError, OSError) as error:
+        # Among several processes, the first to stop breaks the connections of the others: no error of theirs.
+        if isinstance(error, KeyboardInterrupt) or stop.asked:
+            if rank == 0:
+                print(f"\nstopped; {stop.kept}", file=sys.stderr)
+            return 130
         if rank == 0 or not isinstance(error, SharedError):
             print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _train(options: argparse.Namespace, processes: Processes) -> int:
+def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> int:
     say = print if processes.first else lambda *_, **__: None
     settings = presets.settings(
         options.preset,
@@ -103,27 +114,17 @@ def _train(options: argparse.Namespace, processes: Processes) -> int:
         state = processes.from_first(state)
         processes.together(lambda: training.load_state(state))
     say(_summary(settings, images, model, blocks, processes), flush=True)
-    saved = training.epoch
-    try:
-        while training.epoch < settings.epochs:
-            row = training.train_epoch()
-            if processes.first:
-                if not saved and path.exists():
-                    say(
-                        f"the checkpoint of an earlier run is now {path.replace(path.with_name('checkpoint.earlier.pt'))}"
-                    )
-                checkpoint.save(path, training.state())
-            saved = training.epoch
-            say(
-                f"[{saved}] loss: {row['loss']:.3f}, validation accuracy: {100 * row['validation_accuracy']:.1f} %",
-                flush=True,
-            )
-        _, correct, count = training.evaluate(images.test)
-    except KeyboardInterrupt:
-        kept = f"{path} holds epoch {saved}: add --resume to go on" if saved else "no epoch was done, nothing is saved"
+    stop.kept = f"{path} holds epoch {training.epoch}: add --resume to go on" if training.epoch else stop.kept
+    while training.epoch < settings.epochs:
+        row = training.train_epoch()
         if processes.first:
-            print(f"\nstopped; {kept}", file=sys.stderr)
-        return 130
+            if training.epoch == 1 and path.exists():
+                say(f"the checkpoint of an earlier run is now {path.replace(path.with_name('checkpoint.earlier.pt'))}")
+            checkpoint.save(path, training.state())
+        stop.kept = f"{path} holds epoch {training.epoch}: add --resume to go on"
+        accuracy = 100 * row["validation_accuracy"]
+        say(f"[{training.epoch}] loss: {row['loss']:.3f}, validation accuracy: {accuracy:.1f} %", flush=True)
+    _, correct, count = training.evaluate(images.test)
     if processes.first:
         _draw(training, f"{settings.model} on {settings.data}", output / "curve.png")
     # Rounded down: 100 % means all of them.
@@ -188,20 +189,22 @@ def _progress(processes: Processes) -> Callable[[Iterable, str], Iterable]:
 
 
 @contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """A scheduler's SIGTERM, or torchrun's, stops as Ctrl-C does. Python hands out signals in the main thread alone."""
+def _signals(stop: _Stop) -> Iterator[None]:
+    """SIGTERM, a scheduler's or torchrun's, stops as Ctrl-C does. Python hands out signals in the main thread alone."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def stop(*_: Any) -> None:
+    def ask(*_: Any) -> None:
+        stop.asked = True
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _at_least(minimum: int) -> Callable[[str], int]:
