@@ -1,6 +1,5 @@
 """python -m resnet_kernels train: what it prints and writes, and that it can be stopped anywhere and go on."""
 
-import os
 import re
 import signal
 import subprocess
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TRAIN, tiny, tiny_in_zoo  # noqa: F401 (a fixture)
+from tiny import ENVIRONMENT, TRAIN, tiny, tiny_in_zoo  # noqa: F401 (a fixture)
 from torch import nn
 from torch.nn import functional as F
 
@@ -143,9 +142,7 @@ def test_stopped_in_an_epoch_keeps_the_last_one(tmp_path, monkeypatch, capsys):
 def test_signals_stop_a_process_cleanly(sent, tmp_path, capsys):
     arguments = [*TRAIN, "--epochs", "100000", "--output", str(tmp_path)]
     script = [sys.executable, str(Path(__file__).with_name("tiny.py")), *arguments]
-    process = subprocess.Popen(
-        script, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen(script, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         while not process.stdout.readline().startswith("[1] loss: "):
             assert process.poll() is None, process.stderr.read()

@@ -1,6 +1,5 @@
 """train under torchrun: two processes on the CPU over gloo."""
 
-import os
 import re
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import TRAIN
+from tiny import ENVIRONMENT, TRAIN
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 if not torch.distributed.is_available():
@@ -21,8 +20,7 @@ ROOT = Path(__file__).parent.parent
 def torchrun(*arguments):
     # --standalone looks for a free port.
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False, timeout=300)
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False, timeout=300)
 
 
 def test_the_command_of_the_readme(tmp_path):

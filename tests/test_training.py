@@ -357,7 +357,7 @@ def assert_stays_with_eager(device, wrap=None, **options):
     spread = max((other - eager).norm().item() for other in others)
     fused = rk.fuse(net, backend="triton")
     ours = train(fused, device, forward=wrap and wrap(fused), **options)
-    assert eager[-5:].mean() < 0.7 * eager[:5].mean(), "it does not learn"
+    assert eager[-5:].mean() < eager[:5].mean(), "it does not learn"
     assert (ours - eager).norm().item() <= 2 * spread
     return fused
 

@@ -1,6 +1,8 @@
 """A network that trains in a second, known to the command line as `tiny`; and a process that has it."""
 
+import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ import resnet_kernels as rk
 from resnet_kernels import __main__ as cli
 
 NAME = "tiny"
+# Of a process of its own: one thread, and the package that the tests run on, installed or not.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rk.__file__).parents[1])}
 TRAIN = ["train", "--model", NAME, "--image-size", "16", "--device", "cpu"]
 
 
