@@ -215,5 +215,5 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
-    # In the interpreter as many as let a program have several tiles, as it has on a GPU.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    # The interpreter has one processor.
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
