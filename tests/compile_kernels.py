@@ -313,6 +313,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
             options=dict(num_warps=case.num_warps, num_stages=case.num_stages, enable_fp_fusion=True),
         )
         record["shared"] = compiled.metadata.shared
+        record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
         record |= _read_nvidia(compiled, case.kernel == TMA_KERNEL) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)

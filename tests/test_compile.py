@@ -145,10 +145,13 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
         return None
     from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS
 
-    rank = 5 if record["constants"]["STRIDE"] == 2 else 4
-    expected = sorted({"UTMALDG.3D", "UTMALDG.4D", f"UTMALDG.{rank}D", "UTMASTG.4D"})
+    constants = record["constants"]
+    ranks = {4, 5 if constants["STRIDE"] == 2 else 4, 3 if constants["RAGGED"] else 2}
+    expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
     if record["tma"] != expected or record["copy_bytes"]:
         return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
+    if record["operand_in_registers"] != constants["RAGGED"]:
+        return "an operand takes the way through registers, not only that of ragged steps"
     (promised,) = (config.programs_per_sm for config in CONFIGS if label(config) == record["config"])
     if record["programs"] < promised:
         return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"

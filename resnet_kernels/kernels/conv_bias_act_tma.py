@@ -5,7 +5,7 @@ BLOCK_K channels, so that one descriptor load fetches a whole operand: no pointe
 Outside the image a descriptor reads zeros, which is the padding; outside the output it stores nothing, which is the ragged
 edge. conv_bias_act_tma_plan.py views 3x3, 1x1 and stride 2 so that one kernel does all three, and chooses the box for the
 least waste (7x7: one pixel of 128 images, "batch as M"; 28x28: 4x4 pixels of 8 images). The weight is read where it is,
-as (O, R*S, I). Programs are persistent: each walks over tiles a grid apart.
+as (O, R*S*I). Programs are persistent: each walks over tiles a grid apart.
 
 Cost: as conv_bias_act.py; a 3x3 reads its input from L2 once a tap. Nothing here was measured: it was compiled, and run in
 the interpreter, and backend="auto" does not pick Triton. Registers, shared memory, programs an SM: tests/compile_kernels.py.
@@ -30,7 +30,7 @@ _CACHED = 1024
 
 @triton.jit
 def _store_part(
-    acc,  # (BOX_N * BOX_H * BOX_W, WIDTH)
+    acc,  # (BLOCK_N channels, pixels of the part)
     scale_ptr,
     bias_ptr,
     residual_desc,
@@ -41,39 +41,44 @@ def _store_part(
     w,
     channel,
     RELU: tl.constexpr,
-    WIDTH: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    FIRST: tl.constexpr,  # the part's first pixel in the box
     PARTS: tl.constexpr,
 ):
     if PARTS == 1:
-        offs_c = channel + tl.arange(0, WIDTH)
+        offs_c = channel + tl.arange(0, acc.shape[0])
         mask_c = offs_c < c_out
         if scale_ptr is not None:
-            acc *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+            acc *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
         if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
+        at = [n + FIRST // (BOX_H * BOX_W), h + FIRST // BOX_W % BOX_H, w + FIRST % BOX_W, channel]
+        acc = acc.T
         if residual_desc is not None:
-            acc += residual_desc.load([n, h, w, channel]).reshape(acc.shape).to(tl.float32)
+            acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
         if RELU:
             # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
             acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        y_desc.store([n, h, w, channel], acc.to(y_desc.dtype).reshape(y_desc.block_shape))
+        y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
     else:
-        # In one piece, scale, bias and residual of the whole tile are held at once: 164 registers at 128x128 instead of 118,
-        # and room for one program an SM instead of two.
-        HALF: tl.constexpr = WIDTH // 2
+        # In parts the residual takes less shared memory: at 128x128 104 KiB instead of 128, and two programs fit on an SM.
+        HALF: tl.constexpr = acc.shape[1] // 2
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         _store_part(
-            left, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel, RELU, HALF, PARTS // 2
+            left, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+            RELU, BOX_H, BOX_W, FIRST, PARTS // 2,
         )  # fmt: skip
         _store_part(
-            right, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel + HALF, RELU, HALF, PARTS // 2
+            right, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+            RELU, BOX_H, BOX_W, FIRST + HALF, PARTS // 2,
         )  # fmt: skip
 
 
 @triton.jit
 def _conv_bias_act_tma_kernel(
     x_desc,  # (n, h, w, c_in), at STRIDE 2 (n, h / 2, 2, w / 2, 2 * c_in)
-    w_desc,  # (c_out, KERNEL_H * KERNEL_W, c_in)
+    w_desc,  # (c_out, KERNEL_H * KERNEL_W * c_in), if RAGGED (c_out, KERNEL_H * KERNEL_W, c_in)
     residual_desc,  # as y, or None
     y_desc,  # (n, out_h, out_w, c_out)
     scale_ptr,  # (c_out,) or None
@@ -88,6 +93,7 @@ def _conv_bias_act_tma_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,  # steps of BLOCK_K over the input channels
+    RAGGED: tl.constexpr,  # BLOCK_K does not divide c_in
     STRIDE: tl.constexpr,
     SKEW_H: tl.constexpr,  # at STRIDE 2: the row of its pair at which the first tap is
     SKEW_W: tl.constexpr,
@@ -108,7 +114,7 @@ def _conv_bias_act_tma_kernel(
         w = box % tiles_w * BOX_W
         h = box // tiles_w % tiles_h * BOX_H
         n = box // (tiles_w * tiles_h) * BOX_N
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         for k in range(KERNEL_H * KERNEL_W * N_CHUNKS):
             tap = k // N_CHUNKS
             c = k % N_CHUNKS * BLOCK_K
@@ -122,13 +128,19 @@ def _conv_bias_act_tma_kernel(
                 s += SKEW_W
                 column = s % 2 * (N_CHUNKS * BLOCK_K)
                 x = x_desc.load([n, h - lead_h + r // 2, r % 2, w - lead_w + s // 2, column + c])
-            weight = w_desc.load([channel, tap, c]).reshape(BLOCK_N, BLOCK_K)
             x = x.reshape(BLOCK_M, BLOCK_K)
+            if RAGGED:
+                weight = w_desc.load([channel, tap, c]).reshape(BLOCK_N, BLOCK_K)
+            else:
+                weight = w_desc.load([channel, k * BLOCK_K])
             if UPCAST:
                 x = x.to(tl.float32)
                 weight = weight.to(tl.float32)
-            acc = tl.dot(x, weight.T, acc)
-        _store_part(acc, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel, RELU, BLOCK_N, PARTS)
+            # Channels by pixels: Triton takes a reshaped left operand through registers, a right one from where it lies.
+            acc = tl.dot(weight, x.T, acc)
+        _store_part(
+            acc, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel, RELU, BOX_H, BOX_W, 0, PARTS
+        )  # fmt: skip
 
 
 def launch(

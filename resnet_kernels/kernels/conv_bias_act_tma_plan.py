@@ -42,13 +42,11 @@ CONFIGS: tuple[TmaConfig, ...] = (
     # Two programs an SM: one multiplies while the other stores.
     TmaConfig(128, 128, 64, num_warps=8, num_stages=3, parts=4, programs_per_sm=2),
     # Stage 1: 64 output channels.
-    TmaConfig(128, 64, 64, num_warps=8, num_stages=4, parts=2, programs_per_sm=2),
+    TmaConfig(128, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=2),
     # Few pixels: late stages at small batch.
     TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3),
     # Input channels of which steps of 64 would leave half empty.
     TmaConfig(64, 64, 32, num_warps=4, num_stages=4, parts=2, programs_per_sm=4),
-    # Up to 32 output channels.
-    TmaConfig(64, 32, 32, num_warps=4, num_stages=4, parts=1, programs_per_sm=4),
 )
 
 # Coordinates are int32, up to a box past the last pixel.
@@ -95,9 +93,7 @@ def why_not(x_shape, weight_shape, geometry: Geometry, dtype: torch.dtype) -> st
 
 def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int) -> TmaConfig:
     """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels."""
-    wide, large, tall, square, short_k, narrow = CONFIGS
-    if c_out <= 32:
-        return narrow
+    wide, large, tall, square, short_k = CONFIGS
     if 0 < c_in % 64 <= 32:
         return short_k
     tiles = _cdiv(n_pixels, 128)
@@ -160,15 +156,18 @@ def plan(
     box = choose_box(config.block_m, pixels)
     x_box = (*box[:2], 1, box[2], config.block_k) if stride == 2 else (*box, config.block_k)
     tiles = [_cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
-    taps = kernel_h * kernel_w
+    # In a ragged last step the weight must not reach into the next tap: zeros there, as in x, so that inf leaks from neither.
+    taps, ragged = kernel_h * kernel_w, c_in % config.block_k != 0
     return Plan(
         config,
         View(x_shape, x_strides, x_box),
-        View((c_out, taps, c_in), (taps * c_in, c_in, 1), (config.block_n, 1, config.block_k)),
+        View((c_out, taps, c_in), (taps * c_in, c_in, 1), (config.block_n, 1, config.block_k))
+        if ragged
+        else View((c_out, taps * c_in), (taps * c_in, 1), (config.block_n, config.block_k)),
         View(
             (*pixels, c_out),
             (pixels[1] * pixels[2] * c_out, pixels[2] * c_out, c_out, 1),
-            (*box, config.block_n // config.parts),
+            (*_first_part(box, config.parts), config.block_n),
         ),
         dict(
             n_tiles=prod(tiles),
@@ -183,6 +182,7 @@ def plan(
             KERNEL_H=kernel_h,
             KERNEL_W=kernel_w,
             N_CHUNKS=_cdiv(c_in, config.block_k),
+            RAGGED=ragged,
             STRIDE=stride,
             SKEW_H=pad_h % stride,
             SKEW_W=pad_w % stride,
@@ -207,6 +207,15 @@ def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, in
     boxes = [(block_m // (h * w), h, w) for h in powers for w in powers if h * w <= block_m]
     covered = {box: prod(_cdiv(size, side) * side for size, side in zip(pixels, box)) for box in boxes}
     return min(boxes, key=lambda box: (covered[box], -box[2], -box[1]))
+
+
+def _first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
+    """The first of so many equal pieces of a box, in the order of its pixels: images are parted first, then rows."""
+    sides = []
+    for side in box:
+        sides.append(max(side // parts, 1))
+        parts = max(parts // side, 1)
+    return tuple(sides)
 
 
 def _cdiv(a: int, b: int) -> int:
