@@ -158,6 +158,7 @@ def plan(
     tiles = [_cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
     # In a ragged last step the weight must not reach into the next tap: zeros there, as in x, so that inf leaks from neither.
     taps, ragged = kernel_h * kernel_w, c_in % config.block_k != 0
+    assert not (ragged and stride == 2), f"{config} has ragged steps on {c_in} channels at stride 2"
     return Plan(
         config,
         View(x_shape, x_strides, x_box),
