@@ -42,6 +42,7 @@ WORKERS = 2
 FP16_TARGET = "sm_90"
 # Seconds each to compile; one fits but spills, the other doesn't even fit.
 PLANTED_TARGETS = ("sm_90", "gfx942")
+TMA_KERNEL, TMA_TARGET = "conv_bias_act tma", "sm_90"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -176,6 +177,35 @@ def conv_cases(everything: bool) -> list[Case]:
     return list(cases.values())
 
 
+def tma_cases(everything: bool) -> list[Case]:
+    """The convolutions that Hopper's kernel takes; what differs only in the box of pixels or in dtype is left out."""
+    from resnet_kernels.kernels.conv_bias_act_tma_plan import plan, why_not
+
+    cases = {}
+    shapes = {key[:3]: name for key, name in layers().items()}
+    # Beyond the nets: narrow and ragged channels.
+    extra = (((32, 32, 3, 3), 1), ((64, 24, 1, 1), 0), ((64, 32, 3, 3), 1))
+    shapes |= {(w, Geometry(padding=(p,) * 4), (14, 14)): f"{w[1]} to {w[0]}" for w, p in extra}
+    for (weight_shape, geometry, in_size), name in shapes.items():
+        for dtype, batch in itertools.product(("fp16", "bf16") if everything else ("bf16",), (1, 256)):
+            x_shape = (batch, weight_shape[1] * geometry.groups, *in_size)
+            if why_not(x_shape, weight_shape, geometry, DTYPES[dtype]) is not None:
+                continue
+            todo = plan(x_shape, weight_shape, geometry, True)
+            arguments, aligned, constants = specialise(todo.integers)
+            views = dict(x_desc=todo.x, w_desc=todo.weight, residual_desc=todo.y, y_desc=todo.y)
+            types = {n: f"tensordesc<{dtype}[{','.join(map(str, view.box))}]>" for n, view in views.items()}
+            types |= {"scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+            config = todo.config
+            case = Case(
+                TMA_KERNEL, label(config), dtype, name, config.num_warps, config.num_stages, types | arguments, aligned,
+                constants | todo.constants,
+            )  # fmt: skip
+            loop = (weight_shape[2:], todo.constants["STRIDE"], todo.constants["N_CHUNKS"] == 1)
+            cases.setdefault(repr(replace(case, layer="")) if everything else (config, loop), case)
+    return list(cases.values())
+
+
 def pointwise_cases() -> list[Case]:
     from resnet_kernels.kernels import add_relu, bn_scale_shift
 
@@ -283,8 +313,9 @@ def compile_case(job: tuple[Case, Target]) -> dict:
             options=dict(num_warps=case.num_warps, num_stages=case.num_stages, enable_fp_fusion=True),
         )
         record["shared"] = compiled.metadata.shared
+        record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        record |= _read_nvidia(compiled) if target.nvidia else _read_amd(compiled)
+        record |= _read_nvidia(compiled, case.kernel == TMA_KERNEL) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
@@ -292,13 +323,21 @@ def compile_case(job: tuple[Case, Target]) -> dict:
 
 
 def _kernel(name: str):
-    from resnet_kernels.kernels import add_relu, batch_norm_act, batch_norm_act_backward, bn_scale_shift, conv_bias_act
+    from resnet_kernels.kernels import (
+        add_relu,
+        batch_norm_act,
+        batch_norm_act_backward,
+        bn_scale_shift,
+        conv_bias_act,
+        conv_bias_act_tma,
+    )
 
     if name.startswith("batch_norm_act "):
         kernel = f"_{name.split()[1]}_kernel"
         return getattr(batch_norm_act, kernel, None) or getattr(batch_norm_act_backward, kernel)
     return {
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
+        TMA_KERNEL: conv_bias_act_tma._conv_bias_act_tma_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
     }[name]
@@ -310,13 +349,16 @@ def _loads_in_loop(ttgir: str) -> int | None:
     return None if loop is None else len(re.findall(r"\btt\.load\b|\bbuffer_load\b", loop.group(0)))
 
 
-def _read_nvidia(compiled) -> dict:
+def _read_nvidia(compiled, tma: bool) -> dict:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run(
             [find_cuobjdump(), "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
+        # PTX spells TMA in several ways; the machine's own instructions have one.
+        disassemble = [find_cuobjdump(), "-sass", file.name]
+        sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout if tma else ""
     figures = {name: int(re.search(rf"\b{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK", "LOCAL")}
     ptx = compiled.asm["ptx"]
     return dict(
@@ -327,6 +369,7 @@ def _read_nvidia(compiled) -> dict:
         load_bytes=sorted(
             {int(n or 1) * int(b) // 8 for n, b in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)}
         ),
+        tma=sorted(set(re.findall(r"\b(UTMALDG\.\dD|UTMASTG\.\dD)\b", sass))),
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
 
@@ -368,6 +411,7 @@ def _programs(record: dict, target: Target) -> int:
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
+    chosen += [(c, t) for c in tma_cases(everything) for t in TARGETS if t.name == TMA_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 
 

@@ -16,6 +16,8 @@ from compile_kernels import (
     KIB,
     PLANTED_TARGETS,
     TARGETS,
+    TMA_KERNEL,
+    TMA_TARGET,
     Target,
     describe,
     find_cuobjdump,
@@ -84,7 +86,7 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
-    if record["kernel"] != "conv_bias_act":
+    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
     whole_group = record["num_warps"] % 4 == 0
@@ -137,6 +139,24 @@ def training_streams(record: dict, target: Target) -> str | None:
         return f"asynchronous copies of {record['copy_bytes']} bytes, expected 16"
 
 
+def travels_by_tma(record: dict, target: Target) -> str | None:
+    """Both operands and the residual come, and the output goes, by descriptor; only scale and bias are read by pointer."""
+    if record["kernel"] != TMA_KERNEL:
+        return None
+    from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS
+
+    constants = record["constants"]
+    ranks = {4, 5 if constants["STRIDE"] == 2 else 4, 3 if constants["RAGGED"] else 2}
+    expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
+    if record["tma"] != expected or record["copy_bytes"]:
+        return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
+    if record["operand_in_registers"] != constants["RAGGED"]:
+        return "an operand takes the way through registers, not only that of ragged steps"
+    (promised,) = (config.programs_per_sm for config in CONFIGS if label(config) == record["config"])
+    if record["programs"] < promised:
+        return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
+
+
 CHECKS = (
     compiles,
     fits_shared_memory,
@@ -146,6 +166,7 @@ CHECKS = (
     keeps_the_k_loop_fed,
     streams_with_wide_loads,
     training_streams,
+    travels_by_tma,
 )
 
 
@@ -169,7 +190,14 @@ def test_no_configuration_is_left_out(target, records):
 
     compiled = {r["config"] for r in records if r["kernel"] == "conv_bias_act" and r["target"] == target}
     assert compiled == {label(config) for config in CONFIGS}
+    if target == TMA_TARGET:
+        from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS as TMA_CONFIGS
+
+        own = [r for r in records if r["kernel"] == TMA_KERNEL]
+        assert {r["config"] for r in own} == {label(config) for config in TMA_CONFIGS}
+        assert {(r["constants"]["KERNEL_H"], r["constants"]["STRIDE"]) for r in own} == {(1, 1), (3, 1), (3, 2)}
     kernels = {
+        *({TMA_KERNEL} if target == TMA_TARGET else ()),
         "conv_bias_act",
         "add_relu",
         "bn_scale_shift",

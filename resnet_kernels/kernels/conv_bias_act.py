@@ -24,6 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.geometry import Geometry
+from . import conv_bias_act_tma
+from .conv_bias_act_tma_plan import why_not as why_not_tma
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,14 @@ def launch(
     relu: bool,
     config: ConvConfig | None = None,
 ) -> Tensor:
-    """Runs the kernel on checked operands; returns y, channels_last. Converts what is not channels_last yet."""
+    """Runs a kernel on checked operands; returns y, channels_last. Converts what is not channels_last yet.
+
+    On Hopper that is conv_bias_act_tma's where its predicate lets it (neither has been measured), this file's otherwise
+    and where `config` names one of its tiles.
+    """
+    if config is None and conv_bias_act_tma.runs_on(x.device):
+        if why_not_tma(x.shape, weight.shape, geometry, x.dtype) is None:
+            return conv_bias_act_tma.launch(x, weight, bias, residual, scale, geometry, relu)
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
     batch, c_out = x.shape[0], weight.shape[0]
     y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,0 +1,321 @@
+"""Hopper's kernel in the interpreter: exact on integers in every tile and view, and what keeps a convolution from it."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from oracle import assert_within_budget, skip_unless_runnable
+from test_conv_bias_act import Case, operands, truth
+from test_planted_bugs import planted
+
+from resnet_kernels import ops
+from resnet_kernels.ops.geometry import Geometry, normalise
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma
+from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS, choose_box, choose_config, plan, why_not
+
+FP16 = torch.float16
+
+# Layers of ResNet-18 and ResNet-50 made small, then what is awkward.
+CASES = (
+    Case("3x3, 64 channels", 2, 64, 8, 8, 64),
+    Case("3x3, 128 channels", 1, 128, 7, 7, 128),
+    Case("1x1 up", 1, 64, 6, 6, 256, (1, 1), padding=0),
+    Case("1x1 down", 3, 256, 7, 7, 64, (1, 1), padding=0),
+    Case("3x3/2", 2, 64, 14, 14, 128, stride=2),
+    Case("3x3/2, to 7x7", 1, 128, 14, 14, 64, stride=2),
+    Case("1x1/2", 2, 64, 8, 8, 128, (1, 1), 2, 0),
+    Case("1x1/2, odd size", 3, 64, 7, 7, 72, (1, 1), 2, 0),
+    Case("1x1/(3, 2)", 1, 32, 8, 7, 32, (1, 1), (3, 2), 0),
+    Case("1x1 with padding", 1, 32, 5, 4, 32, (1, 1), padding=1),
+    Case("14x14 of one image", 1, 32, 14, 14, 64),
+    Case("24 channels to 40", 3, 24, 7, 5, 40),
+    Case("8 channels to 8", 1, 8, 6, 6, 8),
+    Case("72 channels to 264", 1, 72, 3, 3, 264),
+    Case("padding at the bottom and right", 2, 32, 6, 7, 64, padding=((0, 1), (0, 1))),
+    Case("padding at the top alone", 1, 32, 6, 5, 64, padding=((2, 0), (0, 0))),
+    Case("SAME 3x3/2", 1, 32, 8, 6, 64, stride=2, padding=((0, 1), (0, 1))),
+    Case("3x3/2, padding of every parity", 1, 32, 8, 6, 64, stride=2, padding=((3, 0), (2, 1))),
+    Case("7x7/2", 1, 32, 8, 8, 32, (7, 7), 2, 3),
+    Case("2x5", 1, 16, 6, 9, 16, (2, 5), padding=((0, 1), (2, 2))),
+    Case("1x1 image", 5, 64, 1, 1, 64),
+    Case("one row", 1, 32, 1, 33, 32),
+    Case("padding wider than the image", 1, 16, 2, 2, 16, padding=3),
+)
+
+
+@pytest.fixture(autouse=True)
+def _runnable_with_nan_outputs(device):
+    skip_unless_runnable("triton", device, FP16)
+    if device.type == "cuda" and not conv_bias_act_tma.runs_on(device):
+        pytest.skip("needs compute capability 9")
+    # PyTorch then fills what torch.empty gives with NaN: an output that nothing is stored to can't be right by chance.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
+    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    assert why_not(x.shape, weight.shape, geometry, x.dtype) is None
+    return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
+    x, weight, bias, residual, scale = operands(case, FP16, device)
+    for use in ((bias, residual, scale, True), (None, None, None, False)):
+        expected = truth(case, x, weight, *use)
+        assert expected.abs().max() <= 2048, "the test's own sums must be exact"
+        y = run(conv_bias_act_tma, case, x, weight, *use)
+        assert torch.equal(y.double().cpu(), expected)
+        assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
+        smallest = conv_bias_act.CONFIGS[3]
+        assert torch.equal(y, run(conv_bias_act, case, x, weight, *use, config=smallest))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}x{config.block_k}")
+def test_every_shipped_config_is_exact(config, device, monkeypatch):
+    """Ragged in every axis, several tiles a program; 64 input channels where stride 2 wants whole steps."""
+    monkeypatch.setattr(conv_bias_act_tma, "_multiprocessors", lambda device: 1)
+    config = replace(config, programs_per_sm=1)
+    for case in (
+        Case("", 2, 40, 7, 7, 72),
+        Case("", 1, 72, 7, 7, 40, (1, 1), padding=0),
+        Case("", 3, 64, 10, 6, 24, stride=2),
+        Case("", 1, 64, 7, 7, 24, (1, 1), 2, 0),
+    ):
+        x, weight, bias, residual, scale = operands(case, FP16, device)
+        y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True, config)
+        assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
+
+
+def test_every_epilogue_is_exact(device):
+    case = Case("", 2, 32, 6, 6, 40)
+    x, weight, *vectors = operands(case, FP16, device)
+    for given in itertools.product((True, False), repeat=3):
+        use = [vector if is_given else None for vector, is_given in zip(vectors, given)]
+        for relu in (True, False):
+            y = run(conv_bias_act_tma, case, x, weight, *use, relu)
+            assert torch.equal(y.double().cpu(), truth(case, x, weight, *use, relu))
+    half = [vector.half() for vector in vectors]
+    y = run(conv_bias_act_tma, case, x, weight, *half, True)
+    assert torch.equal(y.double().cpu(), truth(case, x, weight, *vectors, True))
+
+
+@pytest.mark.parametrize("case", (Case("3x3", 1, 128, 7, 7, 64), Case("3x3/2", 1, 64, 8, 8, 64, stride=2)), ids=str)
+def test_as_accurate_as_eager(case, device):
+    x, weight, bias, residual, scale = operands(case, FP16, device, real=True)
+    y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True)
+    z = torch.conv2d(x, weight, None, case.stride, case.padding)
+    zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+    eager = torch.relu(torch.batch_norm(z, scale, bias, zero, one, False, 0.0, 0.0, False) + residual)
+    assert_within_budget(y, eager, truth(case, x, weight, bias, residual, scale, True))
+
+
+def test_bf16_in_the_interpreter_is_upcast(device):
+    case = Case("", 1, 32, 6, 6, 32)
+    x, weight, bias, residual, scale = operands(case, torch.bfloat16, device)
+    y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True)
+    assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
+
+
+def test_nan_stays_nan_and_inf_stays_inf(device):
+    x = torch.randn(1, 24, 6, 6).to(device, FP16)
+    weight = torch.randn(16, 24, 1, 1).abs().to(device, FP16)
+    case = Case("", 1, 24, 6, 6, 16, (1, 1), padding=0)
+    x[0, 3, 2, 2], x[0, 5, 4, 4] = float("nan"), float("inf")
+    y = run(conv_bias_act_tma, case, x, weight, None, None, None, True)
+    assert y[0, :, 2, 2].isnan().all() and y.isnan().sum() == 16
+    assert y[0, :, 4, 4].isposinf().all() and y.isinf().sum() == 16
+    residual = torch.zeros_like(y)
+    residual[0, 0, 0, 0] = float("nan")
+    y = run(conv_bias_act_tma, case, x, weight, None, residual, None, True)
+    assert y[0, 0, 0, 0].isnan() and y.isnan().sum() == 17
+
+
+@pytest.mark.parametrize("stride", (1, 2))
+def test_an_image_does_not_see_its_neighbours(stride, device):
+    """Through the padding neither the next image nor, at stride 2, the other column's channels leak in."""
+    x = torch.full((3, 32, 6, 6), float("nan"), device=device, dtype=FP16)
+    x[1] = 1.0
+    case = Case("", 3, 32, 6, 6, 16, stride=stride)
+    y = run(conv_bias_act_tma, case, x, torch.ones(16, 32, 3, 3, device=device, dtype=FP16), None, None, None, True)
+    assert y[1].isfinite().all() and y[[0, 2]].isnan().all()
+
+
+def test_layouts_and_addresses_do_not_matter(device):
+    case = Case("", 2, 16, 8, 8, 16)
+    x, weight, bias, residual, scale = operands(case, FP16, device)
+    expected = truth(case, x, weight, bias, residual, scale, True)
+    wide = torch.randn(2, 16, 8, 16, device=device).half()
+    wide[..., ::2] = x
+    # channels_last as it should be, two bytes after a multiple of 16.
+    shifted = torch.empty(x.numel() + 1, device=device, dtype=FP16)[1:].view(2, 8, 8, 16).permute(0, 3, 1, 2)
+    shifted.copy_(x)
+    assert shifted.data_ptr() % 16 and shifted.is_contiguous(memory_format=torch.channels_last)
+    strided_bias = torch.stack([bias, bias], 1)[:, 0]
+    for image in (x, x.contiguous(memory_format=torch.channels_last), wide[..., ::2], shifted):
+        y = run(conv_bias_act_tma, case, image, weight, strided_bias, residual, scale, True)
+        assert torch.equal(y.double().cpu(), expected)
+
+
+X, W, PAD = (2, 64, 8, 8), (64, 64, 3, 3), (1, 1, 1, 1)
+REASONS = [
+    (X, W, Geometry(padding=PAD), FP16, None),
+    (X, W, Geometry((2, 2), PAD), torch.bfloat16, None),
+    ((2, 64, 7, 7), (64, 64, 1, 1), Geometry((2, 2)), FP16, None),
+    (X, W, Geometry(), torch.float32, "dtype must be float16 or bfloat16, got torch.float32"),
+    (X, (64, 32, 3, 3), Geometry(groups=2), FP16, "groups must be 1, got 2"),
+    (X, W, Geometry(dilation=(2, 1)), FP16, r"dilation must be 1, got \(2, 1\)"),
+    ((0, 64, 8, 8), W, Geometry(), FP16, "x must not be empty"),
+    ((2, 3, 8, 8), (64, 3, 7, 7), Geometry((2, 2)), FP16, "multiples of 8, got C_in=3, C_out=64"),
+    (X, (33, 64, 3, 3), Geometry(), FP16, "multiples of 8, got C_in=64, C_out=33"),
+    ((2**16, 8, 2**8, 2**8), (8, 8, 1, 1), Geometry(), FP16, "at most 2147483519 pixels"),
+    (X, W, Geometry((3, 3)), FP16, r"stride must be 1 or 2, got \(3, 3\) with a kernel of 3x3"),
+    (X, W, Geometry((2, 1)), FP16, "stride must be 1 or 2"),
+    ((2, 64, 8, 7), W, Geometry((2, 2)), FP16, "even height and width, got 8x7"),
+    ((2, 40, 8, 8), (64, 40, 3, 3), Geometry((2, 2)), FP16, "a multiple of 32, got 40"),
+]
+
+
+@pytest.mark.parametrize("x_shape, weight_shape, geometry, dtype, reason", REASONS)
+def test_the_predicate_says_why(x_shape, weight_shape, geometry, dtype, reason):
+    said = why_not(x_shape, weight_shape, geometry, dtype)
+    if reason is None:
+        assert said is None
+    else:
+        with pytest.raises(ValueError, match=reason):
+            raise ValueError(said)
+
+
+def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
+    taken = []
+
+    def launch(*arguments):
+        taken.append(arguments[0].shape[0])
+        return conv_bias_act_tma.launch(*arguments)
+
+    stand_in = type("module", (), dict(launch=staticmethod(launch), runs_on=staticmethod(lambda device: True)))
+    monkeypatch.setattr(conv_bias_act, "conv_bias_act_tma", stand_in)
+    for case, expected in ((CASES[0], [2]), (Case("", 2, 64, 7, 7, 64, stride=2), []), (Case("", 1, 3, 6, 6, 8), [])):
+        taken.clear()
+        x, weight, bias, residual, scale = operands(case, FP16, device)
+        y = ops.conv_bias_act(
+            x, weight, bias, residual, scale=scale, stride=case.stride, padding=1, backend="triton"
+        )  # fmt: skip
+        assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
+        assert taken == expected
+
+
+def test_it_runs_on_compute_capability_9_alone(monkeypatch):
+    for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
+        monkeypatch.setattr(conv_bias_act_tma, "_capability", lambda device, value=capability: value)
+        assert conv_bias_act_tma.runs_on(torch.device("cuda", 0)) is (expected and torch.version.hip is None)
+    assert not conv_bias_act_tma.runs_on(torch.device("cpu"))
+
+
+def test_boxes_waste_nothing_where_they_need_not():
+    for pixels, box in (
+        ((256, 7, 7), (128, 1, 1)),
+        ((256, 14, 14), (32, 2, 2)),
+        ((256, 28, 28), (8, 4, 4)),
+        ((256, 56, 56), (2, 8, 8)),
+        ((1, 1, 3136), (1, 1, 128)),
+        ((1, 56, 56), (1, 2, 64)),
+    ):
+        assert choose_box(128, pixels) == box
+
+
+def test_choice_of_tiles():
+    wide, large, tall, square, short_k = CONFIGS
+    for layer, expected in {
+        (256 * 14 * 14, 9, 256, 256): wide,
+        (256 * 56 * 56, 1, 64, 256): large,  # one step of the loop: storing has to overlap
+        (256 * 56 * 56, 9, 64, 64): tall,
+        (7 * 7, 9, 512, 512): square,
+        (256 * 56 * 56, 9, 96, 64): short_k,
+    }.items():
+        assert choose_config(*layer) is expected
+
+
+def test_a_descriptor_keeps_no_memory_and_is_made_once(monkeypatch):
+    """As on a GPU, where an address is all that a descriptor needs of its tensor."""
+    monkeypatch.setattr(conv_bias_act_tma, "is_interpreted", lambda: False)
+    x = torch.zeros(2, 8, 8, 64, dtype=FP16).permute(0, 3, 1, 2)
+    view = plan(tuple(x.shape), W, Geometry(padding=PAD), True).x
+    descriptor = conv_bias_act_tma._described(x, view)
+    assert conv_bias_act_tma._described(x, view) is descriptor
+    assert descriptor.base.data_ptr() == x.data_ptr() and not isinstance(descriptor.base, torch.Tensor)
+    assert conv_bias_act_tma._described(x, view._replace(box=(1, 1, 64, 64))) is not descriptor
+    assert conv_bias_act_tma._descriptor.cache_info().maxsize is not None
+
+
+BUG_CASES = (
+    Case("", 2, 40, 7, 6, 72),
+    Case("", 1, 64, 6, 5, 24, (3, 2), padding=((1, 0), (0, 2))),
+    Case("", 2, 64, 8, 6, 40, stride=2, padding=((1, 0), (1, 2))),
+)
+KERNEL_BUGS = {
+    "dropped residual": ("if residual_desc is not None:", "if False:"),
+    "residual of another tile": ("residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
+    "dropped ReLU": ("    if RELU:\n", "    if False:\n"),
+    "swapped scale and shift": ("tl.load(scale_ptr + offs_c", "tl.load(bias_ptr + offs_c"),
+    "second half's pixels": ("FIRST + HALF,", "FIRST,"),
+    "transposed taps": ("r = tap // KERNEL_W\n            s = tap % KERNEL_W",
+                        "s = tap // KERNEL_W\n            r = tap % KERNEL_W"),
+    "weight of another tap": ("w_desc.load([channel, k * BLOCK_K])", "w_desc.load([channel, r * BLOCK_K])"),
+    "channel chunks forgotten": ("c = k % N_CHUNKS * BLOCK_K", "c = 0"),
+    "edge filled with what lies beside it": ("h - lead_h + r, w - lead_w + s, c", "h - lead_h + r, w + s, c"),
+    "wrong row parity": ("r % 2, w - lead_w", "1 - r % 2, w - lead_w"),
+    "wrong column parity": ("column = s % 2", "column = (1 - s % 2)"),
+    "row skew forgotten": ("r += SKEW_H", "r += 0"),
+    "column skew forgotten": ("s += SKEW_W", "s += 0"),
+    "images of one tile": ("box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
+    "every other tile left out": ("n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
+}  # fmt: skip
+PLAN_BUGS = {
+    "edge filled with the next row": ("x_shape, x_strides = (batch, in_h, in_w, c_in)",
+                                      "x_shape, x_strides = (batch, in_h + 1, in_w + 2, c_in)"),
+    "padding of the wrong side": ("geometry.padding[0], geometry.padding[2]", "geometry.padding[1], geometry.padding[3]"),
+    "rows and columns swapped": ("2 * row, row, 2 * c_in, 1", "row, 2 * row, 2 * c_in, 1"),
+    "image's last pair of rows": ("(batch, in_h // 2, 2,", "(batch, in_h // 2 - 1, 2,"),
+    "fewer tiles of channels": ("tiles_c=tiles[3]", "tiles_c=1"),
+}  # fmt: skip
+
+
+def failures(device) -> int:
+    """How many of some calls go wrong; in the first configuration one program walks over all tiles."""
+    wrong = 0
+    for case, config in itertools.product(
+        BUG_CASES, (replace(CONFIGS[3], programs_per_sm=1), replace(CONFIGS[4], parts=4))
+    ):
+        x, weight, bias, residual, scale = operands(case, FP16, device)
+        y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True, config)
+        wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
+    return wrong
+
+
+@pytest.mark.parametrize("name", KERNEL_BUGS)
+def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
+    module = planted("conv_bias_act_tma", tmp_path, *KERNEL_BUGS[name])
+    monkeypatch.setattr(module, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
+    assert failures(device) > 0
+
+
+@pytest.mark.parametrize("name", PLAN_BUGS)
+def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
+    module = planted("conv_bias_act_tma_plan", tmp_path, *PLAN_BUGS[name])
+    monkeypatch.setattr(conv_bias_act_tma, "plan", module.plan)
+    assert failures(device) > 0
+
+
+def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
+    for where, name in (("conv_bias_act_tma", "launch"), ("conv_bias_act_tma_plan", "plan")):
+        module = planted(where, tmp_path, "import annotations", "import annotations")
+        monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
+    assert failures(device) == 0
