@@ -165,6 +165,8 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
     if not (gradients or batch_statistics):
         return Go(backend, wiring, verified), ""
     state.drop_packs()
+    if dtype not in (None, x.dtype) and any(step.residual == 0 for step in recipe.steps if hasattr(step, "residual")):
+        return None, ""  # under autocast, what the sum with a wider shortcut is depends on how the add was written
     return _decide_to_learn(module, backend, wiring, batch_statistics)
 
 

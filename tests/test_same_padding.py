@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from oracle import skip_unless_runnable
 from torch import nn
 from torch.nn import functional as F
 
 import resnet_kernels as rk
 from resnet_kernels.models import Conv2dSame, MaxPool2dSame
 from resnet_kernels.models.same_padding import same_padding
+from resnet_kernels.verify import randomise_batch_norms_
 
 # Even kernels at stride 1 are those whose odd row ceil_mode would not add.
 CASES = [
@@ -105,10 +107,13 @@ def test_gradients_reach_input_and_weight():
     assert torch.autograd.gradcheck(lambda v: MaxPool2dSame(3, 2)(conv(v)), (x,))
 
 
-@pytest.mark.parametrize("module, channels", [(Conv2dSame(3, 4, 3, 2), 3), (MaxPool2dSame(3, 2), 3)])
-def test_fusing_leaves_them_alone(module, channels):
-    """Their padding depends on the input: taken for a Conv2d they would be one without padding."""
-    net = nn.Sequential(module, nn.BatchNorm2d(4) if channels != 3 else nn.Identity(), nn.ReLU()).eval()
-    x = torch.randn(1, 3, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(rk.fuse(net)(x), net(x))
+@pytest.mark.parametrize("backend", ("auto", "triton"))
+def test_fused_for_each_size_anew(backend, device):
+    """The padding depends on the input: what was packed for an even size is wrong for an odd one."""
+    skip_unless_runnable("triton", device, torch.float32)
+    net = nn.Sequential(Conv2dSame(3, 16, 3, 2), nn.BatchNorm2d(16), nn.ReLU(), MaxPool2dSame(3, 2)).to(device)
+    net = randomise_batch_norms_(net).eval()
+    fused = rk.fuse(net, backend=backend)
+    assert str(rk.explain(fused).rows[0].steps) == "0+1+relu -> 3"
+    for size in (32, 33, 32, 31, 33):
+        assert rk.verify(net, fused, torch.randn(4, 3, size, size + 1, device=device))

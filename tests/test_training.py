@@ -306,6 +306,18 @@ def test_strided_1x1_of_few_channels(device):
         rk.ops.conv_bias_act(x, weight, stride=2).sum().backward()
 
 
+@pytest.mark.parametrize("name", ("BasicBlock", "Residual", "PreactBottleneck", "Residual, stride 2"))
+def test_a_wider_input_under_autocast(name, device):
+    """A block by itself, fed fp32: torchvision's in-place add keeps the half dtype, d2l's and slim's sum is fp32."""
+    skip_unless_runnable("triton", device, torch.float32)
+    module = randomise(BLOCKS[name]()).to(device).train()
+    fused, x = rk.fuse(module, backend="triton"), torch.randn(2, 16, 6, 6, device=device)
+    with torch.autocast(device.type, torch.bfloat16):
+        mine, theirs = fused(x), module(x)
+    assert mine.dtype == theirs.dtype
+    torch.testing.assert_close(mine, theirs, rtol=0.05, atol=0.05)
+
+
 # Loops around a model, on real data.
 
 
