@@ -32,8 +32,9 @@ def test_the_command_of_the_readme(tmp_path):
         "2 processes, each with 192 of a batch's images",
         "BN statistics are of each process' images: SyncBatchNorm needs GPUs",
     ]
-    assert lines[3].startswith("[1] loss: ") and len(lines) == 5
-    assert re.fullmatch(r"Accuracy on the test set: \d+ % \[\d+/360\]", lines[4])
+    assert lines[3].startswith("BN's running statistics take up 0.1 of a batch's, a step: after 3 steps")
+    assert lines[4].startswith("[1] loss: ") and len(lines) == 6
+    assert re.fullmatch(r"Accuracy on the test set: \d+ % \[\d+/360\]", lines[5])
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", "curve.png"}
     # No wrapper's prefix in the keys.
     assert "0.0.weight" in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]

@@ -9,6 +9,7 @@ A line an epoch, accuracy on the test set at the end. The output directory gets 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -31,6 +32,9 @@ from .processes import Processes, SharedError, join
 from .training import Training
 
 HELP = "train a network of the zoo on digits, MNIST, Fashion-MNIST or CIFAR-10"
+
+# Running statistics follow the network at 1 / momentum steps' distance; ten times that, and the network has settled.
+_STEPS_OF_MOMENTUM = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,6 +170,13 @@ def _summary(settings: Settings, images: data.DataSet, model: nn.Module, blocks:
         )
         if processes.device.type != "cuda":
             lines.append("BN statistics are of each process' images: SyncBatchNorm needs GPUs")
+    steps = settings.epochs * math.ceil(len(images.train) / settings.batch_size)
+    momenta = [m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d) and m.momentum]
+    if momenta and steps < _STEPS_OF_MOMENTUM / min(momenta):
+        lines.append(
+            f"BN's running statistics take up {min(momenta):g} of a batch's, a step: after {steps} steps in all the accuracy "
+            "lags behind the loss; more --epochs or a smaller --batch-size help"
+        )
     return "\n".join(lines)
 
 
