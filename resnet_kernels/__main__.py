@@ -29,9 +29,6 @@ from .report import table
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    if options.command == "train":
-        return train.run(options)
-    torch.manual_seed(options.seed)
     try:
         return options.run(options)
     except (ValueError, TypeError, RuntimeError) as error:

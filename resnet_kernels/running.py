@@ -103,7 +103,7 @@ def why_not_now(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
     wiring = wire(module, recipe)
     if isinstance(wiring, str):
         return wiring
-    if wiring.in_training() is None or dispatch.requested(backend) != "triton":
+    if wiring.in_training() is None or not trains_on(backend):
         return wiring.why_not_now()
     return wiring.why_not_at_all() or wiring.why_not_trained() or (None if recipe.trains else _OTHER_IN_TRAINING)
 

@@ -35,16 +35,26 @@ def add_model_name(parser: argparse.ArgumentParser, model: str) -> None:
     )
 
 
-def positive(text: str) -> int:
-    """An argument's type: an int of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argument's type: an int of at least `minimum`."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
+        return value
+
+    # argparse names the type in its message about what is no number at all.
+    parse.__name__ = "integer"
+    return parse
+
+
+positive = at_least(1)
 
 
 def model_for(options: argparse.Namespace) -> nn.Module:
-    """The model that the options name, on its device, in its dtype, channels_last, in eval mode, with BNs at work."""
+    """Seeds, and returns the model that the options name: on its device, in its dtype, channels_last, in eval mode."""
+    torch.manual_seed(options.seed)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build(options.model).to(device, getattr(torch, options.dtype), memory_format=torch.channels_last)
     return randomise_batch_norms_(model.eval(), options.seed)

@@ -25,8 +25,7 @@ _EXECUTIONS = ("eager", "per-layer", "chained", "compute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # The seed is __main__'s; no number depends on it.
-    parser.set_defaults(run=run, seed=0)
+    parser.set_defaults(run=run)
     common.add_model_name(parser, "resnet50")
     parser.add_argument("--batch-size", type=common.positive, default=256, help="default: 256")
     parser.add_argument("--image-size", type=common.positive, help="default: 224, and 28 for d2l")

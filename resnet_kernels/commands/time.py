@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 import resnet_kernels as rk
 
@@ -22,6 +21,7 @@ from .. import timing
 from ..report import table
 from ..timing import Timing
 from . import common
+from .training import loss_function
 
 HELP = "the slim text's experiment: forward, then forward and backward, eager and fused side by side"
 
@@ -29,7 +29,6 @@ HELP = "the slim text's experiment: forward, then forward and backward, eager an
 _BATCH_SIZE, _NUM_BATCHES, _BURN_IN = 32, 100, 10
 # So that two CPU cores need under two minutes for the deepest of the zoo: 71 s for resnet_v2_200, beside other work.
 _CPU_BATCH_SIZE, _CPU_IMAGE_SIZE, _CPU_NUM_BATCHES, _CPU_BURN_IN = 2, 64, 10, 2
-_SMALLEST_PROBABILITY = 1e-7  # as Keras' cross-entropy has it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,18 +117,13 @@ def _forward_backward(model: nn.Module, x: Tensor) -> Callable[[nn.Module, Tenso
         shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
         raise ValueError(f"--model must give (N, classes) to be trained on labels, got {shape}")
     labels = torch.randint(y.shape[1], (len(x),), device=x.device)
-    gives_probabilities = isinstance(list(model.modules())[-1], nn.Softmax)
+    loss = loss_function(model)
 
     def make(net: nn.Module, x: Tensor) -> Callable[[], object]:
         parameters = list(net.train().parameters())
 
         def step():
-            y = net(x)
-            if gives_probabilities:
-                loss = F.nll_loss(torch.log(y.clamp_min(_SMALLEST_PROBABILITY)), labels)
-            else:
-                loss = F.cross_entropy(y, labels)
-            return torch.autograd.grad(loss, parameters, allow_unused=True)
+            return torch.autograd.grad(loss(net(x), labels), parameters, allow_unused=True)
 
         return step
 

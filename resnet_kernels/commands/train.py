@@ -26,7 +26,7 @@ from torch import nn
 import resnet_kernels as rk
 
 from .. import models
-from . import checkpoint, curve, data, presets
+from . import checkpoint, common, curve, data, presets
 from .presets import Settings
 from .processes import Processes, SharedError, join
 from .training import Training
@@ -38,17 +38,20 @@ _STEPS_OF_MOMENTUM = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
     default = presets.DEFAULT
     option = parser.add_argument
     option("--data", help=f"{', '.join(data.READERS)} (default: {default.data}, resized from 8x8 to 32x32)")
     option("--model", help=f"{', '.join(models.BY_NAME)} (default: {default.model})")
     option("--preset", help=f"a text's recipe: {', '.join(presets.PRESETS)}; options given besides go over it")
-    option("--epochs", type=_at_least(1), help=f"default: {default.epochs}, or the preset's")
-    option("--batch-size", type=_at_least(1), help=f"of all processes together (default: {default.batch_size})")
+    option("--epochs", type=common.at_least(1), help=f"default: {default.epochs}, or the preset's")
+    option("--batch-size", type=common.at_least(1), help=f"of all processes together (default: {default.batch_size})")
     option("--optimizer", help=f"{', '.join(presets.OPTIMIZERS)} (default: {default.optimizer.name})")
     option("--lr", type=_positive_float, help=f"learning rate (default: {default.optimizer.lr:g} for adam)")
     option(
-        "--image-size", type=_at_least(1), help="resize to this height and width (default: 32 for digits, else as is)"
+        "--image-size",
+        type=common.at_least(1),
+        help="resize to this height and width (default: 32 for digits, else as is)",
     )
     option("--output", type=Path, help="directory of checkpoint.pt and curve.png (default: runs/DATA-MODEL)")
     option("--resume", action="store_true", help="go on from the checkpoint in the output directory")
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--backend", default="auto", help="auto, triton, cudnn, cpu or eager (default: auto)")
     option("--amp", action="store_true", help="mixed precision: float16 on GPUs, bfloat16 on the CPU")
     option("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
-    option("--workers", type=_at_least(0), default=0, help="processes that load data (default: 0)")
+    option("--workers", type=common.at_least(0), default=0, help="processes that load data (default: 0)")
     option("--seed", type=int, default=0, help="of weights and shuffling (default: 0)")
 
 
@@ -216,18 +219,6 @@ def _signals(stop: _Stop) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _at_least(minimum: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        value = int(text)
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, got {value}")
-        return value
-
-    # argparse names the type in its message about what is no number at all.
-    parse.__name__ = "integer"
-    return parse
 
 
 def _positive_float(text: str) -> float:

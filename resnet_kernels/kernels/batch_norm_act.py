@@ -184,6 +184,15 @@ def _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIA
 
 
 @triton.jit
+def _normalised(centred, scale, bias):
+    """centred * scale + bias, in one place: the backward's ReLU mask has to see the bits that the forward saw.
+
+    centred is x - mean: x * scale - mean * scale would cancel at a mean of 1000.
+    """
+    return tl.fma(centred, scale[None, :] + tl.zeros_like(centred), bias[None, :] + tl.zeros_like(centred))
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,  # (n_rows, n_channels), residual and y too
     residual_ptr,  # or None
@@ -209,8 +218,7 @@ def _forward_kernel(
     offs = lane[:, None] * n_channels + offs_c[None, :]
     mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    # x - mean first: x * scale - mean * scale would cancel at a mean of 1000.
-    y = tl.fma(x - mean[None, :], scale[None, :] + tl.zeros_like(x), bias[None, :] + tl.zeros_like(x))
+    y = _normalised(x - mean[None, :], scale, bias)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     if RELU:

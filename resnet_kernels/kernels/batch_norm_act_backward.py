@@ -14,6 +14,7 @@ from .batch_norm_act import (
     NUM_WARPS,
     STAGES,
     _affine,
+    _normalised,
     _rstd,
     _sum,
     blocks,
@@ -30,7 +31,7 @@ def _through_relu(dy, y_ptr, at, offs, mask, centred, scale, bias, DTYPE: tl.con
     if y_ptr is not None:
         y = tl.load(y_ptr + at + offs, mask=mask, other=0.0)
     else:
-        y = tl.fma(centred, scale[None, :] + tl.zeros_like(centred), bias[None, :] + tl.zeros_like(centred)).to(DTYPE)
+        y = _normalised(centred, scale, bias).to(DTYPE)
     # By `<=`, as PyTorch does: a NaN lets its gradient through.
     return tl.where(y.to(tl.float32) <= 0, 0.0, dy)
 
