@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import plain
 from .folding import bn_tensors, scale_shift
+from .links import Part
 from .ops import dispatch
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
@@ -24,27 +24,6 @@ from .wiring import Wiring
 Values = dict[int, Tensor]
 # Scale and shift by the number of the value that a convolution makes; (None, bias) without a BN.
 ScaleShifts = dict[int, tuple[Tensor | None, Tensor | None]]
-
-
-class Part(NamedTuple):
-    """A step with its live modules. child: the convolution, or what a CallStep calls."""
-
-    step: ConvStep | NormStep | CallStep
-    child: nn.Module | None
-    bn: nn.Module | None
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The values that it needs."""
-        step = self.step
-        return step.inputs if isinstance(step, CallStep) else tuple(v for v in (step.x, step.residual) if v is not None)
-
-    @property
-    def settings(self) -> tuple:
-        """What a plan rests on besides modules and shapes."""
-        conv = self.child if isinstance(self.step, ConvStep) else None
-        geometry = None if conv is None else (conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight.shape)
-        return geometry, None if self.bn is None else self.bn.eps
 
 
 @dataclass(frozen=True)
@@ -96,7 +75,7 @@ class Plan:
     def __init__(self, wirings: Sequence[Wiring], recipes: Sequence[Recipe], x: Tensor, backend: str):
         self.wirings = wirings
         self.parts, self.result = parts_of(wirings, recipes)
-        self.settings = [part.settings for part in self.parts]
+        self.settings = [_settings(part) for part in self.parts]
         launches = [Launch(_ALONE[type(part.step)], (part,)) for part in self.parts]
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
         self.launches = [
@@ -110,7 +89,7 @@ class Plan:
         return (
             len(wirings) == len(self.wirings)
             and all(a is b for a, b in zip(wirings, self.wirings))
-            and [part.settings for part in self.parts] == self.settings
+            and [_settings(part) for part in self.parts] == self.settings
         )
 
     def run(self, x: Tensor, backend: str) -> Tensor:
@@ -185,6 +164,13 @@ class BatchNorms:
             if self._layers is None
             else self._layers.launch()
         )
+
+
+def _settings(part: Part) -> tuple:
+    """What a plan rests on besides modules and shapes."""
+    conv = part.child if isinstance(part.step, ConvStep) else None
+    geometry = None if conv is None else (conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight.shape)
+    return geometry, None if part.bn is None else part.bn.eps
 
 
 def out_channels(recipe: Recipe, wiring: Wiring) -> int | None:
