@@ -25,9 +25,9 @@ from .recipe import ConvStep, Recipe
 _SAMPLES = 16
 
 
-def scale_shift(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+def scale_shift(conv_bias: Tensor | None, bn: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
     """Returns (scale, shift), (C_out,) in fp32 each, from the live tensors; without a BN (None, the convolution's bias)."""
-    return (None, conv.bias) if bn is None else reference.bn_scale_shift(*bn_tensors(bn), conv.bias, bn.eps)
+    return (None, conv_bias) if bn is None else reference.bn_scale_shift(*bn_tensors(bn), conv_bias, bn.eps)
 
 
 def bn_tensors(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
@@ -66,7 +66,7 @@ class PackedConv:
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
         self.geometry = Geometry.of_module(conv, x.shape[2:])
-        scale, shift = scale_shift(conv, bn)
+        scale, shift = scale_shift(conv.bias, bn)
         weight = conv.weight.detach()
         if scale is not None:
             weight = weight * scale.detach()[:, None, None, None]

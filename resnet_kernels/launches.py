@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import plain
+from . import links, plain
 from .folding import bn_tensors, scale_shift
-from .links import Part
+from .links import Link, Part
 from .ops import dispatch
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
@@ -28,20 +29,24 @@ ScaleShifts = dict[int, tuple[Tensor | None, Tensor | None]]
 
 @dataclass(frozen=True)
 class Launch:
-    """Parts in one launch. run: adds the values that they make. frees: those that nobody needs afterwards."""
+    """A step, or a link of several. run: adds the values that they make. frees: those that nobody needs afterwards."""
 
-    run: Callable[[Sequence[Part], Values, ScaleShifts, str], None]
-    parts: tuple[Part, ...]
+    run: Callable[[Any, Values, ScaleShifts, str], None]
+    what: Part | Link
     frees: tuple[int, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.what.parts if isinstance(self.what, Link) else (self.what,)
 
     @property
     def reads(self) -> set[int]:
         return {value for part in self.parts for value in part.reads} - {part.step.out for part in self.parts}
 
 
-def convolve(parts: Sequence[Part], values: Values, vectors: ScaleShifts, backend: str) -> None:
+def convolve(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A convolution with its BN, residual and ReLU: ops.conv_bias_act."""
-    ((step, conv, _),) = parts
+    step, conv, _ = part
     x, (scale, shift) = values[step.x], vectors[step.out]
     geometry = Geometry.of_module(conv, x.shape[2:])
     residual = None if step.residual is None else values[step.residual]
@@ -53,20 +58,66 @@ def convolve(parts: Sequence[Part], values: Values, vectors: ScaleShifts, backen
     values[step.out] = y if fits else plain.add_broadcast(y, residual, step.relu)
 
 
-def normalise(parts: Sequence[Part], values: Values, vectors: ScaleShifts, backend: str) -> None:
+def normalise(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A BN that comes before its convolution: ops.batch_norm_act."""
-    ((step, _, bn),) = parts
+    step, _, bn = part
     residual = None if step.residual is None else values[step.residual]
     values[step.out] = plain.normalise(bn, values[step.x], residual, step.relu, backend)
 
 
-def call(parts: Sequence[Part], values: Values, vectors: ScaleShifts, backend: str) -> None:
+def call(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A child module, an add or a ReLU."""
-    ((step, child, _),) = parts
+    step, child, _ = part
     values[step.out] = plain.call(step, child, [values[i] for i in step.inputs], backend)
 
 
 _ALONE = {ConvStep: convolve, NormStep: normalise, CallStep: call}
+
+
+def merge(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> None:
+    """A projection and the convolution that adds it: kernels/conv_bias_act_tma.py."""
+    from .kernels import conv_bias_act_tma as kernel
+
+    step, projection = link.conv3.step, link.shortcut.step
+    x, x0 = values[step.x], values[projection.x]
+    (scale, shift), (projection_scale, projection_shift) = vectors[step.out], vectors[projection.out]
+    shortcut = kernel.Shortcut(
+        x0, _weight(link.shortcut, x), projection_shift, projection_scale, _geometry(link.shortcut, x0)
+    )
+    values[step.out] = kernel.launch(
+        x, _weight(link.conv3, x), shift, None, scale, _geometry(link.conv3, x), step.relu, shortcut=shortcut
+    )
+
+
+def chain(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> None:
+    """From a bottleneck's 3x3 into the next one's first 1x1: kernels/chain_tma.py."""
+    from .kernels import chain_tma as kernel
+
+    x = values[link.conv2.step.x]
+
+    def layer(part: Part | None) -> kernel.Layer | None:
+        return None if part is None else kernel.Layer(_weight(part, x), *vectors[part.step.out], part.step.relu)
+
+    if link.shortcut is None:
+        residual = values[link.conv3.step.residual]
+    else:
+        x0 = values[link.shortcut.step.x]
+        residual = kernel.Shortcut(x0, layer(link.shortcut), _geometry(link.shortcut, x0))
+    norm = None if link.norm is None else vectors[link.norm.step.out]
+    y, z = kernel.launch(
+        x, layer(link.conv2), _geometry(link.conv2, x), layer(link.conv3), residual, norm, layer(link.conv1)
+    )
+    values[link.conv3.step.out] = y
+    if link.conv1 is not None:
+        values[link.conv1.step.out] = z
+
+
+def _weight(part: Part, x: Tensor) -> Tensor:
+    return part.child.weight.to(x.dtype)
+
+
+def _geometry(part: Part, x: Tensor) -> Geometry:
+    return Geometry.of_module(part.child, x.shape[2:])
 
 
 class Plan:
@@ -76,13 +127,23 @@ class Plan:
         self.wirings = wirings
         self.parts, self.result = parts_of(wirings, recipes)
         self.settings = [_settings(part) for part in self.parts]
-        launches = [Launch(_ALONE[type(part.step)], (part,)) for part in self.parts]
+        chosen = _choose_links(self.parts, self.result, x, backend)
+        launches = []
+        for part in self.parts:
+            link = chosen.get(part.step.out)
+            if link is None:
+                launches.append(Launch(_ALONE[type(part.step)], part))
+            elif part is link.conv3:
+                # Here all that it reads is there, and others may read its sum before what follows in it would have run.
+                launches.append(Launch(merge if link.conv2 is None else chain, link))
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
         self.launches = [
             replace(launch, frees=tuple(v for v in launch.reads if last_reader[v] == i and v != self.result))
             for i, launch in enumerate(launches)
         ]
-        self.scale_shifts = BatchNorms([part for part in self.parts if isinstance(part.step, ConvStep)])
+        self.scale_shifts = BatchNorms(
+            [part for part in self.parts if isinstance(part.step, ConvStep) or part.step.out in chosen]
+        )
 
     def is_of(self, wirings: Sequence[Wiring]) -> bool:
         """Whether these are the modules, with the settings, that it was made for."""
@@ -94,15 +155,74 @@ class Plan:
 
     def run(self, x: Tensor, backend: str) -> Tensor:
         """x: channels_last, in the dtype of the convolutions."""
-        vectors = self.scale_shifts.read(backend)
+        vectors = self.scale_shifts.read()
         values = {0: x}
         del x
         for launch in self.launches:
-            launch.run(launch.parts, values, vectors, backend)
+            launch.run(launch.what, values, vectors, backend)
             # Dead values go at once: peak memory is eager's.
             for dead in launch.frees:
                 del values[dead]
         return values[self.result]
+
+
+def _choose_links(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int, Link]:
+    """The links that a kernel takes, by each value that one of their steps makes."""
+    if backend != "triton":
+        return {}
+    from .kernels import conv_bias_act_tma
+
+    if not conv_bias_act_tma.runs_on(x.device):
+        return {}
+    shapes = _shapes(parts, x)
+    chosen: dict[int, Link] = {}
+    for around in links.find(parts, result):
+        for link in around:
+            is_free = all(part.step.out not in chosen for part in link.parts)
+            if is_free and _why_not(link, shapes, x.dtype) is None:
+                chosen.update((part.step.out, link) for part in link.parts)
+                break
+    return chosen
+
+
+def _why_not(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
+    """What keeps a link from its kernel."""
+    from .kernels import chain_tma_plan, conv_bias_act_tma_plan
+
+    if link.conv3.step.residual is not None and link.shortcut is None:
+        if tuple(shapes[link.conv3.step.residual]) != tuple(shapes[link.conv3.step.out]):
+            return "the add broadcasts"
+
+    def conv_shape(part: Part):
+        x_shape = shapes[part.step.x]
+        geometry = Geometry.of_module(part.child, x_shape[2:])
+        return conv_bias_act_tma_plan.ConvShape(tuple(x_shape), tuple(part.child.weight.shape), geometry)
+
+    if link.conv2 is None:
+        return conv_bias_act_tma_plan.why_not_merged(conv_shape(link.conv3), conv_shape(link.shortcut), dtype)
+    conv2, shortcut = conv_shape(link.conv2), None
+    if link.shortcut is not None:
+        shortcut = chain_tma_plan.ShortcutShape(*conv_shape(link.shortcut))
+    return chain_tma_plan.why_not(
+        *conv2, tuple(link.conv3.child.weight.shape), dtype, shortcut,
+        None if link.conv1 is None else tuple(link.conv1.child.weight.shape),
+    )  # fmt: skip
+
+
+def _shapes(parts: list[Part], x: Tensor) -> dict[int, Sequence[int]]:
+    """Of each value, by its number."""
+    found: dict[int, Sequence[int]] = {0: x.shape}
+    for step, child, _ in parts:
+        if isinstance(step, ConvStep):
+            geometry = Geometry.of_module(child, found[step.x][2:])
+            found[step.out] = geometry.out_shape(found[step.x], child.weight.shape)
+        elif isinstance(step, NormStep):
+            found[step.out] = found[step.x]
+        elif step.is_module:
+            found[step.out] = child(torch.empty(found[step.inputs[0]], dtype=x.dtype, device="meta")).shape
+        else:
+            found[step.out] = torch.broadcast_shapes(*(found[i] for i in step.inputs))
+    return found
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:
@@ -111,8 +231,8 @@ def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tenso
     for part in map(Part._make, wiring.steps):
         vectors = {}
         if isinstance(part.step, ConvStep):
-            vectors[part.step.out] = scale_shift(part.child, part.bn)
-        _ALONE[type(part.step)]((part,), values, vectors, backend)
+            vectors[part.step.out] = scale_shift(_bias(part), part.bn)
+        _ALONE[type(part.step)](part, values, vectors, backend)
     return values[recipe.result]
 
 
@@ -136,34 +256,31 @@ def parts_of(wirings: Sequence[Wiring], recipes: Sequence[Recipe]) -> tuple[list
 
 
 class BatchNorms:
-    """The BNs behind convolutions as scales and shifts, read from the live tensors in each call."""
+    """BNs as scales and shifts, with the bias of the convolution in front of them, from the live tensors in each call."""
 
     def __init__(self, parts: list[Part]):
         self._bare = [part for part in parts if part.bn is None]
         self._parts = [part for part in parts if part.bn is not None]
         self._layers = None
 
-    def read(self, backend: str) -> ScaleShifts:
-        found = {part.step.out: (None, part.child.bias) for part in self._bare}
+    def read(self) -> ScaleShifts:
+        found: ScaleShifts = {part.step.out: (None, part.child.bias) for part in self._bare}
         if self._parts:
-            found.update(zip((part.step.out for part in self._parts), self._read(backend)))
+            found.update(zip((part.step.out for part in self._parts), self._read()))
         return found
 
-    def _read(self, backend: str) -> list[tuple[Tensor, Tensor]]:
-        vectors = [(*bn_tensors(part.bn), part.child.bias) for part in self._parts]
+    def _read(self) -> list[tuple[Tensor, Tensor]]:
+        vectors = [(*bn_tensors(part.bn), _bias(part)) for part in self._parts]
         eps = tuple(part.bn.eps for part in self._parts)
         # cuDNN's backend uses the kernel, too, where Triton is there: PyTorch takes six launches a layer.
-        if dispatch.why_not("triton", vectors[0][2].device.type, torch.float32) is not None:
-            return [scale_shift(part.child, part.bn) for part in self._parts]
-        from .kernels import bn_scale_shift
+        if dispatch.why_not("triton", vectors[0][2].device.type, torch.float32) is None:
+            from .kernels import bn_scale_shift
 
-        if self._layers is None or not self._layers.are(vectors, eps):
-            self._layers = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
-        return (
-            [scale_shift(part.child, part.bn) for part in self._parts]
-            if self._layers is None
-            else self._layers.launch()
-        )
+            if self._layers is None or not self._layers.are(vectors, eps):
+                self._layers = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
+        if self._layers is not None:
+            return self._layers.launch()
+        return [scale_shift(_bias(part), part.bn) for part in self._parts]
 
 
 def _settings(part: Part) -> tuple:
@@ -171,6 +288,10 @@ def _settings(part: Part) -> tuple:
     conv = part.child if isinstance(part.step, ConvStep) else None
     geometry = None if conv is None else (conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight.shape)
     return geometry, None if part.bn is None else part.bn.eps
+
+
+def _bias(part: Part) -> Tensor | None:
+    return None if part.child is None else part.child.bias
 
 
 def out_channels(recipe: Recipe, wiring: Wiring) -> int | None:

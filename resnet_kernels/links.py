@@ -1,6 +1,6 @@
 """Which steps one launch could hold: a projection with the convolution that adds it, and chains across blocks.
 
-All that lies between two 3x3 convolutions of a bottleneck is pointwise, so a tile of pixels goes through without its neighbours:
+All that lies between two 3x3 convolutions of a bottleneck is pointwise, so a tile of pixels needs no neighbours:
 
     merged   shortcut, conv3 + add + ReLU                          two products into one tile
     chain    conv2 -> [shortcut,] conv3 + add + ReLU [-> conv1]    the next block's conv1, its BN in front of it included
@@ -83,7 +83,8 @@ def find(parts: Sequence[Part], result: int) -> Iterator[list[Link]]:
                 for conv1 in parts
                 if isinstance(conv1.step, ConvStep) and conv1.step.residual is None and _is_pointwise(conv1)
                 for norm in [only(conv1.step.x, NormStep)]
-                if (norm or conv1).step.x == conv3.step.out and (norm is None or norm.step.residual is None)
+                if (norm or conv1).step.x == conv3.step.out
+                if norm is None or (norm.step.relu and norm.step.residual is None)
             ]
             links += [Link(conv3, shortcut, conv2, *start) for start in starts[:1]]
             links.append(Link(conv3, shortcut, conv2))
