@@ -18,6 +18,7 @@ from .recipe import CannotRead, Recipe
 from .report import FuseReport, Row
 from .running import FusedState
 from .stages import FusedHost
+from .wiring import has_hooks
 
 
 @dataclass
@@ -112,7 +113,8 @@ def _rows_now(findings: list[_Finding]) -> tuple[Row, ...]:
                 )
             else:
                 reason = running.why_not_now(finding.module, _recipe_of(state, row), state.backend)
-                rows.append(replace(row, reason=reason or ""))
+                apart = "a hook on it has to fire" if not reason and has_hooks(finding.module) else ""
+                rows.append(replace(row, reason=reason or "", apart=apart if isinstance(state.plan, Recipe) else ""))
     return tuple(rows)
 
 

@@ -13,7 +13,7 @@ class Row:
 
     path: module path, "" for the model itself. kind: class name. fused: whether it was swapped.
     steps: the kernels it runs as, e.g. "conv1+bn1+relu -> conv2+bn2+add+relu". reason: why it is not fused, or why a fused
-    one runs eager as things stand; "" if neither.
+    one runs eager as things stand; "" if neither. apart: why no kernel may reach from it into the blocks next to it.
     """
 
     path: str
@@ -21,6 +21,7 @@ class Row:
     fused: bool
     steps: str = ""
     reason: str = ""
+    apart: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class FuseReport:
 def _explanation(row: Row) -> str:
     if row.fused and row.reason:
         return f"{row.steps} [runs eager now: {row.reason}]"
+    if row.fused and row.apart:
+        return f"{row.steps} [apart from its neighbours: {row.apart}]"
     return row.steps if row.fused else row.reason
 
 
