@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import links, plain
+from . import links, plain, ranges
 from .folding import bn_tensors, scale_shift
 from .links import Link, Part
 from .ops import dispatch
@@ -46,7 +46,7 @@ class Launch:
 
 def convolve(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A convolution with its BN, residual and ReLU: ops.conv_bias_act."""
-    step, conv, _ = part
+    step, conv = part.step, part.child
     x, (scale, shift) = values[step.x], vectors[step.out]
     geometry = Geometry.of_module(conv, x.shape[2:])
     residual = None if step.residual is None else values[step.residual]
@@ -60,15 +60,15 @@ def convolve(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> 
 
 def normalise(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A BN that comes before its convolution: ops.batch_norm_act."""
-    step, _, bn = part
+    step = part.step
     residual = None if step.residual is None else values[step.residual]
-    values[step.out] = plain.normalise(bn, values[step.x], residual, step.relu, backend)
+    values[step.out] = plain.normalise(part.bn, values[step.x], residual, step.relu, backend)
 
 
 def call(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A child module, an add or a ReLU."""
-    step, child, _ = part
-    values[step.out] = plain.call(step, child, [values[i] for i in step.inputs], backend)
+    step = part.step
+    values[step.out] = plain.call(step, part.child, [values[i] for i in step.inputs], backend)
 
 
 _ALONE = {ConvStep: convolve, NormStep: normalise, CallStep: call}
@@ -123,9 +123,11 @@ def _geometry(part: Part, x: Tensor) -> Geometry:
 class Plan:
     """Launches in the order in which they can run."""
 
-    def __init__(self, wirings: Sequence[Wiring], recipes: Sequence[Recipe], x: Tensor, backend: str):
+    def __init__(
+        self, wirings: Sequence[Wiring], recipes: Sequence[Recipe], paths: Sequence[str], x: Tensor, backend: str
+    ):
         self.wirings = wirings
-        self.parts, self.result = parts_of(wirings, recipes)
+        self.parts, self.result = parts_of(wirings, recipes, paths)
         self.settings = [_settings(part) for part in self.parts]
         chosen = _choose_links(self.parts, self.result, x, backend)
         launches = []
@@ -137,11 +139,15 @@ class Plan:
                 # Here all that it reads is there, and others may read its sum before what follows in it would have run.
                 launches.append(Launch(merge if link.conv2 is None else chain, link))
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
+        # With the name that profilers show.
         self.launches = [
-            replace(launch, frees=tuple(v for v in launch.reads if last_reader[v] == i and v != self.result))
+            (
+                " -> ".join(map(str, launch.parts)),
+                replace(launch, frees=tuple(v for v in launch.reads if last_reader[v] == i and v != self.result)),
+            )
             for i, launch in enumerate(launches)
         ]
-        self.scale_shifts = BatchNorms(
+        self.norms = BatchNorms(
             [part for part in self.parts if isinstance(part.step, ConvStep) or part.step.out in chosen]
         )
 
@@ -155,10 +161,10 @@ class Plan:
 
     def run(self, x: Tensor, backend: str) -> Tensor:
         """x: channels_last, in the dtype of the convolutions."""
-        vectors = self.scale_shifts.read()
+        vectors = self.norms.read()
         values = {0: x}
         del x
-        for launch in self.launches:
+        for _, launch in ranges.around(self.launches, ""):
             launch.run(launch.what, values, vectors, backend)
             # Dead values go at once: peak memory is eager's.
             for dead in launch.frees:
@@ -212,7 +218,7 @@ def _why_not(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -
 def _shapes(parts: list[Part], x: Tensor) -> dict[int, Sequence[int]]:
     """Of each value, by its number."""
     found: dict[int, Sequence[int]] = {0: x.shape}
-    for step, child, _ in parts:
+    for step, child, *_ in parts:
         if isinstance(step, ConvStep):
             geometry = Geometry.of_module(child, found[step.x][2:])
             found[step.out] = geometry.out_shape(found[step.x], child.weight.shape)
@@ -228,7 +234,7 @@ def _shapes(parts: list[Part], x: Tensor) -> dict[int, Sequence[int]]:
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:
     """Runs a recipe step by step, without a plan: what torch.compile can look through."""
     values = {0: x}
-    for part in map(Part._make, wiring.steps):
+    for part in (Part(*entry) for entry in wiring.steps):
         vectors = {}
         if isinstance(part.step, ConvStep):
             vectors[part.step.out] = scale_shift(_bias(part), part.bn)
@@ -236,11 +242,11 @@ def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tenso
     return values[recipe.result]
 
 
-def parts_of(wirings: Sequence[Wiring], recipes: Sequence[Recipe]) -> tuple[list[Part], int]:
+def parts_of(wirings: Sequence[Wiring], recipes: Sequence[Recipe], paths: Sequence[str]) -> tuple[list[Part], int]:
     """The steps of blocks that follow each other, with values numbered through, and the number of the last one's output."""
     parts, number, made = [], {}, 0
     result = 0
-    for wiring, recipe in zip(wirings, recipes):
+    for wiring, recipe, path in zip(wirings, recipes, paths):
         number = {0: result}
         for step, child, bn in wiring.steps:
             made += 1
@@ -250,7 +256,7 @@ def parts_of(wirings: Sequence[Wiring], recipes: Sequence[Recipe]) -> tuple[list
             else:
                 residual = None if step.residual is None else number[step.residual]
                 step = replace(step, x=number[step.x], residual=residual, out=made)
-            parts.append(Part(step, child, bn))
+            parts.append(Part(step, child, bn, path))
         result = number[recipe.result]
     return parts, result
 
@@ -261,7 +267,7 @@ class BatchNorms:
     def __init__(self, parts: list[Part]):
         self._bare = [part for part in parts if part.bn is None]
         self._parts = [part for part in parts if part.bn is not None]
-        self._layers = None
+        self.table = None
 
     def read(self) -> ScaleShifts:
         found: ScaleShifts = {part.step.out: (None, part.child.bias) for part in self._bare}
@@ -276,10 +282,10 @@ class BatchNorms:
         if dispatch.why_not("triton", vectors[0][2].device.type, torch.float32) is None:
             from .kernels import bn_scale_shift
 
-            if self._layers is None or not self._layers.are(vectors, eps):
-                self._layers = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
-        if self._layers is not None:
-            return self._layers.launch()
+            if self.table is None or not self.table.are(vectors, eps):
+                self.table = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
+        if self.table is not None:
+            return self.table.launch()
         return [scale_shift(_bias(part), part.bn) for part in self._parts]
 
 

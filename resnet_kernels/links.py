@@ -21,11 +21,15 @@ from .recipe import CallStep, ConvStep, NormStep
 
 
 class Part(NamedTuple):
-    """A step with its live modules. child: the convolution, or what a CallStep calls."""
+    """A step with its live modules. child: the convolution, or what a CallStep calls. path: of the step's block."""
 
     step: ConvStep | NormStep | CallStep
     child: nn.Module | None
     bn: nn.Module | None
+    path: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}.{self.step}".lstrip(".")
 
     @property
     def reads(self) -> tuple[int, ...]:

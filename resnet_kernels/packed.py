@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import plain
+from . import plain, ranges
 from .folding import PackedConv, PackedProgram
 from .ops import onednn
 from .ops.geometry import Geometry
@@ -27,11 +27,11 @@ def run(
     """
     bound = onednn.bound(x, x_bound)
     if go.verified and (program := _program(recipe, state, x)) is not None and program.is_safe(bound):
-        return program(x, owned), program.result_bound(bound)
+        return program(x, owned, state.path), program.result_bound(bound)
     values: dict[int, Tensor] = {0: x}
     bounds: dict[int, float] = {0: bound}
     del x
-    for step, child, bn in go.wiring.steps:
+    for step, child, bn in ranges.around(go.wiring.steps, state.path):
         if isinstance(step, ConvStep):
             residual = None if step.residual is None else values[step.residual]
             relu, late = step.relu, None

@@ -45,11 +45,15 @@ UNKNOWN = Known()
 
 
 class FusedState:
-    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights."""
+    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
 
-    def __init__(self, plan: Any, backend: str):
+    path: the module's, in the model that was fused; a label for profilers.
+    """
+
+    def __init__(self, plan: Any, backend: str, path: str = ""):
         self.plan = plan
         self.backend = backend
+        self.path = path
         self.packs: dict[str, PackedConv]
         self.programs: dict[tuple[str, ...], PackedProgram]
         self.drop_packs()
@@ -63,7 +67,7 @@ class FusedState:
     def __getstate__(self) -> dict:
         # Packed weights are opaque, the rest is of this very module: a copy makes its own in its first call.
         empty = dict(packs={}, programs={}, wiring={}, plans={}, survey=None)
-        return {"plan": self.plan, "backend": self.backend, **empty}
+        return {"plan": self.plan, "backend": self.backend, "path": self.path, **empty}
 
 
 def drop_packs(module: nn.Module) -> None:
@@ -73,6 +77,12 @@ def drop_packs(module: nn.Module) -> None:
         state.drop_packs()
 
 
+def tables_of(model: nn.Module) -> list[Any]:
+    """What the kernels of a fused model read besides its own tensors: whoever replays their launches has to keep it."""
+    states = (module.__dict__.get("_rk_state") for module in model.modules())
+    return [plan.norms.table for state in states if state is not None for plan in state.plans.values()]
+
+
 def say_once(reason: str) -> None:
     """Warns that a call falls back to eager; once a reason and process."""
     if reason not in _said:
@@ -80,7 +90,8 @@ def say_once(reason: str) -> None:
         warnings.warn(f"resnet_kernels: {reason}; such calls run the model's own PyTorch code", RuntimeWarning, 5)
 
 
-def _global_hooks() -> bool:
+def has_global_hooks() -> bool:
+    """Whether a hook on all modules is registered."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -147,7 +158,7 @@ def decide(
         reason = wiring
         if not isinstance(wiring, str):
             batch_statistics = wiring.in_training() is not None
-            reason = "a global module hook is registered" if _global_hooks() else wiring.why_not_at_all()
+            reason = "a global module hook is registered" if has_global_hooks() else wiring.why_not_at_all()
         if reason is None and module.training and not recipe.trains:
             reason = _OTHER_IN_TRAINING
         if reason is not None:
@@ -232,7 +243,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
     between, is registered on a block or on what is around blocks.
     """
-    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or _global_hooks():
+    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
@@ -279,7 +290,9 @@ def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor,
     bound = onednn.bound(x, known.bound)
     if not program.takes(x) or not program.is_safe(bound):
         return None
-    return program(x, known.owned), Known(True, program.result_bound(bound), known.backend)
+    return program(x, known.owned, block.__dict__["_rk_state"].path), Known(
+        True, program.result_bound(bound), known.backend
+    )
 
 
 def is_inside_verified() -> bool:

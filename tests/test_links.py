@@ -12,7 +12,7 @@ from resnet_kernels.wiring import Wiring
 def found(*blocks: nn.Module) -> list[list[str]]:
     """Each convolution that adds a residual, with its links as text; the number behind a name is its block's."""
     recipes = [reading.read(block).recipe() for block in blocks]
-    parts, result = launches.parts_of([Wiring(*pair) for pair in zip(blocks, recipes)], recipes)
+    parts, result = launches.parts_of([Wiring(*pair) for pair in zip(blocks, recipes)], recipes, [""] * len(blocks))
     names = {id(m): f"{name}@{i}" for i, block in enumerate(blocks) for name, m in block.named_modules()}
     return [
         [
