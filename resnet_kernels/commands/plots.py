@@ -114,15 +114,16 @@ def best_peer(bars: Sequence[Bar]):
     axes.set_yticks(range(len(ordered)), [bar.label for bar in ordered], fontsize=8)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     # Room outside of the bars for the texts: inches, 0.075 a letter, in units of the axis.
-    left, right = max(0, -min(values)), max(0, *values)
+    # An axis of at least 1/1.2 to 1.2, or a loss of 1% would fill the page.
+    left, right = (max(math.log2(1.2), *(side * value for value in values)) for side in (-1, 1))
     widths = [
         0.075 * max((len(t) for t, v in zip(texts, values) if (v < 0) == losses), default=0) + 0.2 for losses in (1, 0)
     ]
     inches = _WIDTH - 0.075 * max(len(bar.label) for bar in ordered) - 0.5
-    unit = max(left + right, 0.1) / (inches - sum(widths))
+    unit = (left + right) / (inches - sum(widths))
     left, right = left + unit * widths[0], right + unit * widths[1]
     axes.set_xlim(-left, right)
-    ticks = [t for t in _ratio_ticks(max(left, right)) if -left < math.log2(t) < right]
+    ticks = _ratio_ticks(-left, right, 0.4 * unit)
     axes.set_xticks([math.log2(t) for t in ticks], [f"{t:g}" for t in ticks])
     axes.set_xlabel("times the best peer's speed (log scale): right of 1 fused is faster, left of 1 slower", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
@@ -300,7 +301,11 @@ def _log_axis(axis, low: float, high: float, unit: str = "") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _ratio_ticks(reach: float) -> list[float]:
-    if reach > 1.5:
-        return [2.0**k for k in range(-8, 9)]
-    return [0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5]
+def _ratio_ticks(low: float, high: float, apart: float) -> list[float]:
+    """Ratios to write at an axis of their logarithms to base 2: the roundest first, as many as are so far apart."""
+    powers = [2.0**k for exponent in range(1, 9) for k in (exponent, -exponent)]
+    ticks = [1.0]
+    for tick in (*powers, 1.5, 0.75, 1.25, 0.8, 1.1, 0.9, 0.7, 0.6, 0.4, 3, 1.75):
+        if low < math.log2(tick) < high and all(abs(math.log2(tick / other)) >= apart for other in ticks):
+            ticks.append(tick)
+    return ticks

@@ -199,7 +199,11 @@ def layers(results: Results) -> Section:
             for stage, kernel in zip(_stages(kernels), kernels):
                 parts_of = by_stage.setdefault(stage, {}).setdefault(name, dict.fromkeys(_PARTS.values(), 0.0))
                 parts_of[_part(kernel)] += 1e3 * kernel.seconds
-        note = f"The kernels of {', '.join(pathless)} bear no module's path: whole network alone." if pathless else ""
+        note = (
+            f"The kernels of {', '.join(pathless)} bear no module's path, and not always a kind: whole network alone."
+            if pathless
+            else ""
+        )
         parts.append(_stacked(case, by_stage, "time per layer", note))
     return Section(
         "layers",
@@ -293,8 +297,8 @@ def _profiled(results: Results, direction: str) -> list[CaseResults]:
 
 def _unprofiled(results: Results, direction: str) -> str:
     if not any(case.level == "model" and case.direction == direction for case in results.cases.values()):
-        return f"Nothing to draw: the file has no network in {_DIRECTIONS[direction]}."
-    return "Nothing to draw: the file has no times of single kernels (extra_info's kernels)."
+        return f"Nothing to draw: the file has no network's {_DIRECTIONS[direction]}."
+    return "Nothing to draw: the file has no times of single kernels."
 
 
 def _grouped(cases: Iterable[CaseResults], key) -> dict[tuple, list[CaseResults]]:
