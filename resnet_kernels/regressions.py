@@ -138,8 +138,8 @@ def _median(values: Sequence[float]) -> tuple[float, float, float]:
     """(median, low, high): the tightest order statistics that hold the median 99% of the time, else the whole range."""
     ordered = sorted(values)
     n = len(ordered)
-    # A share (1 - confidence) / 2 of n fair coins shows at most k heads. The normal approximation, with its correction for
-    # steps of one, errs by less than one order statistic from n = 8 on; with fewer, the range is all there is.
+    # Of n samples a binomial number lies below the true median. The normal approximation of it, with the correction for
+    # whole numbers, is off by less than one from n = 8 on; fewer samples need their whole range, and get it.
     z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     k = max(0, math.floor(n / 2 - z * math.sqrt(n) / 2 - 0.5))
     return statistics.median(ordered), ordered[k], ordered[n - 1 - k]

@@ -17,7 +17,7 @@ from pathlib import Path
 # The newest layout of extra_info that is understood; files without the field are older than it.
 SCHEMA = 1
 
-_CASE = re.compile(r"(op|block|model)-(forward|forward-backward)-(.+)-(\d+)px-b(\d+)-(fp32|fp16|bf16)-(cpu|cuda)")
+_CASE = re.compile(r"(op|block|model)-(forward-backward|forward)-(.+)-(\d+)px-b(\d+)-(fp32|fp16|bf16)-(cpu|cuda)")
 _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _SYSTEMS = (
     (r"d2l_.*keras", "d2l-keras"),
