@@ -244,7 +244,7 @@ def test_against(fused, status, verdict, tmp_path, capsys):
     counts = {v: 2 * (v == (verdict or "within noise")) for v in ("slower", "faster", "within noise")}
     assert "ours: {slower} slower, {faster} faster, {within noise} within noise".format(**counts) in out
     percent = {"slower": r"\+(?:19|20)\.\d%", "faster": r"-(?:19|20)\.\d%"}.get(verdict)
-    assert len(re.findall(rf"^{verdict}  model-forward-.+fused +({percent}) ", out, re.M)) == (2 if verdict else 0)
+    assert len(re.findall(rf"^{verdict} +model-forward-.+fused +({percent}) ", out, re.M)) == (2 if verdict else 0)
     assert "## Against old.json" in (tmp_path / "out" / "report.md").read_text()
 
 
