@@ -11,6 +11,9 @@ from resnet_kernels.timing import Timing
 
 from .harness import Absent, Measured
 
+# From here on a neighbour is worth a warning.
+BUSY_CORES = 0.2
+
 RESULTS = pytest.StashKey[list[Measured | Absent]]()
 
 
@@ -63,6 +66,12 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"  {row.line}")
         terminalreporter.section("time / eager's time and / fused's time of the same round: below 1 is faster")
         terminalreporter.write_line(_table(measured))
+        busy = max(row.info["busy_elsewhere"] or 0.0 for row in measured)
+        if busy > BUSY_CORES:
+            terminalreporter.write_line(
+                f"other processes kept up to {busy:.1f} cores busy: contenders with different thread pools suffer "
+                "differently from that, so measure again on a quiet machine"
+            )
     absent = absentees(results)
     if absent:
         terminalreporter.section("absent peers")

@@ -17,6 +17,7 @@ from resnet_kernels.timing import Timing, interleave, ratios, summary_line
 from . import figures
 from .cases import Case
 from .contenders import Contender, Eager, Fused, FusedGraph
+from .load import Neighbours
 from .parity import Gate
 from .peers import LEAD_IN_SECONDS, PEERS
 from .workload import Operands, Runner, Workload
@@ -86,8 +87,9 @@ def measure(
         except Exception as error:
             rows[name] = Absent(str(case), name, _crash(error))
     by_name = {contender.name: contender for contender in chosen}
+    neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
-    shared = {**figures.of_case(workload)}
+    shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
     kernels = figures.work(workload)
     machine = figures.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
