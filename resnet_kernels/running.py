@@ -45,11 +45,15 @@ UNKNOWN = Known()
 
 
 class FusedState:
-    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights."""
+    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
 
-    def __init__(self, plan: Any, backend: str):
+    path: the module's, in the model that was fused; a label for profilers.
+    """
+
+    def __init__(self, plan: Any, backend: str, path: str = ""):
         self.plan = plan
         self.backend = backend
+        self.path = path
         self.packs: dict[str, PackedConv]
         self.programs: dict[tuple[str, ...], PackedProgram]
         self.drop_packs()
@@ -61,7 +65,8 @@ class FusedState:
 
     def __getstate__(self) -> dict:
         # Packed weights are opaque and the wiring is of this very module: a copy makes its own in its first call.
-        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
+        kept = {"plan": self.plan, "backend": self.backend, "path": self.path}
+        return {**kept, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
 
 
 def drop_packs(module: nn.Module) -> None:
@@ -275,7 +280,9 @@ def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor,
     bound = onednn.bound(x, known.bound)
     if not program.takes(x) or not program.is_safe(bound):
         return None
-    return program(x, known.owned), Known(True, program.result_bound(bound), known.backend)
+    return program(x, known.owned, block.__dict__["_rk_state"].path), Known(
+        True, program.result_bound(bound), known.backend
+    )
 
 
 def is_inside_verified() -> bool:
