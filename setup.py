@@ -1,6 +1,7 @@
 """Metadata of resnet_kernels.
 
-`pip install .[test]` for the tests, `.[bench]` for the benchmarks' peers and plots, `.[train]` for data sets and curves.
+`pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[peers]` for whom they
+compare with, `.[train]` for data sets and curves.
 """
 
 import re
@@ -38,6 +39,7 @@ setup(
         "timm": TIMM,
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
         "train": TRAIN,
+        "peers": ["jax>=0.5", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "openvino>=2025.0"],
         "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"],
     },
     classifiers=[

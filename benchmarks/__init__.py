@@ -6,7 +6,8 @@
     contenders.py       eager and ours;  peers.py: everybody else, with settings;  jax_resnet.py: a network in JAX
     parity.py           the gate before the clock
     harness.py          a case measured: all its contenders made ready, gated, timed in turns
-    figures.py          FLOPs, bytes, ceilings, versions;  load.py: what the neighbours do
+    figures.py          FLOPs, bytes, ceilings, versions
+    kernels.py          a model's time by kernel;  load.py: what the neighbours do
     test_benchmarks.py  a benchmark a contender;  conftest.py: --full, and the tables at the end
     table.py            README's table from a file
     costs.py            python -m benchmarks.costs: what the package costs beside its kernels
@@ -42,17 +43,22 @@ of a group is of the same round), in `extra_info`:
     parity_error, parity_budget             relative norm error against fp64, and what it may be: twice eager's + one rounding
     parity_failure      "", or of what a peer is over budget: its time is reported all the same (ours has none then)
     p20, p80            seconds
-    gflop, hbm_gb       1e9 FLOPs of a call, of convolutions and matmuls; 1e9 bytes that per-layer fusion has to move, null where
-                        nothing counts them (forward-backward, but for ops that only stream)
+    gflop               1e9 FLOPs of a call, of convolutions and matmuls
+    hbm_gb              1e9 bytes that per-layer fusion has to move, null where nothing counts them (forward-backward, but for
+                        ops that only stream)
     img_per_s, gflop_per_s, tflop_per_s, gb_per_s          by the median
     ceilings            {tflop_per_s, gb_per_s, source}: what this device reaches, measured in the same session
-    roofline_seconds, roofline_share, roofline_bound       least seconds of a call by these ceilings, its share of the median, and
-                        what bounds most of it, "FLOP" or "HBM"; by FLOPs alone where hbm_gb is null. The bytes count as if each
-                        kernel had to read from memory: a share may pass 1 where a CPU's caches hold them
+    roofline_seconds    least seconds of a call by these ceilings; by FLOPs alone where hbm_gb is null
+    roofline_share      of the median. Bytes count as if each kernel had to read from memory, so it may pass 1 where a CPU's
+                        caches hold them
+    roofline_bound      "FLOP" or "HBM": what bounds most of it
     saved_mib           MiB kept for the backward pass; null in forward passes and where it can't be seen
-    interleaved_ratio_to_eager, interleaved_ratio_to_fused  time / the other's of the same round, the median; with _p20 and _p80.
+    interleaved_ratio_to_eager, interleaved_ratio_to_fused  median of time / the other's of the same round; with _p20, _p80.
                         Missing where there is no other
     input_copies        copies of the inputs that calls went through, so that a GPU's L2 cache had lost each; 1: no rotation
     busy_elsewhere      cores that other processes kept busy during the rounds, or null
-    kernels             models run by eager, fused and compile, with --kernels: [{path, name, kind, seconds, flops, hbm_bytes}]
+    kernels             models run by eager, fused and compile, with --full; missing otherwise. A row for each call of a module
+                        or fused step: {path, call, layer, name, kind, backward, seconds, flops, hbm_bytes}; layer is the same
+                        for eager and fused, kind "conv", "bn" or "rest"; flops and hbm_bytes null where unknown (compile,
+                        backward)
 """

@@ -228,5 +228,8 @@ def cases(full: bool = False) -> list[Case]:
             for model in FULL_MODELS
             for batch in FULL_BATCHES[platform.device]
             for direction in DIRECTIONS
+            # BN has no statistics over one image of one pixel, which d2l's 28x28 shrink to.
+            if batch > 1 or direction == "forward"
         ]
-    return found
+    # A GPU's default batch of d2l's Keras model is one of its batches here.
+    return list({str(case): case for case in found}.values())

@@ -17,6 +17,8 @@ from resnet_kernels.timing import Timing, interleave, ratios, summary_line
 from . import figures
 from .cases import Case
 from .contenders import Contender, Eager, Fused, FusedGraph
+from .kernels import PROFILED
+from .kernels import kernels as kernels_of
 from .load import Neighbours
 from .parity import Gate
 from .peers import LEAD_IN_SECONDS, PEERS
@@ -60,13 +62,14 @@ def contenders(case: Case, full: bool = False, known: Sequence[Contender] = CONT
 
 
 def measure(
-    case: Case, chosen: Sequence[Contender], seconds: float, min_rounds: int = 5
+    case: Case, chosen: Sequence[Contender], seconds: float, min_rounds: int = 5, profiled: bool = False
 ) -> dict[str, Measured | Absent]:
     """Makes contenders ready and times those that pass, in turns.
 
     Args:
         chosen: contenders, with eager among them.
         seconds: of rounds, for each contender against eager; 0 does not time at all.
+        profiled: add the kernels of a model's contenders, from calls after the timed ones.
 
     Returns:
         contender's name -> its row, in the order of `chosen`. A row of ours that fails the gate has no timing.
@@ -90,16 +93,18 @@ def measure(
     neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
     shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
-    kernels = figures.work(workload)
+    work = figures.work(workload)
     machine = figures.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
         info = {
             **shared,
             **_of_contender(by_name[name], rows[name].gate),
-            **figures.of_time(kernels, machine, case.batch, timing.median),
+            **figures.of_time(work, machine, case.batch, timing.median),
             **_against(timings, name),
             "saved_mib": _saved_mib(runners[name], workload.operands) if case.backward else None,
         }
+        if profiled and case.level == "model" and name in PROFILED:
+            info["kernels"] = kernels_of(by_name[name], runners[name], workload)
         line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
         rows[name] = Measured(str(case), name, rows[name].gate, timing, line, info)
     return rows

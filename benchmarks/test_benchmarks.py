@@ -57,11 +57,13 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)
-def rows_of(case: Case, chosen: tuple[str, ...], seconds: float, min_rounds: int) -> dict[str, Measured | Absent]:
+def rows_of(
+    case: Case, chosen: tuple[str, ...], seconds: float, min_rounds: int, full: bool
+) -> dict[str, Measured | Absent]:
     """One measurement for all contenders of a case, which follow one another."""
     # A peer's graphs of the case before would count against Dynamo's limit, and hold memory.
     torch.compiler.reset()
-    return harness.measure(case, [c for c in CONTENDERS if c.name in chosen], seconds, min_rounds)
+    return harness.measure(case, [c for c in CONTENDERS if c.name in chosen], seconds, min_rounds, profiled=full)
 
 
 @pytest.fixture
@@ -79,9 +81,9 @@ def _case(item) -> Case | None:
 
 @pytest.mark.benchmark(timer=REPLAY.interleaved_clock)
 def test_benchmark(benchmark, case, contender, chosen, results, pytestconfig):
-    options = (float(pytestconfig.getoption(f"benchmark_{name}")) for name in ("max_time", "min_rounds"))
-    seconds, min_rounds = options
-    row = rows_of(case, chosen, 0.0 if benchmark.disabled else seconds, int(min_rounds))[contender]
+    option = pytestconfig.getoption
+    seconds = 0.0 if benchmark.disabled else float(option("benchmark_max_time"))
+    row = rows_of(case, chosen, seconds, int(option("benchmark_min_rounds")), option("--full"))[contender]
     if isinstance(row, Absent):
         results.append(row)
         pytest.skip(f"{row.contender}: {row.reason}")
