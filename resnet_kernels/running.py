@@ -83,7 +83,8 @@ def say_once(reason: str) -> None:
         warnings.warn(f"resnet_kernels: {reason}; such calls run the model's own PyTorch code", RuntimeWarning, 5)
 
 
-def _global_hooks() -> bool:
+def has_global_hooks() -> bool:
+    """Whether a hook on all modules is registered."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -148,7 +149,7 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
         reason = wiring
         if not isinstance(wiring, str):
             batch_statistics = wiring.in_training() is not None
-            reason = "a global module hook is registered" if _global_hooks() else wiring.why_not_at_all()
+            reason = "a global module hook is registered" if has_global_hooks() else wiring.why_not_at_all()
         if reason is None and module.training and not recipe.trains:
             reason = _OTHER_IN_TRAINING
         if reason is not None:
@@ -233,7 +234,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
     between, is registered on a block or on what is around blocks.
     """
-    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or _global_hooks():
+    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
