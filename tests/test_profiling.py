@@ -1,6 +1,7 @@
 """Where time went: every kernel in its module's range, counted once, fused and eager, forward and backward."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,9 @@ from torch import nn
 from torch.autograd import DeviceType
 
 import resnet_kernels as rk
+from resnet_kernels import __main__ as cli
 from resnet_kernels import dataflow, profiling, ranges, roofline
+from resnet_kernels.commands import profile as profile_command
 from resnet_kernels.models import resnet_v1, resnet_v2
 from resnet_kernels.ops import dispatch
 from resnet_kernels.profiling import KernelTime
@@ -283,3 +286,83 @@ def test_errors():
     with pytest.raises(ValueError, match="model must not be compiled"):
         model.compile()
         profiling.profile(lambda: None, model)
+
+
+def test_command(capsys, tmp_path):
+    trace = tmp_path / "trace.json"
+    assert (
+        cli.main(
+            [
+                "profile",
+                "--model",
+                "resnet18",
+                "--device",
+                "cpu",
+                "--image-size",
+                "32",
+                "--top",
+                "30",
+                "--trace",
+                str(trace),
+            ]
+        )
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert 'resnet18, fused, backend="auto": inference, batch 2, 32x32, 5 steps' in text
+    assert "measured ceilings" in text and "ms (median) for a step without the profiler" in text
+    row = r"^layer4\.0\.downsample\.0\+downsample\.1 +\S+ +conv +\d+\.\d{3} +\d+\.\d% +\d+\.\d +\d+\.\d +\d+%$"
+    assert re.search(row, text, re.M), text
+    totals = text[text.index("\nkind ") :]
+    assert re.search(r"^kind +forward ms +of all$", totals, re.M) and re.search(r"^conv +\d+\.\d{3} +\d", totals, re.M)
+    assert "module:layer4.1.conv2+bn2+add+relu" in trace.read_text()
+
+
+def test_command_rows_are_the_slowest_first_and_the_rest_is_summed_up(capsys):
+    assert cli.main(["profile", "--model", "d2l_resnet18", "--device", "cpu", "--eager", "--top", "3"]) == 0
+    text = capsys.readouterr().out
+    lines = text.split("\n\n")[1].splitlines()[2:]
+    assert len(lines) == 4 and re.match(r"\d+ more +\d", lines[3]) and "plain PyTorch: inference" in text
+    milliseconds = [float(re.search(r" (\d+\.\d{3}) ", line).group(1)) for line in lines[:3]]
+    assert milliseconds == sorted(milliseconds, reverse=True)
+
+
+def test_command_json_of_a_training_step(capsys):
+    assert (
+        cli.main(["profile", "--model", "d2l_resnet18", "--device", "cpu", "--backward", "--steps", "1", "--json"]) == 0
+    )
+    values = json.loads(capsys.readouterr().out)
+    assert values["backward"] and values["seconds_per_step"] > 0 and values["ceilings"]["flops_per_s"] > 0
+    assert set(values["totals"]) == {"forward", "backward"}
+    for name, backward in (("forward", False), ("backward", True)):
+        rows = [row for row in values["rows"] if row["backward"] == backward]
+        assert sum(values["totals"][name].values()) == pytest.approx(sum(row["seconds"] for row in rows))
+        assert values["totals"][name]["conv"] > 0 and values["totals"][name]["bn"] > 0
+        assert all((row["flops"] is None) for row in rows) == backward
+    shares = [row["share_of_roofline"] for row in values["rows"] if row["kind"] == "conv" and not row["backward"]]
+    assert shares and all(share > 0 for share in shares)
+
+
+def test_command_errors(capsys, tmp_path):
+    missing = str(tmp_path / "none" / "trace.json")
+    for arguments, message in (
+        (["--trace", missing], "--trace must be in a directory that exists"),
+        (["--model", "resnet51"], "--model must be one of resnet18, "),
+    ):
+        assert cli.main(["profile", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+    with pytest.raises(SystemExit):
+        cli.main(["profile", "--steps", "0"])
+
+
+def test_an_h200_is_compared_with_an_h200(monkeypatch):
+    images = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(profiling, "ceilings", lambda *_: "measured")
+    assert profile_command._machine(images) == (roofline.h200("bf16"), "of an H200")
+    images.dtype = torch.float64
+    assert profile_command._machine(images)[0] == "measured"
+    images.dtype = torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    assert profile_command._machine(images)[0] == "measured"
