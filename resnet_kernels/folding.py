@@ -43,10 +43,10 @@ def scale_shift(conv: nn.Conv2d, bn: nn.Module | None, backend: str) -> tuple[Te
 
 
 def _in_one_launch(conv: nn.Conv2d, tensors: tuple[Tensor | None, ...], backend: str) -> bool:
-    # PyTorch takes six launches; so cuDNN's backend uses the kernel, too, where Triton is there.
-    if backend == "cudnn" and dispatch.why_not("triton", conv.weight.device.type, torch.float32) is not None:
+    # PyTorch takes six launches; so the others on a GPU use the kernel, too, where Triton is there.
+    if backend in ("cudnn", "tuned") and dispatch.why_not("triton", conv.weight.device.type, torch.float32) is not None:
         return False
-    return backend in ("triton", "cudnn") and all(t is None or t.is_contiguous() for t in (*tensors, conv.bias))
+    return backend in ("triton", "cudnn", "tuned") and all(t is None or t.is_contiguous() for t in (*tensors, conv.bias))
 
 
 class PackedConv:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import PackedConv, PackedProgram, bn_tensors, scale_shift
-from .ops import add_relu, onednn
+from .ops import add_relu, dispatch, onednn
 from .ops.geometry import Geometry
 from .ops.library import autocast_dtype
 from .recipe import CallStep, ConvStep, NormStep, Recipe
@@ -116,7 +116,7 @@ def _call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend
     if child is not None:
         return child(*inputs)
     if step.what == "add_relu" and inputs[0].shape == inputs[1].shape:
-        return add_relu(*inputs, backend=backend)
+        return add_relu(*inputs, backend=dispatch.as_requested(backend))
     if step.what == "add_relu":
         return torch.relu_(torch.add(*inputs))  # a sum that broadcasts
     return torch.add(*inputs) if step.what == "add" else torch.relu(*inputs)
