@@ -1,13 +1,15 @@
-"""python -m resnet_kernels {demo, explain, verify, time, train, roofline}
+"""python -m resnet_kernels {demo, explain, verify, time, train, tune, roofline}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
     verify    parity, layer by layer, against fp64
     time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
     train     train a network of the zoo on real data; see commands/train.py
+    tune      measure what is fastest on this GPU, for backend="auto" to use; see commands/tune.py
     roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
 
-Exit status: 0, or 1 where parity fails, or 2 for a wrong argument, or 130 when training was stopped.
+Exit status: 0, or 1 where parity fails, or 2 for a wrong argument, or 130 when training or tuning was
+stopped.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from . import timing
-from .commands import common, roofline, time, train
+from .commands import common, roofline, time, train, tune
 from .report import table
 
 
@@ -52,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=common.positive, help="default: 224, and 28 for d2l")
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
-    for command in (time, train, roofline):
+    for command in (time, train, tune, roofline):
         name = command.__name__.rpartition(".")[2]
         command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.HELP))
     return parser
