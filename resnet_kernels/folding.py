@@ -46,7 +46,9 @@ def _in_one_launch(conv: nn.Conv2d, tensors: tuple[Tensor | None, ...], backend:
     # PyTorch takes six launches; so the others on a GPU use the kernel, too, where Triton is there.
     if backend in ("cudnn", "tuned") and dispatch.why_not("triton", conv.weight.device.type, torch.float32) is not None:
         return False
-    return backend in ("triton", "cudnn", "tuned") and all(t is None or t.is_contiguous() for t in (*tensors, conv.bias))
+    return backend in ("triton", "cudnn", "tuned") and all(
+        t is None or t.is_contiguous() for t in (*tensors, conv.bias)
+    )
 
 
 class PackedConv:

@@ -47,9 +47,7 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> Counter[Hash
     })  # fmt: skip
 
 
-def build(
-    noted: Counter[Hashable], batches: Iterable[int], dtype: torch.dtype, device: torch.device
-) -> list[Problem]:
+def build(noted: Counter[Hashable], batches: Iterable[int], dtype: torch.dtype, device: torch.device) -> list[Problem]:
     """The problems of what `note` found at these batch sizes, dearest first: those that matter most to the model."""
     problems = [
         BUILDERS[type(asked)](asked, batch, dtype, device, calls)
@@ -202,7 +200,9 @@ def training_record(name: str, layers: list[tuple[int, dict[str, Any]]]) -> dict
     """
     both, rows = ("eager", "triton"), [record["candidates"] for _, record in layers]
     seconds = {
-        clock: {who: sum(calls * record["candidates"][who][clock]["median"] for calls, record in layers) for who in both}
+        clock: {
+            who: sum(calls * record["candidates"][who][clock]["median"] for calls, record in layers) for who in both
+        }
         for clock in ("call", "graph")
         if all(clock in row.get(who, {}) for row in rows for who in both)
     }

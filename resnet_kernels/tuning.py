@@ -195,9 +195,7 @@ def _synchronise(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _time(
-    calls: dict[str, Callable[[], object]], seconds: float, device: torch.device
-) -> dict[str, dict[str, Timing]]:
+def _time(calls: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, dict[str, Timing]]:
     if device.type != "cuda":
         return {"call": interleave(calls, seconds=seconds, device=device)}
     clocks = {"call": interleave(calls, seconds=seconds / 2, device=device)}

@@ -37,12 +37,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(_DTYPES), help="tf32: float32 that may round to it (default: bf16)")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--training", action="store_true", help="measure training's BN, add and ReLU, not inference")
-    parser.add_argument("--seconds", type=float, help=f"for all of it (default: {_SECONDS_EACH:g} a problem, for timing)")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for all of it (default: {_SECONDS_EACH:g} a problem, for timing)"
+    )
     parser.add_argument("--output", type=Path, help="the table's file (default: in the user's cache directory)")
     parser.add_argument("--again", action="store_true", help="measure what these versions have measured already, too")
     parser.add_argument("--samples", action="store_true", help="write all samples, and not only medians, p20 and p80")
     parser.add_argument(
-        "--dry-run", action="store_true", help="the same on the CPU, on small images, into --output: no table for any GPU"
+        "--dry-run",
+        action="store_true",
+        help="the same on the CPU, on small images, into --output: no table for any GPU",
     )
 
 
@@ -88,7 +92,9 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned.DeviceKey]
 def _default_path(key: tuned.DeviceKey) -> Path:
     directory = tuned.cache_directory()
     if directory is None:
-        raise ValueError(f"there is no home directory to put the table in: set {tuned.CACHE_VARIABLE}, or give --output")
+        raise ValueError(
+            f"there is no home directory to put the table in: set {tuned.CACHE_VARIABLE}, or give --output"
+        )
     return directory / key.file_name
 
 

@@ -55,7 +55,9 @@ def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learn
     backend = dispatch.resolve(backend, x.device, x.dtype)
     if backend == "tuned":
         batch, *size = x.shape
-        wins = tuned.choice(NormProblem(*size, residual is not None, relu, learns), batch, x.dtype, x.device) == "triton"
+        wins = (
+            tuned.choice(NormProblem(*size, residual is not None, relu, learns), batch, x.dtype, x.device) == "triton"
+        )
         backend = "triton" if wins and dispatch.why_not("triton", x.device.type, x.dtype) is None else "eager"
     return backend == "triton" and x.numel() > 0
 

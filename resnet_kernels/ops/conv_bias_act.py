@@ -24,7 +24,15 @@ LIBRARY.define(
 def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
     # Resolved here and not by the caller, so that torch.compile sees one op whatever the machine has.
     name = dispatch.resolve(backend, x.device, x.dtype)
-    operands = (x, weight, bias, residual, scale, Geometry(tuple(stride), tuple(padding), tuple(dilation), groups), relu)
+    operands = (
+        x,
+        weight,
+        bias,
+        residual,
+        scale,
+        Geometry(tuple(stride), tuple(padding), tuple(dilation), groups),
+        relu,
+    )
     if name == "tuned":
         name = conv_candidates.winner(*operands)
     return conv_candidates.run(name, *operands)

@@ -1,9 +1,9 @@
 """All the ways to run a convolution of ours, by name; a measured table holds the names, `tune` times them.
 
-    cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table
-    cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
-    pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
-    tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
+cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table
+cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
+pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
+tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
 """
 
 from __future__ import annotations
