@@ -1,4 +1,4 @@
-"""python -m resnet_kernels {demo, explain, verify, time, profile, train, roofline, report}
+"""python -m resnet_kernels {demo, explain, verify, time, profile, train, tune, roofline, report}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
@@ -6,11 +6,12 @@
     time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
     profile   where a network's time goes on this machine, kernel by kernel, as a share of the roofline; a Chrome trace
     train     train a network of the zoo on real data; see commands/train.py
+    tune      measure what is fastest on this GPU, for backend="auto" to use; see commands/tune.py
     roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
     report    a page with plots of what `pytest benchmarks` measured, and what changed against an older file
 
 Exit status: 0, or 1 where parity fails or a report finds something slower, or 2 for a wrong argument or file, or 130 when
-training was stopped.
+training or tuning was stopped.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from . import timing
-from .commands import common, profile, report, roofline, time, train
+from .commands import common, profile, report, roofline, time, train, tune
 from .report import table
 
 
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=common.positive, help="default: 224, and 28 for d2l")
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
-    for command in (time, profile, train, roofline, report):
+    for command in (time, profile, train, tune, roofline, report):
         name = command.__name__.rpartition(".")[2]
         command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.HELP))
     return parser

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import bn_tensors
-from .ops import add_relu
+from .ops import add_relu, dispatch
 from .recipe import CallStep
 
 CHANNELS_LAST = torch.channels_last
@@ -32,7 +32,7 @@ def call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend:
     if child is not None:
         return child(*inputs)
     if step.what == "add_relu" and inputs[0].shape == inputs[1].shape:
-        return add_relu(*inputs, backend=backend)
+        return add_relu(*inputs, backend=dispatch.as_requested(backend))
     if step.what == "add_relu":
         return torch.relu_(torch.add(*inputs))  # a sum that broadcasts
     return torch.add(*inputs) if step.what == "add" else torch.relu(*inputs)

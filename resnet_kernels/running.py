@@ -19,7 +19,7 @@ from torch.nn.modules import module as nn_module
 
 from . import reading
 from .folding import PackedConv, PackedProgram
-from .ops import dispatch, onednn
+from .ops import dispatch, onednn, tuned
 from .ops.library import autocast_dtype
 from .recipe import CallStep, ConvStep, Recipe
 from .wiring import Wiring, child_at, has_hooks, wire
@@ -116,7 +116,7 @@ def why_not_now(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
     wiring = wire(module, recipe)
     if isinstance(wiring, str):
         return wiring
-    if wiring.in_training() is None or not trains_on(backend):
+    if wiring.in_training() is None or not trains_on(backend, wiring.convs[0].weight if wiring.convs else None):
         return wiring.why_not_now()
     return wiring.why_not_at_all() or wiring.why_not_trained() or (None if recipe.trains else _OTHER_IN_TRAINING)
 
@@ -146,7 +146,7 @@ def decide(
     """
     if torch.compiler.is_compiling():
         return _decide_for_compiler(module, recipe, state, x), ""
-    if module.training and not trains_on(state.backend) and _has_batch_statistics(module, recipe):
+    if module.training and not trains_on(state.backend, x) and _has_batch_statistics(module, recipe):
         return None, ""  # PyTorch's BN is all there is
     if known.backend is None and not is_ordinary(x):
         return None, ""
@@ -162,7 +162,7 @@ def decide(
         if reason is None and module.training and not recipe.trains:
             reason = _OTHER_IN_TRAINING
         if reason is not None:
-            plain = module.training and not trains_on(state.backend)
+            plain = module.training and not trains_on(state.backend, x)
             return None, "" if plain else f"in a {type(module).__name__}, {reason}"
     if x.dim() != 4 or wiring.widths - {x.shape[1] if channels is None else channels}:
         return None, ""  # eager's own error
@@ -182,7 +182,7 @@ def decide(
     state.drop_packs()
     if dtype not in (None, x.dtype) and any(step.residual == 0 for step in recipe.steps if hasattr(step, "residual")):
         return None, ""  # under autocast, what the sum with a wider shortcut is depends on how the add was written
-    return _decide_to_learn(module, backend, wiring, batch_statistics)
+    return _decide_to_learn(module, backend, wiring, batch_statistics, trains_on(state.backend, x))
 
 
 def _has_batch_statistics(module: nn.Module, recipe: Recipe) -> bool:
@@ -192,9 +192,11 @@ def _has_batch_statistics(module: nn.Module, recipe: Recipe) -> bool:
     return bn is not None and not reading.is_frozen(bn)
 
 
-def _decide_to_learn(module: nn.Module, backend: str, wiring: Wiring, batch_statistics: bool) -> tuple[Go | None, str]:
+def _decide_to_learn(
+    module: nn.Module, backend: str, wiring: Wiring, batch_statistics: bool, trains: bool
+) -> tuple[Go | None, str]:
     reason = None
-    if backend == "triton":
+    if trains:
         reason = wiring.why_not_trained()
     elif batch_statistics:
         return None, ""  # PyTorch's BN is all there is
@@ -205,9 +207,15 @@ def _decide_to_learn(module: nn.Module, backend: str, wiring: Wiring, batch_stat
     return Go(backend, wiring, False, learns=True), ""
 
 
-def trains_on(backend: str) -> bool:
-    """Whether a backend has kernels for batch statistics. `auto` takes them where a table shows a win: none does yet."""
-    return dispatch.requested(backend) == "triton"
+def trains_on(backend: str, data: Any) -> bool:
+    """Whether a backend trains `data` on own kernels; `auto` where a table of its device shows that they win in its dtype.
+
+    data: a block's input, or in its place a weight; of what is no tensor `auto` says no.
+    """
+    backend = dispatch.requested(backend)
+    if backend == "auto" and isinstance(data, Tensor):
+        return tuned.trains(data.device, autocast_dtype(data) or data.dtype)
+    return backend == "triton"
 
 
 def current_wiring(module: nn.Module, recipe: Recipe, state: FusedState) -> Wiring | str:

@@ -65,7 +65,7 @@ def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
     """Whether this is a call on an image batch, and not tracing, training on another backend, or something else."""
     if torch.compiler.is_compiling() or not running.is_ordinary(x):
         return False
-    if module.training and not (state.plan.trains and running.trains_on(state.backend)):
+    if module.training and not (state.plan.trains and running.trains_on(state.backend, x)):
         return False
     if x.dim() != 4 or not x.is_floating_point():
         return False

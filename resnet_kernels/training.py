@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ranges, reading, reference
 from .folding import bn_tensors
-from .ops import add_relu, onednn
+from .ops import add_relu, dispatch, onednn
 from .ops.geometry import Geometry
 from .ops.library import autocast_dtype
 from .recipe import CallStep, NormStep, Recipe
@@ -107,7 +107,7 @@ def _add_and_relu(y: Tensor, residual: Tensor | None, relu: bool, backend: str) 
         return y + residual
     if residual.shape != y.shape or residual.dtype != y.dtype or residual.stride() != y.stride():
         return torch.relu(y + residual)
-    return add_relu(y, residual, backend=backend)
+    return add_relu(y, residual, backend=dispatch.as_requested(backend))
 
 
 def _call(step: CallStep, child: nn.Module | None, inputs: list[Tensor], backend: str) -> Tensor:

@@ -38,6 +38,10 @@ class ConvConfig:
     num_warps: int
     num_stages: int
 
+    def __str__(self) -> str:
+        """What a measured table calls it: no two of CONFIGS may be called the same."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
+
 
 # Shipped tiles, all held by tests to compile, fit and not spill (tests/test_compile.py prints their registers). None is
 # measured yet, which is why backend="auto" never picks this kernel.

@@ -35,6 +35,11 @@ class TmaConfig:
     parts: int
     programs_per_sm: int
 
+    def __str__(self) -> str:
+        """What a measured table calls it: no two of CONFIGS may be called the same."""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}"
+
 
 CONFIGS: tuple[TmaConfig, ...] = (
     # The least traffic from L2: layers of many steps that fill the machine twice over with it.

@@ -7,13 +7,14 @@ only. Where the backend is not Triton, it is PyTorch's own BN, add and ReLU, wit
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from . import dispatch
+from . import dispatch, tuned
 from .library import LIBRARY
 
 LIBRARY.define(
@@ -32,8 +33,33 @@ def _nothing(x: Tensor) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=x.device)
 
 
-def _is_ours(x: Tensor, backend: str) -> bool:
-    return dispatch.resolve(backend, x.device, x.dtype) == "triton" and x.numel() > 0
+class NormProblem(NamedTuple):
+    """What a measured table knows a BN, residual add and ReLU by: everything but the batch. `str` is the key.
+
+    training: forward and backward, with batch statistics; else a forward on the running ones.
+    """
+
+    channels: int
+    height: int
+    width: int
+    residual: bool
+    relu: bool
+    training: bool
+
+    def __str__(self) -> str:
+        what = [name for name in ("residual", "relu", "training") if getattr(self, name)]
+        return " ".join((f"norm {self.channels}x{self.height}x{self.width}", *what))
+
+
+def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
+    backend = dispatch.resolve(backend, x.device, x.dtype)
+    if backend == "tuned":
+        batch, *size = x.shape
+        wins = (
+            tuned.choice(NormProblem(*size, residual is not None, relu, learns), batch, x.dtype, x.device) == "triton"
+        )
+        backend = "triton" if wins and dispatch.why_not("triton", x.device.type, x.dtype) is None else "eager"
+    return backend == "triton" and x.numel() > 0
 
 
 def _by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu):
@@ -45,7 +71,7 @@ def _by_pytorch(x, residual, weight, bias, running_mean, running_var, training, 
 
 def _batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
     arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
-    if not _is_ours(x, backend):
+    if not _is_ours(x, residual, relu, backend, training):
         return _by_pytorch(*arguments)
     from ..kernels import batch_norm_act as kernel
 
@@ -55,7 +81,7 @@ def _batch_norm_act(x, residual, weight, bias, running_mean, running_var, traini
 
 def _fake(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if not (training and _is_ours(x, backend)):
+    if not (training and _is_ours(x, residual, relu, backend, training)):
         return y, _nothing(x), _nothing(x)
     return y, *(torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
 
@@ -112,9 +138,12 @@ def _backward_fake(dy, x, y, weight, bias, mean, rstd, training, eps, relu, need
 
 
 def _autograd(*arguments):
-    x, *_, backend = arguments
+    x, residual, *_, relu, backend = arguments
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        return _Function.apply(*arguments) if _is_ours(x, backend) else _by_pytorch(*arguments[:-1])
+        if not _is_ours(x, residual, relu, backend, learns=True):
+            return _by_pytorch(*arguments[:-1])
+        # Decided: the op below has no gradients to go by.
+        return _Function.apply(*arguments[:-1], "triton")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.resnet_kernels.batch_norm_act.default(*arguments)
 
@@ -154,8 +183,8 @@ def batch_norm_act(
             1 / num_batches_tracked, which is the module's to count.)
         eps: added to the variance; above 0 in training, at least 0 else.
         relu: False leaves the ReLU away.
-        backend: "triton" runs two passes over data forward and two backward. All others, "auto" too until a measured
-            table shows a win, run PyTorch's own BN, add and ReLU. RESNET_KERNELS_BACKEND goes over it.
+        backend: "triton" runs two passes over data forward and two backward; so does "auto" where a measured table shows
+            that they win. Else it is PyTorch's own BN, add and ReLU. RESNET_KERNELS_BACKEND goes over it.
 
     Returns:
         x's shape and dtype, channels_last.

@@ -1,6 +1,6 @@
 """relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
 
-Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `dispatch.resolve` -> one of
+Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `dispatch.resolve` -> `conv_candidates.run`, one of
     kernels/conv_bias_act.py   our Triton kernel: formula, cost, tiles
     ops/cudnn.py, ops/onednn.py, reference.py
 """
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import cudnn, dispatch, onednn
+from . import conv_candidates, dispatch, onednn
 from .geometry import Geometry, IntOrPair, Padding, check_operands, normalise
 from .library import LIBRARY, autocast_dtype
 
@@ -23,21 +23,19 @@ LIBRARY.define(
 
 def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
     # Resolved here and not by the caller, so that torch.compile sees one op whatever the machine has.
-    backend = dispatch.resolve(backend, x.device, x.dtype)
-    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    if backend == "triton":
-        from ..kernels import conv_bias_act as kernel
-
-        return kernel.launch(x, weight, bias, residual, scale, geometry, relu)
-    if backend == "cudnn":
-        y = cudnn.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
-    elif backend == "cpu" and x.shape[0]:
-        if scale is not None:
-            weight = (weight * scale[:, None, None, None]).to(x.dtype)
-        y = onednn.conv_bias_act(x, weight, bias, residual, geometry, relu)
-    else:
-        y = reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
-    return y.contiguous(memory_format=torch.channels_last)
+    name = dispatch.resolve(backend, x.device, x.dtype)
+    operands = (
+        x,
+        weight,
+        bias,
+        residual,
+        scale,
+        Geometry(tuple(stride), tuple(padding), tuple(dilation), groups),
+        relu,
+    )
+    if name == "tuned":
+        name = conv_candidates.winner(*operands)
+    return conv_candidates.run(name, *operands)
 
 
 def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):

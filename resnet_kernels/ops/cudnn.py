@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from . import dispatch
 from .geometry import Geometry
 
 
@@ -26,13 +27,34 @@ def conv_bias_act(
     # cuDNN fuses only up to a ReLU, and refuses empty batches.
     if not relu or x.shape[0] == 0:
         return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
+    x, weight, bias, arguments = _operands(x, weight, bias, scale, geometry)
+    if residual is None:
+        return torch.cudnn_convolution_relu(x, weight, bias, *arguments)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *arguments)
+
+
+def conv_bias_then_add_relu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, geometry: Geometry
+) -> Tensor:
+    """The same in two steps: cuDNN may have a faster kernel for the convolution where it adds nothing."""
+    x, weight, bias, (stride, padding, dilation, groups) = _operands(x, weight, bias, scale, geometry)
+    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    y = y.contiguous(memory_format=torch.channels_last)
+    residual = residual.contiguous(memory_format=torch.channels_last)
+    if y.numel() and dispatch.why_not("triton", x.device.type, x.dtype) is None:
+        from ..kernels import add_relu
+
+        return add_relu.launch(y, residual)
+    return torch.relu_(y.add_(residual))
+
+
+def _operands(
+    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Geometry
+) -> tuple[Tensor, Tensor, Tensor | None, tuple]:
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
     if scale is not None:
         weight = (weight * scale[:, None, None, None]).to(x.dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    arguments = (geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)
-    if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *arguments)
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *arguments)
+    return x, weight, bias, (geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)

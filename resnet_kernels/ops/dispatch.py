@@ -4,7 +4,11 @@ triton  our kernels, on CUDA or ROCm GPUs, or on CPU tensors under TRITON_INTERP
 cudnn   cuDNN's fused convolution + bias (+ add) + ReLU, on NVIDIA GPUs
 cpu     oneDNN's fused convolution + bias (+ add), on CPU tensors
 eager   plain PyTorch, anywhere
-auto    cudnn on NVIDIA GPUs (until a measured table shows a win of ours), cpu on the CPU, eager elsewhere
+auto    what a measured table says where the device has one (tuned.py); else cudnn on NVIDIA GPUs, cpu on the CPU, eager
+        elsewhere
+
+"tuned" is what `auto` resolves to where there is a table. It names no backend that a user can ask for: each op looks its
+problem up, and runs what `untuned` says where the table has no answer.
 """
 
 from __future__ import annotations
@@ -14,6 +18,8 @@ import importlib.util
 import os
 
 import torch
+
+from . import tuned
 
 BACKENDS = ("auto", "triton", "cudnn", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "RESNET_KERNELS_BACKEND"
@@ -38,19 +44,31 @@ def requested(backend: str) -> str:
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turns a requested backend into the one that will run.
+    """Turns a requested backend, or "tuned", into the one that will run; "tuned" where a table decides op by op.
 
     Raises:
         RuntimeError: if an explicit backend can't run on this device in this dtype. Only `auto` falls back.
     """
     backend = requested(backend)
     if backend == "auto":
-        preferred = {"cuda": "cudnn", "cpu": "cpu"}.get(device.type, "eager")
-        return preferred if why_not(preferred, device.type, dtype) is None else "eager"
+        return "tuned" if tuned.covers(device, dtype) else untuned(device, dtype)
+    if backend == "tuned":
+        return backend
     reason = why_not(backend, device.type, dtype)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" {reason}')
     return backend
+
+
+def as_requested(backend: str) -> str:
+    """The name under which a public function takes a resolved backend."""
+    return "auto" if backend == "tuned" else backend
+
+
+def untuned(device: torch.device, dtype: torch.dtype) -> str:
+    """What `auto` runs where no measurement says otherwise."""
+    preferred = {"cuda": "cudnn", "cpu": "cpu"}.get(device.type, "eager")
+    return preferred if why_not(preferred, device.type, dtype) is None else "eager"
 
 
 @functools.cache

@@ -1,0 +1,148 @@
+"""All the ways to run a convolution of ours, by name; a measured table holds the names, `tune` times them.
+
+cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table
+cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
+pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
+tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
+"""
+
+from __future__ import annotations
+
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from . import cudnn, dispatch, onednn, tuned
+from .geometry import Geometry
+
+_CACHED = 4096
+
+
+class ConvProblem(NamedTuple):
+    """What a table knows a convolution by: everything but the batch. `str` is the key, with sizes as C x H x W."""
+
+    c_in: int
+    in_h: int
+    in_w: int
+    weight_shape: tuple[int, int, int, int]
+    geometry: Geometry
+    scale: bool
+    bias: bool
+    residual: bool
+    relu: bool
+
+    def __str__(self) -> str:
+        c_out, _, kernel_h, kernel_w = self.weight_shape
+        stride, padding, dilation, groups = self.geometry
+        epilogue = [name for name in ("scale", "bias", "residual", "relu") if getattr(self, name)]
+        return " ".join(
+            (
+                f"conv {self.c_in}x{self.in_h}x{self.in_w}->{c_out} {kernel_h}x{kernel_w}/{_pair(stride)}",
+                f"p{','.join(map(str, padding))} d{_pair(dilation)} g{groups}",
+                *epilogue,
+            )
+        )
+
+    def x_shape(self, batch: int) -> tuple[int, int, int, int]:
+        return batch, self.c_in, self.in_h, self.in_w
+
+
+def _pair(values: tuple[int, int]) -> str:
+    return str(values[0]) if values[0] == values[1] else f"{values[0]},{values[1]}"
+
+
+def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> list[str]:
+    """The names of what can run a problem here; the first is what runs without a table."""
+    able = lambda backend: dispatch.why_not(backend, device.type, dtype) is None  # noqa: E731
+    names = [dispatch.untuned(device, dtype)]
+    if names[0] == "cpu":
+        names.append("eager")
+    if able("cudnn") and problem.residual and problem.relu:
+        names.append("cudnn+add_relu")
+    if able("triton"):
+        names += [name for name, tile in _tiles().items() if _fits(name, tile, problem, batch, dtype, device)]
+    return names
+
+
+@cache
+def _tiles() -> dict[str, Any]:
+    from ..kernels import conv_bias_act, conv_bias_act_tma_plan
+
+    tiles = {f"pointer {config}": config for config in conv_bias_act.CONFIGS}
+    return tiles | {f"tma {config}": config for config in conv_bias_act_tma_plan.CONFIGS}
+
+
+def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    if name.startswith("pointer "):
+        return True
+    from ..kernels import conv_bias_act_tma, conv_bias_act_tma_plan
+
+    x_shape, geometry = problem.x_shape(batch), problem.geometry
+    # A tap of stride 2 ends at a whole step: what lies behind is the other column's.
+    whole = geometry.stride == (1, 1) or problem.c_in % tile.block_k == 0
+    return (
+        conv_bias_act_tma.runs_on(device)
+        and whole
+        and conv_bias_act_tma_plan.why_not(x_shape, problem.weight_shape, geometry, dtype) is None
+    )
+
+
+def winner(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> str:
+    """The name of what a table says is fastest here; without an answer that can run, what `auto` runs untuned."""
+    batch, *size = x.shape
+    problem = ConvProblem(
+        *size, tuple(weight.shape), geometry, scale is not None, bias is not None, residual is not None, relu
+    )
+    name = tuned.choice(problem, batch, x.dtype, x.device)
+    if name is not None and _can_run(name, problem, batch, x.dtype, x.device):
+        return name
+    return dispatch.untuned(x.device, x.dtype)
+
+
+@lru_cache(_CACHED)
+def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    return name in candidates(problem, batch, dtype, device)
+
+
+def run(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+) -> Tensor:
+    """relu(conv(x, weight) * scale + bias + residual) by the candidate of that name; channels_last."""
+    operands = (x, weight, bias, residual, scale, geometry, relu)
+    if name.startswith("tma "):
+        from ..kernels import conv_bias_act_tma
+
+        return conv_bias_act_tma.launch(*operands, _tiles()[name])
+    if name == "triton" or name.startswith("pointer "):
+        from ..kernels import conv_bias_act
+
+        return conv_bias_act.launch(*operands, None if name == "triton" else _tiles()[name])
+    if name == "cudnn":
+        y = cudnn.conv_bias_act(*operands)
+    elif name == "cudnn+add_relu":
+        y = cudnn.conv_bias_then_add_relu(x, weight, bias, residual, scale, geometry)
+    elif name == "cpu" and x.shape[0]:
+        if scale is not None:
+            weight = (weight * scale[:, None, None, None]).to(x.dtype)
+        y = onednn.conv_bias_act(x, weight, bias, residual, geometry, relu)
+    else:
+        y = reference.conv_bias_act(*operands)
+    return y.contiguous(memory_format=torch.channels_last)

@@ -1,0 +1,224 @@
+"""Measured tables: which candidate is the fastest right one for a problem on this very device. Written by `tune`.
+
+A problem is whatever asks for a choice: a hashable value whose `str` is its key, its shapes without the batch, as in
+"conv 64x56x56->64 3x3/1 p1,1,1,1 d1 g1 scale bias relu". Whoever can run it in several ways asks
+
+    choice(problem, batch, dtype, device)    -> the winner's name, None where nothing was measured
+
+and takes what it would take without a table when it gets None, or a name that it doesn't know.
+
+One JSON file a device, in the package (resnet_kernels/tuned) and in the user's cache directory, whose records go over the
+package's. Read at the first question about a device, never at import. A file that can't be used is ignored with a warning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Hashable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SCHEMA = 1
+CACHE_VARIABLE = "RESNET_KERNELS_CACHE"
+PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent / "tuned"
+# A record of this kind says for a whole model whether its BN, add and ReLU train faster on our kernels: see `trains`.
+TRAINING = "training"
+
+_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+# Answers kept: some 60 problems a net, times a few batch and image sizes.
+_CACHED = 4096
+
+
+class DeviceKey(NamedTuple):
+    """What a table is measured for: the device's name, and its compute capability as "9.0"."""
+
+    name: str
+    capability: str
+
+    @property
+    def file_name(self) -> str:
+        """The table's, as in nvidia-h200-sm90.json."""
+        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return f"{name}-sm{self.capability.replace('.', '')}.json"
+
+
+@lru_cache
+def device_key(device: torch.device) -> DeviceKey | None:
+    """The key of a device's tables; None for a device that has none, which is all but CUDA's."""
+    if device.type != "cuda":
+        return None
+    return DeviceKey(torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device)))
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as tables name it. float32 whose convolutions may round to TF32 is "tf32", as if it were another dtype."""
+    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
+        return "tf32"
+    return _DTYPES.get(dtype, str(dtype))
+
+
+def cache_directory() -> Path | None:
+    """Where the user's own tables are: $RESNET_KERNELS_CACHE, or resnet_kernels in XDG's cache; None without a home."""
+    given = os.environ.get(CACHE_VARIABLE)
+    if given:
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "resnet_kernels"
+    except RuntimeError:  # no home directory
+        return None
+
+
+def covers(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a table has measurements of this device in this dtype."""
+    if _noted is not None:
+        return True
+    # First what costs nothing: most devices have no tables.
+    return device_key(device) is not None and dtype_name(dtype) in _measured_dtypes(device)
+
+
+def choice(problem: Hashable, batch: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The name of the candidate that won a problem, about a microsecond after the first time.
+
+    Args:
+        problem: its `str` is the table's key.
+        batch: images; the nearest measured batch, in logarithms, decides for others.
+        dtype, device: of the data. float32 is looked up as "tf32" where cuDNN's setting allows that.
+
+    Returns:
+        The name, None if the problem was not measured or no candidate could win.
+    """
+    if _noted is not None:
+        _noted[problem, batch] += 1
+        return None
+    return _choice(problem, batch, dtype_name(dtype), device)
+
+
+def trains(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether measurements show that batch_norm_act trains faster than PyTorch's own BN, add and ReLU, forward and backward.
+
+    They are of whole models; all that were measured in this dtype have to agree.
+    """
+    if _noted is not None:
+        return True
+    return device_key(device) is not None and _trains(device, dtype_name(dtype))
+
+
+_noted: Counter[tuple[Hashable, int]] | None = None
+
+
+@contextlib.contextmanager
+def noting() -> Iterator[Counter[tuple[Hashable, int]]]:
+    """Notes what `choice` is asked for, as (problem, batch) -> how often; meanwhile every answer is None.
+
+    Whatever the device, `auto` looks its decisions up, and trains on own ops. Not for several threads at a time.
+    """
+    global _noted
+    _noted, before = Counter(), _noted
+    try:
+        yield _noted
+    finally:
+        _noted = before
+
+
+def forget() -> None:
+    """Drops all that was read, so that the next question reads the files anew."""
+    for function in (_choice, _trains, _measured_dtypes, _table, device_key):
+        # A test may have put something else in device_key's place.
+        getattr(function, "cache_clear", lambda: None)()
+
+
+@lru_cache(_CACHED)
+def _choice(problem: Hashable, batch: int, dtype: str, device: torch.device) -> str | None:
+    measured = _table(device_key(device)).get((dtype, str(problem)))
+    if not measured or batch < 1:
+        return None
+    # Of two that are equally near, the larger.
+    nearest = min(measured, key=lambda other: (abs(math.log(other / batch)), -other))
+    return measured[nearest]
+
+
+@lru_cache
+def _trains(device: torch.device, dtype: str) -> bool:
+    table = _table(device_key(device))
+    winners = [
+        winner
+        for (measured, key), batches in table.items()
+        if measured == dtype and key.startswith(f"{TRAINING} ")
+        for winner in batches.values()
+    ]
+    return bool(winners) and all(winner == "triton" for winner in winners)
+
+
+@lru_cache
+def _measured_dtypes(device: torch.device) -> frozenset[str]:
+    return frozenset(dtype for dtype, _ in _table(device_key(device)))
+
+
+@lru_cache
+def _table(key: DeviceKey | None) -> dict[tuple[str, str], dict[int, str | None]]:
+    """(dtype, problem's key) -> {batch: winner}; of the package, and over it the user's own."""
+    table: dict[tuple[str, str], dict[int, str | None]] = {}
+    for directory in (PACKAGE_DIRECTORY, cache_directory()) if key is not None else ():
+        if directory is None:
+            continue
+        path = directory / key.file_name
+        try:
+            records = read(path, key)
+        except Unusable as reason:
+            warnings.warn(f"resnet_kernels: the table {path} is ignored: {reason}", RuntimeWarning, 2)
+            continue
+        for record in records:
+            table.setdefault((record["dtype"], record["key"]), {})[record["batch"]] = record["winner"]
+    return table
+
+
+class Unusable(ValueError):
+    """A table that can't be used; the message says why."""
+
+
+def read(path: Path, key: DeviceKey) -> list[dict[str, Any]]:
+    """The records of a device's table; none if there is no file.
+
+    Raises:
+        Unusable: damaged, of another schema or device.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise Unusable(f"it can't be read ({error})") from error
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Unusable(f"it is no JSON ({error})") from error
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        schema = values.get("schema") if isinstance(values, dict) else None
+        raise Unusable(f"its schema is {schema!r}, this version reads {SCHEMA}")
+    device = values.get("device")
+    if device != key._asdict():
+        raise Unusable(f"it was measured on {device!r}, this is {key._asdict()!r}")
+    records = values.get("records")
+    if not isinstance(records, list) or not all(map(_is_record, records)):
+        raise Unusable("its records are damaged")
+    return records
+
+
+def _is_record(record: Any) -> bool:
+    return (
+        isinstance(record, dict)
+        and isinstance(record.get("key"), str)
+        and isinstance(record.get("dtype"), str)
+        and type(record.get("batch")) is int
+        and record["batch"] > 0
+        and isinstance(record.get("winner", 0), str | None)
+    )

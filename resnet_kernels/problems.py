@@ -1,0 +1,219 @@
+"""Which choices a model has, and each as a tuning.Problem: operands, candidates, the truth, what it costs.
+
+A kind of problem is a hashable type whose `str` is the key, and which a call site hands to `ops.tuned.choice`; here it has a
+builder in BUILDERS. What a model asks for is seen by running it once (`ops.tuned.noting`), so a new kind needs nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import reference
+from .fusion import fuse
+from .ops import conv_candidates, dispatch, tuned
+from .ops.batch_norm_act import NormProblem
+from .ops.conv_candidates import ConvProblem
+from .tuning import Problem
+
+# Elements that the fp64 reference holds at a time.
+_REFERENCE = 2**26
+
+
+def note(model: nn.Module, x: Tensor, *, training: bool = False) -> Counter[Hashable]:
+    """What a model asks a table for, and how often: in inference, or in a training step's BN, add and ReLU.
+
+    Args:
+        model: is fused in a copy, and that is run once on x.
+        x: a batch of at least 2 images; its size counts, not how many there are.
+
+    Raises:
+        ValueError: if RESNET_KERNELS_BACKEND decides everything already.
+    """
+    if dispatch.requested("auto") != "auto":
+        raise ValueError(f"{dispatch.ENVIRONMENT_VARIABLE} must not be set: with it no table is asked")
+    fused = fuse(model).train(training)
+    with torch.no_grad(), tuned.noting() as noted:
+        fused(x)
+    return Counter({
+        problem: calls
+        for (problem, _), calls in noted.items()
+        if not training or getattr(problem, "training", False)
+    })  # fmt: skip
+
+
+def build(noted: Counter[Hashable], batches: Iterable[int], dtype: torch.dtype, device: torch.device) -> list[Problem]:
+    """The problems of what `note` found at these batch sizes, dearest first: those that matter most to the model."""
+    problems = [
+        BUILDERS[type(asked)](asked, batch, dtype, device, calls)
+        for batch in batches
+        for asked, calls in noted.items()
+    ]  # fmt: skip
+    return sorted(problems, key=lambda p: -p.calls * max(p.bytes, p.flops / _FLOPS_PER_BYTE))
+
+
+# Of an H200's ridge. Only the order of the problems hangs on it.
+_FLOPS_PER_BYTE = 184
+
+
+def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
+    """A convolution with its epilogue."""
+    geometry, relu = asked.geometry, asked.relu
+    x_shape, weight_shape = asked.x_shape(batch), asked.weight_shape
+    y_shape = geometry.out_shape(x_shape, weight_shape)
+    x_size, y_size, weight_size = (torch.Size(shape).numel() for shape in (x_shape, y_shape, weight_shape))
+    fan_in = weight_size // weight_shape[0]
+
+    def operands() -> tuple:
+        draw = _Draw(dtype, device)
+        return (
+            draw(x_shape),
+            draw(weight_shape, fan_in**-0.5),
+            draw(y_shape[1:2], dtype=torch.float32) if asked.bias else None,
+            draw(y_shape) if asked.residual else None,
+            1 + draw(y_shape[1:2], 0.1, dtype=torch.float32) if asked.scale else None,
+        )
+
+    def eager(x, weight, bias, residual, scale):
+        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
+
+    def truth(x, weight, bias, residual, scale):
+        step = max(1, _REFERENCE * batch // max(x_size, y_size))
+        weight, bias, scale = (None if t is None else t.double() for t in (weight, bias, scale))
+        parts = []
+        for start in range(0, batch, step):
+            part = slice(start, start + step)
+            added = None if residual is None else residual[part].double()
+            # In fp32 it is as good a truth for 16 bits, in half the memory.
+            y = eager(x[part].double(), weight, bias, added, scale)
+            parts.append(y if dtype == torch.float32 else y.float())
+        return torch.cat(parts)
+
+    names = conv_candidates.candidates(asked, batch, dtype, device)
+    return Problem(
+        key=str(asked),
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        default=names[0],
+        candidates={name: _runner(name, geometry, relu) for name in names},
+        operands=operands,
+        eager=eager,
+        reference=truth,
+        flops=2 * y_size * fan_in,
+        bytes=dtype.itemsize * (x_size + weight_size + y_size * (1 + asked.residual)),
+        calls=calls,
+    )
+
+
+def _runner(name: str, geometry, relu: bool) -> Callable[..., Tensor]:
+    return lambda *operands: conv_candidates.run(name, *operands, geometry, relu)
+
+
+def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
+    """A BN, residual add and ReLU; in training forward and backward: (y, dx, dresidual, dweight, dbias)."""
+    shape = (batch, asked.channels, asked.height, asked.width)
+
+    def operands() -> tuple:
+        draw, vector = _Draw(dtype, device), (asked.channels,)
+        mean, var = draw(vector, 0.1, dtype=torch.float32), 1 + draw(vector, 0.1, dtype=torch.float32).abs()
+        weight, bias = (1 + draw(vector, 0.1, dtype=torch.float32), draw(vector, 0.1, dtype=torch.float32))
+        dy = draw(shape) if asked.training else None
+        return draw(shape), draw(shape) if asked.residual else None, weight, bias, mean, var, dy
+
+    def truth(*tensors):
+        return eager(*(None if t is None else t.double() for t in tensors))
+
+    def eager(x, residual, weight, bias, mean, var, dy):
+        return run(_by_pytorch, x, residual, weight, bias, mean, var, dy)
+
+    def ours(backend: str):
+        op = torch.ops.resnet_kernels.batch_norm_act.default
+        return lambda *tensors: run(lambda *arguments: op(*arguments, backend)[0], *tensors)
+
+    def run(normalise, x, residual, weight, bias, mean, var, dy):
+        settings = (asked.training, 0.1, 1e-5, asked.relu)
+        if not asked.training:
+            return normalise(x, residual, weight, bias, mean, var, *settings)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
+            given = iter(leaves)
+            x, residual, weight, bias = (None if t is None else next(given) for t in (x, residual, weight, bias))
+            # Copies, or each call would start from other running statistics.
+            y = normalise(x, residual, weight, bias, mean.clone(), var.clone(), *settings)
+            return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    names = ["eager"]
+    if dispatch.why_not("triton", device.type, dtype) is None:
+        names.append("triton")
+    # Passes over data: x (and the residual) in, y out, and x once more for its statistics; backward twice dy and x ...
+    passes = (2 + asked.residual) if not asked.training else (11 if asked.residual else 8)
+    return Problem(
+        key=str(asked),
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        default="eager",
+        candidates={name: ours(name) for name in names},
+        operands=operands,
+        eager=eager,
+        reference=truth,
+        flops=0,
+        bytes=passes * dtype.itemsize * torch.Size(shape).numel(),
+        calls=calls,
+    )
+
+
+def _by_pytorch(x, residual, weight, bias, mean, var, training, momentum, eps, relu):
+    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if relu else y
+
+
+class _Draw:
+    """Normal numbers, the same ones for each problem, on the device itself; images channels_last."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, shape, deviation: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        options = dict(dtype=dtype or self.dtype, device=self.device)
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, **options, memory_format=layout).normal_(0, deviation, generator=self.generator)
+
+
+BUILDERS: dict[type, Callable[..., Problem]] = {ConvProblem: conv_problem, NormProblem: norm_problem}
+
+
+def training_record(name: str, layers: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
+    """What `ops.tuned.trains` reads: whether all layers' BN, add and ReLU together are faster on our kernels.
+
+    Args:
+        name: of the model, with the size of its images.
+        layers: how often a model has it, and the record, of each problem of its training; of one batch, dtype and device.
+    """
+    both, rows = ("eager", "triton"), [record["candidates"] for _, record in layers]
+    seconds = {
+        clock: {
+            who: sum(calls * record["candidates"][who][clock]["median"] for calls, record in layers) for who in both
+        }
+        for clock in ("call", "graph")
+        if all(clock in row.get(who, {}) for row in rows for who in both)
+    }
+    wins = bool(seconds) and all(clock["triton"] < clock["eager"] for clock in seconds.values())
+    first = layers[0][1]
+    return {
+        "key": f"{tuned.TRAINING} {name}",
+        "batch": first["batch"],
+        "dtype": first["dtype"],
+        "winner": "triton" if wins else "eager",
+        "default": "eager",
+        "seconds": seconds,
+        "measured": first["measured"],
+    }
