@@ -42,7 +42,7 @@ WORKERS = 2
 FP16_TARGET = "sm_90"
 # Seconds each to compile; one fits but spills, the other doesn't even fit.
 PLANTED_TARGETS = ("sm_90", "gfx942")
-TMA_KERNEL, TMA_TARGET = "conv_bias_act tma", "sm_90"
+TMA_KERNEL, CHAIN_KERNEL, TMA_TARGET = "conv_bias_act tma", "chain tma", "sm_90"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -206,6 +206,56 @@ def tma_cases(everything: bool) -> list[Case]:
     return list(cases.values())
 
 
+def chain_cases(everything: bool) -> list[Case]:
+    """Every kind of chain as a net has it: widths of 56x56 and 28x28 images at batch 1 and 256, v1 and v2, both strides.
+
+    Without `everything` one of each kind, and of each thing that leads to another loop.
+    """
+    from resnet_kernels.kernels.chain_tma_plan import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
+
+    cases = {}
+    for kind, preact, stride, batch in itertools.product(CONFIGS, (False, True), (1, 2), (256, 1)):
+        width, c_out, size = kind.width, 4 * kind.width, 56 * 64 // kind.width
+        geometry = Geometry((stride, stride), (1, 1, 1, 1))
+        in_size, shapes = (size * stride,) * 2, ((width, width, 3, 3), (c_out, width, 1, 1))
+        next_shape = (kind.next_width, c_out, 1, 1) if kind.next_width else None
+        projection = (c_out, kind.shortcut_in, 1, 1) if kind.shortcut_in else None
+        shortcut = ShortcutShape((batch, kind.shortcut_in or c_out, *in_size), projection, Geometry((stride, stride)))
+        shortcut = shortcut if projection or stride == 2 else None
+        if preact and not next_shape:
+            continue
+        x_shape = (batch, width, *in_size)
+        assert why_not(x_shape, shapes[0], geometry, shapes[1], torch.bfloat16, shortcut, next_shape) is None
+        for dtype in ("bf16", "fp16") if everything else ("bf16",):
+            todo = plan(x_shape, shapes[0], geometry, c_out, shortcut, next_shape, (True, not preact, True))
+            arguments, aligned, constants = specialise(todo.integers)
+            absent = () if projection else ("shortcut_scale_desc", "shortcut_shift_desc")
+            absent += () if preact else ("norm_scale_desc", "norm_shift_desc")
+            types = {
+                name: f"tensordesc<{'fp32' if name in BLOCK_VECTORS else dtype}[{','.join(map(str, view.box))}]>"
+                for name, view in todo.views.items()
+                if name not in absent
+            } | dict.fromkeys(("scale2_ptr", "shift2_ptr"), "*fp32")
+            if next_shape:
+                types |= dict.fromkeys(("scale1_ptr", "shift1_ptr"), "*fp32")
+            constants |= todo.constants | {
+                name: None for name in _kernel(CHAIN_KERNEL).arg_names if name not in types | arguments | todo.constants | constants
+            }
+            config = todo.config
+            layer = f"{width} to {c_out}, next {kind.next_width}, shortcut {kind.shortcut_in}, stride {stride}{', v2' * preact}"
+            case = Case(
+                CHAIN_KERNEL, chain_label(config), dtype, layer, config.num_warps, config.num_stages, types | arguments,
+                aligned, constants,
+            )  # fmt: skip
+            key = (layer, dtype, batch) if everything else kind
+            cases.setdefault(key, case)
+    return list(cases.values())
+
+
+def chain_label(config) -> str:
+    return f"{config.block_m}x{config.block_c}x{config.block_k} w{config.num_warps} s{config.num_stages}/{config.tail_stages}"
+
+
 def pointwise_cases() -> list[Case]:
     from resnet_kernels.kernels import add_relu, bn_scale_shift
 
@@ -315,7 +365,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        record |= _read_nvidia(compiled, case.kernel == TMA_KERNEL) if target.nvidia else _read_amd(compiled)
+        record |= _read_nvidia(compiled, case.kernel in (TMA_KERNEL, CHAIN_KERNEL)) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
@@ -328,6 +378,7 @@ def _kernel(name: str):
         batch_norm_act,
         batch_norm_act_backward,
         bn_scale_shift,
+        chain_tma,
         conv_bias_act,
         conv_bias_act_tma,
     )
@@ -338,6 +389,7 @@ def _kernel(name: str):
     return {
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
         TMA_KERNEL: conv_bias_act_tma._conv_bias_act_tma_kernel,
+        CHAIN_KERNEL: chain_tma._chain_tma_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
     }[name]
@@ -411,7 +463,7 @@ def _programs(record: dict, target: Target) -> int:
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
-    chosen += [(c, t) for c in tma_cases(everything) for t in TARGETS if t.name == TMA_TARGET]
+    chosen += [(c, t) for c in (*tma_cases(everything), *chain_cases(everything)) for t in TARGETS if t.name == TMA_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 
 
