@@ -43,11 +43,13 @@ class Kind(NamedTuple):
     shortcut_in: int
 
 
-# Blocks of 32 channels where z's sums have to be kept as well: 64 would take one program's registers twice over.
-_TWO = ChainConfig(128, 64, 64, num_warps=8, num_stages=4, tail_stages=2, programs_per_sm=2)
-_TWO_NEXT = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=2, programs_per_sm=2)
-_TWO_WIDE = ChainConfig(128, 64, 64, num_warps=8, num_stages=3, tail_stages=2, programs_per_sm=2)
-_ONE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=2, programs_per_sm=1)
+# Blocks of 32 channels: y's own sums then are a quarter of h's, and where z is summed up too, two programs still fit.
+# Where only one fits, nobody else works while it waits: more of its loads are under way at a time.
+_TWO = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=2)
+_TWO_NEXT = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=2)
+_TWO_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=3, tail_stages=3, programs_per_sm=2)
+_ONE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=1)
+_ONE_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=1)
 
 CONFIGS: dict[Kind, ChainConfig] = {
     Kind(64, 0, 0): _TWO,
@@ -55,14 +57,14 @@ CONFIGS: dict[Kind, ChainConfig] = {
     Kind(64, 128, 0): _ONE,
     Kind(128, 0, 0): _TWO_WIDE,
     Kind(128, 128, 0): _ONE,
-    Kind(128, 256, 0): _ONE,
-    Kind(64, 0, 64): _TWO_NEXT,
+    Kind(128, 256, 0): _ONE_WIDE,
+    Kind(64, 0, 64): _TWO,
     Kind(64, 64, 64): _ONE,
     Kind(64, 128, 64): _ONE,
     Kind(64, 0, 256): _ONE,
     Kind(64, 64, 256): _ONE,
     Kind(64, 128, 256): _ONE,
-    Kind(128, 0, 64): _ONE,
+    Kind(128, 0, 64): _TWO_WIDE,
     Kind(128, 128, 64): _ONE,
     Kind(128, 0, 256): _ONE,
     Kind(128, 128, 256): _ONE,
