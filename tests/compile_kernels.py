@@ -207,53 +207,54 @@ def tma_cases(everything: bool) -> list[Case]:
 
 
 def chain_cases(everything: bool) -> list[Case]:
-    """Every kind of chain as a net has it: widths of 56x56 and 28x28 images at batch 1 and 256, v1 and v2, both strides.
+    """Every kind of chain at 56x56 and 28x28: batch 256 and 1, v1 and v2, both strides, and channels that fill no block.
 
-    Without `everything` one of each kind, and of each thing that leads to another loop.
+    Without `everything` one of each kind, and one of each thing that leads to another loop.
     """
     from resnet_kernels.kernels.chain_tma_plan import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
 
     cases = {}
-    for kind, preact, stride, batch in itertools.product(CONFIGS, (False, True), (1, 2), (256, 1)):
-        width, c_out, size = kind.width, 4 * kind.width, 56 * 64 // kind.width
-        geometry = Geometry((stride, stride), (1, 1, 1, 1))
-        in_size, shapes = (size * stride,) * 2, ((width, width, 3, 3), (c_out, width, 1, 1))
-        next_shape = (kind.next_width, c_out, 1, 1) if kind.next_width else None
-        projection = (c_out, kind.shortcut_in, 1, 1) if kind.shortcut_in else None
-        shortcut = ShortcutShape((batch, kind.shortcut_in or c_out, *in_size), projection, Geometry((stride, stride)))
-        shortcut = shortcut if projection or stride == 2 else None
-        if preact and not next_shape:
+    names = _kernel(CHAIN_KERNEL).arg_names
+    for kind, less, preact, stride, batch in itertools.product(CONFIGS, (0, 32), (False, True), (1, 2), (256, 1)):
+        width, c_next, c_shortcut = (channels and channels - less for channels in kind)
+        if preact and not c_next:
             continue
-        x_shape = (batch, width, *in_size)
-        assert why_not(x_shape, shapes[0], geometry, shapes[1], torch.bfloat16, shortcut, next_shape) is None
+        c_out, size = 4 * kind.width, 56 * 64 // kind.width
+        geometry, step = Geometry((stride, stride), (1, 1, 1, 1)), Geometry((stride, stride))
+        x_shape = (batch, width, size * stride, size * stride)
+        conv2, conv3, following = (width, width, 3, 3), (c_out, width, 1, 1), (c_next, c_out, 1, 1) if c_next else None
+        projection = (c_out, c_shortcut, 1, 1) if c_shortcut else None
+        shortcut = ShortcutShape((batch, c_shortcut or c_out, *x_shape[2:]), projection, step)
+        shortcut = shortcut if projection or stride == 2 else None
+        assert why_not(x_shape, conv2, geometry, conv3, torch.bfloat16, shortcut, following) is None
+        todo = plan(x_shape, conv2, geometry, c_out, shortcut, following, (True, not preact, True))
+        arguments, aligned, constants = specialise(todo.integers)
+        absent = () if projection else ("shortcut_scale_desc", "shortcut_shift_desc")
+        absent += () if preact else ("norm_scale_desc", "norm_shift_desc")
+        pointers = ("scale2_ptr", "shift2_ptr", *(("scale1_ptr", "shift1_ptr") if following else ()))
         for dtype in ("bf16", "fp16") if everything else ("bf16",):
-            todo = plan(x_shape, shapes[0], geometry, c_out, shortcut, next_shape, (True, not preact, True))
-            arguments, aligned, constants = specialise(todo.integers)
-            absent = () if projection else ("shortcut_scale_desc", "shortcut_shift_desc")
-            absent += () if preact else ("norm_scale_desc", "norm_shift_desc")
-            types = {
-                name: f"tensordesc<{'fp32' if name in BLOCK_VECTORS else dtype}[{','.join(map(str, view.box))}]>"
+            boxes = {
+                name: ("fp32" if name in BLOCK_VECTORS else dtype, view.box)
                 for name, view in todo.views.items()
                 if name not in absent
-            } | dict.fromkeys(("scale2_ptr", "shift2_ptr"), "*fp32")
-            if next_shape:
-                types |= dict.fromkeys(("scale1_ptr", "shift1_ptr"), "*fp32")
-            constants |= todo.constants | {
-                name: None for name in _kernel(CHAIN_KERNEL).arg_names if name not in types | arguments | todo.constants | constants
             }
-            config = todo.config
-            layer = f"{width} to {c_out}, next {kind.next_width}, shortcut {kind.shortcut_in}, stride {stride}{', v2' * preact}"
+            types = {n: f"tensordesc<{t}[{','.join(map(str, box))}]>" for n, (t, box) in boxes.items()}
+            types |= dict.fromkeys(pointers, "*fp32") | arguments
+            given = constants | todo.constants
+            config, what = todo.config, f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
             case = Case(
-                CHAIN_KERNEL, chain_label(config), dtype, layer, config.num_warps, config.num_stages, types | arguments,
-                aligned, constants,
+                CHAIN_KERNEL, chain_label(kind, CONFIGS[kind]), dtype, what, config.num_warps, config.num_stages, types,
+                aligned, {name: given.get(name) for name in names if name not in types},
             )  # fmt: skip
-            key = (layer, dtype, batch) if everything else kind
-            cases.setdefault(key, case)
-    return list(cases.values())
+            for key in [repr(case)] if everything else [kind, (less, preact, stride, projection is None)]:
+                cases.setdefault(key, case)
+    return list({repr(case): case for case in cases.values()}.values())
 
 
-def chain_label(config) -> str:
-    return f"{config.block_m}x{config.block_c}x{config.block_k} w{config.num_warps} s{config.num_stages}/{config.tail_stages}"
+def chain_label(kind, config) -> str:
+    """The kind, then its tile; steps of 32 input channels count as the same."""
+    stages = f"s{config.num_stages}/{config.tail_stages}"
+    return f"{'-'.join(map(str, kind))} {config.block_m}x{config.block_c} w{config.num_warps} {stages}"
 
 
 def pointwise_cases() -> list[Case]:

@@ -369,8 +369,8 @@ def test_kinds_are_the_nets():
 
 BUG_CASES = (
     Case("", 2, 64, 9, 7, 64, 128, 64, preact=True),
-    Case("", 1, 64, 8, 6, 64, 128, 0, shortcut=72, stride=2, padding=(1, 0, 1, 2)),
-    Case("", 3, 32, 12, 6, 40, 64, 72, shortcut=SUBSAMPLED, stride=2),
+    Case("", 1, 64, 24, 20, 64, 128, 0, shortcut=72, stride=2, padding=(1, 0, 1, 2)),
+    Case("", 3, 96, 12, 6, 40, 64, 72, shortcut=SUBSAMPLED, stride=2),
     Case("", 1, 32, 6, 6, 32, 64, 8, preact=True, keep_sum=False),
 )
 KERNEL_BUGS = {
@@ -404,15 +404,23 @@ KERNEL_BUGS = {
     "norm written where the sum is wanted": ("y if KEEP_SUM else p", "p"),
     "next conv1 of the sum": ("z = _dot(p,", "z = _dot(y,"),
     "z of the last block alone": ("w1_desc.load([0, channel]).T, z,", "w1_desc.load([0, channel]).T, None,"),
-    "h not rounded": ("left = hidden.to(y_desc.dtype).T", "left = hidden.T"),
-    "y not rounded for the norm": ("_relu(_affine_block(y.to(tl.float32),", "_relu(_affine_block(sum,"),
 }  # fmt: skip
-# Rounding shows on real numbers alone.
+# These show on real numbers alone.
 ROUNDING_BUGS = {
-    "y not rounded before the norm": (
-        ("            y = y.to(y_desc.dtype)\n            p = y\n", "            p = y.to(y_desc.dtype)\n            exact = y\n            y = p\n"),
-        ("_affine_block(y.to(tl.float32), norm_scale_desc", "_affine_block(exact, norm_scale_desc"),
+    "h not rounded": ("_dot(left, w3_desc.load([channel, 0]).T,", "_dot(hidden.T, w3_desc.load([channel, 0]).T.to(tl.float32),"),
+    "sum not rounded before the norm": (
+        """            y = y.to(y_desc.dtype)
+            p = y
+            if norm_scale_desc is not None:
+                p = _relu(_affine_block(y.to(tl.float32),""",
+        """            exact = y
+            y = y.to(y_desc.dtype)
+            p = y
+            if norm_scale_desc is not None:
+                p = _relu(_affine_block(exact,""",
     ),
+    "sum rounded before the residual": ("y = _affine_block(y, scale3_desc, shift3_desc, channel) + residual",
+                                        "y = _affine_block(y, scale3_desc, shift3_desc, channel).to(y_desc.dtype) + residual"),
 }  # fmt: skip
 PLAN_BUGS = {
     "rows of the shortcut not skipped": ("stride[0] * row", "row"),
@@ -427,10 +435,42 @@ PLAN_BUGS = {
 
 
 def failures(device) -> int:
-    """How many of some calls go wrong; one program walks over all tiles."""
+    """How many of some calls go wrong. The interpreter's one processor has one program, which walks over all tiles."""
     count = 0
     for case in BUG_CASES:
         call = chain(case, device)
         config = replace(choose_config(kind_of(*(shapes(call)[i] for i in (1, 5, 6))), case.c_in), programs_per_sm=1)
         count += wrong(call, config=config)
     return count
+
+
+@pytest.mark.parametrize("name", KERNEL_BUGS)
+def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
+    plant(planted("chain_tma", tmp_path, *KERNEL_BUGS[name]), monkeypatch)
+    assert failures(device) > 0
+
+
+@pytest.mark.parametrize("name", ROUNDING_BUGS)
+def test_planted_bug_in_rounding_is_caught(name, tmp_path, device, monkeypatch):
+    plant(planted("chain_tma", tmp_path, *ROUNDING_BUGS[name]), monkeypatch)
+    call = chain(CASES[8], device, real=True)
+    assert not all(torch.equal(*pair) for pair in zip(run(call), layer_by_layer(call)))
+
+
+@pytest.mark.parametrize("name", PLAN_BUGS)
+def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
+    module = planted("chain_tma_plan", tmp_path, *PLAN_BUGS[name])
+    monkeypatch.setattr(chain_tma, "plan", module.plan)
+    assert failures(device) > 0
+
+
+def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
+    plant(planted("chain_tma", tmp_path, "import annotations", "import annotations"), monkeypatch)
+    module = planted("chain_tma_plan", tmp_path, "import annotations", "import annotations")
+    monkeypatch.setattr(chain_tma, "plan", module.plan)
+    assert failures(device) == 0
+
+
+def plant(module, monkeypatch) -> None:
+    """Puts a module's kernel in the place of the right one."""
+    monkeypatch.setattr(chain_tma, "_chain_tma_kernel", module._chain_tma_kernel)

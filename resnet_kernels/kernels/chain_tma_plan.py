@@ -148,9 +148,10 @@ def _why_not_shortcut(shortcut: ShortcutShape, hidden_shape, c_out: int) -> str 
 def kind_of(conv2_shape, shortcut: ShortcutShape | None, next_shape) -> Kind:
     """The kind of chain, sizes rounded up to those that CONFIGS has: what is too much is zeros."""
     projected = shortcut is not None and shortcut.weight is not None
+    width = _rounded(conv2_shape[0], (64, 128))
     return Kind(
-        _rounded(conv2_shape[0], (64, 128)),
-        _rounded(next_shape[0], (64, 128, 256)) if next_shape else 0,
+        width,
+        _rounded(next_shape[0], (width, 2 * width)) if next_shape else 0,
         _rounded(shortcut.x[1], (64, 256)) if projected else 0,
     )
 
