@@ -42,7 +42,7 @@ WORKERS = 2
 FP16_TARGET = "sm_90"
 # Seconds each to compile; one fits but spills, the other doesn't even fit.
 PLANTED_TARGETS = ("sm_90", "gfx942")
-TMA_KERNEL, TMA_TARGET = "conv_bias_act tma", "sm_90"
+TMA_KERNEL, CHAIN_KERNEL, TMA_TARGET = "conv_bias_act tma", "chain tma", "sm_90"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -206,6 +206,57 @@ def tma_cases(everything: bool) -> list[Case]:
     return list(cases.values())
 
 
+def chain_cases(everything: bool) -> list[Case]:
+    """Every kind of chain at 56x56 and 28x28: batch 256 and 1, v1 and v2, both strides, and channels that fill no block.
+
+    Without `everything` one of each kind, and one of each thing that leads to another loop.
+    """
+    from resnet_kernels.kernels.chain_tma_plan import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
+
+    cases = {}
+    names = _kernel(CHAIN_KERNEL).arg_names
+    for kind, less, preact, stride, batch in itertools.product(CONFIGS, (0, 32), (False, True), (1, 2), (256, 1)):
+        width, c_next, c_shortcut = (channels and channels - less for channels in kind)
+        if preact and not c_next:
+            continue
+        c_out, size = 4 * kind.width, 56 * 64 // kind.width
+        geometry, step = Geometry((stride, stride), (1, 1, 1, 1)), Geometry((stride, stride))
+        x_shape = (batch, width, size * stride, size * stride)
+        conv2, conv3, following = (width, width, 3, 3), (c_out, width, 1, 1), (c_next, c_out, 1, 1) if c_next else None
+        projection = (c_out, c_shortcut, 1, 1) if c_shortcut else None
+        shortcut = ShortcutShape((batch, c_shortcut or c_out, *x_shape[2:]), projection, step)
+        shortcut = shortcut if projection or stride == 2 else None
+        assert why_not(x_shape, conv2, geometry, conv3, torch.bfloat16, shortcut, following) is None
+        todo = plan(x_shape, conv2, geometry, c_out, shortcut, following, (True, not preact, True))
+        arguments, aligned, constants = specialise(todo.integers)
+        absent = () if projection else ("shortcut_scale_desc", "shortcut_shift_desc")
+        absent += () if preact else ("norm_scale_desc", "norm_shift_desc")
+        pointers = ("scale2_ptr", "shift2_ptr", *(("scale1_ptr", "shift1_ptr") if following else ()))
+        for dtype in ("bf16", "fp16") if everything else ("bf16",):
+            boxes = {
+                name: ("fp32" if name in BLOCK_VECTORS else dtype, view.box)
+                for name, view in todo.views.items()
+                if name not in absent
+            }
+            types = {n: f"tensordesc<{t}[{','.join(map(str, box))}]>" for n, (t, box) in boxes.items()}
+            types |= dict.fromkeys(pointers, "*fp32") | arguments
+            given = constants | todo.constants
+            config, what = todo.config, f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
+            case = Case(
+                CHAIN_KERNEL, chain_label(kind, CONFIGS[kind]), dtype, what, config.num_warps, config.num_stages, types,
+                aligned, {name: given.get(name) for name in names if name not in types},
+            )  # fmt: skip
+            for key in [repr(case)] if everything else [kind, (less, preact, stride, projection is None)]:
+                cases.setdefault(key, case)
+    return list({repr(case): case for case in cases.values()}.values())
+
+
+def chain_label(kind, config) -> str:
+    """The kind, then its tile; steps of 32 input channels count as the same."""
+    stages = f"s{config.num_stages}/{config.tail_stages}"
+    return f"{'-'.join(map(str, kind))} {config.block_m}x{config.block_c} w{config.num_warps} {stages}"
+
+
 def pointwise_cases() -> list[Case]:
     from resnet_kernels.kernels import add_relu, bn_scale_shift
 
@@ -311,7 +362,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        record |= _read_nvidia(compiled, case.kernel == TMA_KERNEL) if target.nvidia else _read_amd(compiled)
+        record |= _read_nvidia(compiled, case.kernel in (TMA_KERNEL, CHAIN_KERNEL)) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
@@ -324,6 +375,7 @@ def _kernel(name: str):
         batch_norm_act,
         batch_norm_act_backward,
         bn_scale_shift,
+        chain_tma,
         conv_bias_act,
         conv_bias_act_tma,
     )
@@ -334,6 +386,7 @@ def _kernel(name: str):
     return {
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
         TMA_KERNEL: conv_bias_act_tma._conv_bias_act_tma_kernel,
+        CHAIN_KERNEL: chain_tma._chain_tma_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
     }[name]
@@ -407,7 +460,7 @@ def _programs(record: dict, target: Target) -> int:
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
-    chosen += [(c, t) for c in tma_cases(everything) for t in TARGETS if t.name == TMA_TARGET]
+    chosen += [(c, t) for c in (*tma_cases(everything), *chain_cases(everything)) for t in TARGETS if t.name == TMA_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 
 

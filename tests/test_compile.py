@@ -3,6 +3,7 @@
 Nothing is launched. tests/compile_kernels.py compiles in a process of its own: this one runs kernels in the interpreter.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 from compile_kernels import (
     BATCH_NORM_KERNELS,
+    CHAIN_KERNEL,
     FP16_TARGET,
     KIB,
     PLANTED_TARGETS,
@@ -19,6 +21,7 @@ from compile_kernels import (
     TMA_KERNEL,
     TMA_TARGET,
     Target,
+    chain_label,
     describe,
     find_cuobjdump,
     label,
@@ -86,7 +89,7 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
-    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL):
+    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL, CHAIN_KERNEL):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
     whole_group = record["num_warps"] % 4 == 0
@@ -157,6 +160,21 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
         return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
 
 
+def chains_by_tma(record: dict, target: Target) -> str | None:
+    """Tensors and the vectors of y's channels travel by descriptor; h's and z's own vectors are read by pointer, once a tile."""
+    if record["kernel"] != CHAIN_KERNEL:
+        return None
+    from resnet_kernels.kernels.chain_tma_plan import CONFIGS
+
+    ranks = {1, 2, 4, 5 if record["constants"]["STRIDE"] == 2 else 4}
+    expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
+    if record["tma"] != expected or record["copy_bytes"]:
+        return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
+    (promised,) = (c.programs_per_sm for kind, c in CONFIGS.items() if chain_label(kind, c) == record["config"])
+    if record["programs"] < promised:
+        return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
+
+
 CHECKS = (
     compiles,
     fits_shared_memory,
@@ -167,6 +185,7 @@ CHECKS = (
     streams_with_wide_loads,
     training_streams,
     travels_by_tma,
+    chains_by_tma,
 )
 
 
@@ -196,8 +215,14 @@ def test_no_configuration_is_left_out(target, records):
         own = [r for r in records if r["kernel"] == TMA_KERNEL]
         assert {r["config"] for r in own} == {label(config) for config in TMA_CONFIGS}
         assert {(r["constants"]["KERNEL_H"], r["constants"]["STRIDE"]) for r in own} == {(1, 1), (3, 1), (3, 2)}
+        from resnet_kernels.kernels.chain_tma_plan import CONFIGS as CHAIN_CONFIGS
+
+        chains = [r for r in records if r["kernel"] == CHAIN_KERNEL]
+        assert {r["config"] for r in chains} == {chain_label(*of) for of in CHAIN_CONFIGS.items()}
+        seen = {(r["constants"]["BLOCK_K"], r["constants"]["STRIDE"], "norm_scale_desc" in r["arguments"]) for r in chains}
+        assert seen == set(itertools.product((32, 64), (1, 2), (False, True)))
     kernels = {
-        *({TMA_KERNEL} if target == TMA_TARGET else ()),
+        *({TMA_KERNEL, CHAIN_KERNEL} if target == TMA_TARGET else ()),
         "conv_bias_act",
         "add_relu",
         "bn_scale_shift",

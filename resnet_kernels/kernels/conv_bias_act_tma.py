@@ -162,14 +162,14 @@ def launch(
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    x, weight, residual = _aligned(x), _aligned(weight), None if residual is None else _aligned(residual)
+    x, weight, residual = aligned(x), aligned(weight), None if residual is None else aligned(residual)
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.contiguous()
-    grid = (min(todo.integers["n_tiles"], _multiprocessors(x.device) * config.programs_per_sm),)
+    grid = (min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm),)
     with torch.cuda.device_of(x):
         _conv_bias_act_tma_kernel[grid](
-            _described(x, todo.x), _described(weight, todo.weight),
-            None if residual is None else _described(residual, todo.y), _described(y, todo.y),
+            described(x, todo.x), described(weight, todo.weight),
+            None if residual is None else described(residual, todo.y), described(y, todo.y),
             scale, bias, **todo.integers, **todo.constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -198,7 +198,7 @@ class _Address:
         return self.address
 
 
-def _described(tensor: Tensor, view: View) -> TensorDescriptor:
+def described(tensor: Tensor, view: View) -> TensorDescriptor:
     if is_interpreted():
         # It copies the tensors behind the arguments to and fro.
         return TensorDescriptor(tensor, *map(list, view))
@@ -214,7 +214,7 @@ def _descriptor(address: int, dtype: torch.dtype, view: View) -> TensorDescripto
     return TensorDescriptor(_Address(address, dtype), *map(list, view))
 
 
-def _aligned(tensor: Tensor) -> Tensor:
+def aligned(tensor: Tensor) -> Tensor:
     """channels_last, at an address that a descriptor takes: a multiple of 16 bytes, which a slice's need not be."""
     tensor = tensor.contiguous(memory_format=torch.channels_last)
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.channels_last)
@@ -226,6 +226,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     # The interpreter has one processor.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -101,14 +101,14 @@ def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int) -> TmaConfig:
     wide, large, tall, square, short_k = CONFIGS
     if 0 < c_in % 64 <= 32:
         return short_k
-    tiles = _cdiv(n_pixels, 128)
+    tiles = cdiv(n_pixels, 128)
     # A program alone on its SM stores while nothing multiplies: worth it only where the loop is long.
-    long_loop = taps * _cdiv(c_in, wide.block_k) >= 16
+    long_loop = taps * cdiv(c_in, wide.block_k) >= 16
     if long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * _FULL_MACHINE:
         return wide
-    if c_out > 64 and tiles * _cdiv(c_out, 128) >= _FULL_MACHINE:
+    if c_out > 64 and tiles * cdiv(c_out, 128) >= _FULL_MACHINE:
         return large
-    return tall if tiles * _cdiv(c_out, 64) >= _FULL_MACHINE else square
+    return tall if tiles * cdiv(c_out, 64) >= _FULL_MACHINE else square
 
 
 class View(NamedTuple):
@@ -160,7 +160,7 @@ def plan(
         x_shape, x_strides = (batch, in_h // 2, 2, in_w // 2, 2 * c_in), (image, 2 * row, row, 2 * c_in, 1)
     box = choose_box(config.block_m, pixels)
     x_box = (*box[:2], 1, box[2], config.block_k) if stride == 2 else (*box, config.block_k)
-    tiles = [_cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
+    tiles = [cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
     # In a ragged last step the weight must not reach into the next tap: zeros there, as in x, so that inf leaks from neither.
     taps, ragged = kernel_h * kernel_w, c_in % config.block_k != 0
     assert not (ragged and stride == 2), f"{config} has ragged steps on {c_in} channels at stride 2"
@@ -181,13 +181,13 @@ def plan(
             tiles_w=tiles[2],
             tiles_c=tiles[3],
             c_out=c_out,
-            lead_h=_cdiv(pad_h, stride),
-            lead_w=_cdiv(pad_w, stride),
+            lead_h=cdiv(pad_h, stride),
+            lead_w=cdiv(pad_w, stride),
         ),
         dict(
             KERNEL_H=kernel_h,
             KERNEL_W=kernel_w,
-            N_CHUNKS=_cdiv(c_in, config.block_k),
+            N_CHUNKS=cdiv(c_in, config.block_k),
             RAGGED=ragged,
             STRIDE=stride,
             SKEW_H=pad_h % stride,
@@ -211,7 +211,7 @@ def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, in
     """
     powers = [2**i for i in range(block_m.bit_length())]
     boxes = [(block_m // (h * w), h, w) for h in powers for w in powers if h * w <= block_m]
-    covered = {box: prod(_cdiv(size, side) * side for size, side in zip(pixels, box)) for box in boxes}
+    covered = {box: prod(cdiv(size, side) * side for size, side in zip(pixels, box)) for box in boxes}
     return min(boxes, key=lambda box: (covered[box], -box[2], -box[1]))
 
 
@@ -224,7 +224,7 @@ def _first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
     return tuple(sides)
 
 
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
