@@ -80,7 +80,7 @@ def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}x{config.block_k}")
 def test_every_shipped_config_is_exact(config, device, monkeypatch):
     """Ragged in every axis, several tiles a program; 64 input channels where stride 2 wants whole steps."""
-    monkeypatch.setattr(conv_bias_act_tma, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(conv_bias_act_tma, "multiprocessors", lambda device: 1)
     config = replace(config, programs_per_sm=1)
     for case in (
         Case("", 2, 40, 7, 7, 72),
@@ -247,10 +247,10 @@ def test_a_descriptor_keeps_no_memory_and_is_made_once(monkeypatch):
     monkeypatch.setattr(conv_bias_act_tma, "is_interpreted", lambda: False)
     x = torch.zeros(2, 8, 8, 64, dtype=FP16).permute(0, 3, 1, 2)
     view = plan(tuple(x.shape), W, Geometry(padding=PAD), True).x
-    descriptor = conv_bias_act_tma._described(x, view)
-    assert conv_bias_act_tma._described(x, view) is descriptor
+    descriptor = conv_bias_act_tma.described(x, view)
+    assert conv_bias_act_tma.described(x, view) is descriptor
     assert descriptor.base.data_ptr() == x.data_ptr() and not isinstance(descriptor.base, torch.Tensor)
-    assert conv_bias_act_tma._described(x, view._replace(box=(1, 1, 64, 64))) is not descriptor
+    assert conv_bias_act_tma.described(x, view._replace(box=(1, 1, 64, 64))) is not descriptor
     assert conv_bias_act_tma._descriptor.cache_info().maxsize is not None
 
 
@@ -302,7 +302,7 @@ def failures(device) -> int:
 @pytest.mark.parametrize("name", KERNEL_BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     module = planted("conv_bias_act_tma", tmp_path, *KERNEL_BUGS[name])
-    monkeypatch.setattr(module, "_multiprocessors", lambda device: 1)
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
     monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
     assert failures(device) > 0
 

@@ -165,11 +165,11 @@ def launch(
     x, weight, residual = _aligned(x), _aligned(weight), None if residual is None else _aligned(residual)
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.contiguous()
-    grid = (min(todo.integers["n_tiles"], _multiprocessors(x.device) * config.programs_per_sm),)
+    grid = (min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm),)
     with torch.cuda.device_of(x):
         _conv_bias_act_tma_kernel[grid](
-            _described(x, todo.x), _described(weight, todo.weight),
-            None if residual is None else _described(residual, todo.y), _described(y, todo.y),
+            described(x, todo.x), described(weight, todo.weight),
+            None if residual is None else described(residual, todo.y), described(y, todo.y),
             scale, bias, **todo.integers, **todo.constants,
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
@@ -198,7 +198,7 @@ class _Address:
         return self.address
 
 
-def _described(tensor: Tensor, view: View) -> TensorDescriptor:
+def described(tensor: Tensor, view: View) -> TensorDescriptor:
     if is_interpreted():
         # It copies the tensors behind the arguments to and fro.
         return TensorDescriptor(tensor, *map(list, view))
@@ -226,6 +226,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 @lru_cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     # The interpreter has one processor.
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
