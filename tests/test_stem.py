@@ -19,7 +19,7 @@ from resnet_kernels.kernels.stem_plan import CONFIGS, GEOMETRY, POOL, choose_con
 FP16, BF16 = torch.float16, torch.bfloat16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # (N, H, W, C_out): even and odd sizes, several strips (of 31 and of 63 columns), ragged and several tiles of channels.
-SIZES = ((1, 32, 32, 64), (2, 15, 17, 16), (1, 14, 13, 24), (1, 9, 261, 64), (1, 1, 1, 8), (3, 8, 11, 72), (1, 2, 125, 8))
+SIZES = ((1, 16, 20, 64), (2, 11, 13, 16), (1, 6, 259, 24), (1, 1, 1, 8), (3, 4, 7, 72), (1, 2, 125, 8))
 
 
 @pytest.fixture(autouse=True)
@@ -68,8 +68,8 @@ def test_exact_on_integers(size, config, device):
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_segments_of_rows_are_exact(config, device, monkeypatch):
     """As on a machine with more processors than strips: the row above a segment is computed again."""
-    operands = integers(1, 27, 24, 8, device)
-    for multiprocessors in (1, 3, 100):
+    operands = integers(1, 19, 12, 8, device)
+    for multiprocessors in (1, 2, 100):
         monkeypatch.setattr(stem, "multiprocessors", lambda device, n=multiprocessors: n)
         y = stem.launch(*operands, config=replace(config, programs_per_sm=1))
         assert torch.equal(y.double().cpu(), truth(*operands))
@@ -232,9 +232,9 @@ def test_strips_and_segments_fill_the_machine():
 
 # Planted bugs.
 
-BUG_SIZES = ((2, 21, 19, 24), (1, 13, 70, 72))
+BUG_SIZE = (2, 9, 133, 72)  # 2 x 3 x 34 pooled: two strips of 31, two tiles of channels, an odd height and width
 KERNEL_BUGS = {
-    "eighth pixel read": ("mask=seven, other=0.0", "other=0.0"),
+    "eighth pixel read": ("< 28)", "< 32)"),
     "fourth channel not zero": ("tl.join(green, tl.zeros_like(green))", "tl.join(green, green / 0.0)"),
     "green and blue swapped": ("tl.join(tl.join(red, blue), tl.join(green,", "tl.join(tl.join(red, green), tl.join(blue,"),
     "padding normalised": ("return tl.where(mask, v, 0.0)", "return v"),
@@ -243,16 +243,15 @@ KERNEL_BUGS = {
     "mean of another channel": ("mask, mean1, std1", "mask, mean0, std1"),
     "bottom not padded": ("(h >= 0) & (h < in_h)", "(h >= 0) & (h < in_h - 1)"),
     "transposed taps": ("r * w_stride_h + s * w_stride_w", "s * w_stride_h + r * w_stride_w"),
-    "eighth weight": ("(s < 7) & (c < 3)", "(s < 8) & (c < 3)"),
     "odd column's window": ("(packed_w * 4) + 8)", "(packed_w * 4) + 4)"),
     "swapped scale and shift": ("tl.load(scale_ptr + offs_c", "tl.load(shift_ptr + offs_c"),
     "scale behind the maximum": ("even *= scale[:, None]", "even *= tl.abs(scale)[:, None]"),
     "row above left out": ("even = _max(above_even, even)", "even = _max(even, even)"),
     "row above's odd columns left out": ("odd = _max(above_odd, odd)", "odd = _max(odd, odd)"),
     "row below left out": ("even = _max(even, above_even)", "even = _max(even, even)"),
-    "row above the image taken for one": ("inside = (h >= 0)", "inside = (h >= -1)"),
-    "row below the image taken for one": ("(h < out_h)", "(h < out_h + 1)"),
-    "left neighbour of the first": ("tl.where(is_first, float(\"-inf\"), tl", "tl.where(is_first, float(\"inf\"), tl"),
+    "row of padding below taken for one": ("tl.maximum(h, 0), out_h - 1)", "tl.maximum(h, 0), out_h - 2)"),
+    "row above taken for another": ("tl.maximum(h, 0)", "tl.maximum(h, 2)"),
+    "left neighbour of the first": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane - 1, 2)"),
     "own lane for the left one": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane, 0)"),
     "last column's right neighbour": ("(2 * j + 1 < out_w)", "(2 * j < out_w)"),
     "dropped ReLU": ("tl.zeros_like(even))", "even)"),
@@ -273,16 +272,16 @@ PLAN_BUGS = {
 
 def failures(device, monkeypatch) -> int:
     """How many of some calls go wrong: normalised images, a NaN and an inf, several strips, segments and channel tiles."""
-    monkeypatch.setattr(stem, "multiprocessors", lambda device: 2)
+    monkeypatch.setattr(stem, "multiprocessors", lambda device: 5)
     wrong = 0
-    for size, config in itertools.product(BUG_SIZES, (CONFIGS[1], CONFIGS[3])):
+    for config in (CONFIGS[1], CONFIGS[3]):
         torch.manual_seed(0)
-        x, weight, scale, shift = integers(*size, device)
+        x, weight, scale, shift = integers(*BUG_SIZE, device)
         scale[scale == 0] = -1
         mean, std = (1.0, 0.0, -2.0), (0.5, 1.0, 0.25)
         normal = (x - torch.tensor(mean, device=device)[:, None, None]) / torch.tensor(std, device=device)[:, None, None]
         spoilt = x.clone()
-        spoilt[0, 0, 3, 8], spoilt[0, 1, 9, 15] = float("nan"), float("inf")
+        spoilt[0, 0, 3, 10], spoilt[0, 1, 7, 43] = float("nan"), float("inf")
         images = torch.randint(0, 2, x.shape, device=device).to(torch.uint8) * 255
         for image, true, statistics in (
             (x, normal, (mean, std)),

@@ -118,10 +118,11 @@ def _conv_row(
     UPCAST: tl.constexpr,
     CARRY: tl.constexpr,
 ):
-    """Row h of the convolution with BN: even columns and odd ones, (BLOCK_C, BLOCK_W) each; -inf outside."""
+    """Row h of the convolution with BN: even columns and odd ones, (BLOCK_C, BLOCK_W) each."""
     even = tl.zeros((w.shape[0], BLOCK_W), dtype=tl.float32)
     odd = tl.zeros((w.shape[0], BLOCK_W), dtype=tl.float32)
-    top = 2 * tl.maximum(h, 0)
+    # Beyond the image's first and last row stands the row next to it, which the same pooling window holds anyway.
+    top = 2 * tl.minimum(tl.maximum(h, 0), out_h - 1)
     for r in range(7):
         weight = tl.load(w + r * _WINDOW)
         if DESCRIPTOR:
@@ -142,9 +143,6 @@ def _conv_row(
     if shift is not None:
         even += shift[:, None]
         odd += shift[:, None]
-    inside = (h >= 0) & (h < out_h)
-    even = tl.where(inside, even, float("-inf"))
-    odd = tl.where(inside, odd, float("-inf"))
     # Rounded before the maximum, which is the same as behind it: half the registers to carry.
     return even.to(CARRY), odd.to(CARRY)
 
@@ -183,7 +181,7 @@ def _stem_kernel(
     program = tl.program_id(0)
     offs_c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
     program //= tiles_c
-    # Strips overlap by a column, which only the first one stores: -inf is to the left of it.
+    # Strips overlap by a column: only the first one stores its first.
     column = program % tiles_w * (BLOCK_W - 1)
     program //= tiles_w
     first = program % segments * rows
@@ -203,8 +201,8 @@ def _stem_kernel(
         scale = tl.load(scale_ptr + offs_c, mask=offs_c < c_out, other=0.0).to(tl.float32)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + offs_c, mask=offs_c < c_out, other=0.0).to(tl.float32)
+    # The first lane has its own: of the first column's window, or not stored.
     left_lane = tl.broadcast_to(tl.maximum(lane - 1, 0)[None, :], (BLOCK_C, BLOCK_W))
-    is_first = (lane == 0)[None, :]
     has_odd = (2 * j + 1 < out_w)[None, :]
     to = y_ptr + n.to(tl.int64) * pooled_h * pooled_w * c_out + j[None, :] * c_out + offs_c[:, None]
     mask = ((j < pooled_w) & (lane >= tl.minimum(column, 1)))[None, :] & (offs_c < c_out)[:, None]
@@ -225,9 +223,9 @@ def _stem_kernel(
         )  # fmt: skip
         even = _max(even, above_even)
         odd = _max(odd, above_odd)
-        left = tl.where(is_first, float("-inf"), tl.gather(odd, left_lane, 1)).to(CARRY)
         # The last column may be an even one; lanes further on are not stored.
         odd = tl.where(has_odd, odd, float("-inf")).to(CARRY)
+        left = tl.gather(odd, left_lane, 1)
         y = _max(_max(_max(even, odd), left), tl.zeros_like(even))
         tl.store(to + p * (pooled_w * c_out), y.to(y_ptr.dtype.element_ty), mask=mask)
 

@@ -101,8 +101,8 @@ def plan(
     batch, _, in_h, in_w = x_shape
     out_h, out_w = GEOMETRY.out_size((in_h, in_w), (7, 7))
     pooled_h, pooled_w, pairs = _cdiv(out_h, 2), _cdiv(out_w, 2), _cdiv(out_w, 2)
-    # Up to the last window of the last pair of rows and columns, the convolution's or not.
-    packed_h, packed_w = 4 * pooled_h + 5, 4 * pairs + 6
+    # Up to the last window of the last pair of columns, the convolution's or not.
+    packed_h, packed_w = 2 * out_h + 5, 4 * pairs + 6
     tiles_c = _cdiv(c_out, BLOCK_C)
     config = config or choose_config(batch * tiles_c, pooled_h, pooled_w, multiprocessors)
     tiles_w = max(_cdiv(pooled_w - 1, config.block_w - 1), 1)
