@@ -60,10 +60,10 @@ def _pack_kernel(
     stride_h,
     stride_w,
     c_out,
-    w_stride_o,
-    w_stride_c,
-    w_stride_h,
-    w_stride_w,
+    stride_o,
+    stride_i,
+    stride_r,
+    stride_s,
     mean0,
     mean1,
     mean2,
@@ -81,12 +81,12 @@ def _pack_kernel(
         image = (program // blocks_per_image).to(tl.int64)
         pixel = program % blocks_per_image * BLOCK + offs
         h = pixel // packed_w - 3
-        w = pixel % packed_w - 3
-        mask = (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
-        at = x_ptr + image * stride_n + (h.to(tl.int64) * stride_h + w * stride_w)
-        red = _channel(at, mask, mean0, std0, NORMALISE, UNIT)
-        green = _channel(at + stride_c, mask, mean1, std1, NORMALISE, UNIT)
-        blue = _channel(at + 2 * stride_c, mask, mean2, std2, NORMALISE, UNIT)
+        column = pixel % packed_w - 3
+        inside = (h >= 0) & (h < in_h) & (column >= 0) & (column < in_w)
+        at = x_ptr + image * stride_n + (h.to(tl.int64) * stride_h + column * stride_w)
+        red = _channel(at, inside, mean0, std0, NORMALISE, UNIT)
+        green = _channel(at + stride_c, inside, mean1, std1, NORMALISE, UNIT)
+        blue = _channel(at + 2 * stride_c, inside, mean2, std2, NORMALISE, UNIT)
         packed = tl.join(tl.join(red, blue), tl.join(green, tl.zeros_like(green)))
         to = packed_ptr + image * (packed_h * packed_w * 4)
         offs_p = pixel[:, None, None] * 4 + tl.arange(0, 2)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
@@ -98,8 +98,8 @@ def _pack_kernel(
         s = offs // 4 % 8
         c = offs % 4
         mask = (channel < c_out) & (s < 7) & (c < 3)
-        at = w_ptr + channel * w_stride_o + c * w_stride_c + r * w_stride_h + s * w_stride_w
-        tl.store(packed_w_ptr + offs, tl.load(at, mask=mask, other=0))
+        w = w_ptr + channel * stride_o + c * stride_i + r * stride_r + s * stride_s
+        tl.store(packed_w_ptr + offs, tl.load(w, mask=mask, other=0))
 
 
 @triton.jit
