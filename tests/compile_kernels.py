@@ -43,6 +43,7 @@ FP16_TARGET = "sm_90"
 # Seconds each to compile; one fits but spills, the other doesn't even fit.
 PLANTED_TARGETS = ("sm_90", "gfx942")
 TMA_KERNEL, CHAIN_KERNEL, TMA_TARGET = "conv_bias_act tma", "chain tma", "sm_90"
+STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -241,7 +242,10 @@ def chain_cases(everything: bool) -> list[Case]:
             types = {n: f"tensordesc<{t}[{','.join(map(str, box))}]>" for n, (t, box) in boxes.items()}
             types |= dict.fromkeys(pointers, "*fp32") | arguments
             given = constants | todo.constants
-            config, what = todo.config, f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
+            config, what = (
+                todo.config,
+                f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}",
+            )
             case = Case(
                 CHAIN_KERNEL, chain_label(kind, CONFIGS[kind]), dtype, what, config.num_warps, config.num_stages, types,
                 aligned, {name: given.get(name) for name in names if name not in types},
@@ -255,6 +259,43 @@ def chain_label(kind, config) -> str:
     """The kind, then its tile; steps of 32 input channels count as the same."""
     stages = f"s{config.num_stages}/{config.tail_stages}"
     return f"{'-'.join(map(str, kind))} {config.block_m}x{config.block_c} w{config.num_warps} {stages}"
+
+
+def stem_label(config) -> str:
+    return f"{config.block_w} w{config.num_warps} s{config.num_stages}{' descriptor' if config.descriptor else ''}"
+
+
+def stem_cases() -> list[Case]:
+    """Hopper's stem in all its strips, for one image and for 256, and what packs its image."""
+    from resnet_kernels.kernels import stem_plan
+
+    cases = {}
+    for dtype, batch, config in itertools.product(("fp16", "bf16"), (1, 256), stem_plan.CONFIGS):
+        todo = stem_plan.plan((batch, 3, 224, 224), 64, 132, config)
+        arguments, aligned, constants = specialise(todo.integers)
+        types = dict.fromkeys(("w_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32")
+        types["x"] = (
+            f"tensordesc<{dtype}[{','.join(map(str, todo.windows.box))}]>" if config.descriptor else "*" + dtype
+        )
+        constants |= dict(
+            BLOCK_W=config.block_w, BLOCK_C=stem_plan.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
+        )  # fmt: skip
+        case = Case(
+            STEM_KERNEL, stem_label(config), dtype, "7x7/2, max-pool 3x3/2", config.num_warps, config.num_stages,
+            types | arguments, aligned, constants,
+        )  # fmt: skip
+        cases.setdefault(repr(case), case)
+    names = _kernel(STEM_PACK_KERNEL).arg_names
+    for image, normalise in (("fp32", False), ("bf16", True), ("u8", True)):
+        types = dict(x_ptr="*" + image, packed_ptr="*bf16", w_ptr="*bf16", packed_w_ptr="*bf16")
+        types |= {name: "fp32" for name in names if name.startswith(("mean", "std"))}
+        given = dict(NORMALISE=normalise, UNIT=image == "u8", BLOCK=stem_plan.PACK_BLOCK)
+        types |= {name: "i32" for name in names if name not in types | given}
+        layer = f"from {image}{', normalised' if normalise else ''}"
+        cases[layer] = Case(
+            STEM_PACK_KERNEL, str(stem_plan.PACK_BLOCK), "bf16", layer, stem_plan.PACK_WARPS, 3, types, (), given
+        )  # fmt: skip
+    return list(cases.values())
 
 
 def pointwise_cases() -> list[Case]:
@@ -362,7 +403,8 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        record |= _read_nvidia(compiled, case.kernel in (TMA_KERNEL, CHAIN_KERNEL)) if target.nvidia else _read_amd(compiled)
+        on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL)
+        record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
@@ -378,6 +420,7 @@ def _kernel(name: str):
         chain_tma,
         conv_bias_act,
         conv_bias_act_tma,
+        stem,
     )
 
     if name.startswith("batch_norm_act "):
@@ -387,6 +430,8 @@ def _kernel(name: str):
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
         TMA_KERNEL: conv_bias_act_tma._conv_bias_act_tma_kernel,
         CHAIN_KERNEL: chain_tma._chain_tma_kernel,
+        STEM_KERNEL: stem._stem_kernel,
+        STEM_PACK_KERNEL: stem._pack_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
     }[name]
@@ -460,7 +505,8 @@ def _programs(record: dict, target: Target) -> int:
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
-    chosen += [(c, t) for c in (*tma_cases(everything), *chain_cases(everything)) for t in TARGETS if t.name == TMA_TARGET]
+    own = (*tma_cases(everything), *chain_cases(everything), *stem_cases())
+    chosen += [(c, t) for c in own for t in TARGETS if t.name == TMA_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 
 

@@ -133,7 +133,9 @@ def reference(call: dict, number=lambda t: t.double().cpu()) -> tuple:
 
     def conv(x, layer, geometry=Geometry()):
         top, bottom, left, right = geometry.padding
-        y = torch.conv2d(torch.nn.functional.pad(x, (left, right, top, bottom)), number(layer.weight), None, geometry.stride)
+        y = torch.conv2d(
+            torch.nn.functional.pad(x, (left, right, top, bottom)), number(layer.weight), None, geometry.stride
+        )
         y = affine(y, layer.scale, layer.shift)
         return torch.relu(y) if layer.relu else y
 
@@ -168,7 +170,10 @@ def wrong(call: dict, **more) -> bool:
     """Whether y or z differ from the exact ones."""
     expected, outputs = reference(call), run(call, **more)
     assert all(e is None or 0 < e.abs().max() <= 2048 for e in expected), "the test's own sums must be exact"
-    return any((a is None) != (e is None) or a is not None and not torch.equal(a.double().cpu(), e) for a, e in zip(outputs, expected))
+    return any(
+        (a is None) != (e is None) or a is not None and not torch.equal(a.double().cpu(), e)
+        for a, e in zip(outputs, expected)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -206,7 +211,10 @@ def test_every_vector_and_relu_may_be_left_out(case, device):
                 continue
             changed = own._replace(**change)
             assert not wrong(call | {layer: call[layer]._replace(layer=changed) if layer == "residual" else changed})
-    half = {name: call[name]._replace(scale=call[name].scale.half(), shift=call[name].shift.half()) for name in ("conv2", "conv3")}
+    half = {
+        name: call[name]._replace(scale=call[name].scale.half(), shift=call[name].shift.half())
+        for name in ("conv2", "conv3")
+    }
     assert not wrong(call | half)
 
 
@@ -284,7 +292,9 @@ def test_layouts_and_addresses_do_not_matter(device):
     def shifted(t):
         # Two or four bytes after a multiple of 16.
         storage = torch.empty(t.numel() + 1, device=device, dtype=t.dtype)[1:]
-        moved = storage.as_strided(t.shape, t.contiguous(memory_format=torch.channels_last).stride() if t.dim() == 4 else (1,))
+        moved = storage.as_strided(
+            t.shape, t.contiguous(memory_format=torch.channels_last).stride() if t.dim() == 4 else (1,)
+        )
         assert moved.copy_(t).data_ptr() % 16
         return moved
 
@@ -364,7 +374,9 @@ def test_kinds_are_the_nets():
     assert kind_of((40, 64, 3, 3), None, (72, 160, 1, 1)) == Kind(64, 128, 0)
     subsampled = ShortcutShape((2, 512, 8, 8), None, Geometry((2, 2)))
     assert kind_of((128, 128, 3, 3), subsampled, (256, 512, 1, 1)) == Kind(128, 256, 0)
-    assert kind_of((128, 128, 3, 3), ShortcutShape((2, 72, 8, 8), (512, 72, 1, 1), Geometry()), None) == Kind(128, 0, 256)
+    assert kind_of((128, 128, 3, 3), ShortcutShape((2, 72, 8, 8), (512, 72, 1, 1), Geometry()), None) == Kind(
+        128, 0, 256
+    )
 
 
 BUG_CASES = (

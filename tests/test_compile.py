@@ -17,6 +17,8 @@ from compile_kernels import (
     FP16_TARGET,
     KIB,
     PLANTED_TARGETS,
+    STEM_KERNEL,
+    STEM_PACK_KERNEL,
     TARGETS,
     TMA_KERNEL,
     TMA_TARGET,
@@ -25,6 +27,7 @@ from compile_kernels import (
     describe,
     find_cuobjdump,
     label,
+    stem_label,
     table,
 )
 
@@ -89,7 +92,7 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
-    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL, CHAIN_KERNEL):
+    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
     whole_group = record["num_warps"] % 4 == 0
@@ -175,6 +178,23 @@ def chains_by_tma(record: dict, target: Target) -> str | None:
         return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
 
 
+def stem_windows_stream(record: dict, target: Target) -> str | None:
+    """Windows and weights come ahead of time, into shared memory, from where both are multiplied."""
+    if record["kernel"] != STEM_KERNEL:
+        return None
+    from resnet_kernels.kernels.stem_plan import CONFIGS
+
+    if record["loads_in_loop"] or record["operand_in_registers"]:
+        return f"{record['loads_in_loop']} loads wait for their data, or an operand takes the way through registers"
+    # By pointer a window is masked behind its seventh pixel, so it comes in pairs of 4 channels: 8 bytes.
+    expected = ([16], ["UTMALDG.5D"]) if record["constants"]["DESCRIPTOR"] else ([8, 16], [])
+    if (record["copy_bytes"], record["tma"]) != expected:
+        return f"copies of {record['copy_bytes']} bytes and {record['tma']}, expected {expected}"
+    (promised,) = (config.programs_per_sm for config in CONFIGS if stem_label(config) == record["config"])
+    if record["programs"] < promised:
+        return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
+
+
 CHECKS = (
     compiles,
     fits_shared_memory,
@@ -186,6 +206,7 @@ CHECKS = (
     training_streams,
     travels_by_tma,
     chains_by_tma,
+    stem_windows_stream,
 )
 
 
@@ -219,10 +240,16 @@ def test_no_configuration_is_left_out(target, records):
 
         chains = [r for r in records if r["kernel"] == CHAIN_KERNEL]
         assert {r["config"] for r in chains} == {chain_label(*of) for of in CHAIN_CONFIGS.items()}
-        seen = {(r["constants"]["BLOCK_K"], r["constants"]["STRIDE"], "norm_scale_desc" in r["arguments"]) for r in chains}
+        seen = {
+            (r["constants"]["BLOCK_K"], r["constants"]["STRIDE"], "norm_scale_desc" in r["arguments"]) for r in chains
+        }
         assert seen == set(itertools.product((32, 64), (1, 2), (False, True)))
+        from resnet_kernels.kernels.stem_plan import CONFIGS as STEM_CONFIGS
+
+        own = {r["config"] for r in records if r["kernel"] == STEM_KERNEL}
+        assert own == {stem_label(config) for config in STEM_CONFIGS}
     kernels = {
-        *({TMA_KERNEL, CHAIN_KERNEL} if target == TMA_TARGET else ()),
+        *({TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL} if target == TMA_TARGET else ()),
         "conv_bias_act",
         "add_relu",
         "bn_scale_shift",

@@ -224,7 +224,19 @@ def plan(
         views["z_desc"] = pixels(next_shape[0], kind.next_width)
     vector = View((c_out,), (1,), (config.block_c,))
     views |= dict.fromkeys(BLOCK_VECTORS, vector)
-    taken = ("KERNEL_H", "KERNEL_W", "N_CHUNKS", "STRIDE", "SKEW_H", "SKEW_W", "UPCAST", "BOX_N", "BOX_H", "BOX_W", "BLOCK_K")
+    taken = (
+        "KERNEL_H",
+        "KERNEL_W",
+        "N_CHUNKS",
+        "STRIDE",
+        "SKEW_H",
+        "SKEW_W",
+        "UPCAST",
+        "BOX_N",
+        "BOX_H",
+        "BOX_W",
+        "BLOCK_K",
+    )
     return ChainPlan(
         config,
         views,
