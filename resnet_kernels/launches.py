@@ -199,13 +199,15 @@ def _why_not(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -
         if tuple(shapes[link.conv3.step.residual]) != tuple(shapes[link.conv3.step.out]):
             return "the add broadcasts"
 
-    def conv_shape(part: Part):
-        x_shape = shapes[part.step.x]
-        geometry = Geometry.of_module(part.child, x_shape[2:])
-        return conv_bias_act_tma_plan.ConvShape(tuple(x_shape), tuple(part.child.weight.shape), geometry)
+    def conv_shape(part: Part) -> tuple:
+        x_shape = tuple(shapes[part.step.x])
+        return x_shape, tuple(part.child.weight.shape), Geometry.of_module(part.child, x_shape[2:])
 
     if link.conv2 is None:
-        return conv_bias_act_tma_plan.why_not_merged(conv_shape(link.conv3), conv_shape(link.shortcut), dtype)
+        ConvShape = conv_bias_act_tma_plan.ConvShape
+        return conv_bias_act_tma_plan.why_not_merged(
+            ConvShape(*conv_shape(link.conv3)), ConvShape(*conv_shape(link.shortcut)), dtype
+        )
     conv2, shortcut = conv_shape(link.conv2), None
     if link.shortcut is not None:
         shortcut = chain_tma_plan.ShortcutShape(*conv_shape(link.shortcut))

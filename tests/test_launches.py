@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import runnable
+from oracle import assert_within_budget
 from torch import nn
 
 import resnet_kernels as rk
@@ -153,3 +154,120 @@ def test_a_copy_and_a_pickle_make_plans_of_their_own(stage, x):
     twin[0].conv1.weight.data.zero_()
     run(twin, x)
     assert torch.equal(run(fused, x), expected)
+
+
+# Chains and merged shortcuts: Hopper's kernels, in the interpreter.
+
+FP16 = torch.float16
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine of compute capability 9, or the interpreter in its place."""
+    from resnet_kernels.kernels import conv_bias_act_tma
+
+    if not (torch.cuda.is_available() and conv_bias_act_tma.runs_on(torch.device("cuda"))):
+        if torch.cuda.is_available():
+            pytest.skip("needs compute capability 9")
+        monkeypatch.setattr(conv_bias_act_tma, "runs_on", lambda device: True)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """The launches of each call, by the text that profilers show."""
+    seen, original = [], launches.Plan.run
+
+    def run(plan, *rest):
+        seen.extend(name for name, _ in plan.launches)
+        return original(plan, *rest)
+
+    monkeypatch.setattr(launches.Plan, "run", run)
+    return seen
+
+
+def bottlenecks(device):
+    downsample = nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
+    blocks = [rk.models.resnet_v1.Bottleneck(64, 32, 2, downsample)]
+    blocks += [rk.models.resnet_v1.Bottleneck(128, 32) for _ in range(2)]
+    return nn.Sequential(*blocks), torch.randn(2, 64, 8, 8, device=device)
+
+
+def preacts(device):
+    units = [rk.models.resnet_v2.PreactBottleneck(64, 128, 32), rk.models.resnet_v2.PreactBottleneck(128, 128, 32)]
+    units.append(rk.models.resnet_v2.PreactBottleneck(128, 128, 32, stride=2))
+    return nn.Sequential(*units), torch.randn(2, 64, 4, 4, device=device)
+
+
+def basic_blocks(device):
+    downsample = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
+    blocks = rk.models.resnet_v1.BasicBlock(16, 32, 2, downsample), rk.models.resnet_v1.BasicBlock(32, 32)
+    return nn.Sequential(*blocks), torch.randn(2, 16, 8, 8, device=device)
+
+
+def prepared(make, device):
+    stage, x = make(device)
+    stage = randomise_batch_norms_(stage).eval().to(device, FP16, memory_format=CHANNELS_LAST)
+    return stage, x.to(FP16, memory_format=CHANNELS_LAST)
+
+
+EXPECTED = {
+    bottlenecks: [
+        "0.conv1+bn1+relu",
+        "0.conv2+bn2+relu -> 0.downsample.0+downsample.1 -> 0.conv3+bn3+add+relu -> 1.conv1+bn1+relu",
+        "1.conv2+bn2+relu -> 1.conv3+bn3+add+relu -> 2.conv1+bn1+relu",
+        "2.conv2+bn2+relu -> 2.conv3+bn3+add+relu",
+    ],
+    preacts: [
+        "0.preact+relu",
+        "0.conv1+bn1+relu",
+        "0.conv2+bn2+relu -> 0.shortcut -> 0.conv3+add -> 1.preact+relu -> 1.conv1+bn1+relu",
+        "1.conv2+bn2+relu -> 1.conv3+add -> 2.preact+relu -> 2.conv1+bn1+relu",
+        "2.subsample",
+        "2.conv2+bn2+relu -> 2.conv3+add",
+    ],
+    basic_blocks: [
+        "0.conv1+bn1+relu",
+        "0.downsample.0+downsample.1 -> 0.conv2+bn2+add+relu",
+        "1.conv1+bn1+relu",
+        "1.conv2+bn2+add+relu",
+    ],
+}
+
+
+@pytest.mark.parametrize("make", EXPECTED, ids=lambda f: f.__name__)
+def test_chained_stages_are_as_accurate_as_eager(make, device, hopper, ran):
+    stage, x = prepared(make, device)
+    fused = rk.fuse(stage, backend="triton")
+    y = run(fused, x)
+    assert ran == EXPECTED[make]
+    assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
+    assert y.is_contiguous(memory_format=CHANNELS_LAST)
+    # Its weights are read in each call.
+    for chained in (stage, fused):
+        chained[1].conv2.weight.data.mul_(-1)
+    assert_within_budget(run(fused, x), run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
+
+
+def test_a_hook_turns_the_chain_off_around_its_block(device, hopper, ran):
+    stage, x = prepared(bottlenecks, device)
+    fused, seen = rk.fuse(stage, backend="triton"), []
+    fused[1].register_forward_hook(lambda *call: seen.append(call[2]))
+    run(fused, x)
+    assert ran == [
+        "0.conv1+bn1+relu",
+        "0.conv2+bn2+relu -> 0.downsample.0+downsample.1 -> 0.conv3+bn3+add+relu",
+        "1.conv1+bn1+relu",
+        "1.conv2+bn2+relu -> 1.conv3+bn3+add+relu",
+        "2.conv1+bn1+relu",
+        "2.conv2+bn2+relu -> 2.conv3+bn3+add+relu",
+    ]
+    assert_within_budget(seen[0], run(stage[:2], x), run(copy.deepcopy(stage[:2]).double(), x.double()))
+
+
+def test_a_width_that_no_chain_takes_is_merged_at_least(device, hopper, ran):
+    downsample = nn.Sequential(nn.Conv2d(32, 96, 1, 2, bias=False), nn.BatchNorm2d(96))
+    blocks = rk.models.resnet_v1.Bottleneck(32, 24, 2, downsample), rk.models.resnet_v1.Bottleneck(96, 24)
+    stage, x = prepared(lambda device: (nn.Sequential(*blocks), torch.randn(2, 32, 6, 6, device=device)), device)
+    y = run(rk.fuse(stage, backend="triton"), x)
+    assert ran[2:4] == ["0.downsample.0+downsample.1 -> 0.conv3+bn3+add+relu", "1.conv1+bn1+relu"]
+    assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
