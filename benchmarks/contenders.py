@@ -12,7 +12,7 @@ from resnet_kernels.blocks import is_fused
 
 from .cases import Case
 from .parity import Gate
-from .workload import ModuleRunner, Runner, Workload
+from .workload import ForeignRunner, ModuleRunner, Runner, Workload
 
 
 class Contender:
@@ -114,27 +114,10 @@ class FusedGraph(Contender):
     def covers(self, case, full):
         return case.device == "cuda" and case.level != "op" and not case.backward
 
-    def why_absent(self, case):
-        return None if hasattr(rk, "capture") else "this version of resnet_kernels has no rk.capture"
-
     def prepare(self, workload):
-        return CapturedRunner(fused_module(workload, "auto"))
-
-
-class CapturedRunner:
-    """rk.capture on each copy of the operands; a replay copies its input, as a user's does."""
-
-    def __init__(self, module: torch.nn.Module):
-        self.module = module
-
-    def bind(self, operands):
-        (x,) = operands.inputs
         with torch.no_grad():
-            run = rk.capture(self.module, x)
-        return lambda: run(x)
-
-    def read(self, operands, returned):
-        return [returned]
+            run = rk.capture(fused_module(workload, "auto"), *workload.operands.inputs)
+        return ForeignRunner(run, lambda x: x, lambda y: y)
 
 
 def fused_module(workload: Workload, backend: str) -> torch.nn.Module:

@@ -11,15 +11,14 @@ import subprocess
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_kernels import dataflow, roofline
+from resnet_kernels import dataflow, profiling, roofline
 from resnet_kernels.roofline import Kernel, Machine
-from resnet_kernels.timing import interleave
 
 from .cases import AddRelu, BatchNormAct, Case, Conv
 from .workload import ModuleRunner, Workload
 
 SCHEMA = 1
-CEILINGS = "measured here: the better of a matmul and a 1x1 convolution in the case's dtype; a copy of 256 MiB"
+CEILINGS = "measured here: the better of a matmul and a 1x1 convolution in the case's dtype; a copy"
 
 
 def of_case(workload: Workload) -> dict:
@@ -113,27 +112,8 @@ def _passes(case: Case) -> int:
 
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> Machine:
-    """FLOP/s and bytes/s that this device reaches in this run: the better of two products, and a copy's reads and writes.
-
-    The 1x1 convolution is there for TF32, which PyTorch allows in convolutions and not in matmuls unless told.
-    """
-    size, pixels = (8192, 64) if device.type == "cuda" else (1024, 32)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    x = torch.randn(size, pixels, pixels, 1, device=device).to(dtype).permute(3, 0, 1, 2)
-    x = x.contiguous(memory_format=torch.channels_last)
-    source = torch.empty(2**26, device=device).normal_()
-    target = torch.empty_like(source)
-    calls = {
-        "copy": lambda: target.copy_(source),
-        "matmul": lambda: a @ b,
-        "convolution": lambda: torch.conv2d(x, b[:, :, None, None]),
-    }
-    with torch.no_grad():
-        times = {
-            name: interleave({name: call}, seconds=0.3, device=device)[name].median for name, call in calls.items()
-        }
-    flops_per_s = max(2 * size**3 / times["matmul"], 2 * size**2 * pixels**2 / times["convolution"])
-    return Machine(flops_per_s, 2 * source.numel() * source.element_size() / times["copy"])
+    """What this device reaches in this run."""
+    return profiling.ceilings(device, dtype)
 
 
 def of_time(kernels: list[Kernel], machine: Machine, images: int, seconds: float) -> dict:

@@ -17,6 +17,7 @@ from resnet_kernels.timing import interleave, ratio, ratios
 
 from .cases import Case, Model, Platform
 from .harness import CONTENDERS
+from .load import Neighbours
 from .peers import LEAD_IN_SECONDS
 from .workload import ModuleRunner, Workload
 
@@ -50,13 +51,15 @@ def main() -> None:
                 print(f"{contender.name}: {reason}")
             else:
                 runners[contender.name] = contender.prepare(workload)
-    rows = []
+    rows, neighbours = [], Neighbours()
     for name, runner in runners.items():
         call = runner.bind(workload.operands)
         found = (effects(eager, call, options.seconds, lead_in) for lead_in in (0.0, LEAD_IN_SECONDS))
         rows.append((name, *(cell for pair in found for cell in pair)))
     head = ("peer", "eager after it", "it after eager", "eager after it, led in", "it after eager, led in")
     print(table(head, rows))
+    cores = neighbours.cores()
+    print("" if cores is None else f"other processes kept {cores:.1f} cores busy meanwhile")
 
 
 if __name__ == "__main__":
