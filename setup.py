@@ -1,6 +1,7 @@
 """Metadata of resnet_kernels.
 
-`pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[report]` for their plots, `.[train]` for data sets and curves.
+`pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[report]` for their plots, `.[train]` for data sets
+and curves.
 """
 
 import re
