@@ -1,40 +1,160 @@
-"""python -m benchmarks.table RESULTS.json: a Markdown table of forward passes of whole models, as README.md has it."""
+"""python -m benchmarks.table [--write README.md]: the README's tables, from all files in benchmarks/results.
+
+Prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. Networks are shown in inference, at
+their largest image size, in their smallest and largest batch; how all cases came out is counted below. All of a file is for
+`python -m resnet_kernels report` to show.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from resnet_kernels import results
+from resnet_kernels.commands.sections import LEVELS, outcomes
+from resnet_kernels.results import CaseResults, Results
 
-def table(path: Path) -> str:
-    """Medians in ms of each contender, and the interleaved speed-up over eager, from a file of `--benchmark-json`."""
-    results = json.loads(path.read_text())
-    info = results["benchmarks"][0]["extra_info"]
+RESULTS = Path(__file__).parent / "results"
+
+_HEAD = (
+    "network",
+    "batch",
+    "eager ms",
+    "fused ms",
+    "times eager's speed",
+    "fastest peer",
+    "its ms",
+    "times its speed",
+    "error / budget",
+)
+_DIRECTIONS = {"forward": "inference", "forward-backward": "training step"}
+_COSTS = {
+    "import_s": ("`import resnet_kernels` after `import torch`", "s"),
+    "fuse_resnet152_s": ("`rk.fuse` of ResNet-152", "s"),
+    "checks_b1_ms": ("ResNet-50 at batch 1: seeing in each call that no weight has changed", "ms"),
+    "peak_eager_b1_MB": ("ResNet-50's memory in a call at batch 1, eager", "MB"),
+    "peak_fused_b1_MB": ("the same, fused (packed weights are a copy)", "MB"),
+    "peak_eager_b8_MB": ("at batch 8, eager", "MB"),
+    "peak_fused_b8_MB": ("the same, fused", "MB"),
+    "weights_MB": ("ResNet-50's weights", "MB"),
+}
+
+
+def blocks() -> dict[str, str]:
+    """What stands between each pair of markers, by the markers' name."""
+    files = sorted(RESULTS.glob("*.json"))
+    costs = [path for path in files if path.name.startswith("costs-")]
+    return {
+        "results": "\n\n".join(results_table(results.read(path)) for path in files if path not in costs),
+        "costs": "\n\n".join(costs_table(path) for path in costs),
+    }
+
+
+def results_table(measured: Results) -> str:
+    """Networks in inference, eager and fused and the fastest peer, from one file; then how all of its cases came out."""
+    versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
+    shown = [case for case in measured.cases.values() if _is_shown(case, measured)]
+    groups: dict[tuple[str, str], list[CaseResults]] = {}
+    for case in measured.cases.values():
+        groups.setdefault((case.level, case.direction), []).append(case)
+    counts = [outcomes(cases) for cases in groups.values()]
     lines = [
-        f"{info['device']}, {info['threads']} threads, torch {info['torch']}, {info['dtype']} (`{path.name}`):",
+        f"{'; '.join(measured.devices.values())}, {versions} (`{measured.path.name}`):",
         "",
-        "| case | contender | median ms | times eager's speed | times fused's speed | error / budget |",
-        "|---|---|---|---|---|---|",
+        *_table(_HEAD, [_row(case) for case in shown]),
+        "",
+        f"All of the file's {len(measured.cases)} cases, fused against the fastest peer of each:",
+        "",
+        *_table(
+            ("", "faster", "level", "slower"),
+            [
+                (f"{LEVELS[level]}, {_DIRECTIONS[direction]}", *map(str, count.values()))
+                for (level, direction), count in zip(groups, counts)
+            ],
+        ),
     ]
-    for benchmark in results["benchmarks"]:
-        info = benchmark["extra_info"]
-        against = [
-            f"{1 / info[key]:.2f}" if key in info else ""
-            for key in ("interleaved_ratio_to_eager", "interleaved_ratio_to_fused")
-        ]
-        cells = [
-            benchmark["group"].removeprefix("model-forward-"),
-            benchmark["params"]["contender"],
-            f"{1e3 * benchmark['stats']['median']:.1f}",
-            *against,
-            f"{info['parity_error']:.1e} / {info['parity_budget']:.1e}" if "parity_error" in info else "",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
+def _is_shown(case: CaseResults, measured: Results) -> bool:
+    def alike(attributes: str) -> list[CaseResults]:
+        names = attributes.split()
+        return [
+            other
+            for other in measured.cases.values()
+            if all(getattr(other, name) == getattr(case, name) for name in ("level", "subject", "platform", *names))
+        ]
+
+    if (case.level, case.direction) != ("model", "forward") or not {"eager", "fused"} <= case.contenders.keys():
+        return False
+    batches = [other.batch for other in alike("direction dtype size")]
+    return case.size == max(other.size for other in alike("")) and case.batch in (min(batches), max(batches))
+
+
+def _row(case: CaseResults) -> tuple[str, ...]:
+    fused, peer = case.contenders["fused"], case.best_peer()
+    return (
+        f"{case.subject} {case.size}px {case.dtype}",
+        str(case.batch),
+        _ms(case, "eager"),
+        _ms(case, "fused"),
+        f"{case.speed('fused', 'eager'):.2f}",
+        peer + (" (over the error budget)" if case.contenders[peer].parity_failure else ""),
+        _ms(case, peer),
+        f"{case.speed('fused', peer):.2f}",
+        "" if fused.parity_error is None else f"{fused.parity_error:.1e} / {fused.parity_budget:.1e}",
+    )
+
+
+def costs_table(path: Path) -> str:
+    """What the package costs beside its kernels, from a file of benchmarks.costs."""
+    costs = json.loads(path.read_text())
+    rows = [
+        (_COSTS[name][0], f"{value:.2g} {_COSTS[name][1]}" if value < 1 else f"{value:.0f} {_COSTS[name][1]}")
+        for name, value in costs.items()
+    ]
+    return "\n".join([f"From `{path.name}`:", "", *_table(("what", "cost"), rows)])
+
+
+def _ms(case: CaseResults, contender: str) -> str:
+    return f"{1e3 * case.contenders[contender].median:.1f}"
+
+
+def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+    for row in (head, ("---",) * len(head), *rows):
+        yield f"| {' | '.join(row)} |"
+
+
+def fill(text: str, contents: dict[str, str]) -> str:
+    """Returns a text with the contents between their markers.
+
+    Raises:
+        ValueError: if a pair of markers is not there exactly once.
+    """
+    for name, content in contents.items():
+        start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        # A function, as a string would have its backslashes read.
+        text, count = re.subn(f"{start}.*?{end}", lambda _: f"{start}{content}\n{end}", text, flags=re.S)  # noqa: B023
+        if count != 1:
+            raise ValueError(f"the text must hold <!-- {name} --> and <!-- /{name} --> once, got {count} pairs")
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--write", type=Path, metavar="README.md", help="rewrite what is between the markers of this file"
+    )
+    options = parser.parse_args()
+    contents = blocks()
+    if options.write is None:
+        print("\n\n".join(contents.values()))
+        return
+    options.write.write_text(fill(options.write.read_text(), contents))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m benchmarks.table RESULTS.json")
-    print(table(Path(sys.argv[1])))
+    main()

@@ -62,7 +62,8 @@ class Measurement:
 
     ours: whether it is this package's. label: its name in words. median, samples: seconds. ratios: its time over that of
     "eager" and "fused", medians over rounds in which they took turns, where there were such rounds. parity_error and
-    parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the budget.
+    parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the budget. roofline_share:
+    the least time by the machine's ceilings over the median, None if unknown.
     """
 
     contender: str
@@ -75,6 +76,7 @@ class Measurement:
     parity_error: float | None
     parity_budget: float | None
     parity_failure: str
+    roofline_share: float | None
     kernels: tuple[Kernel, ...]
     ceilings: Ceilings | None
 
@@ -84,7 +86,8 @@ class CaseResults:
     """What was measured on a case, by contender.
 
     level: op, block, stage or model. size: pixels of the input's height and width. dtype: "float32". platform: cpu or cuda.
-    interleaved: whether samples of one index are of one round, in all contenders.
+    interleaved: whether samples of one index are of one round, in all contenders. busy_elsewhere: cores that other
+    processes kept busy meanwhile, None if unknown.
     """
 
     name: str
@@ -97,6 +100,7 @@ class CaseResults:
     dtype: str
     platform: str
     interleaved: bool
+    busy_elsewhere: float | None
     contenders: dict[str, Measurement]
 
     @property
@@ -217,6 +221,9 @@ def _case(name: str, benchmarks: list[dict]) -> CaseResults:
         batch=int(info["batch"]),
         platform=_platform(info),
         interleaved=interleaved,
+        busy_elsewhere=None
+        if info.get("busy_elsewhere") is None
+        else _number(info["busy_elsewhere"], "busy_elsewhere"),
         contenders=contenders,
     )
 
@@ -250,6 +257,7 @@ def _measurement(benchmark: dict) -> Measurement:
         parity_error=info.get("parity_error"),
         parity_budget=info.get("parity_budget"),
         parity_failure=info.get("parity_failure") or "",
+        roofline_share=_rate(info.get("roofline_share"), 1),
         kernels=tuple(_kernel(kernel) for kernel in info.get("kernels") or ()),
         ceilings=_ceilings(ceilings) if ceilings else None,
     )

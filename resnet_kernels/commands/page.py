@@ -14,6 +14,8 @@ from .sections import Part, Section, outcomes
 
 GENERATOR = "resnet_kernels report"
 
+_BUSY = 0.25  # cores of others, from which on a reader is told
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -34,7 +36,7 @@ def file_name(section: Section, index: int) -> str:
 
 def summary(results: Results) -> list[str]:
     """Sentences about the whole file: where from, the count of wins and losses, who is missing, who errs too much."""
-    counts = outcomes(results)
+    counts = outcomes(results.cases.values())
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     commit = f", commit {results.commit}" if results.commit else ""
     lines = [
@@ -51,6 +53,12 @@ def summary(results: Results) -> list[str]:
     ]
     if over:
         lines.append(f"Over the error budget, and timed all the same: {'; '.join(over)}.")
+    busy = [case.busy_elsewhere for case in results.cases.values() if (case.busy_elsewhere or 0) > _BUSY]
+    if busy:
+        lines.append(
+            f"Other processes kept more than {_BUSY} cores busy in {len(busy)} cases, up to {max(busy):.1f}. "
+            "Taking turns makes that fair on average, not harmless."
+        )
     for absence in results.absent:
         where = f" in {len(absence.cases)} cases" if absence.cases else ""
         lines.append(f"Not measured{where}: {absence.contender} ({absence.reason}).")

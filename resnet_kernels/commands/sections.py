@@ -10,7 +10,7 @@ from typing import Any
 from ..results import CaseResults, Kernel, Results
 from . import plots
 
-_LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
+LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
 _DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
 _PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest"}
 # Whose kernels are drawn beside one another, of those that the file has.
@@ -52,10 +52,10 @@ def sections(results: Results) -> list[Section]:
     ]
 
 
-def outcomes(results: Results) -> dict[str, int]:
+def outcomes(cases: Iterable[CaseResults]) -> dict[str, int]:
     """In how many cases fused is faster than, level with and slower than the fastest peer."""
     counts = dict.fromkeys(("faster", "level", "slower"), 0)
-    for case in results.cases.values():
+    for case in cases:
         peer = case.best_peer()
         if peer:
             counts[plots.outcome(case.speed("fused", peer))] += 1
@@ -80,7 +80,7 @@ def best_peer(results: Results) -> Section:
             rows.append((speed, row))
         if not bars:
             continue
-        title = f"{_LEVELS[level]}, {_DIRECTIONS[direction]}, {platform}"
+        title = f"{LEVELS[level]}, {_DIRECTIONS[direction]}, {platform}"
         rows = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
         alt = f"Horizontal bars around 1: fused against the best peer in {len(bars)} cases, sorted, losses hatched."
         head = ("case", "fused ms", "best peer", "its ms", "times its speed", "fused is")
@@ -199,11 +199,7 @@ def layers(results: Results) -> Section:
             for stage, kernel in zip(_stages(kernels), kernels):
                 parts_of = by_stage.setdefault(stage, {}).setdefault(name, dict.fromkeys(_PARTS.values(), 0.0))
                 parts_of[_part(kernel)] += 1e3 * kernel.seconds
-        note = (
-            f"The kernels of {', '.join(pathless)} bear no module's path, and not always a kind: whole network alone."
-            if pathless
-            else ""
-        )
+        note = f"{', '.join(pathless)}: whole network alone, its kernels bear no module's path." if pathless else ""
         parts.append(_stacked(case, by_stage, "time per layer", note))
     return Section(
         "layers",
@@ -239,14 +235,16 @@ def times(results: Results) -> Section:
             rows.append(
                 (f"{case.level}, {case.direction}: {case.label}", name, _ms(case, name), f"{case.img_per_s(name):.4g}",
                  f"{case.speed(name, 'eager'):.2f}" if "eager" in case.contenders else "",
+                 f"{measurement.roofline_share:.0%}" if measurement.roofline_share else "",
                  error + (" over" if measurement.parity_failure else ""))
             )  # fmt: skip
-    head = ("case", "contender", "median ms", "images / s", "times eager's speed", "error / budget")
+    head = ("case", "contender", "median ms", "images / s", "times eager's speed", "of roofline", "error / budget")
     return Section(
         "times",
         "All times",
         "Errors are relative norms against fp64; the budget is twice eager's error plus one rounding. A peer over it "
-        "is timed all the same, and says so.",
+        "is timed all the same, and says so. Of roofline: the least time by the machine's ceilings over the median; it "
+        "may pass 100% where a CPU's caches hold what is counted as read from memory.",
         [Part("Every case and contender", "", None, head, rows)],
     )
 
@@ -304,7 +302,7 @@ def _unprofiled(results: Results, direction: str) -> str:
 def _grouped(cases: Iterable[CaseResults], key) -> dict[tuple, list[CaseResults]]:
     """By the level, then as in the file."""
     groups = defaultdict(list)
-    for case in sorted(cases, key=lambda case: list(_LEVELS).index(case.level)):
+    for case in sorted(cases, key=lambda case: list(LEVELS).index(case.level)):
         groups[key(case)].append(case)
     return groups
 
