@@ -120,6 +120,19 @@ def _geometry(part: Part, x: Tensor) -> Geometry:
     return Geometry.of_module(part.child, x.shape[2:])
 
 
+def in_order(parts: Sequence[Part], chosen: dict[int, Link]) -> list[Launch]:
+    """Parts one by one, but for those of the links: by each value that one of a link's parts makes."""
+    launches = []
+    for part in parts:
+        link = chosen.get(part.step.out)
+        if link is None:
+            launches.append(Launch(_ALONE[type(part.step)], part))
+        elif part.step.out == link.conv3.step.out:
+            # Here all that it reads is there, and others may read its sum before what follows in it would have run.
+            launches.append(Launch(merge if link.conv2 is None else chain, link))
+    return launches
+
+
 class Plan:
     """Launches in the order in which they can run."""
 
@@ -129,15 +142,8 @@ class Plan:
         self.wirings = wirings
         self.parts, self.result = parts_of(wirings, recipes, paths)
         self.settings = [_settings(part) for part in self.parts]
-        chosen = _choose_links(self.parts, self.result, x, backend)
-        launches = []
-        for part in self.parts:
-            link = chosen.get(part.step.out)
-            if link is None:
-                launches.append(Launch(_ALONE[type(part.step)], part))
-            elif part is link.conv3:
-                # Here all that it reads is there, and others may read its sum before what follows in it would have run.
-                launches.append(Launch(merge if link.conv2 is None else chain, link))
+        chosen = links.choose(self.parts, self.result, x, backend)
+        launches = in_order(self.parts, chosen)
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
         # With the name that profilers show.
         self.launches = [
@@ -170,67 +176,6 @@ class Plan:
             for dead in launch.frees:
                 del values[dead]
         return values[self.result]
-
-
-def _choose_links(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int, Link]:
-    """The links that a kernel takes, by each value that one of their steps makes."""
-    if backend != "triton":
-        return {}
-    from .kernels import conv_bias_act_tma
-
-    if not conv_bias_act_tma.runs_on(x.device):
-        return {}
-    shapes = _shapes(parts, x)
-    chosen: dict[int, Link] = {}
-    for around in links.find(parts, result):
-        for link in around:
-            is_free = all(part.step.out not in chosen for part in link.parts)
-            if is_free and _why_not(link, shapes, x.dtype) is None:
-                chosen.update((part.step.out, link) for part in link.parts)
-                break
-    return chosen
-
-
-def _why_not(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
-    """What keeps a link from its kernel."""
-    from .kernels import chain_tma_plan, conv_bias_act_tma_plan
-
-    if link.conv3.step.residual is not None and link.shortcut is None:
-        if tuple(shapes[link.conv3.step.residual]) != tuple(shapes[link.conv3.step.out]):
-            return "the add broadcasts"
-
-    def conv_shape(part: Part) -> tuple:
-        x_shape = tuple(shapes[part.step.x])
-        return x_shape, tuple(part.child.weight.shape), Geometry.of_module(part.child, x_shape[2:])
-
-    if link.conv2 is None:
-        ConvShape = conv_bias_act_tma_plan.ConvShape
-        return conv_bias_act_tma_plan.why_not_merged(
-            ConvShape(*conv_shape(link.conv3)), ConvShape(*conv_shape(link.shortcut)), dtype
-        )
-    conv2, shortcut = conv_shape(link.conv2), None
-    if link.shortcut is not None:
-        shortcut = chain_tma_plan.ShortcutShape(*conv_shape(link.shortcut))
-    return chain_tma_plan.why_not(
-        *conv2, tuple(link.conv3.child.weight.shape), dtype, shortcut,
-        None if link.conv1 is None else tuple(link.conv1.child.weight.shape),
-    )  # fmt: skip
-
-
-def _shapes(parts: list[Part], x: Tensor) -> dict[int, Sequence[int]]:
-    """Of each value, by its number."""
-    found: dict[int, Sequence[int]] = {0: x.shape}
-    for step, child, *_ in parts:
-        if isinstance(step, ConvStep):
-            geometry = Geometry.of_module(child, found[step.x][2:])
-            found[step.out] = geometry.out_shape(found[step.x], child.weight.shape)
-        elif isinstance(step, NormStep):
-            found[step.out] = found[step.x]
-        elif step.is_module:
-            found[step.out] = child(torch.empty(found[step.inputs[0]], dtype=x.dtype, device="meta")).shape
-        else:
-            found[step.out] = torch.broadcast_shapes(*(found[i] for i in step.inputs))
-    return found
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:

@@ -5,7 +5,7 @@ All that lies between two 3x3 convolutions of a bottleneck is pointwise, so a ti
     merged   shortcut, conv3 + add + ReLU                          two products into one tile
     chain    conv2 -> [shortcut,] conv3 + add + ReLU [-> conv1]    the next block's conv1, its BN in front of it included
 
-This asks who reads a value and what is pointwise, not whether a kernel can do it or gains by it: launches.py does.
+`find` asks who reads a value and what is pointwise, `why_not` whether a kernel can do it, `choose` also whether it gains.
 """
 
 from __future__ import annotations
@@ -15,8 +15,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from .ops import dispatch, tuned
+from .ops.conv_candidates import ConvProblem
+from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep
 
 
@@ -38,6 +42,10 @@ class Part(NamedTuple):
         return step.inputs if isinstance(step, CallStep) else tuple(v for v in (step.x, step.residual) if v is not None)
 
 
+# In an order in which they can run.
+ROLES = ("conv2", "shortcut", "conv3", "norm", "conv1")
+
+
 @dataclass(frozen=True)
 class Link:
     """Steps for one launch, by what they are in a bottleneck.
@@ -55,7 +63,12 @@ class Link:
     @property
     def parts(self) -> tuple[Part, ...]:
         """In an order in which they can run."""
-        return tuple(p for p in (self.conv2, self.shortcut, self.conv3, self.norm, self.conv1) if p is not None)
+        return tuple(part for part in (getattr(self, role) for role in ROLES) if part is not None)
+
+    @property
+    def roles(self) -> str:
+        """Which it has, as in "conv2+conv3+conv1"."""
+        return "+".join(role for role in ROLES if getattr(self, role) is not None)
 
 
 def find(parts: Sequence[Part], result: int) -> Iterator[list[Link]]:
@@ -95,6 +108,109 @@ def find(parts: Sequence[Part], result: int) -> Iterator[list[Link]]:
         if shortcut:
             links.append(Link(conv3, shortcut))
         yield links
+
+
+def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int, Link]:
+    """The links to launch, by each value that one of their steps makes.
+
+    backend: "triton" takes the longest that a kernel can do, "tuned" what a table says, the others none.
+    """
+    if backend not in ("triton", "tuned") or not takes_links(x.device):
+        return {}
+    shapes = shapes_of(parts, {0: x.shape}, x.dtype)
+    chosen: dict[int, Link] = {}
+    for around in find(parts, result):
+        able = [link for link in around if all(part.step.out not in chosen for part in link.parts)]
+        able = [link for link in able if why_not(link, shapes, x.dtype) is None]
+        if able and backend == "tuned":
+            # The longest of them holds all the others: how much of it is to be one launch?
+            name = tuned.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device)
+            able = [link for link in able if link.roles == name]
+        if able:
+            chosen.update((part.step.out, able[0]) for part in able[0].parts)
+    return chosen
+
+
+def takes_links(device: torch.device) -> bool:
+    """Whether a device runs the kernels of links."""
+    if dispatch.why_not("triton", device.type, torch.float16) is not None:
+        return False
+    from .kernels import conv_bias_act_tma
+
+    return conv_bias_act_tma.runs_on(device)
+
+
+class LinkProblem(NamedTuple):
+    """What a table knows a link by. `str` is the key."""
+
+    conv2: ConvProblem | None
+    shortcut: ConvProblem | None
+    conv3: ConvProblem
+    norm: bool
+    conv1: ConvProblem | None
+
+    def __str__(self) -> str:
+        return "link " + "; ".join(f"{role} {part}" for role, part in zip(ROLES, self) if part)
+
+
+def problem(link: Link, shapes: dict[int, Sequence[int]]) -> LinkProblem:
+    """The question to a table."""
+
+    def conv(part: Part | None) -> ConvProblem | None:
+        if part is None:
+            return None
+        x_shape, weight_shape, geometry = _conv_shape(part, shapes)
+        has_residual, has_bn = part.step.residual is not None, part.bn is not None
+        has_bias = has_bn or part.child.bias is not None
+        return ConvProblem(*x_shape[1:], weight_shape, geometry, has_bn, has_bias, has_residual, part.step.relu)
+
+    return LinkProblem(conv(link.conv2), conv(link.shortcut), conv(link.conv3), link.norm is not None, conv(link.conv1))
+
+
+def _conv_shape(part: Part, shapes: dict[int, Sequence[int]]) -> tuple[tuple, tuple, Geometry]:
+    x_shape = tuple(shapes[part.step.x])
+    return x_shape, tuple(part.child.weight.shape), Geometry.of_module(part.child, x_shape[2:])
+
+
+def why_not(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
+    """What keeps a link from its kernel."""
+    from .kernels import chain_tma_plan, conv_bias_act_tma_plan
+
+    if link.conv3.step.residual is not None and link.shortcut is None:
+        if tuple(shapes[link.conv3.step.residual]) != tuple(shapes[link.conv3.step.out]):
+            return "the add broadcasts"
+
+    def conv_shape(part: Part) -> tuple:
+        return _conv_shape(part, shapes)
+
+    if link.conv2 is None:
+        ConvShape = conv_bias_act_tma_plan.ConvShape
+        return conv_bias_act_tma_plan.why_not_merged(
+            ConvShape(*conv_shape(link.conv3)), ConvShape(*conv_shape(link.shortcut)), dtype
+        )
+    conv2, shortcut = conv_shape(link.conv2), None
+    if link.shortcut is not None:
+        shortcut = chain_tma_plan.ShortcutShape(*conv_shape(link.shortcut))
+    return chain_tma_plan.why_not(
+        *conv2, tuple(link.conv3.child.weight.shape), dtype, shortcut,
+        None if link.conv1 is None else tuple(link.conv1.child.weight.shape),
+    )  # fmt: skip
+
+
+def shapes_of(parts: Sequence[Part], inputs: dict[int, Sequence[int]], dtype: torch.dtype) -> dict[int, Sequence[int]]:
+    """Of each value by its number, from those that no part makes."""
+    found = dict(inputs)
+    for step, child, *_ in parts:
+        if isinstance(step, ConvStep):
+            geometry = Geometry.of_module(child, found[step.x][2:])
+            found[step.out] = geometry.out_shape(found[step.x], child.weight.shape)
+        elif isinstance(step, NormStep):
+            found[step.out] = found[step.x]
+        elif step.is_module:
+            found[step.out] = child(torch.empty(found[step.inputs[0]], dtype=dtype, device="meta")).shape
+        else:
+            found[step.out] = torch.broadcast_shapes(*(found[i] for i in step.inputs))
+    return found
 
 
 def _is_pointwise(part: Part) -> bool:

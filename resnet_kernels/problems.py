@@ -6,19 +6,25 @@ builder in BUILDERS. What a model asks for is seen by running it once (`ops.tune
 
 from __future__ import annotations
 
+import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import reference
+from . import launches, links, reference
+from .folding import scale_shift
 from .fusion import fuse
+from .links import Link, LinkProblem, Part
 from .ops import conv_candidates, dispatch, tuned
 from .ops.batch_norm_act import NormProblem
 from .ops.conv_candidates import ConvProblem
+from .recipe import ConvStep, NormStep
 from .tuning import Problem
 
 # Elements that the fp64 reference holds at a time.
@@ -48,15 +54,19 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> Counter[Hash
 
 
 def build(noted: Counter[Hashable], batches: Iterable[int], dtype: torch.dtype, device: torch.device) -> list[Problem]:
-    """The problems of what `note` found at these batch sizes, dearest first: those that matter most to the model."""
+    """The problems of what `note` found at these batch sizes, dearest first, as they matter most; links after all layers."""
     problems = [
         BUILDERS[type(asked)](asked, batch, dtype, device, calls)
         for batch in batches
         for asked, calls in noted.items()
     ]  # fmt: skip
-    return sorted(problems, key=lambda p: -p.calls * max(p.bytes, p.flops / _FLOPS_PER_BYTE))
+    return sorted(
+        problems, key=lambda p: (p.default == APART, -p.calls * max(p.bytes, p.flops / _FLOPS_PER_BYTE))
+    )  # fmt: skip
 
 
+# What runs for a link without a table: its layers, one by one.
+APART = "apart"
 # Of an H200's ridge. Only the order of the problems hangs on it.
 _FLOPS_PER_BYTE = 184
 
@@ -113,6 +123,99 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 def _runner(name: str, geometry, relu: bool) -> Callable[..., Tensor]:
     return lambda *operands: conv_candidates.run(name, *operands, geometry, relu)
+
+
+def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
+    """Layers that could share launches: which of them do, "apart" for none, else `links.Link.roles`.
+
+    Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
+    """
+    # Values: 0 is the first layer's input, 1 the shortcut's or what conv3 adds, the others are made.
+    hidden, projected, y, normed, z = range(2, 7)
+    reads = dict(conv2=0, shortcut=1, conv3=hidden if asked.conv2 else 0, conv1=normed if asked.norm else y)
+    makes = dict(conv2=hidden, shortcut=projected, conv3=y, conv1=z)
+    convs = {role: conv for role, conv in zip(links.ROLES, asked) if isinstance(conv, ConvProblem)}
+    draw, parts = _Draw(dtype, device), {}
+    for role, conv in convs.items():
+        residual = None if role != "conv3" else projected if asked.shortcut else 1
+        step = ConvStep(role, None, conv.relu, reads[role], makes[role], residual)
+        parts[role] = Part(step, _module(conv, draw), None)
+    if asked.norm:
+        parts["norm"] = Part(NormStep("norm", True, y, normed), None, _norm(asked.conv3.weight_shape[0], draw))
+    ordered = Link(**parts).parts
+    inputs = {
+        0: (asked.conv2 or asked.conv3).x_shape(batch),
+        1: (asked.shortcut or asked.conv3).x_shape(batch) if asked.shortcut else _y_shape(asked.conv3, batch),
+    }
+    shapes = links.shapes_of(ordered, inputs, dtype)
+
+    def operands() -> tuple:
+        draw, vectors = _Draw(dtype, device), {}
+        for role, conv in convs.items():
+            width = (conv.weight_shape[0],)
+            scale = 1 + draw(width, 0.1, dtype=torch.float32) if conv.scale else None
+            vectors[makes[role]] = scale, draw(width, dtype=torch.float32) if conv.bias else None
+        return {value: draw(shape) for value, shape in inputs.items()}, vectors
+
+    def run(link: Link | None, backend: str, values: dict, vectors: dict) -> tuple[Tensor, ...]:
+        values, vectors = dict(values), dict(vectors)
+        chosen = {}
+        if link is not None:
+            chosen = {part.step.out: link for part in link.parts}
+            vectors |= {part.step.out: scale_shift(None, part.bn) for part in link.parts if part is link.norm}
+        wide = values[0].dtype == torch.float64
+        own = [part._replace(bn=copy.deepcopy(part.bn).double()) if wide and part.bn else part for part in ordered]
+        for launch in launches.in_order(own, chosen):
+            launch.run(launch.what, values, vectors, backend)
+        return tuple(values[value] for value in (y, z) if value in values)
+
+    def truth(values: dict, vectors: dict) -> tuple[Tensor, ...]:
+        pairs = {i: tuple(None if t is None else t.double() for t in pair) for i, pair in vectors.items()}
+        return run(None, "eager", {i: t.double() for i, t in values.items()}, pairs)
+
+    able = [
+        link
+        for around in links.find(ordered, z if asked.conv1 else y)
+        for link in around
+        if links.takes_links(device) and links.why_not(link, shapes, dtype) is None
+    ]
+    moved = [*inputs.values(), *(shapes[value] for value in (y, z) if value in shapes)]
+    return Problem(
+        key=str(asked),
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        default=APART,
+        candidates={APART: partial(run, None, "auto")} | {link.roles: partial(run, link, "auto") for link in able},
+        operands=operands,
+        eager=partial(run, None, "eager"),
+        reference=truth,
+        flops=sum(2 * math.prod(_y_shape(conv, batch)) * math.prod(conv.weight_shape[1:]) for conv in convs.values()),
+        bytes=dtype.itemsize * sum(map(math.prod, [*moved, *(conv.weight_shape for conv in convs.values())])),
+        calls=calls,
+    )
+
+
+def _y_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
+    return conv.geometry.out_shape(conv.x_shape(batch), conv.weight_shape)
+
+
+def _module(conv: ConvProblem, draw: _Draw) -> nn.Conv2d:
+    """A convolution of that shape, with random weights; its bias is the epilogue's."""
+    c_out, c_in, *kernel_size = conv.weight_shape
+    stride, padding, dilation, groups = conv.geometry
+    module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
+    module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
+    if not conv.geometry.symmetric:
+        module.same_padding = lambda *size: padding
+    return module
+
+
+def _norm(channels: int, draw: _Draw) -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(channels).to(draw.device).eval().requires_grad_(False)
+    for vector in (bn.weight, bn.bias, bn.running_mean):
+        vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
+    return bn
 
 
 def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
@@ -188,7 +291,11 @@ class _Draw:
         return torch.empty(shape, **options, memory_format=layout).normal_(0, deviation, generator=self.generator)
 
 
-BUILDERS: dict[type, Callable[..., Problem]] = {ConvProblem: conv_problem, NormProblem: norm_problem}
+BUILDERS: dict[type, Callable[..., Problem]] = {
+    ConvProblem: conv_problem,
+    NormProblem: norm_problem,
+    LinkProblem: link_problem,
+}
 
 
 def training_record(name: str, layers: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:

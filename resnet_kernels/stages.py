@@ -125,7 +125,8 @@ def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Rec
     together: list[tuple[Recipe, FusedState, Go]] = []
     if torch.compiler.is_compiling() or not running.is_ordinary(x):
         return together
-    if x.device.type == "cpu" and dispatch.requested(children[0].__dict__["_rk_state"].backend) != "triton":
+    backend = children[0].__dict__["_rk_state"].backend
+    if x.device.type == "cpu" and dispatch.resolve(backend, x.device, autocast_dtype(x) or x.dtype) in ("cpu", "eager"):
         return together  # packed weights know one block at a time
     channels = None
     for child in children:
