@@ -15,7 +15,8 @@ from resnet_kernels.ops.geometry import Geometry, normalise
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma
-from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS, choose_box, choose_config, plan, why_not
+from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not
+from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS, choose_box, choose_config
 
 FP16 = torch.float16
 
@@ -40,6 +41,14 @@ CASES = (
     Case("SAME 3x3/2", 1, 32, 8, 6, 64, stride=2, padding=((0, 1), (0, 1))),
     Case("3x3/2, padding of every parity", 1, 32, 8, 6, 64, stride=2, padding=((3, 0), (2, 1))),
     Case("7x7/2", 1, 32, 8, 8, 32, (7, 7), 2, 3),
+    Case("3x3/2, 7x7", 3, 64, 7, 7, 128, stride=2),
+    Case("3x3/2, odd rows", 1, 24, 9, 6, 40, stride=2, padding=((1, 0), (2, 1))),
+    Case("3x3/2, odd columns", 2, 40, 4, 5, 16, stride=2, padding=((0, 1), (3, 0))),
+    Case("3x3/2, even, ragged steps", 1, 72, 8, 6, 24, stride=2),
+    Case("SAME 3x3/2, odd size", 1, 32, 9, 7, 64, stride=2),
+    Case("7x7/2, odd size", 1, 16, 9, 7, 32, (7, 7), 2, 3),
+    Case("1x3/2, odd size", 1, 16, 5, 7, 32, (1, 3), 2, ((0, 0), (1, 1))),
+    Case("3x3/2, three pixels", 2, 16, 3, 3, 8, stride=2, padding=0),
     Case("2x5", 1, 16, 6, 9, 16, (2, 5), padding=((0, 1), (2, 2))),
     Case("1x1 image", 5, 64, 1, 1, 64),
     Case("one row", 1, 32, 1, 33, 32),
@@ -79,13 +88,14 @@ def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}x{config.block_k}")
 def test_every_shipped_config_is_exact(config, device, monkeypatch):
-    """Ragged in every axis, several tiles a program; 64 input channels where stride 2 wants whole steps."""
-    monkeypatch.setattr(conv_bias_act_tma, "_multiprocessors", lambda device: 1)
+    """Ragged in every axis, several tiles a program; 64 input channels for stride 2 in pairs."""
+    monkeypatch.setattr(conv_bias_act_tma, "multiprocessors", lambda device: 1)
     config = replace(config, programs_per_sm=1)
     for case in (
         Case("", 2, 40, 7, 7, 72),
         Case("", 1, 72, 7, 7, 40, (1, 1), padding=0),
         Case("", 3, 64, 10, 6, 24, stride=2),
+        Case("", 2, 40, 9, 7, 24, stride=2),
         Case("", 1, 64, 7, 7, 24, (1, 1), 2, 0),
     ):
         x, weight, bias, residual, scale = operands(case, FP16, device)
@@ -137,12 +147,13 @@ def test_nan_stays_nan_and_inf_stays_inf(device):
     assert y[0, 0, 0, 0].isnan() and y.isnan().sum() == 17
 
 
+@pytest.mark.parametrize("size", (6, 7))
 @pytest.mark.parametrize("stride", (1, 2))
-def test_an_image_does_not_see_its_neighbours(stride, device):
+def test_an_image_does_not_see_its_neighbours(stride, size, device):
     """Through the padding neither the next image nor, at stride 2, the other column's channels leak in."""
-    x = torch.full((3, 32, 6, 6), float("nan"), device=device, dtype=FP16)
+    x = torch.full((3, 32, size, size), float("nan"), device=device, dtype=FP16)
     x[1] = 1.0
-    case = Case("", 3, 32, 6, 6, 16, stride=stride)
+    case = Case("", 3, 32, size, size, 16, stride=stride)
     y = run(conv_bias_act_tma, case, x, torch.ones(16, 32, 3, 3, device=device, dtype=FP16), None, None, None, True)
     assert y[1].isfinite().all() and y[[0, 2]].isnan().all()
 
@@ -177,8 +188,9 @@ REASONS = [
     ((2**16, 8, 2**8, 2**8), (8, 8, 1, 1), Geometry(), FP16, "at most 2147483519 pixels"),
     (X, W, Geometry((3, 3)), FP16, r"stride must be 1 or 2, got \(3, 3\) with a kernel of 3x3"),
     (X, W, Geometry((2, 1)), FP16, "stride must be 1 or 2"),
-    ((2, 64, 8, 7), W, Geometry((2, 2)), FP16, "even height and width, got 8x7"),
-    ((2, 40, 8, 8), (64, 40, 3, 3), Geometry((2, 2)), FP16, "a multiple of 32, got 40"),
+    ((2, 64, 8, 7), W, Geometry((2, 2), PAD), FP16, None),
+    ((2, 40, 8, 8), (64, 40, 3, 3), Geometry((2, 2)), FP16, None),
+    ((2, 64, 8, 1), W, Geometry((2, 2), PAD), FP16, "at least 2x2 pixels, got 8x1"),
 ]
 
 
@@ -201,7 +213,12 @@ def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
 
     stand_in = type("module", (), dict(launch=staticmethod(launch), runs_on=staticmethod(lambda device: True)))
     monkeypatch.setattr(conv_bias_act, "conv_bias_act_tma", stand_in)
-    for case, expected in ((CASES[0], [2]), (Case("", 2, 64, 7, 7, 64, stride=2), []), (Case("", 1, 3, 6, 6, 8), [])):
+    for case, expected in (
+        (CASES[0], [2]),
+        (Case("", 2, 64, 7, 7, 64, stride=2), [2]),
+        (Case("", 2, 64, 7, 7, 64, stride=3), []),
+        (Case("", 1, 3, 6, 6, 8), []),
+    ):
         taken.clear()
         x, weight, bias, residual, scale = operands(case, FP16, device)
         y = ops.conv_bias_act(
@@ -246,11 +263,11 @@ def test_a_descriptor_keeps_no_memory_and_is_made_once(monkeypatch):
     """As on a GPU, where an address is all that a descriptor needs of its tensor."""
     monkeypatch.setattr(conv_bias_act_tma, "is_interpreted", lambda: False)
     x = torch.zeros(2, 8, 8, 64, dtype=FP16).permute(0, 3, 1, 2)
-    view = plan(tuple(x.shape), W, Geometry(padding=PAD), True).x
-    descriptor = conv_bias_act_tma._described(x, view)
-    assert conv_bias_act_tma._described(x, view) is descriptor
+    view = plan(ConvShape(tuple(x.shape), W, Geometry(padding=PAD)), True).views["x_desc"]
+    descriptor = conv_bias_act_tma.described(x, view)
+    assert conv_bias_act_tma.described(x, view) is descriptor
     assert descriptor.base.data_ptr() == x.data_ptr() and not isinstance(descriptor.base, torch.Tensor)
-    assert conv_bias_act_tma._described(x, view._replace(box=(1, 1, 64, 64))) is not descriptor
+    assert conv_bias_act_tma.described(x, view._replace(box=(1, 1, 64, 64))) is not descriptor
     assert conv_bias_act_tma._descriptor.cache_info().maxsize is not None
 
 
@@ -258,32 +275,39 @@ BUG_CASES = (
     Case("", 2, 40, 7, 6, 72),
     Case("", 1, 64, 6, 5, 24, (3, 2), padding=((1, 0), (0, 2))),
     Case("", 2, 64, 8, 6, 40, stride=2, padding=((1, 0), (1, 2))),
+    Case("", 2, 40, 5, 7, 24, stride=2, padding=((1, 0), (0, 1))),
 )
-KERNEL_BUGS = {
-    "dropped residual": ("if residual_desc is not None:", "if False:"),
-    "residual of another tile": ("residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
-    "dropped ReLU": ("    if RELU:\n", "    if False:\n"),
-    "swapped scale and shift": ("tl.load(scale_ptr + offs_c", "tl.load(bias_ptr + offs_c"),
-    "second half's pixels": ("FIRST + HALF,", "FIRST,"),
-    "transposed taps": ("r = tap // KERNEL_W\n            s = tap % KERNEL_W",
-                        "s = tap // KERNEL_W\n            r = tap % KERNEL_W"),
-    "weight of another tap": ("w_desc.load([channel, k * BLOCK_K])", "w_desc.load([channel, r * BLOCK_K])"),
-    "channel chunks forgotten": ("c = k % N_CHUNKS * BLOCK_K", "c = 0"),
-    "edge filled with what lies beside it": ("h - lead_h + r, w - lead_w + s, c", "h - lead_h + r, w + s, c"),
-    "wrong row parity": ("r % 2, w - lead_w", "1 - r % 2, w - lead_w"),
-    "wrong column parity": ("column = s % 2", "column = (1 - s % 2)"),
-    "row skew forgotten": ("r += SKEW_H", "r += 0"),
-    "column skew forgotten": ("s += SKEW_W", "s += 0"),
-    "images of one tile": ("box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
-    "every other tile left out": ("n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
-}  # fmt: skip
-PLAN_BUGS = {
-    "edge filled with the next row": ("x_shape, x_strides = (batch, in_h, in_w, c_in)",
-                                      "x_shape, x_strides = (batch, in_h + 1, in_w + 2, c_in)"),
-    "padding of the wrong side": ("geometry.padding[0], geometry.padding[2]", "geometry.padding[1], geometry.padding[3]"),
-    "rows and columns swapped": ("2 * row, row, 2 * c_in, 1", "row, 2 * row, 2 * c_in, 1"),
-    "image's last pair of rows": ("(batch, in_h // 2, 2,", "(batch, in_h // 2 - 1, 2,"),
-    "fewer tiles of channels": ("tiles_c=tiles[3]", "tiles_c=1"),
+KERNEL, PARTS, PLAN = "conv_bias_act_tma", "conv_bias_act_tma_parts", "conv_bias_act_tma_plan"
+BUGS = {
+    "images of one tile": (KERNEL, "box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
+    "every other tile left out": (KERNEL, "n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
+    "dropped residual": (PARTS, "if residual_desc is not None:", "if False:"),
+    "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
+    "dropped ReLU": (PARTS, "    if RELU:\n", "    if False:\n"),
+    "swapped scale and shift": (PARTS, "acc *= tl.load(scale_ptr + offs_c", "acc *= tl.load(bias_ptr + offs_c"),
+    "second half's pixels": (PARTS, "FIRST + HALF, PARTS // 2,", "FIRST, PARTS // 2,"),
+    "transposed taps": (PARTS, "r = tap // columns + skipped_r\n        s = tap % columns + skipped_s",
+                        "s = tap // columns + skipped_r\n        r = tap % columns + skipped_s"),
+    "weight of another tap": (PARTS, "w_desc.load([channel, tap * (N_CHUNKS * BLOCK_K) + c])",
+                              "w_desc.load([channel, r * (N_CHUNKS * BLOCK_K) + c])"),
+    "channel chunks forgotten": (PARTS, "c = k % N_CHUNKS * BLOCK_K", "c = 0"),
+    "edge filled with what lies beside it": (KERNEL, "h - lead_h, w - lead_w,", "h - lead_h, w,"),
+    "wrong row parity": (PARTS, "r % 2, w + s // 2", "1 - r % 2, w + s // 2"),
+    "wrong column parity": (PARTS, "column = s % 2", "column = (1 - s % 2)"),
+    "row skew forgotten": (PARTS, "r += SKEW_H", "r += 0"),
+    "column skew forgotten": (PARTS, "s += SKEW_W", "s += 0"),
+    "first tap of another parity": (PARTS, "FIRST_R: tl.constexpr = (SKEW_H + PARITY_H) % 2", "FIRST_R: tl.constexpr = PARITY_H"),
+    "a parity's last column of taps": (PARTS, "(KERNEL_W - FIRST_S + 1) // 2", "(KERNEL_W - FIRST_S) // 2"),
+    "a parity's lead": (PARTS, "h + SKEW_H * (1 - PARITY_H)", "h"),
+    "one parity for another": (PARTS, "x_descs[parity]", "x_descs[parity // 2 * 2]"),
+    "edge filled with the next row": (PLAN, "_dense((batch, in_h, in_w, c_in), (*box, config.block_k))",
+                                      "_dense((batch, in_h, in_w, c_in), (*box, config.block_k))"
+                                      "._replace(shape=(batch, in_h, in_w + 1, c_in))"),
+    "padding of the wrong side": (PLAN, "geometry.padding[0], geometry.padding[2]", "geometry.padding[1], geometry.padding[3]"),
+    "image's last pair of rows": (PLAN, "(batch, in_h // 2, 2,", "(batch, in_h // 2 - 1, 2,"),
+    "a parity's last column": (PLAN, "(in_w + 1 - q) // 2, c_in)", "(in_w - 1) // 2, c_in)"),
+    "a parity's first pixel": (PLAN, "(p * in_w + q) * c_in)", "q * c_in)"),
+    "fewer tiles of channels": (PLAN, "tiles_c=tiles[3]", "tiles_c=1"),
 }  # fmt: skip
 
 
@@ -299,23 +323,25 @@ def failures(device) -> int:
     return wrong
 
 
-@pytest.mark.parametrize("name", KERNEL_BUGS)
+def plant(where, old, new, tmp_path, monkeypatch) -> None:
+    """Puts a module with a piece of its source replaced in the place of one of the kernel's three."""
+    module = planted(where, tmp_path, old, new)
+    if where == KERNEL:
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
+        monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
+        return
+    for name in vars(module).keys() & vars(conv_bias_act_tma).keys():
+        if getattr(module, name) is not getattr(conv_bias_act_tma, name) and not name.startswith("__"):
+            monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
+
+
+@pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
-    module = planted("conv_bias_act_tma", tmp_path, *KERNEL_BUGS[name])
-    monkeypatch.setattr(module, "_multiprocessors", lambda device: 1)
-    monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
+    plant(*BUGS[name], tmp_path, monkeypatch)
     assert failures(device) > 0
 
 
-@pytest.mark.parametrize("name", PLAN_BUGS)
-def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
-    module = planted("conv_bias_act_tma_plan", tmp_path, *PLAN_BUGS[name])
-    monkeypatch.setattr(conv_bias_act_tma, "plan", module.plan)
-    assert failures(device) > 0
-
-
-def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
-    for where, name in (("conv_bias_act_tma", "launch"), ("conv_bias_act_tma_plan", "plan")):
-        module = planted(where, tmp_path, "import annotations", "import annotations")
-        monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
+@pytest.mark.parametrize("where", (KERNEL, PARTS, PLAN))
+def test_nothing_planted_nothing_caught(where, tmp_path, device, monkeypatch):
+    plant(where, "import annotations", "import annotations", tmp_path, monkeypatch)
     assert failures(device) == 0
