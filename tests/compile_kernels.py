@@ -89,6 +89,7 @@ class Case:
     arguments: dict[str, str]
     aligned: tuple[str, ...]
     constants: dict = field(default_factory=dict)
+    max_registers: int | None = None
     planted: bool = False
 
 
@@ -178,31 +179,61 @@ def conv_cases(everything: bool) -> list[Case]:
     return list(cases.values())
 
 
+def tma_layers() -> dict[tuple, str]:
+    """(weight shape, geometry, input size, shortcut) of what Hopper's kernel may get; shortcut: the first three, or None."""
+    found = {(*key[:3], None): name for key, name in layers().items()}
+    same, half = Geometry(padding=(1,) * 4), Geometry((2, 2), (1,) * 4)
+    # Beyond the nets: narrow and ragged channels, and stride 2 on odd sizes.
+    for weight_shape, geometry, size in (
+        ((32, 32, 3, 3), same, (14, 14)),
+        ((64, 24, 1, 1), Geometry(), (14, 14)),
+        ((64, 32, 3, 3), same, (14, 14)),
+        ((128, 128, 3, 3), half, (57, 57)),
+        ((256, 256, 3, 3), half, (29, 29)),
+        ((64, 24, 3, 3), half, (28, 28)),
+    ):
+        found[weight_shape, geometry, size, None] = f"{weight_shape[1]} to {weight_shape[0]}, {size[0]}x{size[1]}"
+    # The blocks with a projection: of ResNet-50 the first of a stage, of ResNet-18 the last three of them.
+    for stage, (width, c_in, stride, size) in enumerate(
+        ((64, 64, 1, 56), (128, 256, 2, 28), (256, 512, 2, 14), (512, 1024, 2, 7)), start=1
+    ):
+        step = Geometry((stride, stride))
+        shortcut = ((4 * width, c_in, 1, 1), step, (stride * size,) * 2)
+        found[(4 * width, width, 1, 1), Geometry(), (size, size), shortcut] = f"resnet50 layer{stage}.0 merged"
+        if stride == 2:
+            shortcut = ((width, width // 2, 1, 1), step, (2 * size,) * 2)
+            found[(width, width, 3, 3), same, (size, size), shortcut] = f"resnet18 layer{stage}.0 merged"
+    return found
+
+
 def tma_cases(everything: bool) -> list[Case]:
     """The convolutions that Hopper's kernel takes; what differs only in the box of pixels or in dtype is left out."""
-    from resnet_kernels.kernels.conv_bias_act_tma_plan import plan, why_not
+    from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not
 
     cases = {}
-    shapes = {key[:3]: name for key, name in layers().items()}
-    # Beyond the nets: narrow and ragged channels.
-    extra = (((32, 32, 3, 3), 1), ((64, 24, 1, 1), 0), ((64, 32, 3, 3), 1))
-    shapes |= {(w, Geometry(padding=(p,) * 4), (14, 14)): f"{w[1]} to {w[0]}" for w, p in extra}
-    for (weight_shape, geometry, in_size), name in shapes.items():
+    for (weight_shape, geometry, in_size, shortcut), name in tma_layers().items():
         for dtype, batch in itertools.product(("fp16", "bf16") if everything else ("bf16",), (1, 256)):
-            x_shape = (batch, weight_shape[1] * geometry.groups, *in_size)
-            if why_not(x_shape, weight_shape, geometry, DTYPES[dtype]) is not None:
+            conv = ConvShape((batch, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
+            if why_not(*conv, DTYPES[dtype]) is not None:
                 continue
-            todo = plan(x_shape, weight_shape, geometry, True)
+            if shortcut is not None:
+                shortcut_weight, step, size = shortcut
+                projection = ConvShape((batch, shortcut_weight[1], *size), shortcut_weight, step)
+            todo = plan(conv, True, shortcut=None if shortcut is None else projection)
             arguments, aligned, constants = specialise(todo.integers)
-            views = dict(x_desc=todo.x, w_desc=todo.weight, residual_desc=todo.y, y_desc=todo.y)
+            # A projection takes the residual's place.
+            views = todo.views if shortcut else todo.views | dict(residual_desc=todo.views["y_desc"])
             types = {n: f"tensordesc<{dtype}[{','.join(map(str, view.box))}]>" for n, view in views.items()}
-            types |= {"scale_ptr": "*fp32", "bias_ptr": "*fp32"}
+            types |= dict.fromkeys(("scale_ptr", "bias_ptr"), "*fp32")
+            if shortcut:
+                types |= dict.fromkeys(("shortcut_scale_ptr", "shortcut_bias_ptr", "parked_ptr"), "*fp32")
             config = todo.config
             case = Case(
                 TMA_KERNEL, label(config), dtype, name, config.num_warps, config.num_stages, types | arguments, aligned,
-                constants | todo.constants,
+                constants | todo.constants, todo.max_registers,
             )  # fmt: skip
-            loop = (weight_shape[2:], todo.constants["STRIDE"], todo.constants["N_CHUNKS"] == 1)
+            form = (weight_shape[2:], "x01_desc" in views, *(todo.constants[n] for n in ("IN_PAIRS", "RAGGED")))
+            loop = (*form, bool(shortcut), todo.constants["N_CHUNKS"] == 1)
             cases.setdefault(repr(replace(case, layer="")) if everything else (config, loop), case)
     return list(cases.values())
 
@@ -398,7 +429,12 @@ def compile_case(job: tuple[Case, Target]) -> dict:
                 attrs=attrs,
             ),
             target=GPUTarget(target.backend, target.arch, target.warp_size),
-            options=dict(num_warps=case.num_warps, num_stages=case.num_stages, enable_fp_fusion=True),
+            options=dict(
+                num_warps=case.num_warps,
+                num_stages=case.num_stages,
+                maxnreg=case.max_registers,
+                enable_fp_fusion=True,
+            ),
         )
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))

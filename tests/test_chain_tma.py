@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from resnet_kernels.kernels import chain_tma, conv_bias_act_tma
 from resnet_kernels.kernels.chain_tma import Layer, Shortcut
 from resnet_kernels.kernels.chain_tma_plan import CONFIGS, Kind, ShortcutShape, choose_config, kind_of, why_not
-from resnet_kernels.kernels.conv_bias_act_tma_plan import TmaConfig
+from resnet_kernels.kernels.conv_bias_act_tma_tiles import TmaConfig
 
 FP16 = torch.float16
 IDENTITY, SUBSAMPLED = "identity", "subsampled"

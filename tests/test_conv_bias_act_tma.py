@@ -1,7 +1,7 @@
 """Hopper's kernel in the interpreter: exact on integers in every tile and view, and what keeps a convolution from it."""
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +15,8 @@ from resnet_kernels.ops.geometry import Geometry, normalise
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma
-from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS, choose_box, choose_config, plan, why_not
+from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not, why_not_merged
+from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS, choose_box, choose_config
 
 FP16 = torch.float16
 
@@ -40,6 +41,14 @@ CASES = (
     Case("SAME 3x3/2", 1, 32, 8, 6, 64, stride=2, padding=((0, 1), (0, 1))),
     Case("3x3/2, padding of every parity", 1, 32, 8, 6, 64, stride=2, padding=((3, 0), (2, 1))),
     Case("7x7/2", 1, 32, 8, 8, 32, (7, 7), 2, 3),
+    Case("3x3/2, 7x7", 3, 64, 7, 7, 128, stride=2),
+    Case("3x3/2, odd rows", 1, 24, 9, 6, 40, stride=2, padding=((1, 0), (2, 1))),
+    Case("3x3/2, odd columns", 2, 40, 4, 5, 16, stride=2, padding=((0, 1), (3, 0))),
+    Case("3x3/2, even, ragged steps", 1, 72, 8, 6, 24, stride=2),
+    Case("SAME 3x3/2, odd size", 1, 32, 9, 7, 64, stride=2),
+    Case("7x7/2, odd size", 1, 16, 9, 7, 32, (7, 7), 2, 3),
+    Case("1x3/2, odd size", 1, 16, 5, 7, 32, (1, 3), 2, ((0, 0), (1, 1))),
+    Case("3x3/2, three pixels", 2, 16, 3, 3, 8, stride=2, padding=0),
     Case("2x5", 1, 16, 6, 9, 16, (2, 5), padding=((0, 1), (2, 2))),
     Case("1x1 image", 5, 64, 1, 1, 64),
     Case("one row", 1, 32, 1, 33, 32),
@@ -79,13 +88,14 @@ def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}x{config.block_k}")
 def test_every_shipped_config_is_exact(config, device, monkeypatch):
-    """Ragged in every axis, several tiles a program; 64 input channels where stride 2 wants whole steps."""
+    """Ragged in every axis, several tiles a program; 64 input channels for stride 2 in pairs."""
     monkeypatch.setattr(conv_bias_act_tma, "multiprocessors", lambda device: 1)
     config = replace(config, programs_per_sm=1)
     for case in (
         Case("", 2, 40, 7, 7, 72),
         Case("", 1, 72, 7, 7, 40, (1, 1), padding=0),
         Case("", 3, 64, 10, 6, 24, stride=2),
+        Case("", 2, 40, 9, 7, 24, stride=2),
         Case("", 1, 64, 7, 7, 24, (1, 1), 2, 0),
     ):
         x, weight, bias, residual, scale = operands(case, FP16, device)
@@ -137,12 +147,13 @@ def test_nan_stays_nan_and_inf_stays_inf(device):
     assert y[0, 0, 0, 0].isnan() and y.isnan().sum() == 17
 
 
+@pytest.mark.parametrize("size", (6, 7))
 @pytest.mark.parametrize("stride", (1, 2))
-def test_an_image_does_not_see_its_neighbours(stride, device):
+def test_an_image_does_not_see_its_neighbours(stride, size, device):
     """Through the padding neither the next image nor, at stride 2, the other column's channels leak in."""
-    x = torch.full((3, 32, 6, 6), float("nan"), device=device, dtype=FP16)
+    x = torch.full((3, 32, size, size), float("nan"), device=device, dtype=FP16)
     x[1] = 1.0
-    case = Case("", 3, 32, 6, 6, 16, stride=stride)
+    case = Case("", 3, 32, size, size, 16, stride=stride)
     y = run(conv_bias_act_tma, case, x, torch.ones(16, 32, 3, 3, device=device, dtype=FP16), None, None, None, True)
     assert y[1].isfinite().all() and y[[0, 2]].isnan().all()
 
@@ -163,6 +174,159 @@ def test_layouts_and_addresses_do_not_matter(device):
         assert torch.equal(y.double().cpu(), expected)
 
 
+@dataclass(frozen=True)
+class Merged:
+    """A block's last convolution and its projection, from c_in channels."""
+
+    conv: Case
+    c_in: int
+    stride: int = 1
+    size: tuple = ()  # (h, w) of the projection's input
+
+    @property
+    def shortcut(self) -> Case:
+        return Case("", self.conv.n, self.c_in, *self.size, self.conv.c_out, (1, 1), self.stride, 0)
+
+
+MERGED = (
+    Merged(Case("Bottleneck", 2, 64, 7, 7, 256, (1, 1), padding=0), 128, 2, (14, 14)),
+    Merged(Case("first stage", 2, 64, 6, 6, 72, (1, 1), padding=0), 64, 1, (6, 6)),
+    Merged(Case("BasicBlock", 1, 64, 8, 6, 64), 32, 2, (16, 12)),
+    Merged(Case("odd sizes, ragged channels", 3, 40, 5, 7, 24), 24, 2, (9, 13)),
+    Merged(Case("stride on the convolution too", 2, 24, 7, 7, 16, stride=2), 8, 2, (7, 7)),
+)
+# Scales that can't be factored out, and those that can: zeros, signs, sizes.
+AWKWARD = (
+    (1, 0),
+    (0, 1),
+    (0, 0),
+    (-2, 4),
+    (2, -1),
+    (1, 2.0**-60),
+    (2.0**-60, 1),
+    (0, -2),
+    (-4, 0.5),
+    (2.0**60, 2.0**60),
+)
+
+
+def merged_operands(merged: Merged, device, real=False):
+    """Both convolutions' operands; scales are powers of two, so that their ratio is exact."""
+    conv, shortcut = (operands(case, FP16, device, real) for case in (merged.conv, merged.shortcut))
+    if not real:
+        sign = torch.tensor([1.0, -1.0], device=device).repeat(len(conv[4]) // 2)
+        conv, shortcut = (*conv[:4], conv[4] * sign), (*shortcut[:4], shortcut[4] * 0.5)
+    return conv, shortcut
+
+
+def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=False, config=None):
+    """(y, the definition in fp64); use: which of scale, bias, shortcut's scale, shortcut's bias there are."""
+    (x, weight, bias, added, scale), (x0, weight0, bias0, _, scale0) = conv, shortcut
+    scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
+    added = added if residual else None
+    geometries = [normalise(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
+    shapes = [ConvShape(t.shape, w.shape, g) for t, w, g in zip((x, x0), (weight, weight0), geometries)]
+    assert why_not_merged(*shapes, x.dtype) is None
+    y = conv_bias_act_tma.launch(
+        x, weight, bias, added, scale, geometries[0], relu, config,
+        conv_bias_act_tma.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
+    )  # fmt: skip
+    expected = truth(merged.conv, x, weight, bias, added, scale, False)
+    expected = expected + truth(merged.shortcut, x0, weight0, bias0, None, scale0, False)
+    return y, expected.clamp_min(0) if relu else expected
+
+
+@pytest.mark.parametrize("merged", MERGED, ids=lambda merged: str(merged.conv))
+def test_merged_shortcut_is_exact(merged, device):
+    tensors = merged_operands(merged, device)
+    for use in ((True,) * 4, (False,) * 4, (True, True, False, True), (False, False, True, True)):
+        y, expected = merge(merged, *tensors, use)
+        assert expected.abs().max() <= 2048 and torch.equal(y.double().cpu(), expected)
+        assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
+    y, expected = merge(merged, *tensors, relu=False, residual=True)
+    assert torch.equal(y.double().cpu(), expected)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.block_m}x{config.block_n}x{config.block_k}")
+def test_merged_shortcut_is_exact_in_every_config(config, device, monkeypatch):
+    """Several tiles a program, the first of them parked: its memory is used again."""
+    monkeypatch.setattr(conv_bias_act_tma, "multiprocessors", lambda device: 1)
+    config = replace(config, programs_per_sm=1)
+    for merged in (MERGED[0], MERGED[3]):
+        conv, shortcut = merged_operands(merged, device)
+        for zero in ((), (0,), (0, -1)):
+            shortcut[4][list(zero)] = 0.0
+            y, expected = merge(merged, conv, shortcut, config=config)
+            assert torch.equal(y.double().cpu(), expected)
+
+
+@pytest.mark.parametrize("channels", (1, len(AWKWARD)), ids=("one a tile", "all at once"))
+def test_merged_shortcut_takes_any_scale(channels, device):
+    merged = MERGED[3]
+    (*conv, scale), (*shortcut, scale0) = merged_operands(merged, device)
+    for first in range(0, len(AWKWARD), channels):
+        new, new0 = scale.clone(), scale0.clone()
+        values = torch.tensor(AWKWARD[first : first + channels], device=device)
+        new[3 : 3 + channels], new0[3 : 3 + channels] = values.unbind(1)
+        y, expected = merge(merged, (*conv, new), (*shortcut, new0), (True, False) * 2, relu=False)
+        assert torch.equal(y.cpu(), expected.to(FP16))
+
+
+def test_merged_shortcut_keeps_nan_and_inf(device):
+    """Of scales and of either input, as PyTorch has them; inf times 0 included."""
+    merged = Merged(Case("", 2, 32, 5, 5, 32, (1, 1), padding=0), 32, 2, (9, 9))
+    (x, weight, bias, residual, scale), (x0, weight0, bias0, none, scale0) = merged_operands(merged, device)
+    nan, inf = float("nan"), float("inf")
+    x[0, 0, 1, 1], x[0, 1, 2, 2], x0[1, 0, 2, 2], x0[1, 1, 4, 4] = nan, inf, nan, -inf
+    awkward = torch.tensor([nan, inf, -inf, 0.0, 1.0], device=device)
+    grid = torch.cartesian_prod(awkward, awkward)
+    scale[: len(grid)], scale0[: len(grid)] = grid.unbind(1)
+    y, expected = merge(merged, (x, weight, bias, residual, scale), (x0, weight0, bias0, none, scale0))
+    expected = torch.where(expected.isnan(), expected, expected.clamp_min(0))
+    assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
+    assert torch.equal(y.double().cpu().nan_to_num(1e5, 2e5, 3e5), expected.nan_to_num(1e5, 2e5, 3e5))
+
+
+@pytest.mark.parametrize("least", (0.5, 1e-12), ids=("as trained", "with dead channels"))
+def test_merged_shortcut_is_as_accurate_as_eager(least, device):
+    merged = MERGED[0]
+    conv, shortcut = merged_operands(merged, device, real=True)
+    dead = torch.arange(len(shortcut[4]), device=device) % 7 == 0
+    shortcut = (*shortcut[:4], torch.where(dead, shortcut[4] * least, shortcut[4]))
+    y, expected = merge(merged, conv, shortcut)
+    branches = []
+    for case, (x, weight, bias, _, scale) in ((merged.conv, conv), (merged.shortcut, shortcut)):
+        z = torch.conv2d(x, weight, None, case.stride, case.padding)
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        branches.append(torch.batch_norm(z, scale, bias, zero, one, False, 0.0, 0.0, False))
+    assert_within_budget(y, torch.relu(sum(branches)), expected)
+
+
+def test_the_predicate_says_why_not_merged():
+    conv = ConvShape((2, 64, 7, 7), (256, 64, 1, 1), Geometry())
+    shortcut = ConvShape((2, 128, 14, 14), (256, 128, 1, 1), Geometry((2, 2)))
+    assert why_not_merged(conv, shortcut, FP16) is None
+    for first, second, dtype, reason in (
+        (conv, shortcut, torch.float32, "the convolution: dtype must be float16 or bfloat16"),
+        (
+            conv,
+            shortcut._replace(x=(2, 12, 14, 14), weight=(256, 12, 1, 1)),
+            FP16,
+            "the shortcut: channels must be multiples",
+        ),
+        (
+            conv,
+            shortcut._replace(weight=(256, 128, 3, 3), geometry=Geometry((2, 2), PAD)),
+            FP16,
+            "must be 1x1 without padding",
+        ),
+        (conv, shortcut._replace(x=(2, 128, 16, 16)), FP16, r"output shape \(2, 256, 7, 7\), got \(2, 256, 8, 8\)"),
+        (conv._replace(geometry=Geometry(groups=2)), shortcut, FP16, "the convolution: groups must be 1"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            raise ValueError(why_not_merged(first, second, dtype))
+
+
 X, W, PAD = (2, 64, 8, 8), (64, 64, 3, 3), (1, 1, 1, 1)
 REASONS = [
     (X, W, Geometry(padding=PAD), FP16, None),
@@ -177,8 +341,9 @@ REASONS = [
     ((2**16, 8, 2**8, 2**8), (8, 8, 1, 1), Geometry(), FP16, "at most 2147483519 pixels"),
     (X, W, Geometry((3, 3)), FP16, r"stride must be 1 or 2, got \(3, 3\) with a kernel of 3x3"),
     (X, W, Geometry((2, 1)), FP16, "stride must be 1 or 2"),
-    ((2, 64, 8, 7), W, Geometry((2, 2)), FP16, "even height and width, got 8x7"),
-    ((2, 40, 8, 8), (64, 40, 3, 3), Geometry((2, 2)), FP16, "a multiple of 32, got 40"),
+    ((2, 64, 8, 7), W, Geometry((2, 2), PAD), FP16, None),
+    ((2, 40, 8, 8), (64, 40, 3, 3), Geometry((2, 2)), FP16, None),
+    ((2, 64, 8, 1), W, Geometry((2, 2), PAD), FP16, "at least 2x2 pixels, got 8x1"),
 ]
 
 
@@ -201,7 +366,12 @@ def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
 
     stand_in = type("module", (), dict(launch=staticmethod(launch), runs_on=staticmethod(lambda device: True)))
     monkeypatch.setattr(conv_bias_act, "conv_bias_act_tma", stand_in)
-    for case, expected in ((CASES[0], [2]), (Case("", 2, 64, 7, 7, 64, stride=2), []), (Case("", 1, 3, 6, 6, 8), [])):
+    for case, expected in (
+        (CASES[0], [2]),
+        (Case("", 2, 64, 7, 7, 64, stride=2), [2]),
+        (Case("", 2, 64, 7, 7, 64, stride=3), []),
+        (Case("", 1, 3, 6, 6, 8), []),
+    ):
         taken.clear()
         x, weight, bias, residual, scale = operands(case, FP16, device)
         y = ops.conv_bias_act(
@@ -246,7 +416,7 @@ def test_a_descriptor_keeps_no_memory_and_is_made_once(monkeypatch):
     """As on a GPU, where an address is all that a descriptor needs of its tensor."""
     monkeypatch.setattr(conv_bias_act_tma, "is_interpreted", lambda: False)
     x = torch.zeros(2, 8, 8, 64, dtype=FP16).permute(0, 3, 1, 2)
-    view = plan(tuple(x.shape), W, Geometry(padding=PAD), True).x
+    view = plan(ConvShape(tuple(x.shape), W, Geometry(padding=PAD)), True).views["x_desc"]
     descriptor = conv_bias_act_tma.described(x, view)
     assert conv_bias_act_tma.described(x, view) is descriptor
     assert descriptor.base.data_ptr() == x.data_ptr() and not isinstance(descriptor.base, torch.Tensor)
@@ -258,32 +428,48 @@ BUG_CASES = (
     Case("", 2, 40, 7, 6, 72),
     Case("", 1, 64, 6, 5, 24, (3, 2), padding=((1, 0), (0, 2))),
     Case("", 2, 64, 8, 6, 40, stride=2, padding=((1, 0), (1, 2))),
+    Case("", 2, 40, 5, 7, 24, stride=2, padding=((1, 0), (0, 1))),
 )
-KERNEL_BUGS = {
-    "dropped residual": ("if residual_desc is not None:", "if False:"),
-    "residual of another tile": ("residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
-    "dropped ReLU": ("    if RELU:\n", "    if False:\n"),
-    "swapped scale and shift": ("tl.load(scale_ptr + offs_c", "tl.load(bias_ptr + offs_c"),
-    "second half's pixels": ("FIRST + HALF,", "FIRST,"),
-    "transposed taps": ("r = tap // KERNEL_W\n            s = tap % KERNEL_W",
-                        "s = tap // KERNEL_W\n            r = tap % KERNEL_W"),
-    "weight of another tap": ("w_desc.load([channel, k * BLOCK_K])", "w_desc.load([channel, r * BLOCK_K])"),
-    "channel chunks forgotten": ("c = k % N_CHUNKS * BLOCK_K", "c = 0"),
-    "edge filled with what lies beside it": ("h - lead_h + r, w - lead_w + s, c", "h - lead_h + r, w + s, c"),
-    "wrong row parity": ("r % 2, w - lead_w", "1 - r % 2, w - lead_w"),
-    "wrong column parity": ("column = s % 2", "column = (1 - s % 2)"),
-    "row skew forgotten": ("r += SKEW_H", "r += 0"),
-    "column skew forgotten": ("s += SKEW_W", "s += 0"),
-    "images of one tile": ("box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
-    "every other tile left out": ("n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
-}  # fmt: skip
-PLAN_BUGS = {
-    "edge filled with the next row": ("x_shape, x_strides = (batch, in_h, in_w, c_in)",
-                                      "x_shape, x_strides = (batch, in_h + 1, in_w + 2, c_in)"),
-    "padding of the wrong side": ("geometry.padding[0], geometry.padding[2]", "geometry.padding[1], geometry.padding[3]"),
-    "rows and columns swapped": ("2 * row, row, 2 * c_in, 1", "row, 2 * row, 2 * c_in, 1"),
-    "image's last pair of rows": ("(batch, in_h // 2, 2,", "(batch, in_h // 2 - 1, 2,"),
-    "fewer tiles of channels": ("tiles_c=tiles[3]", "tiles_c=1"),
+KERNEL, PARTS, PLAN = "conv_bias_act_tma", "conv_bias_act_tma_parts", "conv_bias_act_tma_plan"
+BUGS = {
+    "images of one tile": (KERNEL, "box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
+    "every other tile left out": (KERNEL, "n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
+    "dropped residual": (PARTS, "if residual_desc is not None:", "if False:"),
+    "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
+    "dropped ReLU": (PARTS, "    if RELU:\n", "    if False:\n"),
+    "swapped scale and shift": (PARTS, "acc *= tl.load(scale_ptr + offs_c", "acc *= tl.load(bias_ptr + offs_c"),
+    "second half's pixels": (PARTS, "FIRST + HALF, PARTS // 2,", "FIRST, PARTS // 2,"),
+    "transposed taps": (PARTS, "r = tap // columns + skipped_r\n        s = tap % columns + skipped_s",
+                        "s = tap // columns + skipped_r\n        r = tap % columns + skipped_s"),
+    "weight of another tap": (PARTS, "w_desc.load([channel, tap * (N_CHUNKS * BLOCK_K) + c])",
+                              "w_desc.load([channel, r * (N_CHUNKS * BLOCK_K) + c])"),
+    "channel chunks forgotten": (PARTS, "c = chunk * BLOCK_K", "c = 0"),
+    "edge filled with what lies beside it": (KERNEL, "h - lead_h, w - lead_w,", "h - lead_h, w,"),
+    "wrong row parity": (PARTS, "r % 2, w + s // 2", "1 - r % 2, w + s // 2"),
+    "wrong column parity": (PARTS, "column = s % 2", "column = (1 - s % 2)"),
+    "row skew forgotten": (PARTS, "r += SKEW_H", "r += 0"),
+    "column skew forgotten": (PARTS, "s += SKEW_W", "s += 0"),
+    "first tap of another parity": (PARTS, "tl.constexpr = (SKEW_H + PARITY_H) % 2", "tl.constexpr = PARITY_H"),
+    "a parity's last column of taps": (PARTS, "(KERNEL_W - FIRST_S + 1) // 2", "(KERNEL_W - FIRST_S) // 2"),
+    "a parity's lead": (PARTS, "h + SKEW_H * (1 - PARITY_H)", "h"),
+    "one parity for another": (PARTS, "x_descs[parity]", "x_descs[parity // 2 * 2]"),
+    "edge filled with the next row": (PLAN, "_dense((batch, in_h, in_w, c_in), (*box, config.block_k))",
+                                      "_dense((batch, in_h, in_w, c_in), (*box, config.block_k))"
+                                      "._replace(shape=(batch, in_h - 1, in_w + 1, c_in))"),
+    "padding of the wrong side": (PLAN, "geometry.padding[0], geometry.padding[2]",
+                                  "geometry.padding[1], geometry.padding[3]"),
+    "image's last pair of rows": (PLAN, "(batch, in_h // 2, 2,", "(batch, in_h // 2 - 1, 2,"),
+    "a parity's last column": (PLAN, "(in_w + 1 - q) // 2, c_in)", "(in_w - 1) // 2, c_in)"),
+    "a parity's first pixel": (PLAN, "(p * in_w + q) * c_in)", "q * c_in)"),
+    "shortcut's scale for both": (PARTS, "scale = tl.load(scale_ptr + offs_c, mask=offs_c < c_out, other=1.0)",
+                                  "scale = tl.load(shortcut_scale_ptr + offs_c, mask=offs_c < c_out, other=1.0)"),
+    "never parked": (KERNEL, "if PARKS and must_park", "if False and must_park"),
+    "parked without its scale": (KERNEL, "park(acc * scale[:, None], ", "park(acc, "),
+    "parked in one place": (PARTS, "park(right, parked_ptr, FIRST + HALF,", "park(right, parked_ptr, FIRST,"),
+    "shortcut's bias forgotten": (PARTS, "if shortcut_bias_ptr is not None:", "if False:"),
+    "shortcut's last channels": (PLAN, "SHORTCUT_CHUNKS=_cdiv(shortcut.weight[1], config.block_k)", "SHORTCUT_CHUNKS=1"),
+    "shortcut without its stride": (PLAN, "step_h * in_w * c_in, step_w * c_in, 1), box)", "in_w * c_in, c_in, 1), box)"),
+    "fewer tiles of channels": (PLAN, "tiles_c=tiles[3]", "tiles_c=1"),
 }  # fmt: skip
 
 
@@ -296,26 +482,33 @@ def failures(device) -> int:
         x, weight, bias, residual, scale = operands(case, FP16, device)
         y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True, config)
         wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
+    for zero in ([], [0]):
+        conv, shortcut = merged_operands(MERGED[3], device)
+        shortcut[4][zero] = 0.0
+        y, expected = merge(MERGED[3], conv, shortcut, config=replace(CONFIGS[4], block_k=16))
+        wrong += not torch.equal(y.double().cpu(), expected)
     return wrong
 
 
-@pytest.mark.parametrize("name", KERNEL_BUGS)
+def plant(where, old, new, tmp_path, monkeypatch) -> None:
+    """Puts a module with a piece of its source replaced in the place of one of the kernel's three."""
+    module = planted(where, tmp_path, old, new)
+    if where == KERNEL:
+        monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
+        monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
+        return
+    for name in vars(module).keys() & vars(conv_bias_act_tma).keys():
+        if getattr(module, name) is not getattr(conv_bias_act_tma, name) and not name.startswith("__"):
+            monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
+
+
+@pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
-    module = planted("conv_bias_act_tma", tmp_path, *KERNEL_BUGS[name])
-    monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
-    monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
+    plant(*BUGS[name], tmp_path, monkeypatch)
     assert failures(device) > 0
 
 
-@pytest.mark.parametrize("name", PLAN_BUGS)
-def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
-    module = planted("conv_bias_act_tma_plan", tmp_path, *PLAN_BUGS[name])
-    monkeypatch.setattr(conv_bias_act_tma, "plan", module.plan)
-    assert failures(device) > 0
-
-
-def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
-    for where, name in (("conv_bias_act_tma", "launch"), ("conv_bias_act_tma_plan", "plan")):
-        module = planted(where, tmp_path, "import annotations", "import annotations")
-        monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
+@pytest.mark.parametrize("where", (KERNEL, PARTS, PLAN))
+def test_nothing_planted_nothing_caught(where, tmp_path, device, monkeypatch):
+    plant(where, "import annotations", "import annotations", tmp_path, monkeypatch)
     assert failures(device) == 0

@@ -68,7 +68,7 @@ def _affine_block(acc, scale_desc, shift_desc, channel):
 
 @triton.jit
 def _chain_tma_kernel(
-    x_desc,  # (n, h, w, c_in), at STRIDE 2 (n, h / 2, 2, w / 2, 2 * c_in)
+    x_desc,  # (n, h, w, c_in), if IN_PAIRS (n, h / 2, 2, w / 2, 2 * c_in)
     w2_desc,  # (WIDTH, KERNEL_H * KERNEL_W * c_in)
     w3_desc,  # (C_OUT, WIDTH)
     residual_desc,  # as y; with ws_desc the projection's input (n, out_h, out_w, c_shortcut)
@@ -94,7 +94,7 @@ def _chain_tma_kernel(
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,
-    STRIDE: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     SKEW_H: tl.constexpr,
     SKEW_W: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -127,7 +127,7 @@ def _chain_tma_kernel(
             c = k % N_CHUNKS * BLOCK_K
             r = tap // KERNEL_W
             s = tap % KERNEL_W
-            if STRIDE == 1:
+            if not IN_PAIRS:
                 x = x_desc.load([n, h - lead_h + r, w - lead_w + s, c])
             else:
                 # Counted from an even row at or above the first tap, so that no remainder is taken of a negative number.

@@ -13,7 +13,8 @@ import torch
 
 from ..ops.geometry import Geometry
 from . import conv_bias_act_tma_plan as conv
-from .conv_bias_act_tma_plan import TmaConfig, View
+from .conv_bias_act_tma_plan import ConvShape, View
+from .conv_bias_act_tma_tiles import TmaConfig
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def why_not(
         return "conv2 must have taps, got a kernel of 1x1"
     if c_in % 32:
         return f"conv2: C_in must be a multiple of 32, got {c_in}"
+    if geometry.stride == (2, 2) and (x_shape[2] % 2 or x_shape[3] % 2):
+        return f"conv2: stride 2 needs an even height and width, got {x_shape[2]}x{x_shape[3]}"
     for name, shape, expected in (
         ("conv3", conv3_shape, (c_out, width, 1, 1)),
         ("shortcut", shortcut and shortcut.weight, (c_out, shortcut and shortcut.x[1], 1, 1)),
@@ -198,9 +201,9 @@ def plan(
     tile = TmaConfig(
         config.block_m, kind.width, config.block_k, config.num_warps, config.num_stages, 1, config.programs_per_sm
     )  # fmt: skip
-    front = conv.plan(x_shape, conv2_shape, geometry, relus[0], upcast, tile)
-    width, (batch, out_h, out_w) = conv2_shape[0], front.y.shape[:3]
-    box = front.y.box[:3]
+    front = conv.plan(ConvShape(x_shape, conv2_shape, geometry), relus[0], upcast, tile)
+    width, (batch, out_h, out_w) = conv2_shape[0], front.views["y_desc"].shape[:3]
+    box = front.views["y_desc"].box[:3]
 
     def pixels(channels: int, block: int, in_size=(out_h, out_w), stride=(1, 1)) -> View:
         row = in_size[1] * channels
@@ -211,7 +214,11 @@ def plan(
         return View((rows, columns), (columns, 1), block)
 
     y = pixels(c_out, config.block_c)
-    views = dict(x_desc=front.x, w2_desc=front.weight, w3_desc=matrix(c_out, width, (config.block_c, kind.width)))
+    views = dict(
+        x_desc=front.views["x_desc"],
+        w2_desc=front.views["w_desc"],
+        w3_desc=matrix(c_out, width, (config.block_c, kind.width)),
+    )
     views |= dict(residual_desc=y, y_desc=y)
     if shortcut is not None:
         c_shortcut, *in_size = shortcut.x[1:]
@@ -228,7 +235,7 @@ def plan(
         "KERNEL_H",
         "KERNEL_W",
         "N_CHUNKS",
-        "STRIDE",
+        "IN_PAIRS",
         "SKEW_H",
         "SKEW_W",
         "UPCAST",

@@ -14,6 +14,7 @@ the interpreter, and backend="auto" does not pick Triton. Registers, shared memo
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,81 +23,50 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.geometry import Geometry
-from .conv_bias_act_tma_plan import TmaConfig, View, plan
+from .conv_bias_act_tma_parts import convolve, load_scales, multiply_add, must_park, park, store_part
+from .conv_bias_act_tma_plan import ConvShape, View, plan
+from .conv_bias_act_tma_tiles import TmaConfig
 
 # Descriptors kept: four a convolution, ResNet-152 has 155.
 _CACHED = 1024
-
-
-@triton.jit
-def _store_part(
-    acc,  # (BLOCK_N channels, pixels of the part)
-    scale_ptr,
-    bias_ptr,
-    residual_desc,
-    y_desc,
-    c_out,
-    n,
-    h,
-    w,
-    channel,
-    RELU: tl.constexpr,
-    BOX_H: tl.constexpr,
-    BOX_W: tl.constexpr,
-    FIRST: tl.constexpr,  # the part's first pixel in the box
-    PARTS: tl.constexpr,
-):
-    if PARTS == 1:
-        offs_c = channel + tl.arange(0, acc.shape[0])
-        mask_c = offs_c < c_out
-        if scale_ptr is not None:
-            acc *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
-        at = [n + FIRST // (BOX_H * BOX_W), h + FIRST // BOX_W % BOX_H, w + FIRST % BOX_W, channel]
-        acc = acc.T
-        if residual_desc is not None:
-            acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
-        if RELU:
-            # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
-            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
-    else:
-        # In parts the residual takes less shared memory: at 128x128 104 KiB instead of 128, and two programs fit on an SM.
-        HALF: tl.constexpr = acc.shape[1] // 2
-        left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
-        _store_part(
-            left, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            RELU, BOX_H, BOX_W, FIRST, PARTS // 2,
-        )  # fmt: skip
-        _store_part(
-            right, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            RELU, BOX_H, BOX_W, FIRST + HALF, PARTS // 2,
-        )  # fmt: skip
+_OPTIONAL = ("x01_desc", "x10_desc", "x11_desc", "shortcut_desc", "shortcut_w_desc", "residual_desc")
 
 
 @triton.jit
 def _conv_bias_act_tma_kernel(
-    x_desc,  # (n, h, w, c_in), at STRIDE 2 (n, h / 2, 2, w / 2, 2 * c_in)
+    x_desc,  # (n, h, w, c_in), if IN_PAIRS (n, h / 2, 2, w / 2, 2 * c_in)
+    x01_desc,  # the other three parities of stride 2, or None
+    x10_desc,
+    x11_desc,
     w_desc,  # (c_out, KERNEL_H * KERNEL_W * c_in), if RAGGED (c_out, KERNEL_H * KERNEL_W, c_in)
+    shortcut_desc,  # (n, out_h, out_w, shortcut's c_in) or None
+    shortcut_w_desc,  # (c_out, shortcut's c_in) or None
     residual_desc,  # as y, or None
     y_desc,  # (n, out_h, out_w, c_out)
-    scale_ptr,  # (c_out,) or None
-    bias_ptr,  # (c_out,) or None
+    scale_ptr,  # (c_out,) or None, as the next three
+    bias_ptr,
+    shortcut_scale_ptr,
+    shortcut_bias_ptr,
+    parked_ptr,  # fp32, BLOCK_N * BLOCK_M a program, or None
     n_tiles,
     tiles_h,
     tiles_w,
     tiles_c,
     c_out,
-    lead_h,  # rows from a box's first output row up to its first input row; at STRIDE 2 pairs of rows
+    in_h,
+    in_w,
+    lead_h,  # rows from a box's first output row up to its first input row; at stride 2 pairs of rows
     lead_w,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,  # steps of BLOCK_K over the input channels
+    SHORTCUT_CHUNKS: tl.constexpr,
     RAGGED: tl.constexpr,  # BLOCK_K does not divide c_in
-    STRIDE: tl.constexpr,
-    SKEW_H: tl.constexpr,  # at STRIDE 2: the row of its pair at which the first tap is
+    IN_PAIRS: tl.constexpr,
+    SKEW_H: tl.constexpr,  # at stride 2: the row of its pair at which the first tap is
     SKEW_W: tl.constexpr,
+    SKIP: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     RELU: tl.constexpr,
     UPCAST: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -114,33 +84,51 @@ def _conv_bias_act_tma_kernel(
         w = box % tiles_w * BOX_W
         h = box // tiles_w % tiles_h * BOX_H
         n = box // (tiles_w * tiles_h) * BOX_N
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        for k in range(KERNEL_H * KERNEL_W * N_CHUNKS):
-            tap = k // N_CHUNKS
-            c = k % N_CHUNKS * BLOCK_K
-            r = tap // KERNEL_W
-            s = tap % KERNEL_W
-            if STRIDE == 1:
-                x = x_desc.load([n, h - lead_h + r, w - lead_w + s, c])
-            else:
-                # Counted from an even row at or above the first tap, so that no remainder is taken of a negative number.
-                r += SKEW_H
-                s += SKEW_W
-                column = s % 2 * (N_CHUNKS * BLOCK_K)
-                x = x_desc.load([n, h - lead_h + r // 2, r % 2, w - lead_w + s // 2, column + c])
-            x = x.reshape(BLOCK_M, BLOCK_K)
-            if RAGGED:
-                weight = w_desc.load([channel, tap, c]).reshape(BLOCK_N, BLOCK_K)
-            else:
-                weight = w_desc.load([channel, k * BLOCK_K])
-            if UPCAST:
-                x = x.to(tl.float32)
-                weight = weight.to(tl.float32)
-            # Channels by pixels: Triton takes a reshaped left operand through registers, a right one from where it lies.
-            acc = tl.dot(weight, x.T, acc)
-        _store_part(
-            acc, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel, RELU, BOX_H, BOX_W, 0, PARTS
-        )  # fmt: skip
+        x_descs = (x_desc, x01_desc, x10_desc, x11_desc)
+        PARKS: tl.constexpr = shortcut_desc is not None and shortcut_scale_ptr is not None
+        # Branches over the whole tile: one around the sums in mid-tile costs 60 registers.
+        if PARKS and must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N):
+            acc = convolve(
+                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w,
+                KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            scale, _ = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
+            park(acc * scale[:, None], parked_ptr, 0, BLOCK_M, PARTS)
+            acc = multiply_add(
+                tl.zeros_like(acc), shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0,
+                1, 1, 0, 0, 1, 1, SHORTCUT_CHUNKS, False, False, 0, 0, False, UPCAST, BLOCK_K,
+            )  # fmt: skip
+            # Another thread may have parked what this one reads.
+            tl.debug_barrier()
+            store_part(
+                acc, shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, parked_ptr, residual_desc, y_desc, c_out,
+                n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+            )  # fmt: skip
+        else:
+            acc = convolve(
+                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w,
+                KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            if shortcut_desc is not None:
+                scale, shortcut_scale = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
+                acc = multiply_add(
+                    acc * tl.div_rn(scale, shortcut_scale)[:, None], shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0,
+                    1, 1, 0, 0, 1, 1, SHORTCUT_CHUNKS, False, False, 0, 0, False, UPCAST, BLOCK_K,
+                )  # fmt: skip
+            store_part(
+                acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, None,
+                residual_desc, y_desc, c_out, n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+            )  # fmt: skip
+
+
+class Shortcut(NamedTuple):
+    """A block's projection: a 1x1 convolution of x, times scale, plus bias; tensors as `launch` takes them."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    geometry: Geometry
 
 
 def launch(
@@ -152,26 +140,40 @@ def launch(
     geometry: Geometry,
     relu: bool,
     config: TmaConfig | None = None,
+    shortcut: Shortcut | None = None,
 ) -> Tensor:
-    """Runs the kernel on checked operands that `why_not` lets pass; returns y, channels_last."""
-    interpreted = is_interpreted()
-    todo = plan(
-        tuple(x.shape), tuple(weight.shape), geometry, relu, interpreted and x.dtype == torch.bfloat16, config
-    )  # fmt: skip
+    """Runs the kernel on checked operands that `why_not` lets pass; returns y, channels_last.
+
+    With a shortcut that `why_not_merged` lets pass, its convolution is added before the ReLU; its sums are never rounded.
+    """
+    conv = ConvShape(tuple(x.shape), tuple(weight.shape), geometry)
+    projection = None
+    if shortcut is not None:
+        projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
+    todo = plan(conv, relu, is_interpreted() and x.dtype == torch.bfloat16, config, projection)
     config = todo.config
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    x, weight, residual = aligned(x), aligned(weight), None if residual is None else aligned(residual)
-    bias = None if bias is None else bias.contiguous()
-    scale = None if scale is None else scale.contiguous()
-    grid = (min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm),)
+    x = aligned(x)
+    tensors = dict(x_desc=x, x01_desc=x, x10_desc=x, x11_desc=x, w_desc=aligned(weight), y_desc=y)
+    vectors = dict(scale_ptr=scale, bias_ptr=bias, shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+    if shortcut is not None:
+        tensors |= dict(shortcut_desc=aligned(shortcut.x), shortcut_w_desc=aligned(shortcut.weight))
+        vectors |= dict(shortcut_scale_ptr=shortcut.scale, shortcut_bias_ptr=shortcut.bias)
+    descriptors = {name: described(tensors[name], view) for name, view in todo.views.items()}
+    if residual is not None:
+        descriptors["residual_desc"] = described(aligned(residual), todo.views["y_desc"])
+    programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
+    parked = None
+    if vectors["shortcut_scale_ptr"] is not None:
+        parked = torch.empty(programs * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _conv_bias_act_tma_kernel[grid](
-            described(x, todo.x), described(weight, todo.weight),
-            None if residual is None else described(residual, todo.y), described(y, todo.y),
-            scale, bias, **todo.integers, **todo.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+        _conv_bias_act_tma_kernel[(programs,)](
+            **dict.fromkeys(_OPTIONAL) | descriptors,
+            **{name: None if vector is None else vector.contiguous() for name, vector in vectors.items()},
+            parked_ptr=parked, **todo.integers, **todo.constants,
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers,
         )  # fmt: skip
     return y
 
@@ -199,10 +201,14 @@ class _Address:
 
 
 def described(tensor: Tensor, view: View) -> TensorDescriptor:
+    """A descriptor of a view of a tensor that is dense in memory."""
+    *layout, offset = view
     if is_interpreted():
         # It copies the tensors behind the arguments to and fro.
-        return TensorDescriptor(tensor, *map(list, view))
-    return _descriptor(tensor.data_ptr(), tensor.dtype, view)
+        return TensorDescriptor(
+            torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() + offset), *map(list, layout)
+        )
+    return _descriptor(tensor.data_ptr() + offset * tensor.element_size(), tensor.dtype, view)
 
 
 @lru_cache(_CACHED)
@@ -211,7 +217,7 @@ def _descriptor(address: int, dtype: torch.dtype, view: View) -> TensorDescripto
 
     Hence an entry can't go stale; it is made once for the addresses that PyTorch's allocator hands out again and again.
     """
-    return TensorDescriptor(_Address(address, dtype), *map(list, view))
+    return TensorDescriptor(_Address(address, dtype), *map(list, view[:3]))
 
 
 def aligned(tensor: Tensor) -> Tensor:

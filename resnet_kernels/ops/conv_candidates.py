@@ -69,10 +69,10 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 @cache
 def _tiles() -> dict[str, Any]:
-    from ..kernels import conv_bias_act, conv_bias_act_tma_plan
+    from ..kernels import conv_bias_act, conv_bias_act_tma_tiles
 
     tiles = {f"pointer {config}": config for config in conv_bias_act.CONFIGS}
-    return tiles | {f"tma {config}": config for config in conv_bias_act_tma_plan.CONFIGS}
+    return tiles | {f"tma {config}": config for config in conv_bias_act_tma_tiles.CONFIGS}
 
 
 def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -81,11 +81,8 @@ def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.d
     from ..kernels import conv_bias_act_tma, conv_bias_act_tma_plan
 
     x_shape, geometry = problem.x_shape(batch), problem.geometry
-    # A tap of stride 2 ends at a whole step: what lies behind is the other column's.
-    whole = geometry.stride == (1, 1) or problem.c_in % tile.block_k == 0
     return (
         conv_bias_act_tma.runs_on(device)
-        and whole
         and conv_bias_act_tma_plan.why_not(x_shape, problem.weight_shape, geometry, dtype) is None
     )
 

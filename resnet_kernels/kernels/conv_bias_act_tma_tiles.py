@@ -1,0 +1,83 @@
+"""conv_bias_act_tma.py's tiles as data, and which of them, of which shape, a layer gets. None was chosen by a measurement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+
+@dataclass(frozen=True)
+class TmaConfig:
+    """One tile shape. block_m: pixels, block_n: output channels, block_k: input channels of one step.
+
+    parts: the epilogue goes over the tile in so many pieces; programs_per_sm: how many are resident at a time.
+    """
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    parts: int
+    programs_per_sm: int
+
+    def __str__(self) -> str:
+        """What a measured table calls it: no two of CONFIGS may be called the same."""
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
+        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}"
+
+
+CONFIGS: tuple[TmaConfig, ...] = (
+    # The least traffic from L2: layers of many steps that fill the machine twice over with it.
+    TmaConfig(128, 256, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1),
+    # Two programs an SM: one multiplies while the other stores.
+    TmaConfig(128, 128, 64, num_warps=8, num_stages=3, parts=4, programs_per_sm=2),
+    # Stage 1: 64 output channels.
+    TmaConfig(128, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=2),
+    # Few pixels: late stages at small batch.
+    TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3),
+    # Input channels of which steps of 64 would leave half empty.
+    TmaConfig(64, 64, 32, num_warps=4, num_stages=4, parts=2, programs_per_sm=4),
+)
+
+# An H200's multiprocessors: how many programs a layer should give before its tiles may grow.
+_FULL_MACHINE = 132
+
+
+def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int) -> TmaConfig:
+    """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels."""
+    wide, large, tall, square, short_k = CONFIGS
+    if 0 < c_in % 64 <= 32:
+        return short_k
+    tiles = _cdiv(n_pixels, 128)
+    # A program alone on its SM stores while nothing multiplies: worth it only where the loop is long.
+    long_loop = taps * _cdiv(c_in, wide.block_k) >= 16
+    if long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * _FULL_MACHINE:
+        return wide
+    if c_out > 64 and tiles * _cdiv(c_out, 128) >= _FULL_MACHINE:
+        return large
+    return tall if tiles * _cdiv(c_out, 64) >= _FULL_MACHINE else square
+
+
+def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
+    """(images, rows, columns), powers of two of product block_m, that cover (N, out_h, out_w) with the fewest pixels.
+
+    Of equals the one with the longest rows: its pixels are neighbours in memory.
+    """
+    powers = [2**i for i in range(block_m.bit_length())]
+    boxes = [(block_m // (h * w), h, w) for h in powers for w in powers if h * w <= block_m]
+    covered = {box: prod(_cdiv(size, side) * side for size, side in zip(pixels, box)) for box in boxes}
+    return min(boxes, key=lambda box: (covered[box], -box[2], -box[1]))
+
+
+def _first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
+    """The first of so many equal pieces of a box, in the order of its pixels: images are parted first, then rows."""
+    sides = []
+    for side in box:
+        sides.append(max(side // parts, 1))
+        parts = max(parts // side, 1)
+    return tuple(sides)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
