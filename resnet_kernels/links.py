@@ -150,7 +150,8 @@ class LinkProblem(NamedTuple):
     conv1: ConvProblem | None
 
     def __str__(self) -> str:
-        return "link " + "; ".join(f"{role} {part}" for role, part in zip(ROLES, self) if part)
+        layers = (f"{role} {str(part).removeprefix('conv ')}" for role, part in zip(ROLES, self) if part)
+        return "link " + "; ".join(layers).replace("norm True", "norm")
 
 
 def problem(link: Link, shapes: dict[int, Sequence[int]]) -> LinkProblem:
