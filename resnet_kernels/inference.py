@@ -38,8 +38,11 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
         return _hand_over(program(value, owned), restore, program.result_bound(bound), (state.backend, backend))
     values: dict[int, Tensor] = {0: value}
     bounds: dict[int, float] = {0: bound}
-    del value
-    for step, child, bn in wiring.steps:
+    steps = wiring.steps
+    if (pooled := _run_stem(steps, value, backend)) is not None:
+        values, bounds, steps = {steps[1][0].out: pooled}, {steps[1][0].out: math.inf}, steps[2:]
+    del value, pooled
+    for step, child, bn in steps:
         bound = math.inf
         if not isinstance(step, ConvStep):
             if isinstance(step, NormStep):
@@ -49,7 +52,8 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
             else:
                 y = _call(step, child, [values[i] for i in step.inputs], backend)
             if on_cpu:
-                bound = onednn.bound(y, None)
+                # A maximum of values is no larger than they are.
+                bound = onednn.bound(y, bounds[step.inputs[0]] if type(child) is nn.MaxPool2d else None)
         else:
             residual = None if step.residual is None else values[step.residual]
             relu, late = step.relu, None
@@ -99,6 +103,27 @@ def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | No
         program = PackedProgram(recipe, packs, x)
         state.programs[recipe.modules] = program
     return program if program.entries else None
+
+
+def _run_stem(steps: list[tuple], x: Tensor, backend: str) -> Tensor | None:
+    """What the first two steps give if they are a stem that one kernel runs (convolution, BN, ReLU, max-pool); else None."""
+    if backend != "triton" or len(steps) < 2 or torch.compiler.is_compiling():
+        return None
+    (first, conv, bn), (second, pool, _) = steps[:2]
+    if not (isinstance(first, ConvStep) and first.relu and first.residual is None and type(pool) is nn.MaxPool2d):
+        return None
+    if first.out not in second.frees or first.x not in first.frees or pool.return_indices:
+        return None
+    from .kernels import conv_bias_act_tma, stem, stem_plan
+
+    window = (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+    geometry = Geometry.of_module(conv, x.shape[2:])
+    if (
+        not conv_bias_act_tma.runs_on(x.device)
+        or stem_plan.why_not(x.shape, x.dtype, conv.weight.shape, geometry, window, x.dtype) is not None
+    ):
+        return None
+    return stem.launch(x, conv.weight.to(x.dtype), *scale_shift(conv, bn, backend))
 
 
 def _normalise(bn: nn.Module, x: Tensor, residual: Tensor | None, relu: bool, backend: str) -> Tensor:
