@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import links, plain, ranges
 from .folding import bn_tensors, scale_shift
-from .links import Link, Part
+from .links import Link, Part, Stem, window_of
 from .ops import dispatch
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
@@ -32,12 +32,12 @@ class Launch:
     """A step, or a link of several. run: adds the values that they make. frees: those that nobody needs afterwards."""
 
     run: Callable[[Any, Values, ScaleShifts, str], None]
-    what: Part | Link
+    what: Part | Link | Stem
     frees: tuple[int, ...] = ()
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        return self.what.parts if isinstance(self.what, Link) else (self.what,)
+        return (self.what,) if isinstance(self.what, Part) else self.what.parts
 
     @property
     def reads(self) -> set[int]:
@@ -112,6 +112,14 @@ def chain(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> Non
         values[link.conv1.step.out] = z
 
 
+def stem(link: Stem, values: Values, vectors: ScaleShifts, backend: str) -> None:
+    """A network's first convolution and its max-pool: kernels/stem.py."""
+    from .kernels import stem as kernel
+
+    x = values[link.conv.step.x]
+    values[link.pool.step.out] = kernel.launch(x, _weight(link.conv, x), *vectors[link.conv.step.out])
+
+
 def _weight(part: Part, x: Tensor) -> Tensor:
     return part.child.weight.to(x.dtype)
 
@@ -120,16 +128,16 @@ def _geometry(part: Part, x: Tensor) -> Geometry:
     return Geometry.of_module(part.child, x.shape[2:])
 
 
-def in_order(parts: Sequence[Part], chosen: dict[int, Link]) -> list[Launch]:
+def in_order(parts: Sequence[Part], chosen: dict[int, Link | Stem]) -> list[Launch]:
     """Parts one by one, but for those of the links: by each value that one of a link's parts makes."""
     launches = []
     for part in parts:
         link = chosen.get(part.step.out)
         if link is None:
             launches.append(Launch(_ALONE[type(part.step)], part))
-        elif part.step.out == link.conv3.step.out:
-            # Here all that it reads is there, and others may read its sum before what follows in it would have run.
-            launches.append(Launch(merge if link.conv2 is None else chain, link))
+        elif part.step.out == link.last.step.out:
+            run = stem if isinstance(link, Stem) else merge if link.conv2 is None else chain
+            launches.append(Launch(run, link))
     return launches
 
 
@@ -238,9 +246,13 @@ class BatchNorms:
 
 def _settings(part: Part) -> tuple:
     """What a plan rests on besides modules and shapes."""
-    conv = part.child if isinstance(part.step, ConvStep) else None
-    geometry = None if conv is None else (conv.stride, conv.padding, conv.dilation, conv.groups, conv.weight.shape)
-    return geometry, None if part.bn is None else part.bn.eps
+    _, child, bn, _ = part
+    own = None
+    if isinstance(child, nn.Conv2d):
+        own = child.stride, child.padding, child.dilation, child.groups, child.weight.shape
+    elif type(child) is nn.MaxPool2d:
+        own = *window_of(child), child.return_indices
+    return own, None if bn is None else bn.eps
 
 
 def _bias(part: Part) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 All that lies between two 3x3 convolutions of a bottleneck is pointwise, so a tile of pixels needs no neighbours:
 
+    stem     conv1 + ReLU, max-pool
     merged   shortcut, conv3 + add + ReLU                          two products into one tile
     chain    conv2 -> [shortcut,] conv3 + add + ReLU [-> conv1]    the next block's conv1, its BN in front of it included
 
@@ -70,9 +71,39 @@ class Link:
         """Which it has, as in "conv2+conv3+conv1"."""
         return "+".join(role for role in ROLES if getattr(self, role) is not None)
 
+    @property
+    def last(self) -> Part:
+        """In whose place it is launched: what it reads is there, and the sum may be read before norm's and conv1's turn."""
+        return self.conv3
 
-def find(parts: Sequence[Part], result: int) -> Iterator[list[Link]]:
-    """For each convolution that adds a residual, the links around it, the longest first.
+
+@dataclass(frozen=True)
+class Stem:
+    """A network's first convolution and the max-pool behind it."""
+
+    conv: Part
+    pool: Part
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        return self.conv, self.pool
+
+    @property
+    def roles(self) -> str:
+        return "conv+pool"
+
+    @property
+    def last(self) -> Part:
+        return self.pool
+
+
+def window_of(pool: nn.MaxPool2d) -> tuple:
+    """Kernel size, stride, padding, dilation and ceil_mode, each an int or a pair."""
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+
+
+def find(parts: Sequence[Part], result: int) -> Iterator[list[Link | Stem]]:
+    """The links around each convolution that adds a residual, and around each max-pool; the longest first.
 
     Args:
         parts: steps that follow each other, each value made by one of them.
@@ -87,6 +118,11 @@ def find(parts: Sequence[Part], result: int) -> Iterator[list[Link]]:
         part = makers.get(value)
         return part if part is not None and isinstance(part.step, kind) and readers[value] == 1 else None
 
+    for pool in parts:
+        if type(pool.child) is nn.MaxPool2d and not pool.child.return_indices:
+            conv = only(pool.step.inputs[0], ConvStep)
+            if conv and conv.step.relu and conv.step.residual is None:
+                yield [Stem(conv, pool)]
     for conv3 in parts:
         if not isinstance(conv3.step, ConvStep) or conv3.step.residual is None:
             continue
@@ -110,7 +146,7 @@ def find(parts: Sequence[Part], result: int) -> Iterator[list[Link]]:
         yield links
 
 
-def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int, Link]:
+def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int, Link | Stem]:
     """The links to launch, by each value that one of their steps makes.
 
     backend: "triton" takes the longest that a kernel can do, "tuned" what a table says, the others none.
@@ -118,7 +154,7 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
     if backend not in ("triton", "tuned") or not takes_links(x.device):
         return {}
     shapes = shapes_of(parts, {0: x.shape}, x.dtype)
-    chosen: dict[int, Link] = {}
+    chosen: dict[int, Link | Stem] = {}
     for around in find(parts, result):
         able = [link for link in around if all(part.step.out not in chosen for part in link.parts)]
         able = [link for link in able if why_not(link, shapes, x.dtype) is None]
@@ -154,7 +190,17 @@ class LinkProblem(NamedTuple):
         return "link " + "; ".join(layers).replace("norm True", "norm")
 
 
-def problem(link: Link, shapes: dict[int, Sequence[int]]) -> LinkProblem:
+class StemProblem(NamedTuple):
+    """What a table knows a stem by. `str` is the key."""
+
+    conv: ConvProblem
+    window: tuple
+
+    def __str__(self) -> str:
+        return f"{str(self.conv).replace('conv', 'stem', 1)}; max-pool {' '.join(map(str, self.window))}"
+
+
+def problem(link: Link | Stem, shapes: dict[int, Sequence[int]]) -> LinkProblem | StemProblem:
     """The question to a table."""
 
     def conv(part: Part | None) -> ConvProblem | None:
@@ -165,6 +211,8 @@ def problem(link: Link, shapes: dict[int, Sequence[int]]) -> LinkProblem:
         has_bias = has_bn or part.child.bias is not None
         return ConvProblem(*x_shape[1:], weight_shape, geometry, has_bn, has_bias, has_residual, part.step.relu)
 
+    if isinstance(link, Stem):
+        return StemProblem(conv(link.conv), window_of(link.pool.child))
     return LinkProblem(conv(link.conv2), conv(link.shortcut), conv(link.conv3), link.norm is not None, conv(link.conv1))
 
 
@@ -173,10 +221,13 @@ def _conv_shape(part: Part, shapes: dict[int, Sequence[int]]) -> tuple[tuple, tu
     return x_shape, tuple(part.child.weight.shape), Geometry.of_module(part.child, x_shape[2:])
 
 
-def why_not(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
+def why_not(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
     """What keeps a link from its kernel."""
-    from .kernels import chain_tma_plan, conv_bias_act_tma_plan
+    from .kernels import chain_tma_plan, conv_bias_act_tma_plan, stem_plan
 
+    if isinstance(link, Stem):
+        x_shape, weight_shape, geometry = _conv_shape(link.conv, shapes)
+        return stem_plan.why_not(x_shape, dtype, weight_shape, geometry, window_of(link.pool.child), dtype)
     if link.conv3.step.residual is not None and link.shortcut is None:
         if tuple(shapes[link.conv3.step.residual]) != tuple(shapes[link.conv3.step.out]):
             return "the add broadcasts"

@@ -6,7 +6,7 @@ residual is written over where nobody else holds it.
 
 from __future__ import annotations
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import plain, ranges
 from .folding import PackedConv, PackedProgram
@@ -58,7 +58,8 @@ def run(
                 del residual
             else:
                 y = plain.call(step, child, [values[i] for i in step.inputs], "cpu")
-            bound = onednn.bound(y, None)
+            # A maximum of values is no larger than they are.
+            bound = onednn.bound(y, bounds[step.inputs[0]] if type(child) is nn.MaxPool2d else None)
         values[step.out], bounds[step.out] = y, bound
         del y
         # Dead values go at once: peak memory is eager's.

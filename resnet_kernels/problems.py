@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from . import launches, links, reference
 from .folding import scale_shift
 from .fusion import fuse
-from .links import Link, LinkProblem, Part
+from .links import Link, LinkProblem, Part, Stem, StemProblem
 from .ops import conv_candidates, dispatch, tuned
 from .ops.batch_norm_act import NormProblem
 from .ops.conv_candidates import ConvProblem
-from .recipe import ConvStep, NormStep
+from .recipe import CallStep, ConvStep, NormStep
 from .tuning import Problem
 
 # Elements that the fp64 reference holds at a time.
@@ -126,10 +126,7 @@ def _runner(name: str, geometry, relu: bool) -> Callable[..., Tensor]:
 
 
 def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """Layers that could share launches: which of them do, "apart" for none, else `links.Link.roles`.
-
-    Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
-    """
+    """A bottleneck's convolutions that could share launches."""
     # Values: 0 is the first layer's input, 1 the shortcut's or what conv3 adds, the others are made.
     hidden, projected, y, normed, z = range(2, 7)
     reads = dict(conv2=0, shortcut=1, conv3=hidden if asked.conv2 else 0, conv1=normed if asked.norm else y)
@@ -142,44 +139,74 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
         parts[role] = Part(step, _module(conv, draw), None)
     if asked.norm:
         parts["norm"] = Part(NormStep("norm", True, y, normed), None, _norm(asked.conv3.weight_shape[0], draw))
-    ordered = Link(**parts).parts
     inputs = {
         0: (asked.conv2 or asked.conv3).x_shape(batch),
-        1: (asked.shortcut or asked.conv3).x_shape(batch) if asked.shortcut else _y_shape(asked.conv3, batch),
+        1: asked.shortcut.x_shape(batch) if asked.shortcut else _y_shape(asked.conv3, batch),
     }
-    shapes = links.shapes_of(ordered, inputs, dtype)
+    results = [y, z] if asked.conv1 else [y]
+    convs = {makes[role]: conv for role, conv in convs.items()}
+    return _problem_of_parts(asked, Link(**parts).parts, convs, inputs, results, batch, dtype, device, calls)
+
+
+def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
+    """A network's first convolution and its max-pool."""
+    conv = Part(ConvStep("conv", None, asked.conv.relu, 0, 1), _module(asked.conv, _Draw(dtype, device)), None)
+    kernel_size, stride, padding, dilation, ceil_mode = asked.window
+    pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
+    parts = Stem(conv, Part(CallStep("pool", True, (1,), 2), pool, None)).parts
+    inputs = {0: asked.conv.x_shape(batch)}
+    return _problem_of_parts(asked, parts, {1: asked.conv}, inputs, [2], batch, dtype, device, calls)
+
+
+def _problem_of_parts(
+    asked: LinkProblem | StemProblem,
+    parts: Sequence[Part],
+    convs: dict[int, ConvProblem],
+    inputs: dict[int, tuple[int, ...]],
+    results: Sequence[int],
+    batch: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    calls: int,
+) -> Problem:
+    """Parts that could share launches: which of them do; APART for none, else `roles` of the link.
+
+    Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
+
+    Args:
+        convs: by the value that each makes. inputs: shapes of the values that no part makes. results: values to compare.
+    """
+    shapes = links.shapes_of(parts, inputs, dtype)
+    flops = sum(2 * math.prod(shapes[out]) * math.prod(conv.weight_shape[1:]) for out, conv in convs.items())
+    moved = [*inputs.values(), *(shapes[value] for value in results), *(conv.weight_shape for conv in convs.values())]
 
     def operands() -> tuple:
         draw, vectors = _Draw(dtype, device), {}
-        for role, conv in convs.items():
+        for out, conv in convs.items():
             width = (conv.weight_shape[0],)
             scale = 1 + draw(width, 0.1, dtype=torch.float32) if conv.scale else None
-            vectors[makes[role]] = scale, draw(width, dtype=torch.float32) if conv.bias else None
+            vectors[out] = scale, draw(width, dtype=torch.float32) if conv.bias else None
         return {value: draw(shape) for value, shape in inputs.items()}, vectors
 
-    def run(link: Link | None, backend: str, values: dict, vectors: dict) -> tuple[Tensor, ...]:
-        values, vectors = dict(values), dict(vectors)
-        chosen = {}
-        if link is not None:
-            chosen = {part.step.out: link for part in link.parts}
-            vectors |= {part.step.out: scale_shift(None, part.bn) for part in link.parts if part is link.norm}
-        wide = values[0].dtype == torch.float64
-        own = [part._replace(bn=copy.deepcopy(part.bn).double()) if wide and part.bn else part for part in ordered]
+    def run(link: Link | Stem | None, backend: str, values: dict, vectors: dict) -> tuple[Tensor, ...]:
+        own = parts
+        if values[0].dtype == torch.float64:
+            own = [part if part.bn is None else part._replace(bn=copy.deepcopy(part.bn).double()) for part in parts]
+        chosen = {} if link is None else {part.step.out: link for part in link.parts}
+        norms = {part.step.out: scale_shift(None, part.bn) for part in own if part.step.out in chosen and part.bn}
+        values, vectors = dict(values), vectors | norms
         for launch in launches.in_order(own, chosen):
             launch.run(launch.what, values, vectors, backend)
-        return tuple(values[value] for value in (y, z) if value in values)
+        return tuple(values[value] for value in results)
 
     def truth(values: dict, vectors: dict) -> tuple[Tensor, ...]:
-        pairs = {i: tuple(None if t is None else t.double() for t in pair) for i, pair in vectors.items()}
-        return run(None, "eager", {i: t.double() for i, t in values.items()}, pairs)
+        pairs = {out: tuple(None if t is None else t.double() for t in pair) for out, pair in vectors.items()}
+        return run(None, "eager", {value: t.double() for value, t in values.items()}, pairs)
 
-    able = [
-        link
-        for around in links.find(ordered, z if asked.conv1 else y)
-        for link in around
-        if links.takes_links(device) and links.why_not(link, shapes, dtype) is None
-    ]
-    moved = [*inputs.values(), *(shapes[value] for value in (y, z) if value in shapes)]
+    able = []
+    if links.takes_links(device):
+        found = (link for around in links.find(parts, results[-1]) for link in around)
+        able = [link for link in found if links.why_not(link, shapes, dtype) is None]
     return Problem(
         key=str(asked),
         batch=batch,
@@ -190,8 +217,8 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
         operands=operands,
         eager=partial(run, None, "eager"),
         reference=truth,
-        flops=sum(2 * math.prod(_y_shape(conv, batch)) * math.prod(conv.weight_shape[1:]) for conv in convs.values()),
-        bytes=dtype.itemsize * sum(map(math.prod, [*moved, *(conv.weight_shape for conv in convs.values())])),
+        flops=flops,
+        bytes=dtype.itemsize * sum(map(math.prod, moved)),
         calls=calls,
     )
 
@@ -295,6 +322,7 @@ BUILDERS: dict[type, Callable[..., Problem]] = {
     ConvProblem: conv_problem,
     NormProblem: norm_problem,
     LinkProblem: link_problem,
+    StemProblem: stem_problem,
 }
 
 

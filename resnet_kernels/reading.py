@@ -6,7 +6,8 @@ wrote (stride on the 1x1, biases, a pooled shortcut, other names) is what comes 
     Recipe     a residual block, or a Sequential of convolutions, whose whole forward is made of steps we have:
                    conv1+bn1+relu -> conv2+bn2+relu -> downsample.0+downsample.1 -> conv3+bn3+add+relu
     HostPlan   any other module, the network itself say: only the runs conv+bn+relu among its own children, each called
-               once and seen by nobody else (the stem); the rest of its forward stays Python
+               once and seen by nobody else (the stem), with the max-pool that may follow; the rest of its forward stays
+               Python
 
 """
 
@@ -440,7 +441,7 @@ class _Reader:
         return Recipe(tuple(steps), slots[result], (*modules, *sorted(containers)), signature(self.module))
 
     def host_plan(self) -> HostPlan:
-        """The runs conv+bn+relu among the host's own children, each called once and with one reader."""
+        """The runs conv+bn+relu(+max-pool) among the host's own children, each called once and with one reader."""
         plan = self._host_plan()
         return replace(plan, trains=self._in_training(_Reader._host_plan) == plan)
 
@@ -476,16 +477,24 @@ class _Reader:
                 relu = None
             followers = tuple(follower.target for follower in (bn, relu) if follower is not None)
             if followers:
-                step = ConvStep(node.target, bn.target if bn else None, relu is not None, x=0, out=1, frees=(0,))
+                steps = [ConvStep(node.target, bn.target if bn else None, relu is not None, x=0, out=1, frees=(0,))]
+                pool = None if relu is None else self._only_reader(relu)
+                if pool is not None and own(pool, _is_plain_max_pool):
+                    steps.append(CallStep(pool.target, True, (1,), 2, frees=(1,)))
+                    followers += (pool.target,)
                 members = (node.target, *followers)
                 own_signature = tuple((name, original_class(self.children[name])) for name in members)
-                runs[node.target] = Recipe((step,), 1, members, own_signature, whole=False)
+                runs[node.target] = Recipe(tuple(steps), len(steps), members, own_signature, whole=False)
                 absorbed.extend(followers)
         return HostPlan(runs, tuple(absorbed), tuple(self.module._modules))
 
     @staticmethod
     def _only_reader(node: torch.fx.Node) -> torch.fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_plain_max_pool(module: nn.Module) -> bool:
+    return type(module) is nn.MaxPool2d and not module.return_indices and _why_not_patched(module) is None
 
 
 def _shared_children(module: nn.Module) -> set[str]:

@@ -87,9 +87,9 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """What a module that is no block lets us fuse: by the convolution's name, a one-step recipe, and who it stands for."""
+    """What a module that is no block lets us fuse: by a convolution's name, a recipe of one or two steps."""
 
     runs: dict[str, Recipe]
-    absorbed: tuple[str, ...]  # BNs and ReLUs that a run already did
+    absorbed: tuple[str, ...]  # BNs, ReLUs and max-pools that a run already did
     names: tuple[str, ...]  # the host's children; with others, its forward may be another
     trains: bool = True  # its forward is the same in train() mode

@@ -2,7 +2,8 @@
 
 A host does three things, each only where reading.py has shown that it is safe:
 
-- its runs conv+bn+relu (the stem) become one kernel: the convolution's stand-in does the work, BN's and ReLU's pass on;
+- its runs conv+bn+relu (the stem, its max-pool included) become one kernel or two: the convolution's stand-in does the
+  work, those of BN, ReLU and pool pass on;
 - it converts a contiguous input to channels_last once, for all blocks inside, and gives the output eager's layout;
 - a Sequential of fused blocks (a stage) hands each block the one before it's output for keeps, so that the residual add
   can be written over it. On two CPU cores that is 12% of ResNet-50 at batch 8: no new pages to be mapped.
@@ -171,7 +172,7 @@ class _StandIn:
 
 
 class _PassOn:
-    """What a host's forward sees in the place of a BN or ReLU that the run has done."""
+    """What a host's forward sees in the place of a BN, ReLU or pool that the run has done."""
 
     def __init__(self, module: nn.Module):
         self._module = module

@@ -171,7 +171,7 @@ def wrong(call: dict, **more) -> bool:
     expected, outputs = reference(call), run(call, **more)
     assert all(e is None or 0 < e.abs().max() <= 2048 for e in expected), "the test's own sums must be exact"
     return any(
-        (a is None) != (e is None) or a is not None and not torch.equal(a.double().cpu(), e)
+        (a is None) != (e is None) or (a is not None and not torch.equal(a.double().cpu(), e))
         for a, e in zip(outputs, expected)
     )
 
@@ -181,7 +181,7 @@ def test_exact_on_integers(case, device):
     call = chain(case, device)
     assert not wrong(call)
     y, z = run(call)
-    assert all(t is None or t.dtype == FP16 and t.is_contiguous(memory_format=torch.channels_last) for t in (y, z))
+    assert all(t is None or (t.dtype == FP16 and t.is_contiguous(memory_format=torch.channels_last)) for t in (y, z))
     assert not wrong(chain(case, device, norm=False))
 
 

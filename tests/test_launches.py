@@ -271,3 +271,45 @@ def test_a_width_that_no_chain_takes_is_merged_at_least(device, hopper, ran):
     y = run(rk.fuse(stage, backend="triton"), x)
     assert ran[2:4] == ["0.downsample.0+downsample.1 -> 0.conv3+bn3+add+relu", "1.conv1+bn1+relu"]
     assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
+
+
+class Net(nn.Module):
+    """A network's stem, and a block so that there is something to fuse behind it."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
+        self.relu, self.maxpool = nn.ReLU(inplace=True), pool
+        self.layer1 = rk.models.resnet_v1.BasicBlock(16, 16)
+
+    def forward(self, x):
+        return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
+
+
+def image(device):
+    return torch.randn(1, 3, 18, 20, device=device)
+
+
+@pytest.mark.parametrize("pool", (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2)), ids=("taken", "another window"))
+def test_the_stem_and_its_pool_are_one_launch(pool, device, hopper, ran):
+    net, x = prepared(lambda device: (Net(pool), image(device)), device)
+    fused = rk.fuse(net, backend="triton")
+    y = run(fused, x)
+    assert ran[0] == ("conv1+bn1+relu -> maxpool" if pool.kernel_size == 3 else "conv1+bn1+relu")
+    assert_within_budget(y, run(net, x), run(copy.deepcopy(net).double(), x.double()))
+    if pool.kernel_size == 3:
+        for each in (net, fused):
+            each.maxpool.kernel_size, each.maxpool.padding = 2, 0
+        ran.clear()
+        assert_within_budget(run(fused, x), run(net, x), run(copy.deepcopy(net).double(), x.double()))
+        assert ran[:2] == ["conv1+bn1+relu", "maxpool"]
+
+
+def test_a_sequential_stem_too(device, hopper, ran):
+    net = Net(nn.MaxPool2d(3, 2, 1))
+    net, x = prepared(
+        lambda device: (nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), image(device)), device
+    )
+    y = run(rk.fuse(net, backend="triton"), x)
+    assert ran[0] == "0+1+2 -> 3"
+    assert_within_budget(y, run(net, x), run(copy.deepcopy(net).double(), x.double()))

@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 from oracle import assert_within_budget
-from test_launches import bottlenecks, hopper, prepared, preacts, ran, run  # noqa: F401, fixtures
+from test_launches import Net, bottlenecks, hopper, image, preacts, prepared, ran, run  # noqa: F401, fixtures
 from test_tuned import fake_device, record, table, write  # noqa: F401, fixtures
+from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels import launches, problems, tuning
-from resnet_kernels.links import LinkProblem
+from resnet_kernels.links import LinkProblem, StemProblem
 
 FP16 = torch.float16
 
@@ -49,6 +50,15 @@ def test_candidates_agree_with_fp64(links_of, make, device):
         for name, candidate in problem.candidates.items():
             for y, *others in zip(candidate(*operands), eager, truth, strict=True):
                 assert_within_budget(y, *others, f"{name} of {problem}")
+
+
+def test_a_stem(hopper, device):  # noqa: F811
+    net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
+    (asked,) = (asked for asked in problems.note(net, x) if isinstance(asked, StemProblem))
+    assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
+    problem = problems.stem_problem(asked, 2, FP16, device)
+    assert list(problem.candidates) == ["apart", "conv+pool"]
+    assert not any("refused" in row for row in tuning.measure(problem, 0.01)["candidates"].values())
 
 
 def test_a_wrong_launch_can_not_win(links_of, device, monkeypatch):
