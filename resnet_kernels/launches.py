@@ -162,7 +162,11 @@ class Plan:
             for i, launch in enumerate(launches)
         ]
         self.norms = BatchNorms(
-            [part for part in self.parts if isinstance(part.step, ConvStep) or part.step.out in chosen]
+            [
+                part
+                for part in self.parts
+                if isinstance(part.step, ConvStep) or (isinstance(part.step, NormStep) and part.step.out in chosen)
+            ]
         )
 
     def is_of(self, wirings: Sequence[Wiring]) -> bool:

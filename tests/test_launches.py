@@ -311,5 +311,5 @@ def test_a_sequential_stem_too(device, hopper, ran):
         lambda device: (nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool, net.layer1), image(device)), device
     )
     y = run(rk.fuse(net, backend="triton"), x)
-    assert ran[0] == "0+1+2 -> 3"
+    assert ran[0] == "0+1+relu -> 3"
     assert_within_budget(y, run(net, x), run(copy.deepcopy(net).double(), x.double()))
