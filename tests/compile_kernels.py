@@ -241,7 +241,10 @@ def chain_cases(everything: bool) -> list[Case]:
             types = {n: f"tensordesc<{t}[{','.join(map(str, box))}]>" for n, (t, box) in boxes.items()}
             types |= dict.fromkeys(pointers, "*fp32") | arguments
             given = constants | todo.constants
-            config, what = todo.config, f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
+            config, what = (
+                todo.config,
+                f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}",
+            )
             case = Case(
                 CHAIN_KERNEL, chain_label(kind, CONFIGS[kind]), dtype, what, config.num_warps, config.num_stages, types,
                 aligned, {name: given.get(name) for name in names if name not in types},
@@ -366,7 +369,9 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        record |= _read_nvidia(compiled, case.kernel in (TMA_KERNEL, CHAIN_KERNEL)) if target.nvidia else _read_amd(compiled)
+        record |= (
+            _read_nvidia(compiled, case.kernel in (TMA_KERNEL, CHAIN_KERNEL)) if target.nvidia else _read_amd(compiled)
+        )
         record["programs"] = _programs(record, target)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
@@ -464,7 +469,9 @@ def _programs(record: dict, target: Target) -> int:
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
-    chosen += [(c, t) for c in (*tma_cases(everything), *chain_cases(everything)) for t in TARGETS if t.name == TMA_TARGET]
+    chosen += [
+        (c, t) for c in (*tma_cases(everything), *chain_cases(everything)) for t in TARGETS if t.name == TMA_TARGET
+    ]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 
 

@@ -22,7 +22,7 @@ IDENTITY, SUBSAMPLED = "identity", "subsampled"
 
 @dataclass(frozen=True)
 class Case:
-    """(n, c_in, h, w), out of the 3x3 `width` channels, out of the block `c_out`, out of the next conv1 `next_width` (0: no z).
+    """(n, c_in, h, w); the 3x3 gives `width` channels, the block `c_out`, the next conv1 `next_width` (0: no z).
 
     shortcut: IDENTITY, SUBSAMPLED, or the projection's input channels.
     """
@@ -133,7 +133,9 @@ def reference(call: dict, number=lambda t: t.double().cpu()) -> tuple:
 
     def conv(x, layer, geometry=Geometry()):
         top, bottom, left, right = geometry.padding
-        y = torch.conv2d(torch.nn.functional.pad(x, (left, right, top, bottom)), number(layer.weight), None, geometry.stride)
+        y = torch.conv2d(
+            torch.nn.functional.pad(x, (left, right, top, bottom)), number(layer.weight), None, geometry.stride
+        )
         y = affine(y, layer.scale, layer.shift)
         return torch.relu(y) if layer.relu else y
 
@@ -168,7 +170,10 @@ def wrong(call: dict, **more) -> bool:
     """Whether y or z differ from the exact ones."""
     expected, outputs = reference(call), run(call, **more)
     assert all(e is None or 0 < e.abs().max() <= 2048 for e in expected), "the test's own sums must be exact"
-    return any((a is None) != (e is None) or a is not None and not torch.equal(a.double().cpu(), e) for a, e in zip(outputs, expected))
+    return any(
+        (a is None) != (e is None) or (a is not None and not torch.equal(a.double().cpu(), e))
+        for a, e in zip(outputs, expected)
+    )
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -176,7 +181,7 @@ def test_exact_on_integers(case, device):
     call = chain(case, device)
     assert not wrong(call)
     y, z = run(call)
-    assert all(t is None or t.dtype == FP16 and t.is_contiguous(memory_format=torch.channels_last) for t in (y, z))
+    assert all(t is None or (t.dtype == FP16 and t.is_contiguous(memory_format=torch.channels_last)) for t in (y, z))
     assert not wrong(chain(case, device, norm=False))
 
 
@@ -206,7 +211,10 @@ def test_every_vector_and_relu_may_be_left_out(case, device):
                 continue
             changed = own._replace(**change)
             assert not wrong(call | {layer: call[layer]._replace(layer=changed) if layer == "residual" else changed})
-    half = {name: call[name]._replace(scale=call[name].scale.half(), shift=call[name].shift.half()) for name in ("conv2", "conv3")}
+    half = {
+        name: call[name]._replace(scale=call[name].scale.half(), shift=call[name].shift.half())
+        for name in ("conv2", "conv3")
+    }
     assert not wrong(call | half)
 
 
@@ -284,7 +292,9 @@ def test_layouts_and_addresses_do_not_matter(device):
     def shifted(t):
         # Two or four bytes after a multiple of 16.
         storage = torch.empty(t.numel() + 1, device=device, dtype=t.dtype)[1:]
-        moved = storage.as_strided(t.shape, t.contiguous(memory_format=torch.channels_last).stride() if t.dim() == 4 else (1,))
+        moved = storage.as_strided(
+            t.shape, t.contiguous(memory_format=torch.channels_last).stride() if t.dim() == 4 else (1,)
+        )
         assert moved.copy_(t).data_ptr() % 16
         return moved
 
@@ -364,7 +374,9 @@ def test_kinds_are_the_nets():
     assert kind_of((40, 64, 3, 3), None, (72, 160, 1, 1)) == Kind(64, 128, 0)
     subsampled = ShortcutShape((2, 512, 8, 8), None, Geometry((2, 2)))
     assert kind_of((128, 128, 3, 3), subsampled, (256, 512, 1, 1)) == Kind(128, 256, 0)
-    assert kind_of((128, 128, 3, 3), ShortcutShape((2, 72, 8, 8), (512, 72, 1, 1), Geometry()), None) == Kind(128, 0, 256)
+    assert kind_of((128, 128, 3, 3), ShortcutShape((2, 72, 8, 8), (512, 72, 1, 1), Geometry()), None) == Kind(
+        128, 0, 256
+    )
 
 
 BUG_CASES = (
@@ -407,7 +419,8 @@ KERNEL_BUGS = {
 }  # fmt: skip
 # These show on real numbers alone.
 ROUNDING_BUGS = {
-    "h not rounded": ("_dot(left, w3_desc.load([channel, 0]).T,", "_dot(hidden.T, w3_desc.load([channel, 0]).T.to(tl.float32),"),
+    "h not rounded": ("_dot(left, w3_desc.load([channel, 0]).T,",
+                      "_dot(hidden.T, w3_desc.load([channel, 0]).T.to(tl.float32),"),
     "sum not rounded before the norm": (
         """            y = y.to(y_desc.dtype)
             p = y
@@ -425,7 +438,8 @@ ROUNDING_BUGS = {
 PLAN_BUGS = {
     "rows of the shortcut not skipped": ("stride[0] * row", "row"),
     "columns of the shortcut not skipped": ("stride[1] * channels, 1)", "channels, 1)"),
-    "shortcut's rows of y's length": ("block, in_size, shortcut.geometry.stride", "block, (out_h, out_w), shortcut.geometry.stride"),
+    "shortcut's rows of y's length": ("block, in_size, shortcut.geometry.stride",
+                                      "block, (out_h, out_w), shortcut.geometry.stride"),
     "one tile of rows": ('for name in ("n_tiles", "tiles_h", "tiles_w", "lead_h", "lead_w")}',
                          'for name in ("n_tiles", "tiles_h", "tiles_w", "lead_h", "lead_w")} | dict(n_tiles=1)'),
     "scale of h cut off": ("WIDTH=width", "WIDTH=width - 1"),

@@ -161,7 +161,7 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
 
 
 def chains_by_tma(record: dict, target: Target) -> str | None:
-    """Tensors and the vectors of y's channels travel by descriptor; h's and z's own vectors are read by pointer, once a tile."""
+    """Tensors and the vectors of y's channels travel by descriptor; h's and z's are read by pointer, once a tile."""
     if record["kernel"] != CHAIN_KERNEL:
         return None
     from resnet_kernels.kernels.chain_tma_plan import CONFIGS
@@ -219,7 +219,9 @@ def test_no_configuration_is_left_out(target, records):
 
         chains = [r for r in records if r["kernel"] == CHAIN_KERNEL]
         assert {r["config"] for r in chains} == {chain_label(*of) for of in CHAIN_CONFIGS.items()}
-        seen = {(r["constants"]["BLOCK_K"], r["constants"]["STRIDE"], "norm_scale_desc" in r["arguments"]) for r in chains}
+        seen = {
+            (r["constants"]["BLOCK_K"], r["constants"]["STRIDE"], "norm_scale_desc" in r["arguments"]) for r in chains
+        }
         assert seen == set(itertools.product((32, 64), (1, 2), (False, True)))
     kernels = {
         *({TMA_KERNEL, CHAIN_KERNEL} if target == TMA_TARGET else ()),

@@ -239,7 +239,9 @@ def launch(
     tensors |= dict(zip(BLOCK_VECTORS, vectors))
     # Kept until the launch: a descriptor doesn't.
     tensors = {name: None if tensor is None else _aligned(tensor) for name, tensor in tensors.items()}
-    descriptors = {name: tensor if tensor is None else described(tensor, todo.views[name]) for name, tensor in tensors.items()}
+    descriptors = {
+        name: tensor if tensor is None else described(tensor, todo.views[name]) for name, tensor in tensors.items()
+    }
     pointers = dict(scale2_ptr=conv2.scale, shift2_ptr=conv2.shift)
     pointers |= dict(scale1_ptr=next_conv1 and next_conv1.scale, shift1_ptr=next_conv1 and next_conv1.shift)
     pointers = {name: None if vector is None else vector.contiguous() for name, vector in pointers.items()}
