@@ -342,7 +342,8 @@ REASONS = {
         dict(shortcut=ShortcutShape((2, 128, 8, 8), None, Geometry())), "shortcut: without a weight x must have 256 channels"
     ),
     "ragged projection": (
-        dict(shortcut=ShortcutShape((2, 12, 8, 8), (256, 12, 1, 1), Geometry())), "shortcut: C_in must be a multiple of 8, got 12"
+        dict(shortcut=ShortcutShape((2, 12, 8, 8), (256, 12, 1, 1), Geometry())),
+        "shortcut: C_in must be a multiple of 8, got 12",
     ),
     "too wide": (
         dict(x_shape=(2, 256, 8, 8), conv2_shape=(256, 256, 3, 3), conv3_shape=(1024, 256, 1, 1), next_shape=None),
