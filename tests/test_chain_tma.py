@@ -22,7 +22,7 @@ IDENTITY, SUBSAMPLED = "identity", "subsampled"
 
 @dataclass(frozen=True)
 class Case:
-    """(n, c_in, h, w), out of the 3x3 `width` channels, out of the block `c_out`, out of the next conv1 `next_width` (0: no z).
+    """(n, c_in, h, w); the 3x3 gives `width` channels, the block `c_out`, the next conv1 `next_width` (0: no z).
 
     shortcut: IDENTITY, SUBSAMPLED, or the projection's input channels.
     """
@@ -342,7 +342,8 @@ REASONS = {
         dict(shortcut=ShortcutShape((2, 128, 8, 8), None, Geometry())), "shortcut: without a weight x must have 256 channels"
     ),
     "ragged projection": (
-        dict(shortcut=ShortcutShape((2, 12, 8, 8), (256, 12, 1, 1), Geometry())), "shortcut: C_in must be a multiple of 8, got 12"
+        dict(shortcut=ShortcutShape((2, 12, 8, 8), (256, 12, 1, 1), Geometry())),
+        "shortcut: C_in must be a multiple of 8, got 12",
     ),
     "too wide": (
         dict(x_shape=(2, 256, 8, 8), conv2_shape=(256, 256, 3, 3), conv3_shape=(1024, 256, 1, 1), next_shape=None),
@@ -419,7 +420,8 @@ KERNEL_BUGS = {
 }  # fmt: skip
 # These show on real numbers alone.
 ROUNDING_BUGS = {
-    "h not rounded": ("_dot(left, w3_desc.load([channel, 0]).T,", "_dot(hidden.T, w3_desc.load([channel, 0]).T.to(tl.float32),"),
+    "h not rounded": ("_dot(left, w3_desc.load([channel, 0]).T,",
+                      "_dot(hidden.T, w3_desc.load([channel, 0]).T.to(tl.float32),"),
     "sum not rounded before the norm": (
         """            y = y.to(y_desc.dtype)
             p = y
@@ -437,7 +439,8 @@ ROUNDING_BUGS = {
 PLAN_BUGS = {
     "rows of the shortcut not skipped": ("stride[0] * row", "row"),
     "columns of the shortcut not skipped": ("stride[1] * channels, 1)", "channels, 1)"),
-    "shortcut's rows of y's length": ("block, in_size, shortcut.geometry.stride", "block, (out_h, out_w), shortcut.geometry.stride"),
+    "shortcut's rows of y's length": ("block, in_size, shortcut.geometry.stride",
+                                      "block, (out_h, out_w), shortcut.geometry.stride"),
     "one tile of rows": ('for name in ("n_tiles", "tiles_h", "tiles_w", "lead_h", "lead_w")}',
                          'for name in ("n_tiles", "tiles_h", "tiles_w", "lead_h", "lead_w")} | dict(n_tiles=1)'),
     "scale of h cut off": ("WIDTH=width", "WIDTH=width - 1"),

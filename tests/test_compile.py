@@ -164,7 +164,7 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
 
 
 def chains_by_tma(record: dict, target: Target) -> str | None:
-    """Tensors and the vectors of y's channels travel by descriptor; h's and z's own vectors are read by pointer, once a tile."""
+    """Tensors and the vectors of y's channels travel by descriptor; h's and z's are read by pointer, once a tile."""
     if record["kernel"] != CHAIN_KERNEL:
         return None
     from resnet_kernels.kernels.chain_tma_plan import CONFIGS

@@ -49,6 +49,8 @@ class Kind(NamedTuple):
 _TWO = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=2)
 _TWO_NEXT = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=2)
 _TWO_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=3, tail_stages=3, programs_per_sm=2)
+# Twice the registers a thread, half the threads: 8 warps would keep 153 registers, too many for two programs.
+_TWO_FIRST = ChainConfig(128, 32, 64, num_warps=4, num_stages=4, tail_stages=3, programs_per_sm=2)
 _ONE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=1)
 _ONE_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=1)
 
@@ -60,7 +62,7 @@ CONFIGS: dict[Kind, ChainConfig] = {
     Kind(128, 128, 0): _ONE,
     Kind(128, 256, 0): _ONE_WIDE,
     Kind(64, 0, 64): _TWO,
-    Kind(64, 64, 64): _ONE,
+    Kind(64, 64, 64): _TWO_FIRST,
     Kind(64, 128, 64): _ONE,
     Kind(64, 0, 256): _ONE,
     Kind(64, 64, 256): _ONE,
@@ -231,24 +233,12 @@ def plan(
         views["z_desc"] = pixels(next_shape[0], kind.next_width)
     vector = View((c_out,), (1,), (config.block_c,))
     views |= dict.fromkeys(BLOCK_VECTORS, vector)
-    taken = (
-        "KERNEL_H",
-        "KERNEL_W",
-        "N_CHUNKS",
-        "IN_PAIRS",
-        "SKEW_H",
-        "SKEW_W",
-        "UPCAST",
-        "BOX_N",
-        "BOX_H",
-        "BOX_W",
-        "BLOCK_K",
-    )
+    shared = "KERNEL_H KERNEL_W N_CHUNKS IN_PAIRS SKEW_H SKEW_W UPCAST BOX_N BOX_H BOX_W BLOCK_K".split()
     return ChainPlan(
         config,
         views,
         {name: front.integers[name] for name in ("n_tiles", "tiles_h", "tiles_w", "lead_h", "lead_w")},
-        {name: front.constants[name] for name in taken}
+        {name: front.constants[name] for name in shared}
         | dict(
             WIDTH=width,
             BLOCK_WIDTH=kind.width,
