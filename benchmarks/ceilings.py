@@ -1,0 +1,118 @@
+"""What a GPU can do at most, measured with as little as possible around it, and which tensor descriptors its driver takes.
+
+    copy     HBM: a tensor copied into another, reads and writes counted
+    matmul   a large product in bf16 (cuBLAS)
+    l2       a buffer that fits into L2 read again and again by every multiprocessor, past L1
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from resnet_kernels.timing import Timing, interleave
+
+BLOCK = 4096
+# Of programs: four for each of an H200's multiprocessors.
+PROGRAMS = 4 * 132
+# Bytes of the buffers read from L2; an H200 has 50 MB in two halves, and a program reads both.
+L2_BUFFERS = (2**23, 2**24, 2**25)
+
+
+@triton.jit
+def _read_kernel(x_ptr, sums_ptr, n_blocks, rounds, BLOCK: tl.constexpr):
+    pid = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for i in tl.range(0, rounds, loop_unroll_factor=4):
+        # Each program starts elsewhere; .cg: not from L1.
+        acc += tl.load(x_ptr + (pid + i) % n_blocks * BLOCK + offs, cache_modifier=".cg")
+    tl.store(sums_ptr + pid, tl.sum(acc))
+
+
+@triton.jit
+def _window_kernel(desc, y_ptr, at_0, at_1, at_2, at_3, SIZE: tl.constexpr):
+    window = desc.load([at_0, at_1, at_2, at_3]).reshape(SIZE)
+    tl.store(y_ptr + tl.arange(0, SIZE), window)
+
+
+def copy(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
+    source = torch.empty(2**16 if dry else 2**29, dtype=torch.bfloat16, device=device).normal_()
+    target = torch.empty_like(source)
+    timing = _time(lambda: target.copy_(source), device, seconds, dry)
+    moved = 2 * source.numel() * source.element_size()
+    return {"bytes": moved, "tb_per_s": moved / timing.median / 1e12, **timing.to_dict()}
+
+
+def matmul(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
+    n = 64 if dry else 8192
+    a, b = (torch.randn(n, n, device=device).to(torch.bfloat16) for _ in range(2))
+    timing = _time(lambda: a @ b, device, seconds, dry)
+    return {"size": n, "tflop_per_s": 2 * n**3 / timing.median / 1e12, **timing.to_dict()}
+
+
+def l2(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
+    found = {}
+    for size in (2 * 4 * BLOCK,) if dry else L2_BUFFERS:
+        programs, n_blocks = (2, size // 4 // BLOCK) if dry else (PROGRAMS, size // 4 // BLOCK)
+        rounds = 8 if dry else 1024
+        x, sums = torch.ones(size // 4, device=device), torch.empty(programs, device=device)
+
+        def read(x=x, sums=sums, n_blocks=n_blocks, rounds=rounds, programs=programs):
+            _read_kernel[(programs,)](x, sums, n_blocks, rounds, BLOCK=BLOCK, num_warps=8)
+
+        timing = _time(read, device, seconds / len(L2_BUFFERS), dry)
+        moved = 4 * BLOCK * rounds * programs
+        right = bool((sums == BLOCK * rounds).all())
+        found[str(size)] = {"bytes": moved, "tb_per_s": moved / timing.median / 1e12, "right": right, **timing.to_dict()}
+    return found
+
+
+def _time(call, device: torch.device, seconds: float, dry: bool) -> Timing:
+    return interleave({"": call}, seconds=0 if dry else seconds, device=device)[""]
+
+
+CEILINGS = {"copy": copy, "matmul": matmul, "l2": l2}
+
+
+class View(NamedTuple):
+    """A way to read memory through a descriptor: shape, strides and box in elements of 2 bytes, and where the box starts."""
+
+    shape: tuple[int, int, int, int]
+    strides: tuple[int, int, int, int]
+    box: tuple[int, int, int, int]
+    at: tuple[int, int, int, int]
+
+
+VIEWS = {
+    "as it lies in memory": View((4, 8, 8, 64), (4096, 512, 64, 1), (2, 4, 4, 64), (2, 4, 4, 0)),
+    # A 1x1 of stride 2.
+    "doubled strides": View((4, 4, 4, 64), (4096, 1024, 128, 1), (2, 4, 4, 64), (1, 0, 0, 0)),
+    # Batch as M: (H, W, N, C) over memory that is (N, H, W, C).
+    "non-monotonic strides": View((8, 8, 32, 64), (512, 64, 4096, 1), (1, 1, 32, 64), (3, 5, 0, 0)),
+    # The stem: windows of 8 pixels of 4 channels, 2 pixels apart.
+    "overlapping windows": View((2, 16, 64, 32), (16384, 1024, 8, 1), (1, 2, 32, 32), (1, 5, 30, 0)),
+    # The same, with the windows of several rows in one dimension that steps over rows of memory.
+    "overlapping and non-monotonic": View((16, 2, 64, 32), (1024, 16384, 8, 1), (2, 2, 16, 32), (4, 0, 48, 0)),
+}
+
+
+def read_through(view: View, device: torch.device) -> dict[str, Any]:
+    """Whether a descriptor of this view can be made, and reads what it should."""
+    # fp16 holds these integers exactly. Room for the overhang of the last windows.
+    elements = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides)) + 1
+    memory = (torch.arange(elements + 64, device=device) % 2039).to(torch.float16)
+    size = torch.Size(view.box).numel()
+    y = torch.full((size,), float("nan"), dtype=torch.float16, device=device)
+    base = memory[:elements]
+    descriptor = TensorDescriptor(base, list(view.shape), list(view.strides), list(view.box))
+    _window_kernel[(1,)](descriptor, y, *view.at, SIZE=size)
+    whole = memory.as_strided(view.shape, view.strides)
+    for axis, (start, length) in enumerate(zip(view.at, view.box)):
+        whole = whole.narrow(axis, start, length)
+    expected = whole.flatten()
+    return {**view._asdict(), "right": torch.equal(y, expected), "first": y[:4].tolist(), "expected": expected[:4].tolist()}

@@ -1,0 +1,304 @@
+"""python -m benchmarks.gpu_session OUTDIR [--seconds 540] [--dry-run]: all that a GPU is to be asked, most valuable first.
+
+    session.json      device, driver, versions, commit; what each section took, and how it ended
+    precompile.json   all candidates' kernels compiled, in parallel        | gpu_sections.py, each in a process of its own
+    ceilings.json     copy, matmul, L2; which descriptors the driver takes |
+    forms.json        one 3x3 in each form against cuDNN                   |
+    gpu_tests.json    the tests that a GPU runs, one by one
+    <device>.json     the table of `python -m resnet_kernels tune`, which the sections behind it run by
+    models.json       whole networks against their peers, then training: pytest-benchmark's format
+    log.txt           what all of them printed
+
+Each section has a share of the time that is left. Whatever crashes or hangs costs its section alone; a section that is done
+early leaves the rest to those behind it. Without a GPU everything runs dry: on the CPU, in small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_kernels import tables
+from resnet_kernels.ops import tuned
+from resnet_kernels.tables import write_whole
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHON = [sys.executable, "-u"]
+
+# Shares of the budget, in the order of what is lost if nothing behind it runs.
+SHARES = {
+    "precompile": 80,
+    "ceilings": 25,
+    "forms": 45,
+    "gpu_tests": 80,
+    "tune": 130,
+    "models": 140,
+    "training": 40,
+}
+# (model, batch, peers): resnet50 first, and max-autotune, which compiles for minutes, after everything that is quick.
+MODELS = (
+    *(("resnet50", batch, "not compile-max") for batch in (256, 1)),
+    *((model, 256, "not compile-max") for model in ("resnet18", "resnet152", "resnet_v2_50")),
+    *(("resnet50", batch, "compile-max") for batch in (256, 1)),
+    *((model, 1, "not compile-max") for model in ("resnet18", "resnet152", "resnet_v2_50")),
+    *((model, 32, "not compile-max") for model in ("resnet50", "resnet18", "resnet152", "resnet_v2_50")),
+)
+TRAINED = (("resnet50", 256), ("resnet50", 32), ("resnet18", 256), ("resnet_v2_50", 256))
+# What tells a test file that has something for a GPU.
+_FOR_GPUS = re.compile(r"mark\.gpu|skip_unless_runnable\(\s*\"triton\"")
+
+
+@dataclass
+class Session:
+    """A run: where it writes, how long it may take, what has become of its sections."""
+
+    out: Path
+    seconds: float
+    dry: bool
+    begin: float = field(default_factory=time.monotonic)
+    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
+    benchmarks: dict[str, Any] = field(default_factory=lambda: {"benchmarks": [], "absent": []})
+    running: set[subprocess.Popen] = field(default_factory=set)
+
+    def __post_init__(self):
+        self.device = torch.device("cpu" if self.dry else "cuda:0")
+        self.key = tables.no_device() if self.dry else tuned.device_key(self.device)
+        self.header = {
+            "device": self.key._asdict(),
+            "dry_run": self.dry,
+            "environment": tables.environment(self.device),
+        }
+        self.log = (self.out / "log.txt").open("a")
+        # Later sections run by the table that was measured here.
+        self.environment = {**os.environ, tuned.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
+        self.environment.pop("TRITON_INTERPRET", None)
+
+    @property
+    def left(self) -> float:
+        return self.seconds - (time.monotonic() - self.begin)
+
+    def write(self, name: str, values: dict[str, Any]) -> None:
+        """Writes a file of the session, headed by device and versions."""
+        write_whole(self.out / name, json.dumps({**self.header, **values}, indent=1) + "\n")
+
+    def report(self) -> None:
+        self.write("session.json", {"budget_s": self.seconds, "sections": self.sections})
+
+    def command(self, arguments: list[str], seconds: float, output: Path | None = None, **environment: str) -> str:
+        """Runs one of our own commands; returns "done", "failed (status)" or "out of time". Its children end with it."""
+        print(f"+ {' '.join(arguments)}", file=self.log, flush=True)
+        with (output or Path(os.devnull)).open("w") as separate:
+            stream = separate if output else self.log
+            process = subprocess.Popen(
+                [*PYTHON, *arguments],
+                cwd=ROOT,
+                env={**self.environment, **environment},
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            self.running.add(process)
+            try:
+                status = process.wait(max(seconds, 0.1))
+                return "done" if status == 0 else f"failed ({status})"
+            except subprocess.TimeoutExpired:
+                return "out of time"
+            finally:
+                _end(process)
+                self.running.discard(process)
+
+
+def _python_path() -> str:
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a command's whole process group, which is its own."""
+    for which, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, which)
+            process.wait(patience)
+        except ProcessLookupError:
+            return
+        except subprocess.TimeoutExpired:
+            continue
+
+
+def in_a_process(name: str) -> Callable[[Session, float], dict[str, Any]]:
+    """A section of gpu_sections.py."""
+
+    def run(session: Session, seconds: float) -> dict[str, Any]:
+        arguments = ["-m", "benchmarks.gpu_sections", name, str(session.out), f"{0.9 * seconds:.1f}"]
+        interpreter = {}
+        if session.dry:
+            arguments.append("--dry-run")
+            interpreter = {"TRITON_INTERPRET": "1"}
+        return {"ended": session.command(arguments, seconds, **interpreter)}
+
+    return run
+
+
+def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
+    """The tests that have something for a GPU, a process a file, several at a time: compiling is a CPU's work."""
+    end = time.monotonic() + seconds
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if _FOR_GPUS.search(path.read_text())]
+    # A whole network's parity takes longest, and says most.
+    files.sort(key=lambda path: path.name != "test_parity.py")
+    if session.dry:
+        files = [ROOT / "tests" / "test_timing.py"]
+    found: dict[str, Any] = {}
+
+    def test(path: Path) -> None:
+        with tempfile.TemporaryDirectory() as work:
+            output = Path(work) / "output.txt"
+            arguments = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", str(path.relative_to(ROOT))]
+            ended = session.command(arguments, end - time.monotonic(), output)
+            found[path.name] = {"ended": ended, **_read_tests(output.read_text(errors="replace"))}
+        session.write("gpu_tests.json", {"files": found})
+
+    with ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // 2))) as pool:
+        try:
+            list(pool.map(test, files))
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(session.running):
+                _end(process)
+            raise
+    counts = {what: sum(f["counts"].get(what, 0) for f in found.values()) for what in ("PASSED", "FAILED", "ERROR")}
+    return {"ended": "done", **counts}
+
+
+def _read_tests(text: str) -> dict[str, Any]:
+    """What pytest -v said line by line, so that a run that was cut off counts as far as it went."""
+    results = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.M)
+    counts: dict[str, int] = {}
+    for _, result in results:
+        counts[result] = counts.get(result, 0) + 1
+    failures = [name for name, result in results if result in ("FAILED", "ERROR")]
+    end = text[-6000:] if failures or not results else ""
+    return {"counts": counts, "failures": failures, "end_of_output": end}
+
+
+def tune(session: Session, seconds: float) -> dict[str, Any]:
+    """ResNet-50 at 256 and 1 first, then its training, then the other networks at 256."""
+    end = time.monotonic() + seconds
+    table = ["--output", str(session.out / session.key.file_name), "--samples"]
+    runs = (
+        (0.6, ["--model", "resnet50", "--batch-size", "256", "1"]),
+        (0.5, ["--model", "resnet50", "--batch-size", "256", "--training"]),
+        (1.0, ["--model", "resnet18", "resnet152", "resnet_v2_50", "--batch-size", "256"]),
+    )
+    if session.dry:
+        runs = ((1.0, ["--dry-run", "--model", "d2l_resnet18", "--image-size", "16"]),)
+    ended = {}
+    for share, arguments in runs:
+        # A candidate that breaks the GPU ends the command, which then has noted it and goes on behind it.
+        for _ in range(4):
+            left = share * (end - time.monotonic())
+            if left < 1:
+                break
+            command = ["-m", "resnet_kernels", "tune", *arguments, *table, "--seconds", f"{0.8 * left:.1f}"]
+            ended[" ".join(arguments)] = session.command(command, left)
+            if ended[" ".join(arguments)] != "failed (2)":
+                break
+    return {"ended": "done" if set(ended.values()) == {"done"} else "in part", "runs": ended}
+
+
+def models(session: Session, seconds: float) -> dict[str, Any]:
+    selections = [f"model-forward-{model}-224px-b{batch}-bf16-cuda and {peers}" for model, batch, peers in MODELS]
+    if session.dry:
+        selections = ["op-forward-add_relu_256-56px-b1-fp32-cpu"]
+    return _benchmarks(session, seconds, selections)
+
+
+def training(session: Session, seconds: float) -> dict[str, Any]:
+    selections = [f"model-forward-backward-{model}-224px-b{batch}-bf16-cuda" for model, batch in TRAINED]
+    if session.dry:
+        selections = ["op-forward-backward-add_relu_256-56px-b1-fp32-cpu"]
+    return _benchmarks(session, seconds, selections)
+
+
+def _benchmarks(session: Session, seconds: float, selections: list[str]) -> dict[str, Any]:
+    """Cases of `pytest benchmarks`, one after the other, added to models.json as they come."""
+    end, whole = time.monotonic() + seconds, session.benchmarks
+    ended: dict[str, str] = {}
+    for selection in selections:
+        left = end - time.monotonic()
+        if left < 1:
+            ended[selection] = "no time left"
+            continue
+        with tempfile.TemporaryDirectory() as work:
+            written = Path(work) / "benchmarks.json"
+            arguments = ["-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", selection]
+            arguments += [f"--benchmark-json={written}", f"--benchmark-max-time={0.2 if session.dry else 4}"]
+            ended[selection] = session.command(arguments + ([] if session.dry else ["--full"]), left)
+            # pytest's 5: nothing has that name.
+            ended[selection] = {"failed (5)": "no such case"}.get(ended[selection], ended[selection])
+            if written.exists() and written.stat().st_size:
+                values = json.loads(written.read_text())
+                for name in ("benchmarks", "absent"):
+                    whole[name] += values.pop(name, [])
+                whole.update(values)
+        session.write("models.json", whole)
+    return {"ended": "done" if set(ended.values()) == {"done"} else "in part", "cases": ended}
+
+
+SECTIONS: dict[str, Callable[[Session, float], dict[str, Any]]] = {
+    **{name: in_a_process(name) for name in ("precompile", "ceilings", "forms")},
+    "gpu_tests": gpu_tests,
+    "tune": tune,
+    "models": models,
+    "training": training,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="OUTDIR", help="made if it is not there")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for all of it (default: 540)")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small; goes without saying if there is no GPU")
+    options = parser.parse_args(arguments)
+    options.out.mkdir(parents=True, exist_ok=True)
+    session = Session(options.out.resolve(), options.seconds, options.dry_run or not torch.cuda.is_available())
+    # As Ctrl-C: what runs is ended, and what is known is written.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # Dry, all of them have as little to do.
+    waiting = dict.fromkeys(SHARES, 1) if session.dry else dict(SHARES)
+    for name, run in SECTIONS.items():
+        seconds = session.left * waiting[name] / sum(waiting.values())
+        del waiting[name]
+        session.sections[name] = {"ended": "running", "budget_s": round(seconds, 1)}
+        session.report()
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        start, result = time.monotonic(), {}
+        try:
+            result = run(session, seconds) if seconds > 0 else {"ended": "no time left"}
+        except KeyboardInterrupt:
+            result = {"ended": "stopped"}
+            return 130
+        except Exception as error:
+            result = {"ended": f"{type(error).__name__}: {error}"}
+        finally:
+            session.sections[name] |= {**result, "seconds": round(time.monotonic() - start, 1)}
+            session.report()
+        print(f"  {result['ended']}, {session.sections[name]['seconds']} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
