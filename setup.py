@@ -40,7 +40,7 @@ setup(
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
         "train": TRAIN,
         "peers": ["jax>=0.5", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "openvino>=2025.0"],
-        "bench": ["pytest>=8", "pytest-benchmark>=5", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"],
+        "bench": ["pytest>=8", "pytest-benchmark[histogram]>=5", "matplotlib>=3.8", "tqdm>=4.66", "rich>=13"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

@@ -10,8 +10,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from resnet_kernels.timing import Timing, interleave, ratios, summary_line
 
 from . import figures
@@ -29,11 +27,17 @@ CONTENDERS: tuple[Contender, ...] = (Eager(), Fused("fused", "auto"), Fused("tri
 
 @dataclass(frozen=True)
 class Absent:
-    """A contender that has no row in a case."""
+    """A contender that has no row in a case. error: what it raised, if it is that."""
 
     case: str
     contender: str
     reason: str
+    error: Exception | None = field(default=None, compare=False)
+
+    @staticmethod
+    def crashed(case: str, contender: str, error: Exception) -> Absent:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return Absent(case, contender, f"crashed: {type(error).__name__}: {first[:200]}", error)
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,14 @@ def measure(
         runner, rows[contender.name] = _ready(contender, workload)
         if runner is not None:
             runners[contender.name] = runner
-    if not seconds or "eager" not in runners:
+    if not seconds:
         return rows
     calls = {}
     for name, runner in runners.items():
         try:
             calls[name] = [_named(name, runner.bind(operands)) for operands in workload.copies]
         except Exception as error:
-            rows[name] = Absent(str(case), name, _crash(error))
+            rows[name] = Absent.crashed(str(case), name, error)
     by_name = {contender.name: contender for contender in chosen}
     neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
@@ -120,9 +124,7 @@ def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Mea
         runner = contender.prepare(workload)
         gate = contender.gate(workload, runner)
     except Exception as error:
-        if contender.ours and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        return None, Absent(case, name, _crash(error))
+        return None, Absent.crashed(case, name, error)
     # A wrong result of ours is worth no time. A peer's rounding is not ours to fix.
     return (None if contender.ours and gate.failure else runner), Measured(case, name, gate)
 
@@ -148,10 +150,10 @@ def _interleaved(
                 lead_in=lead_in if workload.device.type == "cpu" else 0.0,
             )
         except ContenderError as error:
-            if by_name[error.name].ours:
-                raise
             del calls[error.name]
-            rows[error.name] = Absent(str(workload.case), error.name, _crash(error.__cause__))
+            rows[error.name] = Absent.crashed(str(workload.case), error.name, error.__cause__)
+    for name in calls:
+        rows[name] = Absent(str(workload.case), name, f"eager has no time to compare with: {rows['eager'].reason}")
     return {}
 
 
@@ -177,11 +179,6 @@ def _named(name: str, call: Callable[[], object]) -> Callable[[], object]:
             raise ContenderError(name) from error
 
     return named
-
-
-def _crash(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"crashed: {type(error).__name__}: {first[:200]}"
 
 
 def _of_contender(contender: Contender, gate: Gate) -> dict:
