@@ -7,6 +7,7 @@ cost ours the row, too; a peer keeps its time, and its failure stands beside it.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -97,20 +98,20 @@ def measure(
     neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
     shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
-    work = figures.work(workload)
-    machine = figures.ceilings(workload.device, case.platform.dtype)
+    work, machine = figures.work(workload), figures.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
+        gate, runner = rows[name].gate, runners[name]
+        line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
         info = {
             **shared,
-            **_of_contender(by_name[name], rows[name].gate),
+            **_of_contender(by_name[name], gate),
             **figures.of_time(work, machine, case.batch, timing.median),
             **_against(timings, name),
-            "saved_mib": _saved_mib(runners[name], workload.operands) if case.backward else None,
+            "saved_mib": _saved_mib(runner, workload.operands) if case.backward else None,
         }
         if profiled and case.level == "model" and name in PROFILED:
-            info["kernels"] = kernels_of(by_name[name], runners[name], workload)
-        line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
-        rows[name] = Measured(str(case), name, rows[name].gate, timing, line, info)
+            info |= _kernels(by_name[name], runner, workload)
+        rows[name] = Measured(str(case), name, gate, timing, line, info)
     return rows
 
 
@@ -203,6 +204,15 @@ def _against(timings: dict[str, Timing], name: str) -> dict:
             key = f"interleaved_ratio_to_{other}"
             info |= {key: paired.median, f"{key}_p20": paired.p20, f"{key}_p80": paired.p80}
     return info
+
+
+def _kernels(contender: Contender, runner: Runner, workload: Workload) -> dict:
+    try:
+        return {"kernels": kernels_of(contender, runner, workload)}
+    except Exception as error:
+        # The times are there already, and worth more than where they go.
+        warnings.warn(f"{workload.case}: no kernels of {contender.name}: {error}", RuntimeWarning, stacklevel=2)
+        return {}
 
 
 def _saved_mib(runner: Runner, operands: Operands) -> float | None:

@@ -289,6 +289,24 @@ def test_rotation_goes_through_the_copies_whoever_calls():
     assert [copy for _, copy in log] == [turn % 3 for turn in range(len(log))]
 
 
+def test_a_case_goes_through_its_copies(monkeypatch):
+    seen = []
+
+    def prepare(self, workload):
+        return ForeignRunner(lambda x: (seen.append(x), workload.eager(x))[1], lambda x: x, lambda y: y)
+
+    monkeypatch.setattr(Peer, "prepare", prepare)
+    monkeypatch.setattr(Workload, "copies", property(lambda self: (self.operands, *copies)))
+    copies = [Workload(BLOCK).operands.copy() for _ in range(2)]
+    found = measure(BLOCK, [Eager(), Peer()], seconds=1e-9, min_rounds=3)
+    assert found["eager"].info["input_copies"] == 3
+    # The gate's, and then those of the second, fourth, sixth ... turn.
+    numbers = [
+        next((n for n, copy in enumerate(copies, 1) if copy.inputs[0].data_ptr() == x.data_ptr()), 0) for x in seen
+    ]
+    assert numbers == [0, *((2 * turn + 1) % 3 for turn in range(len(seen) - 1))]
+
+
 def test_one_copy_is_called_as_it_is():
     call = lambda: None  # noqa: E731
     assert in_rotation({"a": [call]})["a"] is call
