@@ -33,8 +33,7 @@ from .models.checks import at_least_one
 from .running import has_global_hooks
 from .watch import Watch
 
-# As torch.cuda.make_graphed_callables does: Triton compiles and cuDNN chooses in the first, what these left behind is gone by
-# the third.
+# As many as torch.cuda.make_graphed_callables does. In the first, Triton compiles and cuDNN chooses, which no capture may do.
 _WARM_UPS = 3
 
 # PyTorch allows one capture at a time in a process.
@@ -183,6 +182,7 @@ class _Recorder:
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
+        """Why a device has no graphs, as the end of a sentence; None if it has."""
         return None if device.type == "cuda" else f"x is on {device}, and graphs are CUDA's"
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

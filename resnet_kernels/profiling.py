@@ -178,11 +178,13 @@ def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[Kern
     forward_of: dict[tuple[int, int], _Place] = {}
     calls: Counter[str] = Counter()
     homeless: Counter[str] = Counter()  # device time of kernels that no operation launched, in us
+    annotations: set[str] = set()
     for event in events:
         if event.device_type != DeviceType.CPU:
-            if not event.is_user_annotation:
-                homeless[event.name] += event.time_range.elapsed_us()
+            homeless[event.name] += event.time_range.elapsed_us()
             continue
+        if event.is_user_annotation:
+            annotations.add(event.name)
         around = places.get(id(event.cpu_parent), _Place())
         if event.name == _STEP:
             calls.clear()
@@ -202,15 +204,16 @@ def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[Kern
         if not place.backward:
             # The last operation to begin under a number is the one whose gradient bears it.
             forward_of[event.thread, event.sequence_nr] = place
-        if on_cuda:
+        if on_cuda and not event.is_user_annotation:
             for kernel in event.kernels:
                 homeless[kernel.name] -= kernel.duration
                 kind = _kind(kernel.name) if place.kind == "rest" else place.kind
                 seconds[_key(place, kernel.name, kind)] += kernel.duration / 1e6
-        else:
+        elif not on_cuda:
             seconds[_key(place, place.operation, place.kind)] += event.self_cpu_time_total / 1e6
     for name, microseconds in homeless.items():
-        if on_cuda and microseconds > 1e-3:
+        # A range has a shadow on the device, from its first kernel to its last.
+        if on_cuda and name not in annotations and microseconds > 1e-3:
             seconds[_key(_Place(), name, _kind(name))] += microseconds / 1e6
     return [KernelTime(**{**vars(key), "seconds": total / steps}) for key, total in seconds.items()]
 

@@ -220,7 +220,7 @@ def test_self_times_add_up_once_and_average_over_steps():
 def test_device_times_are_kernels():
     events = Events()
     step = events.step()
-    module = events.add("module:a+bn", step)
+    module = events.add("module:a+bn", step, kernels=[("module:a+bn", 50.0)])
     conv = events.add("aten::conv2d", module, self_us=99.0, sequence=7)
     events.add("aten::cudnn_convolution", conv, kernels=[("sm90_xmma", 20.0), ("nchwToNhwc", 3.0)], sequence=7)
     back = events.add("autograd::engine::evaluate_function: ConvolutionBackward0", sequence=7)
@@ -230,7 +230,9 @@ def test_device_times_are_kernels():
     for name, us in (("sm90_xmma", 20.0), ("nchwToNhwc", 3.0), ("dgrad", 8.0), ("wgrad", 9.0), ("elementwise", 1.0)):
         events.add(name, self_us=us, device=DeviceType.CUDA)
     events.add("_bn_scale_shift_kernel", self_us=2.0, device=DeviceType.CUDA)
-    events.add("module:a+bn", self_us=50.0, device=DeviceType.CUDA, annotation=True)
+    events.add("module:a+bn", self_us=50.0, device=DeviceType.CUDA)
+    events.add("optimizer", step, kernels=[("optimizer", 4.0)], annotation=True)
+    events.add("optimizer", self_us=4.0, device=DeviceType.CUDA)
     times = profiling._kernel_times(events.all, True, 1)
     seconds = {(t.range, t.name, t.kind, t.backward): t.seconds for t in times}
     assert seconds == pytest.approx(
