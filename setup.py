@@ -42,7 +42,7 @@ setup(
         "train": TRAIN,
         "report": REPORT,
         "peers": ["jax>=0.5", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "openvino>=2025.0"],
-        "bench": ["pytest>=8", "pytest-benchmark>=5", "tqdm>=4.66", "rich>=13", *REPORT],
+        "bench": ["pytest>=8", "pytest-benchmark[histogram]>=5", "tqdm>=4.66", "rich>=13", *REPORT],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

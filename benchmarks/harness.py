@@ -7,10 +7,9 @@ cost ours the row, too; a peer keeps its time, and its failure stands beside it.
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 from resnet_kernels.timing import Timing, interleave, ratios, summary_line
 
@@ -29,11 +28,17 @@ CONTENDERS: tuple[Contender, ...] = (Eager(), Fused("fused", "auto"), Fused("tri
 
 @dataclass(frozen=True)
 class Absent:
-    """A contender that has no row in a case."""
+    """A contender that has no row in a case. error: what it raised, if it is that."""
 
     case: str
     contender: str
     reason: str
+    error: Exception | None = field(default=None, compare=False)
+
+    @staticmethod
+    def crashed(case: str, contender: str, error: Exception) -> Absent:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return Absent(case, contender, f"crashed: {type(error).__name__}: {first[:200]}", error)
 
 
 @dataclass(frozen=True)
@@ -81,32 +86,32 @@ def measure(
         runner, rows[contender.name] = _ready(contender, workload)
         if runner is not None:
             runners[contender.name] = runner
-    if not seconds or "eager" not in runners:
+    if not seconds:
         return rows
     calls = {}
     for name, runner in runners.items():
         try:
             calls[name] = [_named(name, runner.bind(operands)) for operands in workload.copies]
         except Exception as error:
-            rows[name] = Absent(str(case), name, _crash(error))
+            rows[name] = Absent.crashed(str(case), name, error)
     by_name = {contender.name: contender for contender in chosen}
     neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
     shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
-    work = figures.work(workload)
-    machine = figures.ceilings(workload.device, case.platform.dtype)
+    work, machine = figures.work(workload), figures.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
+        gate, runner = rows[name].gate, runners[name]
+        line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
         info = {
             **shared,
-            **_of_contender(by_name[name], rows[name].gate),
+            **_of_contender(by_name[name], gate),
             **figures.of_time(work, machine, case.batch, timing.median),
             **_against(timings, name),
-            "saved_mib": _saved_mib(runners[name], workload.operands) if case.backward else None,
+            "saved_mib": _saved_mib(runner, workload.operands) if case.backward else None,
         }
         if profiled and case.level == "model" and name in PROFILED:
-            info["kernels"] = kernels_of(by_name[name], runners[name], workload)
-        line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
-        rows[name] = Measured(str(case), name, rows[name].gate, timing, line, info)
+            info |= _kernels(by_name[name], runner, workload)
+        rows[name] = Measured(str(case), name, gate, timing, line, info)
     return rows
 
 
@@ -120,9 +125,7 @@ def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Mea
         runner = contender.prepare(workload)
         gate = contender.gate(workload, runner)
     except Exception as error:
-        if contender.ours and not isinstance(error, torch.OutOfMemoryError):
-            raise
-        return None, Absent(case, name, _crash(error))
+        return None, Absent.crashed(case, name, error)
     # A wrong result of ours is worth no time. A peer's rounding is not ours to fix.
     return (None if contender.ours and gate.failure else runner), Measured(case, name, gate)
 
@@ -148,10 +151,10 @@ def _interleaved(
                 lead_in=lead_in if workload.device.type == "cpu" else 0.0,
             )
         except ContenderError as error:
-            if by_name[error.name].ours:
-                raise
             del calls[error.name]
-            rows[error.name] = Absent(str(workload.case), error.name, _crash(error.__cause__))
+            rows[error.name] = Absent.crashed(str(workload.case), error.name, error.__cause__)
+    for name in calls:
+        rows[name] = Absent(str(workload.case), name, f"eager has no time to compare with: {rows['eager'].reason}")
     return {}
 
 
@@ -179,11 +182,6 @@ def _named(name: str, call: Callable[[], object]) -> Callable[[], object]:
     return named
 
 
-def _crash(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"crashed: {type(error).__name__}: {first[:200]}"
-
-
 def _of_contender(contender: Contender, gate: Gate) -> dict:
     return {
         "contender": contender.name,
@@ -206,6 +204,15 @@ def _against(timings: dict[str, Timing], name: str) -> dict:
             key = f"interleaved_ratio_to_{other}"
             info |= {key: paired.median, f"{key}_p20": paired.p20, f"{key}_p80": paired.p80}
     return info
+
+
+def _kernels(contender: Contender, runner: Runner, workload: Workload) -> dict:
+    try:
+        return {"kernels": kernels_of(contender, runner, workload)}
+    except Exception as error:
+        # The times are there already, and worth more than where they go.
+        warnings.warn(f"{workload.case}: no kernels of {contender.name}: {error}", RuntimeWarning, stacklevel=2)
+        return {}
 
 
 def _saved_mib(runner: Runner, operands: Operands) -> float | None:

@@ -51,12 +51,16 @@ class Compile(Contender):
         # All cases of a model share its forward's code, and past eight graphs of a piece of code Dynamo runs it eagerly.
         dynamo.config.fail_on_recompile_limit_hit = True
         # A copy: freezing takes the parameters for constants.
-        runner = ModuleRunner(torch.compile(copy.deepcopy(workload.eager), **options), workload.case.backward)
+        runner = _CompiledRunner(torch.compile(copy.deepcopy(workload.eager), **options), workload.case.backward)
         # Compiled here. Not torch.compile's option: Dynamo asks the configuration, too, whether parameters are constants, and
         # as an option alone it costs this peer a quarter of its speed.
         with inductor_config.patch(freezing=freezing):
             runner.bind(workload.operands)()
         return runner
+
+
+class _CompiledRunner(ModuleRunner):
+    saved_bytes = None  # hooks on saved tensors would be compiled, too, and be another graph than the timed one
 
 
 class CompileMax(Compile):

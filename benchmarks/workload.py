@@ -156,8 +156,9 @@ class Workload:
         torch.manual_seed(0)
         self.case = case
         self.device = torch.device(case.device)
-        # For every contender that calls cuDNN through PyTorch. Sizes never change here, so the search is done once.
-        torch.backends.cudnn.benchmark = True
+        if self.device.type == "cuda":
+            # For every contender that calls cuDNN through PyTorch. Sizes never change here, so the search is done once.
+            torch.backends.cudnn.benchmark = True
         subject = case.subject
         options = {"device": self.device, "dtype": case.platform.dtype}
         # Weights are drawn before they are moved and rounded, so that they are the same on each platform.

@@ -40,6 +40,8 @@ def _one_thread(monkeypatch):
     torch.set_num_threads(1)
     # The real ones move gigabytes.
     monkeypatch.setattr(figures, "ceilings", lambda device, dtype: Machine(1e12, 1e11))
+    # A workload on a GPU sets it.
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     yield
     torch.set_num_threads(threads)
 
@@ -102,18 +104,25 @@ def test_a_crash_while_preparing_costs_its_own_row(monkeypatch):
     assert_others_are_measured(found)
 
 
-def test_our_own_crash_is_a_failure(monkeypatch):
-    class Ours(Peer):
-        ours = True
-
-    for number in (0, 4):
-        monkeypatch.setattr(Ours, "prepare", raising_at(number))
-        with pytest.raises((RuntimeError, harness.ContenderError)):
-            rows(Ours())
+def test_a_crash_keeps_its_error_for_ours_to_be_raised(monkeypatch):
+    monkeypatch.setattr(Fused, "prepare", raising_at(4))
+    monkeypatch.setattr(Fused, "gate", Contender.gate)  # its own looks into a module
+    found = rows(Peer())
+    assert isinstance(found["fused"].error, RuntimeError)
+    assert len(found["eager"].timing.samples) == len(found["peer"].timing.samples) >= 3
 
 
 def off(self, workload):
     return ForeignRunner(lambda x: workload.eager(x) * (1 + 1e-4), lambda x: x, lambda y: y)
+
+
+@pytest.mark.parametrize("call_number", [0, 3], ids=["gate", "rounds"])
+def test_without_eager_nobody_has_a_time(monkeypatch, call_number):
+    monkeypatch.setattr(Eager, "prepare", raising_at(call_number))
+    found = rows(Peer())
+    assert found["eager"].reason == "crashed: RuntimeError: boom"
+    for name in ("fused", "peer"):
+        assert found[name].reason == "eager has no time to compare with: crashed: RuntimeError: boom"
 
 
 def test_a_peer_over_budget_is_timed_and_flagged(monkeypatch):
@@ -280,6 +289,24 @@ def test_rotation_goes_through_the_copies_whoever_calls():
     assert [copy for _, copy in log] == [turn % 3 for turn in range(len(log))]
 
 
+def test_a_case_goes_through_its_copies(monkeypatch):
+    seen = []
+
+    def prepare(self, workload):
+        return ForeignRunner(lambda x: (seen.append(x), workload.eager(x))[1], lambda x: x, lambda y: y)
+
+    monkeypatch.setattr(Peer, "prepare", prepare)
+    monkeypatch.setattr(Workload, "copies", property(lambda self: (self.operands, *copies)))
+    copies = [Workload(BLOCK).operands.copy() for _ in range(2)]
+    found = measure(BLOCK, [Eager(), Peer()], seconds=1e-9, min_rounds=3)
+    assert found["eager"].info["input_copies"] == 3
+    # The gate's, and then those of the second, fourth, sixth ... turn.
+    numbers = [
+        next((n for n, copy in enumerate(copies, 1) if copy.inputs[0].data_ptr() == x.data_ptr()), 0) for x in seen
+    ]
+    assert numbers == [0, *((2 * turn + 1) % 3 for turn in range(len(seen) - 1))]
+
+
 def test_one_copy_is_called_as_it_is():
     call = lambda: None  # noqa: E731
     assert in_rotation({"a": [call]})["a"] is call
@@ -339,6 +366,18 @@ tiny = [Case(Block(name, "BasicBlock", 8, 8, 6), "forward", cpu) for name in ("f
 cases.cases = lambda full: tiny
 harness.CONTENDERS = (*harness.CONTENDERS[:2], Missing())
 figures.ceilings = lambda device, dtype: Machine(1e12, 1e11)
+fused = harness.Fused.prepare
+
+def broken(self, workload):
+    if workload.case is tiny[1]:
+        raise RuntimeError("boom")
+    runner = fused(self, workload)
+    runner.module.bn2.weight.data.mul_(1.01)
+    return runner
+
+if {broken}:
+    harness.Fused.prepare = broken
+
 measure = harness.measure
 contenders = harness.contenders
 harness.contenders = lambda case, full: contenders(case, full, harness.CONTENDERS)
@@ -352,21 +391,24 @@ harness.measure = interrupted
 """
 
 
-def run_benchmarks(tmp_path, interrupt: bool) -> tuple[subprocess.CompletedProcess, dict]:
-    (tmp_path / "planted.py").write_text(PLUGIN.format(root=str(ROOT), interrupt=interrupt))
-    out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "planted", "--benchmark-max-time=0.01"]
+def run_benchmarks(tmp_path, *options, interrupt=False, broken=False) -> subprocess.CompletedProcess:
+    (tmp_path / "planted.py").write_text(PLUGIN.format(root=str(ROOT), interrupt=interrupt, broken=broken))
+    command = [sys.executable, "-m", "pytest", "benchmarks", "-p", "planted", "-p", "no:cacheprovider", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
-    run = subprocess.run(
-        [*command, f"--benchmark-json={out}", "-p", "no:cacheprovider"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False,
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )  # fmt: skip
+
+
+def run_and_save(tmp_path, **planted) -> tuple[subprocess.CompletedProcess, dict]:
+    out = tmp_path / "out.json"
+    run = run_benchmarks(tmp_path, "--benchmark-max-time=0.01", f"--benchmark-json={out}", **planted)
     assert out.exists(), run.stdout + run.stderr
     return run, json.loads(out.read_text())
 
 
 def test_a_run_writes_what_its_rounds_were(tmp_path):
-    run, results = run_benchmarks(tmp_path, interrupt=False)
+    run, results = run_and_save(tmp_path)
     assert run.returncode == 0, run.stdout
     assert [(b["extra_info"]["subject"], b["params"]["contender"]) for b in results["benchmarks"]] == [
         (subject, contender) for subject in ("first", "second") for contender in ("eager", "fused")
@@ -386,13 +428,20 @@ def test_a_run_writes_what_its_rounds_were(tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
-    run, results = run_benchmarks(tmp_path, interrupt=True)
+    run, results = run_and_save(tmp_path, interrupt=True)
     assert run.returncode == pytest.ExitCode.INTERRUPTED
     assert [(b["extra_info"]["subject"], b["params"]["contender"]) for b in results["benchmarks"]] == [
         ("first", "eager"), ("first", "fused")
     ]  # fmt: skip
     assert [entry["contender"] for entry in results["absent"]] == ["missing"]
     assert "Forward, fused across" in run.stdout
+
+
+def test_our_wrong_numbers_and_crashes_fail_a_run_without_times_too(tmp_path):
+    run = run_benchmarks(tmp_path, "--benchmark-disable", broken=True)
+    assert run.returncode == pytest.ExitCode.TESTS_FAILED
+    assert "RuntimeError: boom" in run.stdout
+    assert "2 failed, 2 passed, 2 skipped" in run.stdout and "OVER BUDGET" in run.stdout
 
 
 def test_absentees_are_put_together():
