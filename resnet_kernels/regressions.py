@@ -48,8 +48,8 @@ class Change:
 class Comparison:
     """changes: ours first. margin: of this pair of files, a share. controls: how many changes of peers it rests on.
 
-    drift: eager's time over its time in the old file, the median over cases; None if none has it. missing: what only one
-    file has, or has no samples of, "case, contender".
+    drift: eager's time over its time in the old file, the median over cases; None if none has it. missing: what can't be
+    compared in the cases that both files have, "case, contender".
     """
 
     new: Results
@@ -59,6 +59,12 @@ class Comparison:
     controls: int
     drift: float | None
     missing: tuple[str, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Whether both files took their samples in the same way, in turns or contender by contender."""
+        common = [name for name in self.new.cases if name in self.old.cases]
+        return all(self.new.cases[name].interleaved == self.old.cases[name].interleaved for name in common)
 
     def of_ours(self, verdict: str) -> list[Change]:
         return [change for change in self.changes if change.ours and change.verdict == verdict]

@@ -211,7 +211,8 @@ def _case(name: str, benchmarks: list[dict]) -> CaseResults:
         raise ValueError(f"a contender is there twice in {name}")
     if "level" not in info:
         info = {**_fields_of(name), **info}
-    interleaved = info.get("schema", 0) >= 1
+    # Since schema 1 all contenders of a case take turns. pytest-benchmark's own storage leaves samples out if not told.
+    interleaved = info.get("schema", 0) >= 1 and all(measurement.samples for measurement in measurements)
     if interleaved and len({len(measurement.samples) for measurement in measurements}) > 1:
         raise ValueError(f"the contenders of {name} have not the same number of rounds")
     return CaseResults(

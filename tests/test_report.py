@@ -248,6 +248,18 @@ def test_against(fused, status, verdict, tmp_path, capsys):
     assert "## Against old.json" in (tmp_path / "out" / "report.md").read_text()
 
 
+def test_against_tells_what_it_could_not_compare(tmp_path, capsys):
+    old = files.document([files.benchmark(name, schema=0, torch="2.12.0") for name in ("eager", "fused", "jax")])
+    cases = [files.benchmark(name, subject=net) for name in ("eager", "fused") for net in ("resnet50", "resnet18")]
+    new, old = files.write(tmp_path / "new.json", files.document(cases)), files.write(tmp_path / "old.json", old)
+    report(new, "--against", old, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "Other versions: torch 2.12.0 then, 2.13.0 now." in out and "1 cases are in new.json alone." in out
+    assert "One file's contenders took turns, the other's did not" in out
+    assert "Not in both files: model-forward-resnet50-224px-b8-fp32-cpu, jax." in out
+    assert "(no estimate: fewer than three peers' changes)" in out
+
+
 @pytest.mark.parametrize(
     "contents, message",
     [

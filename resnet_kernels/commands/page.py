@@ -16,6 +16,8 @@ GENERATOR = "resnet_kernels report"
 
 _BUSY = 0.25  # cores of others, from which on a reader is told
 
+_MOST_LISTED = 5
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -108,8 +110,19 @@ def describe(comparison: Comparison) -> list[str]:
         else "no estimate: fewer than three peers' changes"
     )
     lines.append(f"A change below {comparison.margin:.1%} is noise between runs ({basis}).")
+    if not comparison.alike:
+        lines.append(
+            "One file's contenders took turns, the other's did not: caches and clocks were not the same, and part of a change "
+            "may be due to that."
+        )
+    for ones, others in ((new, old), (old, new)):
+        lonely = ones.cases.keys() - others.cases.keys()
+        if lonely:
+            lines.append(f"{len(lonely)} cases are in {ones.path.name} alone.")
     if comparison.missing:
-        lines.append(f"Not in both files: {'; '.join(comparison.missing)}.")
+        more = len(comparison.missing) - _MOST_LISTED
+        tail = f"; and {more} more" if more > 0 else ""
+        lines.append(f"Not in both files: {'; '.join(comparison.missing[:_MOST_LISTED])}{tail}.")
     return lines
 
 
