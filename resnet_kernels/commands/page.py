@@ -45,7 +45,7 @@ def summary(results: Results) -> list[str]:
         f"{results.path.name}: measured {results.date or 'at an unknown date'} on {'; '.join(results.devices.values())} "
         f"({versions}{commit}).",
         f"Against the fastest peer of each case, fused is faster in {counts['faster']}, level in {counts['level']} and slower "
-        f"in {counts['slower']} of {sum(counts.values())} cases. Level is what two decimals write as 1.00.",
+        f"in {counts['slower']} of {_cases(sum(counts.values()))}. Level is what two decimals write as 1.00.",
     ]
     over = [
         f"{name} in {case.name}"
@@ -58,11 +58,11 @@ def summary(results: Results) -> list[str]:
     busy = [case.busy_elsewhere for case in results.cases.values() if (case.busy_elsewhere or 0) > _BUSY]
     if busy:
         lines.append(
-            f"Other processes kept more than {_BUSY} cores busy in {len(busy)} cases, up to {max(busy):.1f}. "
+            f"Other processes kept more than {_BUSY} cores busy in {_cases(len(busy))}, up to {max(busy):.1f}. "
             "Taking turns makes that fair on average, not harmless."
         )
     for absence in results.absent:
-        where = f" in {len(absence.cases)} cases" if absence.cases else ""
+        where = f" in {_cases(len(absence.cases))}" if absence.cases else ""
         lines.append(f"Not measured{where}: {absence.contender} ({absence.reason}).")
     return lines
 
@@ -118,12 +118,16 @@ def describe(comparison: Comparison) -> list[str]:
     for ones, others in ((new, old), (old, new)):
         lonely = ones.cases.keys() - others.cases.keys()
         if lonely:
-            lines.append(f"{len(lonely)} cases are in {ones.path.name} alone.")
+            lines.append(f"In {ones.path.name} alone: {_cases(len(lonely))}.")
     if comparison.missing:
         more = len(comparison.missing) - _MOST_LISTED
         tail = f"; and {more} more" if more > 0 else ""
         lines.append(f"Not in both files: {'; '.join(comparison.missing[:_MOST_LISTED])}{tail}.")
     return lines
+
+
+def _cases(count: int) -> str:
+    return f"{count} case" if count == 1 else f"{count} cases"
 
 
 def _percent(factor: float) -> str:
