@@ -8,7 +8,7 @@ the control: nothing of this package runs in it. A change counts if it lies beyo
                     "Construction of confidence limits about effect measures"). Rounds in which contenders took turns are
                     compared pair by pair, where both files have them.
     between runs    the margin: 3%, or two standard deviations of the peers' changes, if that is more. Like eager, peers are
-                    not this package's, so what changed in them between the runs is noise. Robustly estimated (1.48 times the
+                    not this package's, so what changed in them between the runs, in the same version, is noise. Robustly estimated (1.48 times the
                     median magnitude), and from three changes at least: fewer tell nothing.
 """
 
@@ -86,7 +86,7 @@ def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
     common = [name for name in new.cases if name in old.cases]
     if not common:
         raise ResultsError(f"{new.path} and {old.path} have no case in common")
-    estimates, missing, drifts = [], [], []
+    estimates, magnitudes, missing, drifts = [], [], [], []
     for name in common:
         cases = new.cases[name], old.cases[name]
         both = [contender for contender in cases[0].contenders if contender in cases[1].contenders]
@@ -100,8 +100,11 @@ def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
             if any(not case.contenders[contender].samples for case in cases):
                 missing.append(f"{name}, {contender} (no samples: --benchmark-json writes them)")
                 continue
-            estimates.append((name, contender, cases[0].contenders[contender].ours, *_change(*cases, contender)))
-    magnitudes = [abs(middle) for *_, ours, unit, middle, _, _ in estimates if not ours and unit]
+            mine, before = (case.contenders[contender] for case in cases)
+            unit, *interval = _change(*cases, contender)
+            if unit and not mine.ours and mine.version == before.version:
+                magnitudes.append(abs(interval[0]))
+            estimates.append((name, contender, mine.ours, unit, *interval))
     if len(magnitudes) >= _MIN_CONTROLS:
         margin = max(margin, math.expm1(2 * 1.4826 * statistics.median(magnitudes)))
     changes = [

@@ -60,7 +60,7 @@ class Ceilings:
 class Measurement:
     """A contender's time on a case.
 
-    ours: whether it is this package's. label: its name in words. median, samples: seconds. ratios: its time over that of
+    ours: whether it is this package's. label: its name in words. version: its package and version. median, samples: seconds. ratios: its time over that of
     "eager" and "fused", medians over rounds in which they took turns, where there were such rounds. parity_error and
     parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the budget. roofline_share:
     the least time by the machine's ceilings over the median, None if unknown.
@@ -70,6 +70,7 @@ class Measurement:
     ours: bool
     label: str
     settings: str
+    version: str
     median: float
     samples: tuple[float, ...]
     ratios: Mapping[str, float]
@@ -252,6 +253,7 @@ def _measurement(benchmark: dict) -> Measurement:
         ours=bool(info.get("ours", contender in _OURS)),
         label=str(info.get("label", contender)),
         settings=str(info.get("settings", "")),
+        version=str(info.get("version", "")),
         median=_positive(stats["median"], "a median"),
         samples=tuple(_positive(sample, "a sample") for sample in stats.get("data") or ()),
         ratios={name: _positive(value, "an interleaved ratio") for name, value in ratios.items()},

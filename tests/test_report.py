@@ -184,7 +184,7 @@ def test_a_loss_has_its_own_look():
     looks = {(patch.get_facecolor(), patch.get_hatch()) for patch in axes.patches}
     assert len(looks) == 3
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["2.00x y", "1.00x z (level)", "0.50x x (slower)"]
+    assert texts == ["2.00x y (faster)", "1.00x z (level)", "0.50x x (slower)"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c", "a"]
     lengths = [patch.get_width() for patch in axes.patches]
     assert lengths[0] == pytest.approx(1) and lengths[2] == pytest.approx(-1)

@@ -103,7 +103,7 @@ def best_peer(bars: Sequence[Bar]):
         verdict = outcome(bar.speed)
         colour, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GREY, "")}[verdict]
         axes.barh(y, value, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-        text = f"{bar.speed:.2f}x {bar.peer}" + (f" ({verdict})" if verdict != "faster" else "")
+        text = f"{bar.speed:.2f}x {bar.peer} ({verdict})"
         texts.append(text)
         side = 1 if value >= 0 else -1
         axes.annotate(
