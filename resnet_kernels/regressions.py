@@ -7,9 +7,9 @@ the control: nothing of this package runs in it. A change counts if it lies beyo
                     which assumes no distribution; those of several medians are joined by MOVER (Zou and Donner 2008,
                     "Construction of confidence limits about effect measures"). Rounds in which contenders took turns are
                     compared pair by pair, where both files have them.
-    between runs    the margin: 3%, or two standard deviations of the peers' changes, if that is more. Like eager, peers are
-                    not this package's, so what changed in them between the runs, in the same version, is noise. Robustly estimated (1.48 times the
-                    median magnitude), and from three changes at least: fewer tell nothing.
+    between runs    the margin: 3%, or two standard deviations of the peers' changes, if that is more. Like eager, peers of
+                    one version are not this package's, so what changed in them between the runs is noise. Robustly
+                    estimated (1.48 times the median magnitude), and from three changes at least: fewer tell nothing.
 """
 
 from __future__ import annotations

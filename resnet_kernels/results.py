@@ -60,10 +60,10 @@ class Ceilings:
 class Measurement:
     """A contender's time on a case.
 
-    ours: whether it is this package's. label: its name in words. version: its package and version. median, samples: seconds. ratios: its time over that of
-    "eager" and "fused", medians over rounds in which they took turns, where there were such rounds. parity_error and
-    parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the budget. roofline_share:
-    the least time by the machine's ceilings over the median, None if unknown.
+    ours: whether it is this package's. label: its name in words. version: its package and version. median, samples: seconds.
+    ratios: its time over that of "eager" and "fused", medians over rounds in which they took turns, where there were such
+    rounds. parity_error and parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the
+    budget. roofline_share: the least time by the machine's ceilings over the median, None if unknown.
     """
 
     contender: str

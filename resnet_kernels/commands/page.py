@@ -102,7 +102,7 @@ def describe(comparison: Comparison) -> list[str]:
         )
     if comparison.drift is not None:
         lines.append(
-            f"Eager, the control, takes {_percent(comparison.drift)} time; times are compared in units of its time."
+            f"Eager, the control, takes {comparison.drift:.2f} times its old time; times are compared in units of its time."
         )
     basis = (
         f"{comparison.controls} changes of peers"
