@@ -7,9 +7,9 @@ the control: nothing of this package runs in it. A change counts if it lies beyo
                     which assumes no distribution; those of several medians are joined by MOVER (Zou and Donner 2008,
                     "Construction of confidence limits about effect measures"). Rounds in which contenders took turns are
                     compared pair by pair, where both files have them.
-    between runs    the margin: 3%, or two standard deviations of the peers' changes, if that is more. Like eager, peers are
-                    not this package's, so what changed in them between the runs is noise. Robustly estimated (1.48 times the
-                    median magnitude), and from three changes at least: fewer tell nothing.
+    between runs    the margin: 3%, or two standard deviations of the peers' changes, if that is more. Like eager, peers of
+                    one version are not this package's, so what changed in them between the runs is noise. Robustly
+                    estimated (1.48 times the median magnitude), and from three changes at least: fewer tell nothing.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Change:
 class Comparison:
     """changes: ours first. margin: of this pair of files, a share. controls: how many changes of peers it rests on.
 
-    drift: eager's time over its time in the old file, the median over cases; None if none has it. missing: what only one
-    file has, or has no samples of, "case, contender".
+    drift: eager's time over its time in the old file, the median over cases; None if none has it. missing: what can't be
+    compared in the cases that both files have, "case, contender".
     """
 
     new: Results
@@ -59,6 +59,12 @@ class Comparison:
     controls: int
     drift: float | None
     missing: tuple[str, ...]
+
+    @property
+    def alike(self) -> bool:
+        """Whether both files took their samples in the same way, in turns or contender by contender."""
+        common = [name for name in self.new.cases if name in self.old.cases]
+        return all(self.new.cases[name].interleaved == self.old.cases[name].interleaved for name in common)
 
     def of_ours(self, verdict: str) -> list[Change]:
         return [change for change in self.changes if change.ours and change.verdict == verdict]
@@ -80,7 +86,7 @@ def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
     common = [name for name in new.cases if name in old.cases]
     if not common:
         raise ResultsError(f"{new.path} and {old.path} have no case in common")
-    estimates, missing, drifts = [], [], []
+    estimates, magnitudes, missing, drifts = [], [], [], []
     for name in common:
         cases = new.cases[name], old.cases[name]
         both = [contender for contender in cases[0].contenders if contender in cases[1].contenders]
@@ -94,8 +100,11 @@ def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
             if any(not case.contenders[contender].samples for case in cases):
                 missing.append(f"{name}, {contender} (no samples: --benchmark-json writes them)")
                 continue
-            estimates.append((name, contender, cases[0].contenders[contender].ours, *_change(*cases, contender)))
-    magnitudes = [abs(middle) for *_, ours, unit, middle, _, _ in estimates if not ours and unit]
+            mine, before = (case.contenders[contender] for case in cases)
+            unit, *interval = _change(*cases, contender)
+            if unit and not mine.ours and mine.version == before.version:
+                magnitudes.append(abs(interval[0]))
+            estimates.append((name, contender, mine.ours, unit, *interval))
     if len(magnitudes) >= _MIN_CONTROLS:
         margin = max(margin, math.expm1(2 * 1.4826 * statistics.median(magnitudes)))
     changes = [

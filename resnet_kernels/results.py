@@ -60,16 +60,17 @@ class Ceilings:
 class Measurement:
     """A contender's time on a case.
 
-    ours: whether it is this package's. label: its name in words. median, samples: seconds. ratios: its time over that of
-    "eager" and "fused", medians over rounds in which they took turns, where there were such rounds. parity_error and
-    parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the budget. roofline_share:
-    the least time by the machine's ceilings over the median, None if unknown.
+    ours: whether it is this package's. label: its name in words. version: its package and version. median, samples: seconds.
+    ratios: its time over that of "eager" and "fused", medians over rounds in which they took turns, where there were such
+    rounds. parity_error and parity_budget: None where nothing was compared. parity_failure: "" unless the error is over the
+    budget. roofline_share: the least time by the machine's ceilings over the median, None if unknown.
     """
 
     contender: str
     ours: bool
     label: str
     settings: str
+    version: str
     median: float
     samples: tuple[float, ...]
     ratios: Mapping[str, float]
@@ -211,7 +212,8 @@ def _case(name: str, benchmarks: list[dict]) -> CaseResults:
         raise ValueError(f"a contender is there twice in {name}")
     if "level" not in info:
         info = {**_fields_of(name), **info}
-    interleaved = info.get("schema", 0) >= 1
+    # Since schema 1 all contenders of a case take turns. pytest-benchmark's own storage leaves samples out if not told.
+    interleaved = info.get("schema", 0) >= 1 and all(measurement.samples for measurement in measurements)
     if interleaved and len({len(measurement.samples) for measurement in measurements}) > 1:
         raise ValueError(f"the contenders of {name} have not the same number of rounds")
     return CaseResults(
@@ -251,6 +253,7 @@ def _measurement(benchmark: dict) -> Measurement:
         ours=bool(info.get("ours", contender in _OURS)),
         label=str(info.get("label", contender)),
         settings=str(info.get("settings", "")),
+        version=str(info.get("version", "")),
         median=_positive(stats["median"], "a median"),
         samples=tuple(_positive(sample, "a sample") for sample in stats.get("data") or ()),
         ratios={name: _positive(value, "an interleaved ratio") for name, value in ratios.items()},

@@ -184,7 +184,7 @@ def test_a_loss_has_its_own_look():
     looks = {(patch.get_facecolor(), patch.get_hatch()) for patch in axes.patches}
     assert len(looks) == 3
     texts = [text.get_text() for text in axes.texts]
-    assert texts == ["2.00x y", "1.00x z (level)", "0.50x x (slower)"]
+    assert texts == ["2.00x y (faster)", "1.00x z (level)", "0.50x x (slower)"]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["b", "c", "a"]
     lengths = [patch.get_width() for patch in axes.patches]
     assert lengths[0] == pytest.approx(1) and lengths[2] == pytest.approx(-1)
@@ -215,7 +215,7 @@ def test_stacks_add_up(tmp_path):
     case = read.cases["model-forward-resnet50-224px-b8-float32-cpu".replace("float32", "fp32")]
     [part] = sections.layers(read).parts
     for name in ("eager", "fused"):
-        rows = [[float(cell) for cell in row[2:]] for row in part.rows if row[1] == name]
+        rows = [[float(cell.replace(",", "")) for cell in row[2:]] for row in part.rows if row[1] == name]
         whole = 1e3 * sum(kernel.seconds for kernel in case.contenders[name].kernels)
         # Written with three digits.
         assert rows[0][3] == pytest.approx(whole, rel=5e-3)
@@ -225,6 +225,22 @@ def test_stacks_add_up(tmp_path):
         "whole network", "stem", "layer1", "layer2", "layer3", "layer4", "head",
     ]  # fmt: skip
     assert [row[0] for row in part.rows if row[1] == "compile"] == ["whole network"] and "compile" in part.note
+
+
+def test_stages_of_a_network(tmp_path):
+    """As a profile has them: what a stage does itself, between its blocks, bears its name alone."""
+    paths = ("", "conv1+bn1+relu", "maxpool", "layer1", "layer1.0.conv1", "layer1", "layer2.0.conv1", "avgpool", "fc")
+    kernels = [{"path": path, "name": "k", "kind": "conv", "seconds": 1.0} for path in paths]
+    eager = files.benchmark("eager", kernels=kernels)
+    compiled = files.benchmark("compile", kernels=[{"path": "", "name": "region", "kind": "rest", "seconds": 1.0}])
+    read = results.read(files.write(tmp_path / "r.json", files.document([eager, compiled])))
+    [part] = sections.layers(read).parts
+    assert [(row[0], row[2]) for row in part.rows if row[1] == "eager"] == [
+        ("whole network", "9,000"), ("outside of modules", "1,000"), ("stem", "2,000"), ("layer1", "3,000"),
+        ("layer2", "1,000"), ("head", "2,000"),
+    ]  # fmt: skip
+    assert part.head == ("layers", "contender", "convolution ms", "not told apart ms", "sum ms")
+    assert [row for row in part.rows if row[1] == "compile"] == [("whole network", "compile", "0", "1,000", "1,000")]
 
 
 # --against, and what is refused.
@@ -246,6 +262,18 @@ def test_against(fused, status, verdict, tmp_path, capsys):
     percent = {"slower": r"\+(?:19|20)\.\d%", "faster": r"-(?:19|20)\.\d%"}.get(verdict)
     assert len(re.findall(rf"^{verdict} +model-forward-.+fused +({percent}) ", out, re.M)) == (2 if verdict else 0)
     assert "## Against old.json" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_against_tells_what_it_could_not_compare(tmp_path, capsys):
+    old = files.document([files.benchmark(name, schema=0, torch="2.12.0") for name in ("eager", "fused", "jax")])
+    cases = [files.benchmark(name, subject=net) for name in ("eager", "fused") for net in ("resnet50", "resnet18")]
+    new, old = files.write(tmp_path / "new.json", files.document(cases)), files.write(tmp_path / "old.json", old)
+    report(new, "--against", old, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "Other versions: torch 2.12.0 then, 2.13.0 now." in out and "In new.json alone: 1 case." in out
+    assert "One file's contenders took turns, the other's did not" in out
+    assert "Not in both files: model-forward-resnet50-224px-b8-fp32-cpu, jax." in out
+    assert "(no estimate: fewer than three peers' changes)" in out
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,14 @@ def test_ratios_are_of_rounds(tmp_path):
     assert case.interleaved and case.speed("fused", "eager") == 2.0 and case.speed("eager", "fused") == 0.5
 
 
+def test_without_samples_the_file_s_own_ratios_count(tmp_path):
+    """As pytest-benchmark's storage has it, without --benchmark-save-data."""
+    fused, eager = files.benchmark("fused", interleaved_ratio_to_eager=0.5), files.benchmark("eager")
+    del fused["stats"]["data"], eager["stats"]["data"]
+    [case] = read(tmp_path, [eager, fused]).cases.values()
+    assert not case.interleaved and case.speed("fused", "eager") == 2.0
+
+
 def test_the_best_peer_is_not_ours(tmp_path):
     times = {"eager": 5.0, "compile": 3.0, "openvino": 2.9, "fused": 4.0, "triton": 1.0, "fused-graph": 1.0}
     [case] = read(tmp_path, [files.benchmark(name, t, noise=0) for name, t in times.items()]).cases.values()
@@ -169,6 +177,9 @@ def test_peers_that_change_widen_the_margin(tmp_path):
     """Nobody touched them: what they changed by is what nothing at all changes by, from run to run."""
     comparison = regressions.compare(run_of(tmp_path, "new", 1.1, peers=1.08, seed=1), run_of(tmp_path, "old"))
     assert comparison.margin > 0.2 and not comparison.of_ours("slower")
+    # Another version is another program: no control.
+    newer = run_of(tmp_path, "new", 1.1, peers=1.08, seed=1, version="torch 2.14.0")
+    assert regressions.compare(newer, run_of(tmp_path, "old")).margin == regressions.MARGIN
     alone = {"contenders": ("eager", "fused")}
     comparison = regressions.compare(run_of(tmp_path, "new", 1.1, seed=1, **alone), run_of(tmp_path, "old", **alone))
     assert (
@@ -193,13 +204,19 @@ def test_what_one_file_lacks_is_listed(tmp_path):
     old = run_of(tmp_path, "old", contenders=("eager", "fused", "openvino"))
     new = run_of(tmp_path, "new", contenders=("eager", "fused", "compile"))
     comparison = regressions.compare(new, old)
-    assert len(comparison.changes) == 4 and len(comparison.missing) == 8
+    assert len(comparison.changes) == 4 and len(comparison.missing) == 8 and comparison.alike
     assert "model-forward-resnet18-224px-b1-fp32-cpu, openvino" in comparison.missing
     without = [files.benchmark(name) for name in ("eager", "fused")]
     for benchmark in without:
         del benchmark["stats"]["data"]
     comparison = regressions.compare(read(tmp_path, without, "a"), read(tmp_path, without, "b"))
     assert not comparison.changes and "no samples" in comparison.missing[0]
+
+
+def test_turns_and_no_turns_are_told_apart(tmp_path):
+    old = run_of(tmp_path, "old", schema=0)
+    comparison = regressions.compare(run_of(tmp_path, "new", 1.2, seed=1), old)
+    assert not comparison.alike and len(comparison.of_ours("slower")) == 4
 
 
 def test_two_machines_do_not_compare(tmp_path):

@@ -16,6 +16,8 @@ GENERATOR = "resnet_kernels report"
 
 _BUSY = 0.25  # cores of others, from which on a reader is told
 
+_MOST_LISTED = 5
+
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff }
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -43,7 +45,7 @@ def summary(results: Results) -> list[str]:
         f"{results.path.name}: measured {results.date or 'at an unknown date'} on {'; '.join(results.devices.values())} "
         f"({versions}{commit}).",
         f"Against the fastest peer of each case, fused is faster in {counts['faster']}, level in {counts['level']} and slower "
-        f"in {counts['slower']} of {sum(counts.values())} cases. Level is what two decimals write as 1.00.",
+        f"in {counts['slower']} of {_cases(sum(counts.values()))}. Level is what two decimals write as 1.00.",
     ]
     over = [
         f"{name} in {case.name}"
@@ -56,11 +58,11 @@ def summary(results: Results) -> list[str]:
     busy = [case.busy_elsewhere for case in results.cases.values() if (case.busy_elsewhere or 0) > _BUSY]
     if busy:
         lines.append(
-            f"Other processes kept more than {_BUSY} cores busy in {len(busy)} cases, up to {max(busy):.1f}. "
+            f"Other processes kept more than {_BUSY} cores busy in {_cases(len(busy))}, up to {max(busy):.1f}. "
             "Taking turns makes that fair on average, not harmless."
         )
     for absence in results.absent:
-        where = f" in {len(absence.cases)} cases" if absence.cases else ""
+        where = f" in {_cases(len(absence.cases))}" if absence.cases else ""
         lines.append(f"Not measured{where}: {absence.contender} ({absence.reason}).")
     return lines
 
@@ -100,7 +102,7 @@ def describe(comparison: Comparison) -> list[str]:
         )
     if comparison.drift is not None:
         lines.append(
-            f"Eager, the control, takes {_percent(comparison.drift)} time; times are compared in units of its time."
+            f"Eager, the control, takes {comparison.drift:.2f} times its old time; times are compared in units of its time."
         )
     basis = (
         f"{comparison.controls} changes of peers"
@@ -108,9 +110,24 @@ def describe(comparison: Comparison) -> list[str]:
         else "no estimate: fewer than three peers' changes"
     )
     lines.append(f"A change below {comparison.margin:.1%} is noise between runs ({basis}).")
+    if not comparison.alike:
+        lines.append(
+            "One file's contenders took turns, the other's did not: caches and clocks were not the same, and part of a change "
+            "may be due to that."
+        )
+    for ones, others in ((new, old), (old, new)):
+        lonely = ones.cases.keys() - others.cases.keys()
+        if lonely:
+            lines.append(f"In {ones.path.name} alone: {_cases(len(lonely))}.")
     if comparison.missing:
-        lines.append(f"Not in both files: {'; '.join(comparison.missing)}.")
+        more = len(comparison.missing) - _MOST_LISTED
+        tail = f"; and {more} more" if more > 0 else ""
+        lines.append(f"Not in both files: {'; '.join(comparison.missing[:_MOST_LISTED])}{tail}.")
     return lines
+
+
+def _cases(count: int) -> str:
+    return f"{count} case" if count == 1 else f"{count} cases"
 
 
 def _percent(factor: float) -> str:

@@ -103,7 +103,7 @@ def best_peer(bars: Sequence[Bar]):
         verdict = outcome(bar.speed)
         colour, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GREY, "")}[verdict]
         axes.barh(y, value, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
-        text = f"{bar.speed:.2f}x {bar.peer}" + (f" ({verdict})" if verdict != "faster" else "")
+        text = f"{bar.speed:.2f}x {bar.peer} ({verdict})"
         texts.append(text)
         side = 1 if value >= 0 else -1
         axes.annotate(
@@ -216,7 +216,7 @@ def stacks(bars: Sequence[Stack], xlabel: str):
                 edgecolor="white", linewidth=0.5, label=kind,
             )  # fmt: skip
             start += milliseconds
-        axes.annotate(_number(total), (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        axes.annotate(number(total), (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ticks.append(y)
         y += 1
     axes.set_yticks(ticks, [bar.label for bar in bars], fontsize=8)
@@ -279,7 +279,7 @@ def _fill(index: int) -> str:
     return _COLOURS[1:][index % (len(_COLOURS) - 1)]
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
     """Three digits that count, and no exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -288,8 +288,8 @@ def _unit(value: float, unit: str) -> str:
     """1.5e12, "FLOP/s" as 1.5 TFLOP/s."""
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= factor:
-            return f"{_number(value / factor)} {prefix}{unit}"
-    return f"{_number(value)} {unit}"
+            return f"{number(value / factor)} {prefix}{unit}"
+    return f"{number(value)} {unit}"
 
 
 def _log_axis(axis, low: float, high: float, unit: str = "") -> None:
@@ -297,15 +297,17 @@ def _log_axis(axis, low: float, high: float, unit: str = "") -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value, unit) if unit else _number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value, unit) if unit else number(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
 def _ratio_ticks(low: float, high: float, apart: float) -> list[float]:
     """Ratios to write at an axis of their logarithms to base 2: the roundest first, as many as are so far apart."""
-    powers = [2.0**k for exponent in range(1, 9) for k in (exponent, -exponent)]
     ticks = [1.0]
-    for tick in (*powers, 1.5, 0.75, 1.25, 0.8, 1.1, 0.9, 0.7, 0.6, 0.4, 3, 1.75):
+    for tick in (
+        0.5, 2, 0.2, 5, 0.1, 10, 0.05, 20, 0.02, 50, 0.01, 100,
+        1.5, 0.75, 1.25, 0.8, 1.1, 0.9, 0.7, 0.6, 0.4, 0.3, 3, 4, 1.75,
+    ):  # fmt: skip
         if low < math.log2(tick) < high and all(abs(math.log2(tick / other)) >= apart for other in ticks):
             ticks.append(tick)
     return ticks

@@ -12,7 +12,7 @@ from . import plots
 
 LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
 _DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
-_PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest"}
+_PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest", "": "not told apart"}
 # Whose kernels are drawn beside one another, of those that the file has.
 _PROFILED = ("eager", "compile", "fused")
 
@@ -250,22 +250,29 @@ def times(results: Results) -> Section:
 
 
 def _stacked(case: CaseResults, groups: dict[str, dict[str, dict[str, float]]], what: str, note: str) -> Part:
-    stacks = [plots.Stack(group, name, split) for group, bars in groups.items() for name, split in bars.items()]
+    splits = [split for bars in groups.values() for split in bars.values()]
+    used = [part for part in _PARTS.values() if any(split[part] for split in splits)]
+    stacks = [
+        plots.Stack(group, name, {part: split[part] for part in used})
+        for group, bars in groups.items()
+        for name, split in bars.items()
+    ]
     rows = [
-        (stack.group, stack.label, *(f"{milliseconds:.3g}" for milliseconds in stack.parts.values()),
-         f"{sum(stack.parts.values()):.3g}")
+        (stack.group, stack.label, *map(plots.number, stack.parts.values()), plots.number(sum(stack.parts.values())))
         for stack in stacks
-    ]  # fmt: skip
+    ]
     names = ", ".join(dict.fromkeys(stack.label for stack in stacks))
-    alt = f"Stacked bars of milliseconds in convolution, batch norm and the rest, {what}, of {names}."
-    head = ("layers", "contender", *(f"{part} ms" for part in _PARTS.values()), "sum ms")
+    alt = f"Stacked bars of milliseconds in {', '.join(used)}, {what}, of {names}."
+    head = ("layers", "contender", *(f"{part} ms" for part in used), "sum ms")
     return Part(case.label, alt, plots.stacks(stacks, "ms of one call, summed over its kernels"), head, rows, note)
 
 
-def _milliseconds(kernels: Iterable[Kernel]) -> dict[str, float]:
+def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
     split = dict.fromkeys(_PARTS.values(), 0.0)
+    # A compiled network on a CPU is one region to the profiler.
+    one = {kernel.kind for kernel in kernels} == {"rest"} and not any(kernel.path for kernel in kernels)
     for kernel in kernels:
-        split[_part(kernel)] += 1e3 * kernel.seconds
+        split[_PARTS[""] if one else _part(kernel)] += 1e3 * kernel.seconds
     return split
 
 
@@ -275,14 +282,13 @@ def _part(kernel: Kernel) -> str:
 
 def _stages(kernels: Sequence[Kernel]) -> list[str]:
     """Each kernel's stage: the first name of its path; what lies at the top is the stem, and behind all stages the head."""
-    deep = [index for index, kernel in enumerate(kernels) if "." in kernel.path]
+    names = {kernel.path.split(".")[0] for kernel in kernels if "." in kernel.path}
+    firsts = [kernel.path.split(".")[0] for kernel in kernels]
+    last = max((index for index, name in enumerate(firsts) if name in names), default=len(kernels))
     return [
-        kernel.path.split(".")[0]
-        if "." in kernel.path
-        else "outside of modules" if not kernel.path
-        else "head" if deep and index > deep[-1] else "stem"
-        for index, kernel in enumerate(kernels)
-    ]  # fmt: skip
+        name if name in names else "outside of modules" if not name else "head" if index > last else "stem"
+        for index, name in enumerate(firsts)
+    ]
 
 
 def _profiled(results: Results, direction: str) -> list[CaseResults]:
