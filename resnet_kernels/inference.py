@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .folding import PackedConv, PackedProgram, bn_tensors, scale_shift
+from .normalize import Normalize
 from .ops import add_relu, onednn
 from .ops.geometry import Geometry
 from .ops.library import autocast_dtype
@@ -39,7 +40,7 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
     values: dict[int, Tensor] = {0: value}
     bounds: dict[int, float] = {0: bound}
     steps = wiring.steps
-    if (pooled := _run_stem(steps, value, backend)) is not None:
+    if (pooled := run_stem(steps, value, value.dtype, backend)) is not None:
         values, bounds, steps = {steps[1][0].out: pooled}, {steps[1][0].out: math.inf}, steps[2:]
     del value, pooled
     for step, child, bn in steps:
@@ -105,8 +106,13 @@ def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | No
     return program if program.entries else None
 
 
-def _run_stem(steps: list[tuple], x: Tensor, backend: str) -> Tensor | None:
-    """What the first two steps give if they are a stem that one kernel runs (convolution, BN, ReLU, max-pool); else None."""
+def run_stem(
+    steps: list[tuple], x: Tensor, dtype: torch.dtype, backend: str, normalize: Normalize | None = None
+) -> Tensor | None:
+    """What a wiring's first two steps give if one kernel runs them: a convolution, BN, ReLU and max-pool; else None.
+
+    dtype: that is computed in. normalize: what is still to be done to x, in the pass that packs it.
+    """
     if backend != "triton" or len(steps) < 2 or torch.compiler.is_compiling():
         return None
     (first, conv, bn), (second, pool, _) = steps[:2]
@@ -120,10 +126,11 @@ def _run_stem(steps: list[tuple], x: Tensor, backend: str) -> Tensor | None:
     geometry = Geometry.of_module(conv, x.shape[2:])
     if (
         not conv_bias_act_tma.runs_on(x.device)
-        or stem_plan.why_not(x.shape, x.dtype, conv.weight.shape, geometry, window, x.dtype) is not None
+        or stem_plan.why_not(x.shape, x.dtype, conv.weight.shape, geometry, window, dtype) is not None
     ):
         return None
-    return stem.launch(x, conv.weight.to(x.dtype), *scale_shift(conv, bn, backend))
+    mean, std = (None, None) if normalize is None else (normalize.mean, normalize.std)
+    return stem.launch(x, conv.weight.to(dtype), *scale_shift(conv, bn, backend), mean, std)
 
 
 def _normalise(bn: nn.Module, x: Tensor, residual: Tensor | None, relu: bool, backend: str) -> Tensor:

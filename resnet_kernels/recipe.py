@@ -92,4 +92,5 @@ class HostPlan:
     runs: dict[str, Recipe]
     absorbed: tuple[str, ...]  # BNs, ReLUs and max-pools that a run already did
     names: tuple[str, ...]  # the host's children; with others, its forward may be another
+    entry: str | None = None  # the run that is the only reader of the host's input
     trains: bool = True  # its forward is the same in train() mode

@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 
 from . import reading
 from .folding import PackedConv, PackedProgram
+from .normalize import Normalize
 from .ops import dispatch, onednn
 from .ops.library import autocast_dtype
 from .recipe import CallStep, ConvStep, Recipe
@@ -45,11 +46,15 @@ UNKNOWN = Known()
 
 
 class FusedState:
-    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights."""
+    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
 
-    def __init__(self, plan: Any, backend: str):
+    normalize: in the model's outermost host, what `fuse(model, normalize=...)` asked for.
+    """
+
+    def __init__(self, plan: Any, backend: str, normalize: Normalize | None = None):
         self.plan = plan
         self.backend = backend
+        self.normalize = normalize
         self.packs: dict[str, PackedConv]
         self.programs: dict[tuple[str, ...], PackedProgram]
         self.drop_packs()
@@ -61,7 +66,8 @@ class FusedState:
 
     def __getstate__(self) -> dict:
         # Packed weights are opaque and the wiring is of this very module: a copy makes its own in its first call.
-        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
+        kept = {"plan": self.plan, "backend": self.backend, "normalize": self.normalize}
+        return kept | {"packs": {}, "wiring": {}, "programs": {}, "survey": None}
 
 
 def drop_packs(module: nn.Module) -> None:
