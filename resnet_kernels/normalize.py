@@ -46,9 +46,9 @@ class Normalize:
         """Raises TypeError or ValueError unless x is a batch of images, (N, C, H, W), that can be normalised."""
         if not isinstance(x, Tensor) or not (x.dtype == torch.uint8 or x.is_floating_point()):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"x must be a uint8 or floating-point tensor, as the model was fused with normalize, got {got}")
+            raise TypeError(f"x must be a uint8 or floating-point tensor for a model fused with normalize, got {got}")
         if x.dim() != 4 or x.shape[1] != len(self.mean):
-            raise ValueError(f"x must be (N, {len(self.mean)}, H, W), as normalize was given, got shape {tuple(x.shape)}")
+            raise ValueError(f"x must be (N, {len(self.mean)}, H, W), as normalize says, got shape {tuple(x.shape)}")
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """(x / 255 - mean) / std or (x - mean) / std in `dtype`, in x's layout."""

@@ -87,7 +87,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """What a module that is no block lets us fuse: by the convolution's name, a recipe of one step or two, and who it stands for."""
+    """What a module that is no block lets us fuse: by the convolution's name, a short recipe, and who it stands for."""
 
     runs: dict[str, Recipe]
     absorbed: tuple[str, ...]  # BNs, ReLUs and max-pools that a run already did

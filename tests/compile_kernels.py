@@ -220,7 +220,9 @@ def stem_cases() -> list[Case]:
         todo = stem_plan.plan((batch, 3, 224, 224), 64, 132, config)
         arguments, aligned, constants = specialise(todo.integers)
         types = dict.fromkeys(("w_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32")
-        types["x"] = f"tensordesc<{dtype}[{','.join(map(str, todo.windows.box))}]>" if config.descriptor else "*" + dtype
+        types["x"] = (
+            f"tensordesc<{dtype}[{','.join(map(str, todo.windows.box))}]>" if config.descriptor else "*" + dtype
+        )
         constants |= dict(
             BLOCK_W=config.block_w, BLOCK_C=stem_plan.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
         )  # fmt: skip
@@ -351,7 +353,9 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        record |= _read_nvidia(compiled, case.kernel in (TMA_KERNEL, STEM_KERNEL)) if target.nvidia else _read_amd(compiled)
+        record |= (
+            _read_nvidia(compiled, case.kernel in (TMA_KERNEL, STEM_KERNEL)) if target.nvidia else _read_amd(compiled)
+        )
         record["programs"] = _programs(record, target)
     except Exception as error:
         record["error"] = f"{type(error).__name__}: {error}"[:2000]

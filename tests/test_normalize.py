@@ -81,8 +81,9 @@ def test_eager_backend_and_other_dtypes(x):
     model = prepared(Net())
     same(rk.fuse(model, normalize=NORMALIZE, backend="eager"), model, x)
     double = model.double()
+    expected = double(normalised(x).double())
     with torch.no_grad():
-        torch.testing.assert_close(rk.fuse(double, normalize=NORMALIZE)(x), double(normalised(x).double()), rtol=1e-5, atol=1e-5)  # fmt: skip
+        torch.testing.assert_close(rk.fuse(double, normalize=NORMALIZE)(x), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_copies_and_pickles_keep_it_and_unfuse_removes_it(images):
@@ -139,7 +140,7 @@ def test_a_model_that_can_not_take_it_is_refused():
 
 def test_inputs_that_are_no_images_are_refused(images):
     fused = rk.fuse(prepared(Net()), normalize=NORMALIZE)
-    with pytest.raises(TypeError, match="uint8 or floating-point tensor, .* got torch.int64"):
+    with pytest.raises(TypeError, match=r"uint8 or floating-point tensor, .* got torch\.int64"):
         fused(images.long())
     with pytest.raises(TypeError, match="got list"):
         fused([images])
@@ -152,7 +153,7 @@ def test_inputs_that_are_no_images_are_refused(images):
 
 def test_verify_says_that_it_can_not_compare(images):
     model = prepared(Net())
-    with pytest.raises(ValueError, match="takes other images than model: verify rk.fuse"):
+    with pytest.raises(ValueError, match="takes other images than model"):
         rk.verify(model, rk.fuse(model, normalize=NORMALIZE), images / 255)
 
 

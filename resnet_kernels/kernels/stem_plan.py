@@ -60,7 +60,7 @@ def why_not(
     if x_dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
         return f"x must be float32, float16, bfloat16 or uint8, got {x_dtype}"
     if tuple(weight_shape[1:]) != (3, 7, 7) or x_shape[1] != 3:
-        return f"the convolution must be 7x7 on 3 channels, got a weight of {tuple(weight_shape)} on {x_shape[1]} channels"
+        return f"the convolution must be 7x7 on 3 channels, got {tuple(weight_shape)} on {x_shape[1]} channels"
     if weight_shape[0] % 8:
         return f"C_out must be a multiple of 8, got {weight_shape[0]}"
     if geometry != GEOMETRY:
@@ -68,7 +68,8 @@ def why_not(
     kernel, stride, padding, dilation, ceil_mode = pool
     normalised = (*map(_pair, (kernel, stride, padding, dilation)), bool(ceil_mode))
     if normalised != POOL:
-        return f"the max-pool must be 3x3, stride 2, padding 1, got (kernel, stride, padding, dilation, ceil_mode) {pool}"
+        named = dict(zip(("kernel", "stride", "padding", "dilation", "ceil_mode"), pool))
+        return f"the max-pool must be 3x3, stride 2, padding 1, without ceil_mode, got {named}"
     if 0 in x_shape:
         return f"x must not be empty, got shape {tuple(x_shape)}"
     todo = plan(tuple(x_shape), weight_shape[0], 1)
@@ -94,9 +95,7 @@ class Plan:
 
 
 @lru_cache(_CACHED)
-def plan(
-    x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: StemConfig | None = None
-) -> Plan:
+def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: StemConfig | None = None) -> Plan:
     """Lays out a stem that `why_not` lets pass; shared by the launcher and the compile-only tests."""
     batch, _, in_h, in_w = x_shape
     out_h, out_w = GEOMETRY.out_size((in_h, in_w), (7, 7))
