@@ -52,7 +52,9 @@ def precompile(write: Write, seconds: float, dry: bool) -> None:
     waiting = {pool.submit(compile_candidate, *job) for job in jobs}
     while waiting and time.monotonic() < end:
         done, waiting = wait(waiting, timeout=max(0.0, end - time.monotonic()), return_when=FIRST_COMPLETED)
-        rows += [future.result() if future.exception() is None else {"error": str(future.exception())} for future in done]
+        rows += [
+            future.result() if future.exception() is None else {"error": str(future.exception())} for future in done
+        ]
         write({"jobs": len(jobs), "kernels": rows})
     write({"jobs": len(jobs), "kernels": rows})
     # The workers may be in the middle of something; nobody waits for them.
@@ -70,7 +72,9 @@ def _jobs() -> list[tuple[Hashable, int, str]]:
         x = common.image_batch(model, 2, 224)
         for asked in problems.note(model, x):
             (built,) = problems.build({asked: 1}, [batch], torch.bfloat16, device)
-            jobs |= dict.fromkeys((asked, batch, n) for n in built.candidates if n.startswith(("pointer", "tma", "triton")))
+            jobs |= dict.fromkeys(
+                (asked, batch, n) for n in built.candidates if n.startswith(("pointer", "tma", "triton"))
+            )
     return list(jobs)
 
 

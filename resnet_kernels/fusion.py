@@ -6,6 +6,7 @@ First everything is read, then everything is swapped: a model is never left half
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from . import blocks, reading, running
 from .blocks import FusedBlock
+from .normalize import Normalize
 from .ops import dispatch
 from .recipe import CannotRead, Recipe
 from .report import FuseReport, Row
@@ -36,29 +38,41 @@ class _Finding:
         return self.mixin is not None
 
 
-def fuse(model: nn.Module, *, backend: str = "auto") -> nn.Module:
+def fuse(
+    model: nn.Module, *, backend: str = "auto", normalize: tuple[Sequence[float], Sequence[float]] | None = None
+) -> nn.Module:
     """Returns a fused copy of a model; the original is untouched.
 
     Args:
         model: any module with residual blocks of Conv2d, BatchNorm2d and ReLU in it: torchvision, timm, d2l, one's own.
         backend: "auto", "triton", "cudnn", "cpu" or "eager" (see ops/dispatch.py).
+        normalize: (mean, std), a number a channel each, of images in 0..1. The fused model then takes uint8 images, 0..255,
+            or floating-point ones in 0..1, (N, C, H, W), and gives what the model gives on ((x / 255) - mean) / std.
 
     Raises:
-        TypeError: if model is no nn.Module. ValueError: unknown backend.
+        TypeError: if model is no nn.Module.
+        ValueError: unknown backend; normalize is no pair of equally long sequences or has a std of 0, does not fit the
+            model's channels, or the model's own forward can't take it (explain says why).
     """
     _check(model, backend)
     fused = copy.deepcopy(model)
-    fuse_(fused, backend=backend)
+    fuse_(fused, backend=backend, normalize=normalize)
     return fused
 
 
-def fuse_(model: nn.Module, *, backend: str = "auto") -> FuseReport:
+def fuse_(
+    model: nn.Module, *, backend: str = "auto", normalize: tuple[Sequence[float], Sequence[float]] | None = None
+) -> FuseReport:
     """Fuses a model in place: same modules, parameters, names, hooks and state_dict keys; returns the report.
 
-    On a model that is fused already it looks for what is new or changed. Arguments and errors as `fuse`.
+    On a model that is fused already it looks for what is new or changed, and keeps its `normalize` unless another is given.
+    Arguments and errors as `fuse`.
     """
     _check(model, backend)
     findings = _find(model)
+    wanted = _normalize_of(model) if normalize is None else Normalize.of(normalize)
+    if wanted is not None:
+        _check_normalize(model, findings, wanted)
     swapped: list[tuple[nn.Module, type, dict]] = []
     try:
         for module in list(model.modules()):
@@ -69,14 +83,16 @@ def fuse_(model: nn.Module, *, backend: str = "auto") -> FuseReport:
         for finding in findings:
             if finding.fusible:
                 swapped.append((finding.module, type(finding.module), dict(finding.module.__dict__)))
-                blocks.swap(finding.module, finding.mixin, FusedState(finding.plan, backend, paths[id(finding.module)]))
+                own = wanted if finding.module is model else None
+                state = FusedState(finding.plan, backend, paths[id(finding.module)], own)
+                blocks.swap(finding.module, finding.mixin, state)
     except BaseException:
         for module, cls, state in reversed(swapped):
             module.__class__ = cls
             module.__dict__.pop("_rk_state", None)
             module.__dict__.update({k: v for k, v in state.items() if k == "_rk_state"})
         raise
-    return FuseReport(_rows_now(findings), backend)
+    return FuseReport(_rows_now(findings), backend, wanted)
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -97,7 +113,26 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     if not any(blocks.is_fused(module) for module in model.modules()):
         return FuseReport(tuple(row for finding in _find(model) for row in finding.rows), backend)
     states = [m.__dict__["_rk_state"] for m in model.modules() if blocks.is_fused(m)]
-    return FuseReport(_rows_now(_find(model)), states[0].backend)
+    return FuseReport(_rows_now(_find(model)), states[0].backend, _normalize_of(model))
+
+
+def _normalize_of(model: nn.Module) -> Normalize | None:
+    state = model.__dict__.get("_rk_state")
+    return None if state is None else state.normalize
+
+
+def _check_normalize(model: nn.Module, findings: list[_Finding], normalize: Normalize) -> None:
+    plan = next((finding.plan for finding in findings if finding.module is model and finding.mixin is FusedHost), None)
+    if plan is None:
+        raise ValueError(
+            "normalize needs a network with fused blocks in it and a forward that can be read, "
+            f"got a {type(model).__name__}: explain(model) tells what was found"
+        )
+    if plan.entry is not None and model._modules[plan.entry].in_channels != len(normalize.mean):
+        raise ValueError(
+            f"normalize must have a mean and a std for each of the model's {model._modules[plan.entry].in_channels} "
+            f"channels, got {len(normalize.mean)}"
+        )
 
 
 def _rows_now(findings: list[_Finding]) -> tuple[Row, ...]:

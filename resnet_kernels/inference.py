@@ -49,6 +49,16 @@ def run_recipes(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor, know
     return (y.contiguous(), Known(True, bound)) if restore else (y, Known(True, bound, (state.backend, first.backend)))
 
 
+def run_images(recipe: Recipe, state: FusedState, go: Go, x: Tensor, like: Tensor) -> Tensor | None:
+    """Runs a stem on images that are still to be normalised, in the kernel's own packing pass; None where that doesn't run.
+
+    like: of the shape, dtype and device that they will have.
+    """
+    if go.backend == "cpu" or torch.compiler.is_compiling():
+        return None
+    return _plan([(recipe, state, go)], like).run_images(x, state.normalize)
+
+
 def _plan(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor) -> Plan:
     """The plan for x, kept by the first block: made anew when modules or their settings are others."""
     recipes, states, gos = zip(*blocks)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from . import links, plain, ranges
 from .folding import bn_tensors, scale_shift
 from .links import Link, Part, Stem, window_of
+from .normalize import Normalize
 from .ops import dispatch
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
@@ -147,7 +148,7 @@ class Plan:
     def __init__(
         self, wirings: Sequence[Wiring], recipes: Sequence[Recipe], paths: Sequence[str], x: Tensor, backend: str
     ):
-        self.wirings = wirings
+        self.wirings, self.dtype = wirings, x.dtype
         self.parts, self.result = parts_of(wirings, recipes, paths)
         self.settings = [_settings(part) for part in self.parts]
         chosen = links.choose(self.parts, self.result, x, backend)
@@ -188,6 +189,20 @@ class Plan:
             for dead in launch.frees:
                 del values[dead]
         return values[self.result]
+
+    def run_images(self, x: Tensor, normalize: Normalize) -> Tensor | None:
+        """The same of images that are still to be normalised, where a stem's packing pass can do it; None elsewhere."""
+        from .kernels import stem as kernel
+        from .kernels import stem_plan
+
+        ((_, launch),) = self.launches if len(self.launches) == 1 else ((None, None),)
+        if launch is None or not isinstance(launch.what, Stem) or x.dtype not in stem_plan.IMAGE_DTYPES:
+            return None
+        conv = launch.what.conv
+        dtype = self.dtype
+        return kernel.launch(
+            x, conv.child.weight.to(dtype), *self.norms.read()[conv.step.out], normalize.mean, normalize.std
+        )
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:

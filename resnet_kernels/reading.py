@@ -486,7 +486,10 @@ class _Reader:
                 own_signature = tuple((name, original_class(self.children[name])) for name in members)
                 runs[node.target] = Recipe(tuple(steps), len(steps), members, own_signature, whole=False)
                 absorbed.extend(followers)
-        return HostPlan(runs, tuple(absorbed), tuple(self.module._modules))
+        x = next(node for node in self.graph.nodes if node.op == "placeholder")
+        first = self._only_reader(x)
+        entry = first.target if first is not None and first.op == "call_module" and first.target in runs else None
+        return HostPlan(runs, tuple(absorbed), tuple(self.module._modules), entry)
 
     @staticmethod
     def _only_reader(node: torch.fx.Node) -> torch.fx.Node | None:

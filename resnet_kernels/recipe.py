@@ -87,9 +87,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class HostPlan:
-    """What a module that is no block lets us fuse: by a convolution's name, a recipe of one or two steps."""
+    """What a module that is no block lets us fuse: by the convolution's name, a short recipe, and who it stands for."""
 
     runs: dict[str, Recipe]
     absorbed: tuple[str, ...]  # BNs, ReLUs and max-pools that a run already did
     names: tuple[str, ...]  # the host's children; with others, its forward may be another
+    entry: str | None = None  # the run that is the only reader of the host's input
     trains: bool = True  # its forward is the same in train() mode

@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
+from .normalize import Normalize
+
 
 @dataclass(frozen=True)
 class Row:
@@ -30,6 +32,7 @@ class FuseReport:
 
     rows: tuple[Row, ...]
     backend: str
+    normalize: Normalize | None = None  # what the model does to its images, if it was fused with normalize
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -47,7 +50,9 @@ class FuseReport:
 
     def to_json(self, **options) -> str:
         """The report as a JSON object; options go to json.dumps."""
-        return json.dumps({"backend": self.backend, "rows": [asdict(row) for row in self.rows]}, **options)
+        normalize = None if self.normalize is None else asdict(self.normalize)
+        values = {"backend": self.backend, "normalize": normalize, "rows": [asdict(row) for row in self.rows]}
+        return json.dumps(values, **options)
 
     def __str__(self) -> str:
         if not self.rows:
@@ -57,6 +62,7 @@ class FuseReport:
             for row in self.rows
         ]
         summary = f'{len(self.fused)} fused, {len(self.skipped)} skipped, backend="{self.backend}"'
+        summary += "" if self.normalize is None else f", {self.normalize}"
         return f"{table(('module', 'kind', '', 'kernels, or why not'), cells)}\n{summary}"
 
 

@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 
 from . import reading
 from .folding import PackedConv, PackedProgram
+from .normalize import Normalize
 from .ops import dispatch, onednn, tuned
 from .ops.library import autocast_dtype
 from .recipe import CallStep, ConvStep, Recipe
@@ -48,12 +49,14 @@ class FusedState:
     """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
 
     path: the module's, in the model that was fused; a label for profilers.
+    normalize: in the model's outermost host, what `fuse(model, normalize=...)` asked for.
     """
 
-    def __init__(self, plan: Any, backend: str, path: str = ""):
+    def __init__(self, plan: Any, backend: str, path: str = "", normalize: Normalize | None = None):
         self.plan = plan
         self.backend = backend
         self.path = path
+        self.normalize = normalize
         self.packs: dict[str, PackedConv]
         self.programs: dict[tuple[str, ...], PackedProgram]
         self.drop_packs()
@@ -66,8 +69,8 @@ class FusedState:
 
     def __getstate__(self) -> dict:
         # Packed weights are opaque, the rest is of this very module: a copy makes its own in its first call.
-        empty = dict(packs={}, programs={}, wiring={}, plans={}, survey=None)
-        return {"plan": self.plan, "backend": self.backend, "path": self.path, **empty}
+        kept = dict(plan=self.plan, backend=self.backend, path=self.path, normalize=self.normalize)
+        return kept | dict(packs={}, programs={}, wiring={}, plans={}, survey=None)
 
 
 def drop_packs(module: nn.Module) -> None:

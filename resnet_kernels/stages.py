@@ -34,7 +34,16 @@ class FusedHost(Fused):
 
     def _rk_forward(self, original: Callable, args: tuple, kwargs: dict) -> Any:
         state: FusedState | None = self.__dict__.get("_rk_state")
-        if state is None or len(args) != 1 or kwargs or not _is_plain_call(self, state, args[0]):
+        if state is None:
+            return original(self, *args, **kwargs)
+        like = args[0] if args else None
+        if state.normalize is not None:
+            like = _like_normalised(self, state, args)
+        plain = len(args) == 1 and not kwargs and _is_plain_call(self, state, like)
+        if state.normalize is not None and not (plain and state.plan.entry is not None):
+            # Elsewhere the run at the entry does it: call_run.
+            args = (state.normalize(args[0], _dtype(self)), *args[1:])
+        if not plain:
             return original(self, *args, **kwargs)
         x = args[0]
         if running.is_inside_verified() and reading.is_plain_sequential(self):
@@ -47,6 +56,21 @@ class FusedHost(Fused):
             else:
                 y = original(_view(self, state) if state.plan.runs else self, value)
         return pytree.tree_map(_to_contiguous, y) if restore else y
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a model: of its first floating-point parameter."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def _like_normalised(module: nn.Module, state: FusedState, args: tuple) -> Tensor:
+    """What the images will be once they are normalised, but for their values: enough to decide how they are run."""
+    if not args:
+        raise TypeError("a model that was fused with normalize takes its images as the first positional argument")
+    state.normalize.check(args[0])
+    # Of a tensor subclass, or under a tracer, nothing is to be foreseen.
+    x = args[0]
+    return torch.empty((), dtype=_dtype(module), device=x.device).expand(x.shape) if running.is_ordinary(x) else x
 
 
 def _survey(module: nn.Module, state: FusedState) -> Survey:
@@ -147,6 +171,10 @@ def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Rec
 def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
     """Runs one of a host's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
+    if state.normalize is not None and name == state.plan.entry:
+        if (y := _run_unnormalised(host, recipe, state, x)) is not None:
+            return y, UNKNOWN
+        x, known = state.normalize(x, _dtype(host)), UNKNOWN
     go, reason = running.decide(host, recipe, state, x, known)
     if go is not None:
         return blocks.run(recipe, state, go, x, known)
@@ -156,6 +184,17 @@ def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Kn
     for path in recipe.modules:
         x = host._modules[path](x)
     return x, UNKNOWN
+
+
+def _run_unnormalised(host: nn.Module, recipe: Recipe, state: FusedState, x: Tensor) -> Tensor | None:
+    """The stem kernel's result for images as they came, which it normalises itself; None where it does not run."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return None
+    like = _like_normalised(host, state, (x,))
+    go, _ = running.decide(host, recipe, state, like, UNKNOWN)
+    if go is None or go.learns:
+        return None
+    return inference.run_images(recipe, state, go, x, like.to(autocast_dtype(like) or like.dtype))
 
 
 class _StandIn:

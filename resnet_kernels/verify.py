@@ -103,7 +103,8 @@ def verify(
 
     Raises:
         TypeError: if an argument is no module, or x no floating-point tensor.
-        ValueError: if `model` has fused blocks itself, or `fused` blocks that `model` lacks.
+        ValueError: if `model` has fused blocks itself, or `fused` blocks that `model` lacks; if `fused` was fused with
+            normalize.
     """
     for name, module in (("model", model), ("fused", fused)):
         if not isinstance(module, nn.Module):
@@ -112,6 +113,11 @@ def verify(
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if any(blocks.is_fused(m) for m in model.modules()):
         raise ValueError("model must be the unfused reference, got a fused model (unfuse_ a copy of it)")
+    if "_rk_state" in fused.__dict__ and fused.__dict__["_rk_state"].normalize is not None:
+        raise ValueError(
+            "fused was fused with normalize and takes other images than model: verify rk.fuse(model) without normalize, "
+            "which runs the same layers on images that are normalised already"
+        )
     results: list[Parity] = []
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 

@@ -35,6 +35,7 @@ CONFIGS: tuple[StemConfig, ...] = (
     StemConfig(32, num_warps=4, num_stages=4, programs_per_sm=3, descriptor=True),
 )
 
+IMAGE_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.uint8)
 BLOCK_C = 64
 PACK_BLOCK, PACK_WARPS = 1024, 4
 GEOMETRY = Geometry(stride=(2, 2), padding=(3, 3, 3, 3))
@@ -57,12 +58,10 @@ def why_not(
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return f"dtype must be float16 or bfloat16, got {dtype}"
-    if x_dtype not in (torch.float32, torch.float16, torch.bfloat16, torch.uint8):
+    if x_dtype not in IMAGE_DTYPES:
         return f"x must be float32, float16, bfloat16 or uint8, got {x_dtype}"
     if tuple(weight_shape[1:]) != (3, 7, 7) or x_shape[1] != 3:
-        return (
-            f"the convolution must be 7x7 on 3 channels, got a weight of {tuple(weight_shape)} on {x_shape[1]} channels"
-        )
+        return f"the convolution must be 7x7 on 3 channels, got {tuple(weight_shape)} on {x_shape[1]} channels"
     if weight_shape[0] % 8:
         return f"C_out must be a multiple of 8, got {weight_shape[0]}"
     if geometry != GEOMETRY:
@@ -70,9 +69,8 @@ def why_not(
     kernel, stride, padding, dilation, ceil_mode = pool
     normalised = (*map(_pair, (kernel, stride, padding, dilation)), bool(ceil_mode))
     if normalised != POOL:
-        return (
-            f"the max-pool must be 3x3, stride 2, padding 1, got (kernel, stride, padding, dilation, ceil_mode) {pool}"
-        )
+        named = dict(zip(("kernel", "stride", "padding", "dilation", "ceil_mode"), pool))
+        return f"the max-pool must be 3x3, stride 2, padding 1, without ceil_mode, got {named}"
     if 0 in x_shape:
         return f"x must not be empty, got shape {tuple(x_shape)}"
     todo = plan(tuple(x_shape), weight_shape[0], 1)
