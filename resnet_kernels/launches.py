@@ -113,7 +113,7 @@ def chain(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> Non
         values[link.conv1.step.out] = z
 
 
-def stem(link: Stem, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def stem_and_pool(link: Stem, values: Values, vectors: ScaleShifts, backend: str) -> None:
     """A network's first convolution and its max-pool: kernels/stem.py."""
     from .kernels import stem as kernel
 
@@ -137,7 +137,7 @@ def in_order(parts: Sequence[Part], chosen: dict[int, Link | Stem]) -> list[Laun
         if link is None:
             launches.append(Launch(_ALONE[type(part.step)], part))
         elif part.step.out == link.last.step.out:
-            run = stem if isinstance(link, Stem) else merge if link.conv2 is None else chain
+            run = stem_and_pool if isinstance(link, Stem) else merge if link.conv2 is None else chain
             launches.append(Launch(run, link))
     return launches
 
@@ -191,18 +191,14 @@ class Plan:
         return values[self.result]
 
     def run_images(self, x: Tensor, normalize: Normalize) -> Tensor | None:
-        """The same of images that are still to be normalised, where a stem's packing pass can do it; None elsewhere."""
-        from .kernels import stem as kernel
-        from .kernels import stem_plan
+        """The same of images that are still to be normalised, where all of it is a stem that can; None elsewhere."""
+        from .kernels import stem, stem_plan
 
-        ((_, launch),) = self.launches if len(self.launches) == 1 else ((None, None),)
-        if launch is None or not isinstance(launch.what, Stem) or x.dtype not in stem_plan.IMAGE_DTYPES:
+        what = self.launches[0][1].what
+        if len(self.launches) > 1 or not isinstance(what, Stem) or x.dtype not in stem_plan.IMAGE_DTYPES:
             return None
-        conv = launch.what.conv
-        dtype = self.dtype
-        return kernel.launch(
-            x, conv.child.weight.to(dtype), *self.norms.read()[conv.step.out], normalize.mean, normalize.std
-        )
+        scale, shift = self.norms.read()[what.conv.step.out]
+        return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, normalize.mean, normalize.std)
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:
