@@ -1,8 +1,8 @@
 """What a GPU can do at most, measured with as little as possible around it, and which tensor descriptors its driver takes.
 
-    copy     HBM: a tensor copied into another, reads and writes counted
-    matmul   a large product in bf16 (cuBLAS)
-    l2       a buffer that fits into L2 read again and again by every multiprocessor, past L1
+copy     HBM: a tensor copied into another, reads and writes counted
+matmul   a large product in bf16 (cuBLAS)
+l2       a buffer that fits into L2 read again and again by every multiprocessor, past L1
 """
 
 from __future__ import annotations
@@ -68,7 +68,12 @@ def l2(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
         timing = _time(read, device, seconds / len(L2_BUFFERS), dry)
         moved = 4 * BLOCK * rounds * programs
         right = bool((sums == BLOCK * rounds).all())
-        found[str(size)] = {"bytes": moved, "tb_per_s": moved / timing.median / 1e12, "right": right, **timing.to_dict()}
+        found[str(size)] = {
+            "bytes": moved,
+            "tb_per_s": moved / timing.median / 1e12,
+            "right": right,
+            **timing.to_dict(),
+        }
     return found
 
 
@@ -115,4 +120,9 @@ def read_through(view: View, device: torch.device) -> dict[str, Any]:
     for axis, (start, length) in enumerate(zip(view.at, view.box)):
         whole = whole.narrow(axis, start, length)
     expected = whole.flatten()
-    return {**view._asdict(), "right": torch.equal(y, expected), "first": y[:4].tolist(), "expected": expected[:4].tolist()}
+    return {
+        **view._asdict(),
+        "right": torch.equal(y, expected),
+        "first": y[:4].tolist(),
+        "expected": expected[:4].tolist(),
+    }

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_sections NAME OUTDIR SECONDS [--dry-run]: the sections of a GPU session that run kernels themselves.
+"""python -m benchmarks.gpu_sections NAME OUTDIR SECONDS [--dry-run]: a GPU session's sections that run kernels themselves.
 
     precompile   every candidate's kernels of the networks that will be timed, 16 processes at a time, launched by nobody
     ceilings     what this machine can do at most, and which tensor descriptors its driver takes
@@ -52,7 +52,9 @@ def precompile(write: Write, seconds: float, dry: bool) -> None:
     waiting = {pool.submit(compile_candidate, *job) for job in jobs}
     while waiting and time.monotonic() < end:
         done, waiting = wait(waiting, timeout=max(0.0, end - time.monotonic()), return_when=FIRST_COMPLETED)
-        rows += [future.result() if future.exception() is None else {"error": str(future.exception())} for future in done]
+        rows += [
+            future.result() if future.exception() is None else {"error": str(future.exception())} for future in done
+        ]
         write({"jobs": len(jobs), "kernels": rows})
     write({"jobs": len(jobs), "kernels": rows})
     # The workers may be in the middle of something; nobody waits for them.
@@ -68,9 +70,11 @@ def _jobs() -> list[tuple[Hashable, int, str]]:
     for name, batch in PRECOMPILED:
         model = common.build(name).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
         x = common.image_batch(model, 2, 224)
-        for asked in problems.note(model, x):
-            (built,) = problems.build({asked: 1}, [batch], torch.bfloat16, device)
-            jobs |= dict.fromkeys((asked, batch, n) for n in built.candidates if n.startswith(("pointer", "tma", "triton")))
+        for asked, _ in problems.note(model, x):
+            (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, device)
+            jobs |= dict.fromkeys(
+                (asked, batch, n) for n in built.candidates if n.startswith(("pointer", "tma", "triton"))
+            )
     return list(jobs)
 
 
@@ -99,7 +103,7 @@ def compile_candidate(asked: Hashable, batch: int, name: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _built(asked: Hashable, batch: int) -> tuple[tuning.Problem, tuple]:
-    (built,) = problems.build({asked: 1}, [batch], torch.bfloat16, torch.device("cuda", 0))
+    (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, torch.device("cuda", 0))
     return built, built.operands()
 
 
@@ -133,7 +137,7 @@ def forms(write: Write, seconds: float, dry: bool) -> None:
             channels, size, size, (channels, channels, 3, 3), Geometry(padding=(1, 1, 1, 1)),
             scale=True, bias=True, residual=False, relu=True,
         )  # fmt: skip
-        (built,) = problems.build({asked: 1}, [batch], dtype, device)
+        (built,) = problems.build([(asked, 1)], [batch], dtype, device)
         try:
             records.append(tuning.measure(built, 0.0 if dry else seconds / 2 / len(sizes), samples=True))
         except tuning.DeviceLost as lost:

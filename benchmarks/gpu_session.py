@@ -86,6 +86,9 @@ class Session:
         # Later sections run by the table that was measured here.
         self.environment = {**os.environ, tuned.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
         self.environment.pop("TRITON_INTERPRET", None)
+        if self.dry:
+            # Threads that wait for one another, spinning, on a machine that others use, too.
+            self.environment["OMP_NUM_THREADS"] = "1"
 
     @property
     def left(self) -> float:
@@ -271,7 +274,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="made if it is not there")
     parser.add_argument("--seconds", type=float, default=540.0, help="for all of it (default: 540)")
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, in small; goes without saying if there is no GPU")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="on the CPU, in small; goes without saying if there is no GPU"
+    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     session = Session(options.out.resolve(), options.seconds, options.dry_run or not torch.cuda.is_available())
