@@ -5,6 +5,8 @@
     conftest.py         --full, and the table of interleaved ratios at the end
     test_benchmarks.py  a benchmark a contender
 
+    run_gpu.sh          one command for a GPU machine: gpu_session.py and its sections, ceilings.py
+
     python -m pytest benchmarks -k "model and not backward"    some of it
     python -m pytest benchmarks --full                         ResNet-50 at 224x224 and torch.compile, too
     python -m pytest benchmarks --benchmark-max-time=5         longer, steadier; the interleaved rounds as well

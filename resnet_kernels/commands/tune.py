@@ -83,6 +83,8 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned.DeviceKey]
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("tune measures a GPU, and PyTorch sees none here; --dry-run --output FILE tries it on the CPU")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
     key = tuned.device_key(device)
     if key is None:
         raise ValueError(f"--device must be a CUDA device, got {device}")
