@@ -28,7 +28,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["resnet_kernels", "resnet_kernels.*"]),
-    package_data={"resnet_kernels": ["py.typed"]},
+    package_data={"resnet_kernels": ["py.typed", "tuned/*.json"]},
     install_requires=[
         "torch>=2.11",
         # No wheels for Windows and macOS: the package runs on its other backends there.

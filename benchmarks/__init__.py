@@ -13,6 +13,8 @@
     costs.py            python -m benchmarks.costs: what the package costs beside its kernels
     interference.py     python -m benchmarks.interference: do contenders slow each other down?
 
+    run_gpu.sh          one command for a GPU machine: gpu_session.py and its sections, ceilings.py
+
     python -m pytest benchmarks -k "model and not backward"    some of it
     python -m pytest benchmarks --full                         networks at real sizes by batch, bfloat16 on the CPU, all peers
     python -m pytest benchmarks --benchmark-max-time=5         longer, steadier: seconds for each contender against eager

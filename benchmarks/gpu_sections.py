@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_sections NAME OUTDIR SECONDS [--dry-run]: the sections of a GPU session that run kernels themselves.
+"""python -m benchmarks.gpu_sections NAME OUTDIR SECONDS [--dry-run]: a GPU session's sections that run kernels themselves.
 
     precompile   every candidate's kernels of the networks that will be timed, 16 processes at a time, launched by nobody
     ceilings     what this machine can do at most, and which tensor descriptors its driver takes
@@ -31,7 +31,14 @@ from resnet_kernels.ops.conv_candidates import ConvProblem
 from resnet_kernels.ops.geometry import Geometry
 from resnet_kernels.tables import write_whole
 
-PRECOMPILED = (("resnet50", 256), ("resnet50", 1), ("resnet18", 256), ("resnet_v2_50", 256))
+# (model, batch, training)
+PRECOMPILED = (
+    ("resnet50", 256, False),
+    ("resnet50", 1, False),
+    ("resnet50", 256, True),
+    ("resnet18", 256, False),
+    ("resnet_v2_50", 256, False),
+)
 WORKERS = 16
 # (channels, height and width) of the 3x3 of each of ResNet-50's stages.
 FORMS = ((64, 56), (256, 14), (128, 28), (512, 7))
@@ -64,18 +71,18 @@ def precompile(write: Write, seconds: float, dry: bool) -> None:
 
 
 def _jobs() -> list[tuple[Hashable, int, str]]:
-    """(problem, batch, candidate) of all of our kernels, those of the dearest problems first; nothing twice."""
+    """(problem, batch, candidate) of all of our kernels, nothing twice; those that have most to win first."""
     jobs: dict[tuple[Hashable, int, str], None] = {}
     device = torch.device("cuda", 0)
-    for name, batch in PRECOMPILED:
+    for name, batch, training in PRECOMPILED:
         model = common.build(name).to(device, torch.bfloat16, memory_format=torch.channels_last).eval()
         x = common.image_batch(model, 2, 224)
-        for asked in problems.note(model, x):
-            (built,) = problems.build({asked: 1}, [batch], torch.bfloat16, device)
+        for asked, _ in problems.note(model, x, training=training):
+            (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, device)
             jobs |= dict.fromkeys(
-                (asked, batch, n) for n in built.candidates if n.startswith(("pointer", "tma", "triton"))
+                (asked, batch, n) for n in built.candidates if not n.startswith(("cudnn", "eager", problems.APART))
             )
-    return list(jobs)
+    return sorted(jobs, key=lambda job: job[2].startswith("pointer"))
 
 
 def compile_candidate(asked: Hashable, batch: int, name: str) -> dict[str, Any]:
@@ -103,7 +110,7 @@ def compile_candidate(asked: Hashable, batch: int, name: str) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=1)
 def _built(asked: Hashable, batch: int) -> tuple[tuning.Problem, tuple]:
-    (built,) = problems.build({asked: 1}, [batch], torch.bfloat16, torch.device("cuda", 0))
+    (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, torch.device("cuda", 0))
     return built, built.operands()
 
 
@@ -137,7 +144,7 @@ def forms(write: Write, seconds: float, dry: bool) -> None:
             channels, size, size, (channels, channels, 3, 3), Geometry(padding=(1, 1, 1, 1)),
             scale=True, bias=True, residual=False, relu=True,
         )  # fmt: skip
-        (built,) = problems.build({asked: 1}, [batch], dtype, device)
+        (built,) = problems.build([(asked, 1)], [batch], dtype, device)
         try:
             records.append(tuning.measure(built, 0.0 if dry else seconds / 2 / len(sizes), samples=True))
         except tuning.DeviceLost as lost:

@@ -86,6 +86,9 @@ class Session:
         # Later sections run by the table that was measured here.
         self.environment = {**os.environ, tuned.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
         self.environment.pop("TRITON_INTERPRET", None)
+        if self.dry:
+            # Threads that wait for one another, spinning, on a machine that others use, too.
+            self.environment["OMP_NUM_THREADS"] = "1"
 
     @property
     def left(self) -> float:

@@ -31,8 +31,8 @@ from .tuning import Problem
 _REFERENCE = 2**26
 
 
-def note(model: nn.Module, x: Tensor, *, training: bool = False) -> Counter[Hashable]:
-    """What a model asks a table for, and how often: in inference, or in a training step's BN, add and ReLU.
+def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[Hashable, int]]:
+    """What a model asks a table for, and how often: in inference, or in a training step for BN, add and ReLU.
 
     Args:
         model: is fused in a copy, and that is run once on x.
@@ -46,20 +46,18 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> Counter[Hash
     fused = fuse(model).train(training)
     with torch.no_grad(), tuned.noting() as noted:
         fused(x)
-    return Counter({
-        problem: calls
-        for (problem, _), calls in noted.items()
-        if not training or getattr(problem, "training", False)
-    })  # fmt: skip
+    by_key = {str(asked): asked for asked, _ in noted if not training or getattr(asked, "training", False)}
+    calls = Counter(str(asked) for asked, _ in noted)
+    return [(asked, calls[key]) for key, asked in by_key.items()]
 
 
-def build(noted: Counter[Hashable], batches: Iterable[int], dtype: torch.dtype, device: torch.device) -> list[Problem]:
+def build(
+    noted: Sequence[tuple[Hashable, int]], batches: Iterable[int], dtype: torch.dtype, device: torch.device
+) -> list[Problem]:
     """The problems of what `note` found at these batch sizes, dearest first, as they matter most; links after all layers."""
     problems = [
-        BUILDERS[type(asked)](asked, batch, dtype, device, calls)
-        for batch in batches
-        for asked, calls in noted.items()
-    ]  # fmt: skip
+        BUILDERS[type(asked)](asked, batch, dtype, device, calls) for batch in batches for asked, calls in noted
+    ]
     return sorted(
         problems, key=lambda p: (p.default == APART, -p.calls * max(p.bytes, p.flops / _FLOPS_PER_BYTE))
     )  # fmt: skip

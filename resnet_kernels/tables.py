@@ -1,4 +1,4 @@
-"""Tables as `tune` writes them: a device's records in one file, each with what it was measured with. ops/tuned.py reads them."""
+"""Tables as `tune` writes them: a device's records in a file, each with what it was measured with. ops/tuned.py reads them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Measuring a table: for each problem every candidate is checked against fp64 first, and then timed against the others.
 
-A candidate that is wrong, or that raises, can't win; the record says why. Wrong is what it is everywhere: a relative norm error
-above twice that of eager PyTorch in the same dtype, plus one rounding.
+A candidate that is wrong, or that raises, can't win; the record says why. Wrong is what it is everywhere: a relative norm
+error above twice that of eager PyTorch in the same dtype, plus one rounding.
 
 The winner has to be faster than what runs without a table by every clock: as a call, which on a GPU includes the time that
 the host keeps the GPU waiting, and, on a GPU, as a CUDA graph, which does not. So a table makes neither slower.

@@ -23,7 +23,7 @@ def links_of(hopper, device):  # noqa: F811
     def ask(make):
         stage, x = prepared(make, device)
         noted = problems.note(stage, x)
-        return [asked for asked in noted if isinstance(asked, LinkProblem)]
+        return [asked for asked, _ in noted if isinstance(asked, LinkProblem)]
 
     return ask
 
@@ -54,7 +54,7 @@ def test_candidates_agree_with_fp64(links_of, make, device):
 
 def test_a_stem(hopper, device):  # noqa: F811
     net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
-    (asked,) = (asked for asked in problems.note(net, x) if isinstance(asked, StemProblem))
+    (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))
     assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
     problem = problems.stem_problem(asked, 2, FP16, device)
     assert list(problem.candidates) == ["apart", "conv+pool"]

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from oracle import skip_unless_runnable
 from test_tuned import KEY, ran, small_model, table
 from test_tuned import fake_device as fake_device
 from test_tuned import record as entry
@@ -153,9 +154,9 @@ def test_what_was_right_before_does_not_pass_for_what_is_written_now(monkeypatch
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_a_convolutions_problem(dtype):
-    (built,) = problems.build({CONV: 3}, [5], dtype, CPU)
+    (built,) = problems.build([(CONV, 3)], [5], dtype, CPU)
     assert (built.key, built.batch, built.calls, built.default) == (str(CONV), 5, 3, "cpu")
-    x, weight, bias, residual, scale = operands = built.operands()
+    x, _, bias, residual, scale = operands = built.operands()
     assert x.shape == (5, 8, 6, 5) and residual.shape == (5, 16, 3, 2) and bias.dtype == scale.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(operands, built.operands()))
     wide = rk.reference.conv_bias_act(*(t.double() for t in operands), CONV.geometry)
@@ -169,7 +170,7 @@ def test_a_convolutions_problem(dtype):
 
 
 def test_the_reference_goes_piece_by_piece(monkeypatch):
-    (built,) = problems.build({CONV: 1}, [5], torch.float32, CPU)
+    (built,) = problems.build([(CONV, 1)], [5], torch.float32, CPU)
     operands = built.operands()
     whole = built.reference(*operands)
     monkeypatch.setattr(problems, "_REFERENCE", 500)  # two images of 240
@@ -184,24 +185,24 @@ def test_the_reference_goes_piece_by_piece(monkeypatch):
 @pytest.mark.parametrize("residual", (False, True))
 def test_a_norms_problem(training, residual, device):
     asked = NormProblem(6, 5, 4, residual, True, training)
-    (built,) = problems.build({asked: 1}, [3], torch.float32, device)
+    (built,) = problems.build([(asked, 1)], [3], torch.float32, device)
     results = built.reference(*built.operands())
     results = results if training else (results,)
     assert len(results) == (4 + residual if training else 1)
+    skip_unless_runnable("triton", device, torch.float32)
     record = tuning.measure(built, 0.0)
     rows = record["candidates"]
     assert list(rows) == ["eager", "triton"] and not any("refused" in row for row in rows.values()), record
 
 
 def test_what_a_model_asks_is_noted():
-    x = torch.randn(2, 3, 16, 16)
-    noted = problems.note(small_model(), x)
-    assert {type(asked) for asked in noted} == {ConvProblem} and sum(noted.values()) == len(
-        [m for m in small_model().modules() if isinstance(m, torch.nn.Conv2d)]
-    )
-    learned = problems.note(small_model(), x, training=True)
-    assert {type(asked) for asked in learned} == {NormProblem} and all(asked.training for asked in learned)
-    assert sum(learned.values()) == len([m for m in small_model().modules() if isinstance(m, torch.nn.BatchNorm2d)])
+    x, model = torch.randn(2, 3, 16, 16), rk.models.d2l_resnet18(3, 10, width=8, num_blocks=(3, 1)).eval()
+    asked, calls = zip(*problems.note(model, x))
+    assert set(map(type, asked)) == {ConvProblem} and len(set(map(str, asked))) == len(asked) < sum(calls)
+    assert sum(calls) == sum(isinstance(m, torch.nn.Conv2d) for m in model.modules())
+    asked, calls = zip(*problems.note(model, x, training=True))
+    assert set(map(type, asked)) == {NormProblem} and all(norm.training for norm in asked)
+    assert sum(calls) == sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules())
 
 
 def test_nothing_is_noted_where_the_environment_decides(monkeypatch):
@@ -232,6 +233,7 @@ def tune(arguments, path):
 
 def test_the_whole_way(small_in_zoo, fake_device, write, monkeypatch, capsys):
     """From tune's dry run to a table that a fused model runs by."""
+    skip_unless_runnable("triton", CPU, torch.float32)
     path = fake_device / "dry.json"
     status, values = tune(DRY, path)
     assert status == 0 and "a dry run on the CPU" in capsys.readouterr().out
@@ -381,6 +383,7 @@ def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
 
 
 def test_the_names_of_the_candidates_lead_back_to_them(device):
+    skip_unless_runnable("triton", device, torch.float32)
     names = conv_candidates.candidates(CONV, 2, torch.float32, device)
     built = problems.conv_problem(CONV, 2, torch.float32, device)
     operands = built.operands()

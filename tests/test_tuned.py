@@ -1,10 +1,12 @@
-"""ops/tuned.py and what asks it: tables are found, merged, distrusted; a winner is what runs. A fake device stands for a GPU."""
+"""ops/tuned.py and what asks it: tables are found, merged, distrusted, obeyed. The CPU plays a device that has tables."""
 
 import contextlib
 import json
 import os
 import stat
 import warnings
+from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -86,6 +88,40 @@ def test_a_device_without_tables_has_no_files_read(monkeypatch):
 def test_the_nearest_batch_decides(batch, winner, write):
     write(table(record("k", "one", 1), record("k", "32", 32), record("k", "256", 256)))
     assert choose(batch=batch) == winner
+
+
+def test_problems_of_two_kinds_that_are_equal_do_not_mix(write):
+    class Other(NamedTuple):
+        channels: int
+
+        def __str__(self):
+            return f"other {self.channels}"
+
+    class One(Other):
+        def __str__(self):
+            return f"one {self.channels}"
+
+    assert One(3) == Other(3)
+    write(table(record("one 3", "a"), record("other 3", "b")))
+    assert (choose(One(3)), choose(Other(3))) == ("a", "b")
+
+
+def test_a_fake_tensor_on_a_gpu_that_is_not_here():
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    tuned.forget()
+    assert not tuned.covers(torch.device("cuda", 0), torch.float32)
+
+
+def test_the_tables_are_in_the_package(monkeypatch):
+    import runpy
+
+    import setuptools
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
+    runpy.run_path(str(Path(rk.__file__).parents[1] / "setup.py"))
+    assert "tuned/*.json" in given["package_data"]["resnet_kernels"]
 
 
 def test_of_two_equally_near_the_larger(write):
@@ -187,7 +223,7 @@ def test_tuned_is_no_name_for_a_user():
         lambda: rk.ops.add_relu(x, x, backend="tuned"),
         lambda: rk.fuse(tiny(10, 3), backend="tuned"),
     ):
-        with pytest.raises(ValueError, match="backend must be one of auto, .* got 'tuned'"):
+        with pytest.raises(ValueError, match=r"backend must be one of auto, .* got 'tuned'"):
             call()
 
 
@@ -392,5 +428,5 @@ def test_noting(fake_device):
     with tuned.noting() as noted:
         assert dispatch.resolve("auto", CPU, torch.float32) == "tuned" and running.trains_on("auto", torch.ones(1))
         assert choose("k", 2) is None and choose("k", 2) is None and choose("other", 2) is None
-    assert noted == {("k", 2): 2, ("other", 2): 1}
+    assert noted == [("k", 2), ("k", 2), ("other", 2)]
     assert dispatch.resolve("auto", CPU, torch.float32) == "cpu"

@@ -83,6 +83,8 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned.DeviceKey]
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("tune measures a GPU, and PyTorch sees none here; --dry-run --output FILE tries it on the CPU")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
     key = tuned.device_key(device)
     if key is None:
         raise ValueError(f"--device must be a CUDA device, got {device}")
@@ -129,6 +131,8 @@ class _Run:
                 self.left = len(queue) - i
                 break
             self.announce(f"[{i + 1}/{len(queue)}] {problem}")
+            if problem.default == problems.APART:
+                tuned.forget()  # apart, its layers run as this table says by now
             self.records.append(tuning.measure(problem, seconds, samples=self.options.samples))
             self.file.put(self.records[-1])
         self.announce("")

@@ -51,14 +51,15 @@ class NormProblem(NamedTuple):
         return " ".join((f"norm {self.channels}x{self.height}x{self.width}", *what))
 
 
+def _can_run(name: str, problem: NormProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
+    return name in ("triton", "eager") and dispatch.why_not(name, device.type, dtype) is None
+
+
 def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
     backend = dispatch.resolve(backend, x.device, x.dtype)
     if backend == "tuned":
-        batch, *size = x.shape
-        wins = (
-            tuned.choice(NormProblem(*size, residual is not None, relu, learns), batch, x.dtype, x.device) == "triton"
-        )
-        backend = "triton" if wins and dispatch.why_not("triton", x.device.type, x.dtype) is None else "eager"
+        problem = NormProblem(*x.shape[1:], residual is not None, relu, learns)
+        backend = tuned.choice(problem, x.shape[0], x.dtype, x.device, _can_run)
     return backend == "triton" and x.numel() > 0
 
 

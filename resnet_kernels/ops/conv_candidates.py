@@ -8,7 +8,7 @@ tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the pa
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +17,6 @@ from torch import Tensor
 from .. import reference
 from . import cudnn, dispatch, onednn, tuned
 from .geometry import Geometry
-
-_CACHED = 4096
 
 
 class ConvProblem(NamedTuple):
@@ -101,13 +99,9 @@ def winner(
     problem = ConvProblem(
         *size, tuple(weight.shape), geometry, scale is not None, bias is not None, residual is not None, relu
     )
-    name = tuned.choice(problem, batch, x.dtype, x.device)
-    if name is not None and _can_run(name, problem, batch, x.dtype, x.device):
-        return name
-    return dispatch.untuned(x.device, x.dtype)
+    return tuned.choice(problem, batch, x.dtype, x.device, _can_run) or dispatch.untuned(x.device, x.dtype)
 
 
-@lru_cache(_CACHED)
 def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     return name in candidates(problem, batch, dtype, device)
 

@@ -3,9 +3,9 @@
 A problem is whatever asks for a choice: a hashable value whose `str` is its key, its shapes without the batch, as in
 "conv 64x56x56->64 3x3/1 p1,1,1,1 d1 g1 scale bias relu". Whoever can run it in several ways asks
 
-    choice(problem, batch, dtype, device)    -> the winner's name, None where nothing was measured
+    choice(problem, batch, dtype, device, can_run)    -> the winner's name; None where there is none that can run
 
-and takes what it would take without a table when it gets None, or a name that it doesn't know.
+and takes what it would take without a table when it gets None.
 
 One JSON file a device, in the package (resnet_kernels/tuned) and in the user's cache directory, whose records go over the
 package's. Read at the first question about a device, never at import. A file that can't be used is ignored with a warning.
@@ -19,13 +19,14 @@ import math
 import os
 import re
 import warnings
-from collections import Counter
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+CanRun = Callable[[str, Any, int, torch.dtype, torch.device], bool]
 
 SCHEMA = 1
 CACHE_VARIABLE = "RESNET_KERNELS_CACHE"
@@ -54,7 +55,8 @@ class DeviceKey(NamedTuple):
 @lru_cache
 def device_key(device: torch.device) -> DeviceKey | None:
     """The key of a device's tables; None for a device that has none, which is all but CUDA's."""
-    if device.type != "cuda":
+    # Fake tensors are on CUDA devices that are not here.
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return DeviceKey(torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device)))
 
@@ -85,21 +87,25 @@ def covers(device: torch.device, dtype: torch.dtype) -> bool:
     return device_key(device) is not None and dtype_name(dtype) in _measured_dtypes(device)
 
 
-def choice(problem: Hashable, batch: int, dtype: torch.dtype, device: torch.device) -> str | None:
+def choice(
+    problem: Hashable, batch: int, dtype: torch.dtype, device: torch.device, can_run: CanRun | None = None
+) -> str | None:
     """The name of the candidate that won a problem, about a microsecond after the first time.
 
     Args:
         problem: its `str` is the table's key.
         batch: images; the nearest measured batch, in logarithms, decides for others.
         dtype, device: of the data. float32 is looked up as "tf32" where cuDNN's setting allows that.
+        can_run: asked once with (winner's name, problem, batch, dtype, device), as a table may be of another version, and the
+            nearest batch another one.
 
     Returns:
-        The name, None if the problem was not measured or no candidate could win.
+        The name, None if the problem was not measured, no candidate could win, or the winner can't run.
     """
     if _noted is not None:
-        _noted[problem, batch] += 1
+        _noted.append((problem, batch))
         return None
-    return _choice(problem, batch, dtype_name(dtype), device)
+    return _choice(problem, batch, dtype_name(dtype), dtype, device, can_run)
 
 
 def trains(device: torch.device, dtype: torch.dtype) -> bool:
@@ -112,17 +118,17 @@ def trains(device: torch.device, dtype: torch.dtype) -> bool:
     return device_key(device) is not None and _trains(device, dtype_name(dtype))
 
 
-_noted: Counter[tuple[Hashable, int]] | None = None
+_noted: list[tuple[Hashable, int]] | None = None
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[Counter[tuple[Hashable, int]]]:
-    """Notes what `choice` is asked for, as (problem, batch) -> how often; meanwhile every answer is None.
+def noting() -> Iterator[list[tuple[Hashable, int]]]:
+    """Notes what `choice` is asked for, as (problem, batch), call by call; meanwhile every answer is None.
 
     Whatever the device, `auto` looks its decisions up, and trains on own ops. Not for several threads at a time.
     """
     global _noted
-    _noted, before = Counter(), _noted
+    _noted, before = [], _noted
     try:
         yield _noted
     finally:
@@ -136,14 +142,19 @@ def forget() -> None:
         getattr(function, "cache_clear", lambda: None)()
 
 
-@lru_cache(_CACHED)
-def _choice(problem: Hashable, batch: int, dtype: str, device: torch.device) -> str | None:
-    measured = _table(device_key(device)).get((dtype, str(problem)))
+# typed: problems of two kinds, tuples both, may be equal.
+@lru_cache(_CACHED, typed=True)
+def _choice(
+    problem: Hashable, batch: int, table_dtype: str, dtype: torch.dtype, device: torch.device, can_run: CanRun | None
+) -> str | None:
+    measured = _table(device_key(device)).get((table_dtype, str(problem)))
     if not measured or batch < 1:
         return None
     # Of two that are equally near, the larger.
-    nearest = min(measured, key=lambda other: (abs(math.log(other / batch)), -other))
-    return measured[nearest]
+    winner = measured[min(measured, key=lambda other: (abs(math.log(other / batch)), -other))]
+    if winner is None or (can_run is not None and not can_run(winner, problem, batch, dtype, device)):
+        return None
+    return winner
 
 
 @lru_cache
