@@ -1,7 +1,7 @@
 """Metadata of resnet_kernels.
 
-`pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[report]` for their plots, `.[train]` for data sets
-and curves.
+`pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[peers]` for whom they compare with, `.[report]` for
+their plots, `.[train]` for data sets and curves.
 """
 
 import re
@@ -41,7 +41,8 @@ setup(
         "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
         "train": TRAIN,
         "report": REPORT,
-        "bench": ["pytest>=8", "pytest-benchmark>=5", "tqdm>=4.66", "rich>=13", *REPORT],
+        "peers": ["jax>=0.5", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "openvino>=2025.0"],
+        "bench": ["pytest>=8", "pytest-benchmark[histogram]>=5", "tqdm>=4.66", "rich>=13", *REPORT],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

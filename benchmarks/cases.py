@@ -1,7 +1,9 @@
-"""What is measured, as data: subjects (an op, a block, a model), each in two directions, on each platform.
+"""What is measured, as data: subjects (an op, a block, a stage, a model), each in two directions, on each platform.
 
-The shapes of ops and blocks are those of real layers, of ResNet-18, ResNet-50 and d2l's ResNet-18 at 224x224; the CPU's
-default batches and images are small, so that a whole run takes minutes on two cores. `--full` adds ResNet-50 at 224x224.
+The four systems are torchvision's ResNet, TF-slim's ResNet v2, and d2l's ResNet in its PyTorch and its Keras text. The
+shapes of ops, blocks and stages are those of real layers of them, mostly at 224x224; the CPU's default batches and images
+are small, so that a whole run takes minutes on two cores. `--full` adds whole networks at their real size, by batch, and
+bfloat16 on the CPU.
 """
 
 from __future__ import annotations
@@ -12,13 +14,15 @@ from typing import ClassVar
 import torch
 
 DIRECTIONS = ("forward", "forward-backward")
+TORCHVISION, SLIM, D2L, D2L_KERAS = "torchvision", "slim", "d2l", "d2l-keras"
 
 
 @dataclass(frozen=True)
 class Conv:
     """rk.ops.conv_bias_act on one layer.
 
-    size: height and width of the input. residual: a second input, of the output's shape, is added before the ReLU.
+    size: height and width of the input. padding: (height, width), or sides as rk.ops has it; None keeps the size at stride 1.
+    residual: a second input, of the output's shape, is added before the ReLU.
     """
 
     group: ClassVar[str] = "op"
@@ -30,6 +34,9 @@ class Conv:
     stride: int = 1
     residual: bool = False
     batch: int = 1
+    padding: tuple | None = None
+    relu: bool = True
+    system: str = TORCHVISION
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,7 @@ class AddRelu:
     c_in: int
     size: int
     batch: int = 1
+    system: str = TORCHVISION
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,7 @@ class BatchNormAct:
     size: int
     residual: bool = False
     batch: int = 1
+    system: str = TORCHVISION
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,24 @@ class Block:
     size: int
     stride: int = 1
     batch: int = 1
+    system: str = TORCHVISION
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run of blocks: the submodule at `path` of a model of rk.models."""
+
+    group: ClassVar[str] = "stage"
+    model: str
+    path: str
+    c_in: int
+    size: int
+    batch: int = 1
+    system: str = TORCHVISION
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}.{self.path}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +105,10 @@ class Model:
     size: int
     c_in: int = 3
     batch: int = 1
+    system: str = TORCHVISION
+
+
+Subject = Conv | AddRelu | BatchNormAct | Block | Stage | Model
 
 
 @dataclass(frozen=True)
@@ -91,9 +122,17 @@ class Platform:
 
 @dataclass(frozen=True)
 class Case:
-    subject: Conv | AddRelu | BatchNormAct | Block | Model
+    subject: Subject
     direction: str
     platform: Platform
+
+    @property
+    def level(self) -> str:
+        return self.subject.group
+
+    @property
+    def device(self) -> str:
+        return self.platform.device
 
     @property
     def batch(self) -> int:
@@ -107,16 +146,19 @@ class Case:
         """The group, direction, subject and platform; unique among the cases."""
         dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.platform.dtype]
         sizes = f"{self.subject.size}px-b{self.batch}"
-        return "-".join((self.subject.group, self.direction, self.subject.name, sizes, dtype, self.platform.device))
+        return "-".join((self.level, self.direction, self.subject.name, sizes, dtype, self.device))
 
 
 OPS = (
     Conv("stem_7x7s2", 3, 64, 224, kernel=7, stride=2),
+    Conv("stem_7x7s2_same", 1, 64, 28, kernel=7, stride=2, batch=16, padding=((2, 3), (2, 3)), system=D2L_KERAS),
     Conv("3x3_64", 64, 64, 56, kernel=3),
     Conv("3x3_64_add", 64, 64, 56, kernel=3, residual=True),
     Conv("3x3s2_128", 128, 128, 56, kernel=3, stride=2),
     Conv("1x1_1024_256", 1024, 256, 14, kernel=1),
     Conv("1x1_64_256_add", 64, 256, 56, kernel=1, residual=True),
+    Conv("1x1_64_256_add_linear", 64, 256, 56, kernel=1, residual=True, relu=False, system=SLIM),
+    Conv("1x1s2_64_128_linear", 64, 128, 56, kernel=1, stride=2, padding=(0, 0), relu=False, system=D2L),
     AddRelu("add_relu_256", 256, 56),
     BatchNormAct("batch_norm_relu_64", 64, 112, batch=2),
     BatchNormAct("batch_norm_add_relu_256", 256, 56, residual=True, batch=2),
@@ -128,21 +170,38 @@ BLOCKS = (
     Block("basic_128s2", "BasicBlock", 64, 128, 56, stride=2),
     Block("bottleneck_256", "Bottleneck", 256, 256, 56),
     Block("bottleneck_512s2", "Bottleneck", 256, 512, 56, stride=2),
-    Block("residual_64", "Residual", 64, 64, 56),
-    Block("residual_128s2", "Residual", 64, 128, 56, stride=2),
-    Block("preact_256", "PreactBottleneck", 256, 256, 56),
-    Block("preact_512", "PreactBottleneck", 256, 512, 28),
+    Block("residual_64", "Residual", 64, 64, 56, system=D2L),
+    Block("residual_128s2", "Residual", 64, 128, 56, stride=2, system=D2L),
+    Block("residual_keras_128s2", "Residual", 64, 128, 56, stride=2, system=D2L_KERAS),
+    Block("preact_256", "PreactBottleneck", 256, 256, 56, system=SLIM),
+    Block("preact_512", "PreactBottleneck", 256, 512, 28, system=SLIM),
+)
+
+STAGES = (
+    Stage("resnet18", "layer2", 64, 56),
+    Stage("resnet50", "layer3", 512, 28),
+    Stage("resnet_v2_50", "block2", 256, 28, system=SLIM),
+    Stage("d2l_resnet18", "2", 64, 56, system=D2L),
+    Stage("d2l_resnet18_keras", "2", 64, 56, system=D2L_KERAS),
 )
 
 MODELS = (
     Model("resnet18", 64, batch=2),
     Model("resnet50", 64, batch=2),
-    Model("resnet_v2_50", 64, batch=2),
-    Model("d2l_resnet18", 28, c_in=1, batch=16),
-    Model("d2l_resnet18_keras", 28, c_in=1, batch=16),
+    Model("resnet_v2_50", 64, batch=2, system=SLIM),
+    Model("d2l_resnet18", 28, c_in=1, batch=16, system=D2L),
+    Model("d2l_resnet18_keras", 28, c_in=1, batch=16, system=D2L_KERAS),
 )
 
-RESNET_50 = Model("resnet50", 224)
+# Their texts' sizes.
+FULL_MODELS = (
+    Model("resnet18", 224),
+    Model("resnet50", 224),
+    Model("resnet_v2_50", 224, system=SLIM),
+    Model("d2l_resnet18", 96, c_in=1, system=D2L),
+    Model("d2l_resnet18_keras", 28, c_in=1, system=D2L_KERAS),
+)
+FULL_BATCHES = {"cpu": (1, 8, 32), "cuda": (1, 8, 32, 256)}
 
 PLATFORMS = (
     Platform("cpu", torch.float32),
@@ -150,32 +209,27 @@ PLATFORMS = (
     Platform("cuda", torch.bfloat16, batch=16),
     Platform("cuda", torch.float16, batch=16),
 )
+FULL_PLATFORMS = (*PLATFORMS, Platform("cpu", torch.bfloat16))
 
 
 def cases(full: bool = False) -> list[Case]:
-    """Returns the cases of a run; `full` adds ResNet-50 at 224x224 at batch 1 and 8, and 256 on GPUs."""
+    """Returns the cases of a run; `full` adds whole networks at real sizes, by batch, and bfloat16 on the CPU."""
+    subjects = (*OPS, *BLOCKS, *STAGES, *MODELS)
     found = [
         Case(subject, direction, platform)
-        for platform in PLATFORMS
-        for subject in (*OPS, *BLOCKS, *MODELS)
+        for platform in (FULL_PLATFORMS if full else PLATFORMS)
+        for subject in subjects
         for direction in DIRECTIONS
     ]
     if full:
         found += [
-            Case(RESNET_50, direction, replace(platform, batch=batch))
-            for platform in PLATFORMS
-            for batch in ((1, 8) if platform.device == "cpu" else (1, 8, 256))
+            Case(model, direction, replace(platform, batch=batch))
+            for platform in FULL_PLATFORMS
+            for model in FULL_MODELS
+            for batch in FULL_BATCHES[platform.device]
             for direction in DIRECTIONS
+            # BN has no statistics over one image of one pixel, which d2l's 28x28 shrink to.
+            if batch > 1 or direction == "forward"
         ]
-    return found
-
-
-def contenders(case: Case, full: bool = False) -> tuple[str, ...]:
-    """Returns the names of what a case compares.
-
-    "triton" is fused with that backend, on GPUs: "auto" has none of its kernels until a table shows that they win. `full`
-    adds torch.compile for models: with freezing in inference; in training only where its compilation is worth waiting for.
-    """
-    on_gpu = case.platform.device == "cuda"
-    compiled = full and case.subject.group == "model" and (on_gpu or not case.backward)
-    return ("eager", "fused", *(["triton"] if on_gpu else []), *(["compile"] if compiled else []))
+    # A GPU's default batch of d2l's Keras model is one of its batches here.
+    return list({str(case): case for case in found}.values())

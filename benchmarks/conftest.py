@@ -1,73 +1,118 @@
-"""`--full`, and the table at the end: each contender's time over eager's, measured in turns."""
+"""`--full`; and at the end the slim text's lines, the table of ratios, and who was absent and why."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
 
 import pytest
 
 from resnet_kernels.report import table
-from resnet_kernels.timing import Timing, ratio
+from resnet_kernels.timing import Timing
 
-from .harness import Gate
+from .harness import Absent, Measured
 
+# From here on a neighbour is worth a warning.
+BUSY_CORES = 0.2
 
-@dataclass(frozen=True)
-class Row:
-    """A contender against eager, from interleaved rounds."""
-
-    case: str
-    contender: str
-    eager: Timing
-    timing: Timing
-    gate: Gate
-
-    @property
-    def ratio(self) -> float:
-        return ratio(self.timing, self.eager)
-
-
-ROWS = pytest.StashKey[list[Row]]()
+RESULTS = pytest.StashKey[list[Measured | Absent]]()
 
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--full", action="store_true", help="benchmarks: ResNet-50 at 224x224 (batch 1, 8; 256 on a GPU), torch.compile"
+        "--full",
+        action="store_true",
+        help="benchmarks: whole networks at real sizes by batch, bfloat16 on the CPU, and all peers",
     )
 
 
 def pytest_configure(config):
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install 'resnet_kernels[bench]'")
-    config.stash[ROWS] = []
+    config.stash[RESULTS] = []
 
 
 @pytest.fixture
-def rows(pytestconfig) -> list[Row]:
-    """The rows of the table at the end, to be appended to."""
-    return pytestconfig.stash[ROWS]
+def results(pytestconfig) -> list[Measured | Absent]:
+    """The rows of the tables at the end, to be appended to."""
+    return pytestconfig.stash[RESULTS]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_benchmark_update_json(config, benchmarks, output_json):
+    """Who was absent goes into the file as well. pytest-benchmark writes it after Ctrl-C, too."""
+    output_json["absent"] = absentees(config.stash[RESULTS])
+
+
+def absentees(results: list[Measured | Absent]) -> list[dict]:
+    """The absent by contender and reason, with their cases."""
+    found = defaultdict(list)
+    for row in results:
+        if isinstance(row, Absent):
+            found[row.contender, row.reason].append(row.case)
+    return [{"contender": name, "reason": reason, "cases": names} for (name, reason), names in found.items()]
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    terminalreporter.section("time / eager's time, measured in turns: below 1 is faster")
-    head = ("case", "contender", "ratio", "eager [p20, p80] ms", "contender [p20, p80] ms", "rounds", "error", "budget")
+    results = config.stash[RESULTS]
+    measured = [row for row in results if isinstance(row, Measured)]
+    if measured:
+        terminalreporter.section(
+            "mean +/- standard deviation, from rounds in which all of a case's contenders take turns"
+        )
+        group = None
+        for row in measured:
+            if row.case != group:
+                terminalreporter.write_line(group := row.case)
+            terminalreporter.write_line(f"  {row.line}")
+        terminalreporter.section("time / eager's time and / fused's time of the same round: below 1 is faster")
+        terminalreporter.write_line(_table(measured))
+        busy = max(row.info["busy_elsewhere"] or 0.0 for row in measured)
+        if busy > BUSY_CORES:
+            terminalreporter.write_line(
+                f"other processes kept up to {busy:.1f} cores busy: contenders with different thread pools suffer "
+                "differently from that, so measure again on a quiet machine"
+            )
+    absent = absentees(results)
+    if absent:
+        terminalreporter.section("absent peers")
+        cells = [(entry["contender"], str(len(entry["cases"])), entry["reason"]) for entry in absent]
+        terminalreporter.write_line(table(("contender", "cases", "reason"), cells))
+
+
+def _table(rows: list[Measured]) -> str:
+    head = (
+        "case",
+        "contender",
+        "/ eager [p20, p80]",
+        "/ fused",
+        "ms [p20, p80]",
+        "rounds",
+        "roofline",
+        "error",
+        "budget",
+    )
     cells = [
         (
             row.case,
             row.contender,
-            f"{row.ratio:.3f}",
-            _milliseconds(row.eager),
+            _ratio(row.info, "interleaved_ratio_to_eager", spread=True),
+            _ratio(row.info, "interleaved_ratio_to_fused"),
             _milliseconds(row.timing),
             str(len(row.timing.samples)),
+            f"{row.info['roofline_share']:.0%}",
             f"{row.gate.error:.1e}",
-            f"{row.gate.budget:.1e}",
+            f"{row.gate.budget:.1e}{' OVER BUDGET' if row.gate.failure else ''}",
         )
         for row in rows
     ]
-    terminalreporter.write_line(table(head, cells))
+    return table(head, cells)
+
+
+def _ratio(info: dict, key: str, spread: bool = False) -> str:
+    if key not in info:
+        return ""
+    between = f" [{info[f'{key}_p20']:.3f}, {info[f'{key}_p80']:.3f}]" if spread else ""
+    return f"{info[key]:.3f}{between}"
 
 
 def _milliseconds(timing: Timing) -> str:

@@ -1,312 +1,221 @@
-"""A case made runnable: its contenders as modules on the same data, and the gate that each passes before it is timed.
+"""A case measured: every contender made ready, gated and then timed, all in the same rounds.
 
-fp64 is the truth and eager in the working dtype the budget: a contender passes if its relative norm error is at most twice
-eager's plus one rounding of the dtype. Inference of blocks and models goes through `rk.verify`, block by block.
+One contender's fault costs its own row: what can't be imported, prepared or run is Absent with the reason. Wrong numbers
+cost ours the row, too; a peer keeps its time, and its failure stands beside it.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
-import importlib.metadata
+import itertools
+import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from resnet_kernels.timing import Timing, interleave, ratios, summary_line
 
-import resnet_kernels as rk
-from resnet_kernels.models import d2l, resnet_v1, resnet_v2
-from resnet_kernels.verify import randomise_batch_norms_
+from . import figures
+from .cases import Case
+from .contenders import Contender, Eager, Fused, FusedGraph
+from .kernels import PROFILED
+from .kernels import kernels as kernels_of
+from .load import Neighbours
+from .parity import Gate
+from .peers import LEAD_IN_SECONDS, PEERS
+from .workload import Operands, Runner, Workload
 
-from . import cases
-from .cases import AddRelu, Block, Case, Conv
-
-
-class ConvBiasAct(nn.Module):
-    """relu(conv(x) + bias + residual), with the in-place add and ReLU that models use; or the op that fuses it."""
-
-    def __init__(self, conv: Conv, backend: str | None = None):
-        super().__init__()
-        self.backend = backend
-        self.geometry = {"stride": conv.stride, "padding": conv.kernel // 2}
-        # He's initialisation: the outputs are as large as the inputs, and half of them negative.
-        fan_in = conv.c_in * conv.kernel**2
-        self.weight = nn.Parameter(torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel) * (2 / fan_in) ** 0.5)
-        self.bias = nn.Parameter(torch.randn(conv.c_out))
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.backend:
-            return rk.ops.conv_bias_act(x, self.weight, self.bias, residual, **self.geometry, backend=self.backend)
-        y = F.conv2d(x, self.weight, self.bias, **self.geometry)
-        return (y if residual is None else y.add_(residual)).relu_()
-
-
-class AddAndRelu(nn.Module):
-    """relu(x + residual) with an in-place ReLU; or the op that fuses it."""
-
-    def __init__(self, backend: str | None = None):
-        super().__init__()
-        self.backend = backend
-
-    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
-        return rk.ops.add_relu(x, residual, backend=self.backend) if self.backend else torch.add(x, residual).relu_()
-
-
-class BatchNormAct(nn.Module):
-    """relu(BN(x) + residual) with batch statistics and the in-place add and ReLU that models use; or the op that fuses it."""
-
-    def __init__(self, channels: int, backend: str | None = None):
-        super().__init__()
-        self.bn, self.backend = nn.BatchNorm2d(channels), backend
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        bn = self.bn
-        if self.backend:
-            vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-            settings = dict(training=True, momentum=bn.momentum, eps=bn.eps, backend=self.backend)
-            return rk.ops.batch_norm_act(x, residual, *vectors, **settings)
-        y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
-        return (y if residual is None else y.add_(residual)).relu_()
-
-
-def build(subject) -> nn.Module:
-    """Returns a subject as a plain, eager module."""
-    if isinstance(subject, Conv):
-        return ConvBiasAct(subject)
-    if isinstance(subject, AddRelu):
-        return AddAndRelu()
-    if isinstance(subject, cases.BatchNormAct):
-        return BatchNormAct(subject.c_in)
-    if not isinstance(subject, Block):
-        return rk.models.BY_NAME[subject.name](**({"in_channels": 1} if subject.c_in == 1 else {}))
-    changes_shape = subject.stride != 1 or subject.c_in != subject.c_out
-    if subject.kind == "PreactBottleneck":
-        return resnet_v2.PreactBottleneck(subject.c_in, subject.c_out, subject.c_out // 4, subject.stride)
-    if subject.kind == "Residual":
-        return d2l.Residual(subject.c_in, subject.c_out, changes_shape, subject.stride)
-    cls = getattr(resnet_v1, subject.kind)
-    shortcut = None
-    if changes_shape:
-        shortcut = nn.Sequential(
-            resnet_v1.conv1x1(subject.c_in, subject.c_out, subject.stride), nn.BatchNorm2d(subject.c_out)
-        )
-    return cls(subject.c_in, subject.c_out // cls.expansion, subject.stride, shortcut)
+CONTENDERS: tuple[Contender, ...] = (Eager(), Fused("fused", "auto"), Fused("triton", "triton"), FusedGraph(), *PEERS)
 
 
 @dataclass(frozen=True)
-class Gate:
-    """Parity of a contender with fp64: relative norm error, what it may be, and, where it fails, of what."""
+class Absent:
+    """A contender that has no row in a case. error: what it raised, if it is that."""
 
-    error: float
-    budget: float
-    failure: str = ""
+    case: str
+    contender: str
+    reason: str
+    error: Exception | None = field(default=None, compare=False)
+
+    @staticmethod
+    def crashed(case: str, contender: str, error: Exception) -> Absent:
+        first = (str(error).strip() or "no message").splitlines()[0]
+        return Absent(case, contender, f"crashed: {type(error).__name__}: {first[:200]}", error)
 
 
-class Workload:
-    """A case's data and contenders. Everything is channels_last, eager too."""
+@dataclass(frozen=True)
+class Measured:
+    """A contender's row in a case. timing: None if nothing was to be timed. line: the slim text's. info: extra_info."""
 
-    def __init__(self, case: Case):
-        torch.manual_seed(0)
-        self.case = case
-        self.device = torch.device(case.platform.device)
-        options = {"device": self.device, "dtype": case.platform.dtype}
-        # Weights are drawn before they are moved and rounded, so that they are the same on each platform.
-        plain = randomise_batch_norms_(build(case.subject)).train(case.backward)
-        self.eager = plain.to(**options, memory_format=torch.channels_last)
-        subject = case.subject
-        size = (case.batch, subject.c_in, subject.size, subject.size)
-        x = torch.randn(size).to(**options, memory_format=torch.channels_last)
-        self.inputs = [x]
-        if isinstance(subject, AddRelu) or getattr(subject, "residual", False):
-            with torch.no_grad():
-                y = self.eager(x) if isinstance(subject, Conv) else x
-            self.inputs.append(torch.randn_like(y))
-        self._parity: dict[str, rk.VerifyResult] = {}
-        self.grad_y = None
-        if case.backward:
-            # A model's input needs no gradient; a block's and an op's come from the layer before.
-            for value in self.inputs:
-                value.requires_grad_(subject.group != "model")
-            with torch.no_grad():
-                self.grad_y = torch.randn_like(self.eager(*self.inputs))
+    case: str
+    contender: str
+    gate: Gate
+    timing: Timing | None = None
+    line: str = ""
+    info: dict = field(default_factory=dict)
 
-    @functools.cached_property
-    def fused(self) -> nn.Module:
-        return self._fused("auto")
 
-    @functools.cached_property
-    def triton(self) -> nn.Module:
-        return self._fused("triton")
+class ContenderError(Exception):
+    """A contender's call raised; the cause is what it raised."""
 
-    def _fused(self, backend: str) -> nn.Module:
-        if self.case.subject.group != "op":
-            return rk.fuse(self.eager, backend=backend)
-        fused = copy.deepcopy(self.eager)
-        fused.backend = backend
-        return fused
+    def __init__(self, name: str):
+        super().__init__(name)
+        self.name = name
 
-    @functools.cached_property
-    def compile(self) -> nn.Module:
-        import torch._inductor.config as inductor_config
 
-        # For the whole session, and not as torch.compile's option: Dynamo asks the configuration, too, whether parameters
-        # are constants, and as an option alone it costs this peer a quarter of its speed.
-        inductor_config.freezing = True
-        # A copy: freezing takes the parameters for constants.
-        return torch.compile(copy.deepcopy(self.eager))
+def contenders(case: Case, full: bool = False, known: Sequence[Contender] = CONTENDERS) -> list[Contender]:
+    """Returns the contenders that a case has if all of them are here, eager first."""
+    return [contender for contender in known if contender.covers(case, full)]
 
-    def call(self, contender: str) -> Callable[[], object]:
-        """Returns what is timed, one forward or forward and backward pass; on a GPU it returns before the work is done."""
-        module = getattr(self, contender)
-        leaves = _leaves(module, self.inputs)
 
-        def forward():
-            # As in the gate: torch.compile would make another graph for inference_mode, and the gated one go untimed.
-            with torch.no_grad():
-                module(*self.inputs)
+def measure(
+    case: Case, chosen: Sequence[Contender], seconds: float, min_rounds: int = 5, profiled: bool = False
+) -> dict[str, Measured | Absent]:
+    """Makes contenders ready and times those that pass, in turns.
 
-        def forward_backward():
-            # As a training step does, so that gradients are neither added up nor kept from the call before.
-            for leaf in leaves:
-                leaf.grad = None
-            module(*self.inputs).backward(self.grad_y)
+    Args:
+        chosen: contenders, with eager among them.
+        seconds: of rounds, for each contender against eager; 0 does not time at all.
+        profiled: add the kernels of a model's contenders, from calls after the timed ones.
 
-        return forward_backward if self.case.backward else forward
-
-    def synchronised(self, contender: str) -> Callable[[], object]:
-        """Returns `call(contender)` for a clock that knows nothing of GPUs."""
-        call = self.call(contender)
-        if self.device.type == "cpu":
-            return call
-        return lambda: (call(), torch.cuda.synchronize(self.device))
-
-    def gate(self, contender: str) -> Gate:
-        """Compares a contender with fp64: outputs in inference, every gradient in training."""
-        if self.case.backward or self.case.subject.group == "op":
-            return self._gate_of_tensors(contender)
-        # Eager's own error is known from any comparison, and fp64 is slow on CPUs and most GPUs.
-        result = self._verified("fused" if contender == "eager" else contender)
-        if contender == "eager":
-            return Gate(result.output.eager_error, result.output.budget)
-        if contender in ("fused", "triton"):
-            # A time of eager under the name of fused would be the worst of wrong numbers.
-            report = rk.explain(getattr(self, contender))
-            if not report.rows or any(row.reason or not row.fused for row in report):
-                return Gate(result.output.error, result.output.budget, f"not all of it runs fused:\n{report}")
-        return Gate(result.output.error, result.output.budget, "" if result.ok else str(result))
-
-    def gflop(self) -> float:
-        """Returns the 1e9 floating-point operations of a call, of convolutions and matrix products alone, counted on eager."""
-        with FlopCounterMode(display=False) as counter:
-            self.call("eager")()
-        return counter.get_total_flops() / 1e9
-
-    def traffic(self) -> int | None:
-        """Returns the bytes that batch_norm_act's kernels have to move, each activation once a pass; None for other cases.
-
-        The formulas of kernels/batch_norm_act.py.
-        """
-        subject = self.case.subject
-        if not isinstance(subject, cases.BatchNormAct):
-            return None
-        passes = 4 if subject.residual else 3
-        if self.case.backward:
-            # reduce: dy, x, (y, and dz out); apply: dz or dy, x, dx
-            passes += 7 if subject.residual else 5
-        return passes * self.inputs[0].numel() * self.inputs[0].element_size()
-
-    def saved_bytes(self, contender: str) -> int:
-        """Returns the bytes of all tensors that a forward pass keeps for its backward, parameters and input left out."""
-        module = getattr(self, contender)
-        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *self.inputs)}
-        kept = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                kept[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            y = module(*self.inputs)
-        del y
-        return sum(kept.values())
-
-    def info(self) -> dict:
-        """What a time is worth nothing without."""
-        on_gpu = self.device.type == "cuda"
-        device = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-        return {
-            "device": f"{self.device.type} ({device})",
-            "dtype": str(self.case.platform.dtype).removeprefix("torch."),
-            "tf32": on_gpu and torch.backends.cudnn.conv.fp32_precision == "tf32",
-            "torch": torch.__version__,
-            "triton": _version("triton"),
-            "threads": torch.get_num_threads(),
-            "batch": self.case.batch,
-            "gflop": self.gflop(),
+    Returns:
+        contender's name -> its row, in the order of `chosen`. A row of ours that fails the gate has no timing.
+    """
+    workload = Workload(case)
+    rows: dict[str, Measured | Absent] = {}
+    runners: dict[str, Runner] = {}
+    for contender in chosen:
+        runner, rows[contender.name] = _ready(contender, workload)
+        if runner is not None:
+            runners[contender.name] = runner
+    if not seconds:
+        return rows
+    calls = {}
+    for name, runner in runners.items():
+        try:
+            calls[name] = [_named(name, runner.bind(operands)) for operands in workload.copies]
+        except Exception as error:
+            rows[name] = Absent.crashed(str(case), name, error)
+    by_name = {contender.name: contender for contender in chosen}
+    neighbours = Neighbours()
+    timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
+    shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
+    work, machine = figures.work(workload), figures.ceilings(workload.device, case.platform.dtype)
+    for name, timing in timings.items():
+        gate, runner = rows[name].gate, runners[name]
+        line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
+        info = {
+            **shared,
+            **_of_contender(by_name[name], gate),
+            **figures.of_time(work, machine, case.batch, timing.median),
+            **_against(timings, name),
+            "saved_mib": _saved_mib(runner, workload.operands) if case.backward else None,
         }
-
-    def _verified(self, contender: str) -> rk.VerifyResult:
-        if contender not in self._parity:
-            self._parity[contender] = rk.verify(self.eager, getattr(self, contender), self.inputs[0])
-        return self._parity[contender]
-
-    def _gate_of_tensors(self, contender: str) -> Gate:
-        eager, oracle = self._references
-        tensors = eager if contender == "eager" else [t.double() for t in self._results(getattr(self, contender))]
-        names = ["y"]
-        if self.case.backward:
-            inputs = ["dx", "dresidual"][: sum(x.requires_grad for x in self.inputs)]
-            names = [*(f"d{name}" for name, _ in self.eager.named_parameters()), *inputs]
-        return _compare(names, tensors, eager, oracle, torch.finfo(self.case.platform.dtype).eps / 2)
-
-    @functools.cached_property
-    def _references(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(eager's results, fp64's), as fp64."""
-        oracle = copy.deepcopy(self.eager).double()
-        wide = [x.detach().double().requires_grad_(x.requires_grad) for x in self.inputs]
-        return [t.double() for t in self._results(self.eager)], self._results(oracle, wide)
-
-    def _results(self, module: nn.Module, inputs: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """The output in inference; in training the gradients of all parameters and of the inputs that need one."""
-        inputs = self.inputs if inputs is None else inputs
-        if not self.case.backward:
-            with torch.no_grad():
-                return [module(*inputs)]
-        y = module(*inputs)
-        return list(torch.autograd.grad(y, _leaves(module, inputs), self.grad_y.to(y.dtype)))
+        if profiled and case.level == "model" and name in PROFILED:
+            info |= _kernels(by_name[name], runner, workload)
+        rows[name] = Measured(str(case), name, gate, timing, line, info)
+    return rows
 
 
-def _leaves(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """What gets a gradient: all parameters, then the inputs that need one."""
-    return [*module.parameters(), *(x for x in inputs if x.requires_grad)]
-
-
-def _compare(
-    names: list[str], tensors: list[Tensor], eager: list[Tensor], oracle: list[Tensor], rounding: float
-) -> Gate:
-    """The gate of the tensor that comes nearest to its budget, or goes furthest over it."""
-    whole = torch.stack([truth.norm() for truth in oracle]).norm().item()
-    gates = []
-    for name, tensor, reference, truth in zip(names, tensors, eager, oracle):
-        size = truth.norm().item()
-        # A bias in front of a BN in training has a true gradient of zero, which rounding alone makes anything else: there
-        # the error counts against all gradients.
-        size = size if size > 1e-9 * whole else whole
-        error, own = ((t - truth).norm().item() / size for t in (tensor, reference))
-        budget = 2 * own + rounding
-        # `not <=`: NaN fails.
-        failure = "" if error <= budget else f"{name} errs by {error:.2e}, eager by {own:.2e}"
-        gates.append(Gate(error, budget, failure))
-    return max(gates, key=lambda gate: (bool(gate.failure), gate.error / gate.budget))
-
-
-def _version(package: str) -> str | None:
+def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Measured | Absent]:
+    """(what is to be timed, a row without a time)."""
+    case, name = str(workload.case), contender.name
+    reason = contender.why_absent(workload.case)
+    if reason:
+        return None, Absent(case, name, reason)
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        runner = contender.prepare(workload)
+        gate = contender.gate(workload, runner)
+    except Exception as error:
+        return None, Absent.crashed(case, name, error)
+    # A wrong result of ours is worth no time. A peer's rounding is not ours to fix.
+    return (None if contender.ours and gate.failure else runner), Measured(case, name, gate)
+
+
+def _interleaved(
+    calls: dict[str, list[Callable[[], object]]],
+    by_name: dict[str, Contender],
+    rows: dict[str, Measured | Absent],
+    workload: Workload,
+    seconds: float,
+    min_rounds: int,
+) -> dict[str, Timing]:
+    """Rounds of all calls; who raises in one drops out, with a row that says so, and the others start again."""
+    while "eager" in calls:
+        lead_in = LEAD_IN_SECONDS if any(by_name[name].own_threads for name in calls) else 0.0
+        whole = seconds * max(1, len(calls) - 1)
+        try:
+            return interleave(
+                in_rotation(calls),
+                seconds=whole,
+                min_rounds=min_rounds,
+                device=workload.device,
+                lead_in=lead_in if workload.device.type == "cpu" else 0.0,
+            )
+        except ContenderError as error:
+            del calls[error.name]
+            rows[error.name] = Absent.crashed(str(workload.case), error.name, error.__cause__)
+    for name in calls:
+        rows[name] = Absent(str(workload.case), name, f"eager has no time to compare with: {rows['eager'].reason}")
+    return {}
+
+
+def in_rotation(calls: dict[str, list[Callable[[], object]]]) -> dict[str, Callable[[], object]]:
+    """Returns a callable for each contender that goes through its calls, one for each copy of the operands.
+
+    Whoever's turn it is takes the next copy: had each contender a count of its own, the second of a round would find in the
+    L2 cache what the first has just read.
+    """
+    turn = itertools.count()
+
+    def rotating(copies: list[Callable[[], object]]) -> Callable[[], object]:
+        return lambda: copies[next(turn) % len(copies)]()
+
+    return {name: copies[0] if len(copies) == 1 else rotating(copies) for name, copies in calls.items()}
+
+
+def _named(name: str, call: Callable[[], object]) -> Callable[[], object]:
+    def named():
+        try:
+            call()
+        except Exception as error:
+            raise ContenderError(name) from error
+
+    return named
+
+
+def _of_contender(contender: Contender, gate: Gate) -> dict:
+    return {
+        "contender": contender.name,
+        "label": contender.label,
+        "ours": contender.ours,
+        "settings": contender.settings,
+        "version": contender.version,
+        "parity_error": gate.error,
+        "parity_budget": gate.budget,
+        "parity_failure": gate.failure,
+    }
+
+
+def _against(timings: dict[str, Timing], name: str) -> dict:
+    own = timings[name]
+    info = {"p20": own.p20, "p80": own.p80}
+    for other in ("eager", "fused"):
+        if other in timings and name not in ("eager", other):
+            paired = Timing(ratios(own, timings[other]))
+            key = f"interleaved_ratio_to_{other}"
+            info |= {key: paired.median, f"{key}_p20": paired.p20, f"{key}_p80": paired.p80}
+    return info
+
+
+def _kernels(contender: Contender, runner: Runner, workload: Workload) -> dict:
+    try:
+        return {"kernels": kernels_of(contender, runner, workload)}
+    except Exception as error:
+        # The times are there already, and worth more than where they go.
+        warnings.warn(f"{workload.case}: no kernels of {contender.name}: {error}", RuntimeWarning, stacklevel=2)
+        return {}
+
+
+def _saved_mib(runner: Runner, operands: Operands) -> float | None:
+    """MiB that a forward pass keeps for its backward; None where its tensors can't be seen."""
+    saved_bytes = getattr(runner, "saved_bytes", None)
+    return None if saved_bytes is None else saved_bytes(operands) / 2**20

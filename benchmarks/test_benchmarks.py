@@ -1,6 +1,6 @@
-"""A benchmark a contender: first the gate of parity, then the time; eager's turn-taking ratio along with it.
+"""A benchmark a contender: first the gate of parity, then its share of the rounds that its whole case takes part in.
 
-No time fails a test. A contender whose numbers are wrong does, and has no time.
+No time fails a test. A contender of ours whose numbers are wrong does, and has no time.
 """
 
 from __future__ import annotations
@@ -10,11 +10,35 @@ import functools
 import pytest
 import torch
 
-from resnet_kernels.timing import interleave, ratio
+from . import harness
+from .cases import Case, cases
+from .harness import CONTENDERS, Absent, Measured
 
-from .cases import Case, cases, contenders
-from .conftest import Row
-from .harness import Workload
+
+class Replay:
+    """pytest-benchmark's clock, and what it calls: a run of samples that were taken elsewhere.
+
+    It times one contender after the other, and a machine drifts; ours take turns. So it is shown those samples, one a
+    round, for its tables, files, comparisons and histograms.
+    """
+
+    def __init__(self):
+        self._samples = iter(())
+        self._elapsed = 0.0
+
+    def load(self, samples) -> None:
+        self._samples, self._elapsed = iter(samples), 0.0
+
+    def __call__(self) -> None:
+        self._elapsed = next(self._samples)
+
+    def interleaved_clock(self) -> float:
+        elapsed, self._elapsed = self._elapsed, 0.0
+        return elapsed
+
+
+REPLAY = Replay()
+OURS = {contender.name for contender in CONTENDERS if contender.ours}
 
 
 def pytest_generate_tests(metafunc):
@@ -23,68 +47,58 @@ def pytest_generate_tests(metafunc):
     parameters = [
         pytest.param(
             case,
-            contender,
-            id=f"{case}-{contender}",
-            marks=(pytest.mark.gpu, no_gpu) if case.platform.device == "cuda" else (),
+            contender.name,
+            id=f"{case}-{contender.name}",
+            marks=(pytest.mark.gpu, no_gpu) if case.device == "cuda" else (),
         )
         for case in cases(full)
-        for contender in contenders(case, full)
+        for contender in harness.contenders(case, full)
     ]
     metafunc.parametrize(("case", "contender"), parameters)
 
 
 @functools.lru_cache(maxsize=1)
-def workload_of(case: Case) -> Workload:
-    """One for all contenders of a case, which run one after the other: the same data, and fp64's slow results once."""
-    return Workload(case)
+def rows_of(
+    case: Case, chosen: tuple[str, ...], seconds: float, min_rounds: int, full: bool
+) -> dict[str, Measured | Absent]:
+    """One measurement for all contenders of a case, which follow one another."""
+    # A peer's graphs of the case before would count against Dynamo's limit, and hold memory.
+    torch.compiler.reset()
+    return harness.measure(case, [c for c in CONTENDERS if c.name in chosen], seconds, min_rounds, profiled=full)
 
 
-@functools.cache
-def copy_gb_per_s(device: torch.device) -> float:
-    """What a copy of 256 MiB moves a second on this device in this run, reads and writes: the roof of kernels that stream."""
-    source = torch.empty(2**26, device=device).normal_()
-    target = torch.empty_like(source)
-    timing = interleave({"copy": lambda: target.copy_(source)}, seconds=0.5, device=device)["copy"]
-    return 2 * source.numel() * source.element_size() / timing.median / 1e9
+@pytest.fixture
+def chosen(request, case) -> tuple[str, ...]:
+    """The contenders of this case that the command line has left, with eager, and ours if there is a peer."""
+    names = {item.callspec.params["contender"] for item in request.session.items if _case(item) == case}
+    return tuple(
+        c.name for c in CONTENDERS if c.name in names | {"eager"} | ({"fused"} if names - {"eager"} else set())
+    )
 
 
-def test_benchmark(benchmark, case, contender, rows, pytestconfig):
+def _case(item) -> Case | None:
+    return item.callspec.params.get("case") if hasattr(item, "callspec") else None
+
+
+@pytest.mark.benchmark(timer=REPLAY.interleaved_clock)
+def test_benchmark(benchmark, case, contender, chosen, results, pytestconfig):
+    option = pytestconfig.getoption
+    seconds = 0.0 if benchmark.disabled else float(option("benchmark_max_time"))
     try:
-        measure(benchmark, workload_of(case), contender, rows, float(pytestconfig.getoption("benchmark_max_time")))
+        row = rows_of(case, chosen, seconds, int(option("benchmark_min_rounds")), option("--full"))[contender]
     except torch.OutOfMemoryError as error:
-        pytest.skip(f"does not fit into this GPU's memory: {error}")
-
-
-def measure(benchmark, workload: Workload, contender: str, rows: list[Row], seconds: float) -> None:
-    case = workload.case
-    gate = workload.gate(contender)
-    # A wrong result of ours is worth no time. A peer's costs it nothing but a line: its rounding is not ours to fix.
-    assert not gate.failure or contender == "compile", gate.failure
-    benchmark.group = str(case)
-    benchmark.extra_info["parity_failure"] = gate.failure
-    benchmark.extra_info.update(workload.info(), parity_error=gate.error, parity_budget=gate.budget)
-    # One call ahead of pytest-benchmark's own: what is lazy is done, and the calibration sees the true time.
-    call = workload.synchronised(contender)
-    call()
-    benchmark(call)
+        row = Absent(str(case), contender, f"does not fit into this GPU's memory: {error}")
+    if isinstance(row, Absent):
+        results.append(row)
+        if contender in OURS and row.error and not isinstance(row.error, torch.OutOfMemoryError):
+            raise row.error
+        pytest.skip(f"{row.contender}: {row.reason}")
+    assert contender not in OURS or not row.gate.failure, row.gate.failure
+    benchmark.group = row.case
+    benchmark.extra_info.update(row.info)
     if benchmark.disabled:
+        benchmark(lambda: None)
         return
-    median = benchmark.stats.stats.median
-    benchmark.extra_info["img_per_s"] = case.batch / median
-    benchmark.extra_info["gflop_per_s"] = benchmark.extra_info["gflop"] / median
-    if workload.traffic():
-        benchmark.extra_info["gb_per_s"] = workload.traffic() / median / 1e9
-        benchmark.extra_info["copy_gb_per_s"] = copy_gb_per_s(workload.device)
-    if case.backward and contender != "compile":
-        benchmark.extra_info["saved_mib"] = workload.saved_bytes(contender) / 2**20
-    if contender == "eager":
-        return
-    # A peer is timed with eager and fused in one run, round by round, so that both ratios are of pairs.
-    names = dict.fromkeys(("eager", "fused", contender))
-    timings = interleave({name: workload.call(name) for name in names}, seconds=seconds, device=workload.device)
-    row = Row(str(case), contender, timings["eager"], timings[contender], gate)
-    rows.append(row)
-    benchmark.extra_info["interleaved_ratio_to_eager"] = row.ratio
-    if contender != "fused":
-        benchmark.extra_info["interleaved_ratio_to_fused"] = ratio(timings[contender], timings["fused"])
-        rows.append(Row(f"{case} (fused for eager)", contender, timings["fused"], timings[contender], gate))
+    results.append(row)
+    REPLAY.load(row.timing.samples)
+    benchmark.pedantic(REPLAY, rounds=len(row.timing.samples))

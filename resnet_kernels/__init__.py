@@ -5,6 +5,7 @@
     rk.unfuse_(model)                         back to exactly the model from before
     report = rk.explain(model)                the report alone
     result = rk.verify(model, fused, x)       parity, layer by layer, against fp64
+    run = rk.capture(fused, x)                a CUDA graph of its inference; on the CPU the model itself
     rk.ops.conv_bias_act, batch_norm_act, add_relu    the fused operations themselves
     rk.BasicBlock, rk.Bottleneck, rk.PreactBottleneck, rk.Residual    fused blocks to build with
     rk.models                                 the model zoo, in plain PyTorch
@@ -15,6 +16,7 @@ Importing it probes no GPU and imports no Triton.
 
 from . import models, ops, timing
 from .blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
+from .capture import CapturedModel, capture
 from .fusion import explain, fuse, fuse_, refresh, unfuse_
 from .report import FuseReport
 from .verify import VerifyResult, verify
@@ -24,10 +26,12 @@ __version__ = "0.1.0"
 __all__ = [
     "BasicBlock",
     "Bottleneck",
+    "CapturedModel",
     "FuseReport",
     "PreactBottleneck",
     "Residual",
     "VerifyResult",
+    "capture",
     "explain",
     "fuse",
     "fuse_",

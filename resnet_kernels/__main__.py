@@ -1,9 +1,10 @@
-"""python -m resnet_kernels {demo, explain, verify, time, train, roofline, report}
+"""python -m resnet_kernels {demo, explain, verify, time, profile, train, roofline, report}
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   what would be fused, and why the rest would not
     verify    parity, layer by layer, against fp64
     time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
+    profile   where a network's time goes on this machine, kernel by kernel, as a share of the roofline; a Chrome trace
     train     train a network of the zoo on real data; see commands/train.py
     roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
     report    a page with plots of what `pytest benchmarks` measured, and what changed against an older file
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from . import timing
-from .commands import common, report, roofline, time, train
+from .commands import common, profile, report, roofline, time, train
 from .report import table
 
 
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=common.positive, help="default: 224, and 28 for d2l")
         if run is demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
-    for command in (time, train, roofline, report):
+    for command in (time, profile, train, roofline, report):
         name = command.__name__.rpartition(".")[2]
         command.add_arguments(commands.add_parser(name, help=command.HELP, description=command.HELP))
     return parser

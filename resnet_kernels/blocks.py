@@ -66,7 +66,7 @@ class FusedBlock(Fused):
 def run(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Known) -> tuple[Tensor, Known]:
     """Runs a recipe on x, as inference or as training does; returns its output, and what is known about it."""
     if go.learns:
-        return training.run_recipe(recipe, go, x), UNKNOWN
+        return training.run_recipe(recipe, state, go, x), UNKNOWN
     return inference.run_recipe(recipe, state, go, x, known)
 
 

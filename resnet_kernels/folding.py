@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from . import reference
+from . import ranges, reference
 from .ops import dispatch, onednn
 from .ops.geometry import Geometry
 from .ops.library import is_dense
@@ -174,7 +174,7 @@ class PackedProgram:
                 return  # an add that broadcasts
         self.entries = [
             [
-                (*packs[step.conv].call(step.residual, step.relu, self._overwrites(step, owned)), step)
+                (step, *packs[step.conv].call(step.residual, step.relu, self._overwrites(step, owned)))
                 for step in recipe.steps
             ]
             for owned in (False, True)
@@ -203,10 +203,10 @@ class PackedProgram:
     def result_bound(self, bound: float) -> float:
         return self._bound[0] * bound + self._bound[1]
 
-    def __call__(self, x: Tensor, owned: bool) -> Tensor:
+    def __call__(self, x: Tensor, owned: bool, path: str) -> Tensor:
         values = {0: x}
         del x
-        for function, swapped, arguments, step in self.entries[owned]:
+        for step, function, swapped, arguments in ranges.around(self.entries[owned], path):
             if step.residual is None:
                 values[step.out] = function(values[step.x], *arguments)
             elif swapped:

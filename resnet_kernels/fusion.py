@@ -64,10 +64,11 @@ def fuse_(model: nn.Module, *, backend: str = "auto") -> FuseReport:
             if blocks.is_fused(module):
                 swapped.append((module, type(module), dict(module.__dict__)))
                 blocks.swap_back(module)
+        paths = {id(module): path for path, module in model.named_modules()}
         for finding in findings:
             if finding.fusible:
                 swapped.append((finding.module, type(finding.module), dict(finding.module.__dict__)))
-                blocks.swap(finding.module, finding.mixin, FusedState(finding.plan, backend))
+                blocks.swap(finding.module, finding.mixin, FusedState(finding.plan, backend, paths[id(finding.module)]))
     except BaseException:
         for module, cls, state in reversed(swapped):
             module.__class__ = cls

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from . import ranges
 from .folding import PackedConv, PackedProgram, bn_tensors, scale_shift
 from .ops import add_relu, onednn
 from .ops.geometry import Geometry
@@ -35,11 +36,13 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Know
     on_cpu = backend == "cpu" and value.shape[0] > 0
     bound = onednn.bound(value, known.bound) if on_cpu else math.inf
     if verified and on_cpu and (program := _program(recipe, state, value)) is not None and program.is_safe(bound):
-        return _hand_over(program(value, owned), restore, program.result_bound(bound), (state.backend, backend))
+        return _hand_over(
+            program(value, owned, state.path), restore, program.result_bound(bound), (state.backend, backend)
+        )
     values: dict[int, Tensor] = {0: value}
     bounds: dict[int, float] = {0: bound}
     del value
-    for step, child, bn in wiring.steps:
+    for step, child, bn in ranges.around(wiring.steps, state.path):
         bound = math.inf
         if not isinstance(step, ConvStep):
             if isinstance(step, NormStep):

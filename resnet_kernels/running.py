@@ -45,11 +45,15 @@ UNKNOWN = Known()
 
 
 class FusedState:
-    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights."""
+    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
 
-    def __init__(self, plan: Any, backend: str):
+    path: the module's, in the model that was fused; a label for profilers.
+    """
+
+    def __init__(self, plan: Any, backend: str, path: str = ""):
         self.plan = plan
         self.backend = backend
+        self.path = path
         self.packs: dict[str, PackedConv]
         self.programs: dict[tuple[str, ...], PackedProgram]
         self.drop_packs()
@@ -61,7 +65,8 @@ class FusedState:
 
     def __getstate__(self) -> dict:
         # Packed weights are opaque and the wiring is of this very module: a copy makes its own in its first call.
-        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
+        kept = {"plan": self.plan, "backend": self.backend, "path": self.path}
+        return {**kept, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
 
 
 def drop_packs(module: nn.Module) -> None:
@@ -78,7 +83,8 @@ def say_once(reason: str) -> None:
         warnings.warn(f"resnet_kernels: {reason}; such calls run the model's own PyTorch code", RuntimeWarning, 5)
 
 
-def _global_hooks() -> bool:
+def has_global_hooks() -> bool:
+    """Whether a hook on all modules is registered."""
     return bool(
         nn_module._global_forward_hooks
         or nn_module._global_forward_pre_hooks
@@ -143,7 +149,7 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
         reason = wiring
         if not isinstance(wiring, str):
             batch_statistics = wiring.in_training() is not None
-            reason = "a global module hook is registered" if _global_hooks() else wiring.why_not_at_all()
+            reason = "a global module hook is registered" if has_global_hooks() else wiring.why_not_at_all()
         if reason is None and module.training and not recipe.trains:
             reason = _OTHER_IN_TRAINING
         if reason is not None:
@@ -228,7 +234,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
     Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
     between, is registered on a block or on what is around blocks.
     """
-    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or _global_hooks():
+    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
@@ -275,7 +281,9 @@ def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor,
     bound = onednn.bound(x, known.bound)
     if not program.takes(x) or not program.is_safe(bound):
         return None
-    return program(x, known.owned), Known(True, program.result_bound(bound), known.backend)
+    return program(x, known.owned, block.__dict__["_rk_state"].path), Known(
+        True, program.result_bound(bound), known.backend
+    )
 
 
 def is_inside_verified() -> bool:

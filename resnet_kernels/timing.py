@@ -99,6 +99,7 @@ def interleave(
     min_rounds: int = 5,
     device: torch.device | str | None = None,
     progress: Callable[[int, float], object] | None = None,
+    lead_in: float = 0.0,
 ) -> dict[str, Timing]:
     """Times callables in turns: after a warm-up a round calls each of them once, in the mapping's order.
 
@@ -113,6 +114,9 @@ def interleave(
         min_rounds: rounds to do however long they take, at least 1.
         device: where the work is done: CPU (None as well) or CUDA.
         progress: called after each round with (rounds done, seconds gone), outside of what is timed.
+        lead_in: above 0, each counted call comes after uncounted ones of the same contender: one, or for this many seconds.
+            For contenders on thread pools of their own, as threads that wait go on spinning for some milliseconds and slow
+            the next contender down; and then each finds the caches as its own call has left them.
 
     Returns:
         name -> Timing, in the mapping's order; samples with the same index are of the same round.
@@ -122,14 +126,13 @@ def interleave(
         no clock for or that is not here. What a contender raises is passed on.
     """
     _check_contenders(contenders)
-    if not isinstance(seconds, numbers.Real) or isinstance(seconds, bool):
-        raise TypeError(f"seconds must be a number, got {seconds!r}")
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise ValueError(f"seconds must be finite and at least 0, got {seconds}")
+    _check_seconds("seconds", seconds)
+    _check_seconds("lead_in", lead_in)
     _check_count("min_rounds", min_rounds, 1)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable or None, got {type(progress).__name__}")
     clock = _clock(device)
+    clock = _leading_in(clock, lead_in) if lead_in else clock
     calls = dict(contenders)
     # The same loop as what counts, so that caches, too, are as they will be.
     _rounds(calls, clock, seconds * _WARM_UP_SHARE, _WARM_UP_ROUNDS, None)
@@ -140,7 +143,13 @@ def interleave(
 def ratio(a: Timing, b: Timing) -> float:
     """Returns the median over the rounds of a's time / b's: below 1, a is the faster.
 
-    Not the ratio of the medians: what slows a whole round down drops out of its own ratio.
+    Not the ratio of the medians: what slows a whole round down drops out of its own ratio. Errors as `ratios`.
+    """
+    return statistics.median(ratios(a, b))
+
+
+def ratios(a: Timing, b: Timing) -> tuple[float, ...]:
+    """Returns a's time / b's of each round.
 
     Raises:
         TypeError: if one is no Timing. ValueError: if they have not the same number of samples, so that they can't be
@@ -153,7 +162,7 @@ def ratio(a: Timing, b: Timing) -> float:
         raise ValueError(f"a and b must be of the same rounds, got {len(a.samples)} and {len(b.samples)} samples")
     if min(b.samples) == 0:
         raise ValueError("b must have no sample of 0 seconds: it is too short for the clock, let a call do more")
-    return statistics.median(mine / others for mine, others in zip(a.samples, b.samples))
+    return tuple(mine / others for mine, others in zip(a.samples, b.samples))
 
 
 class BatchTime(NamedTuple):
@@ -234,9 +243,14 @@ def time_runs(
                 print(f"{datetime.now()}: step:{step}. duration = {seconds:.3f}{whose}", file=stream, flush=True)
     timings = {info: Timing(tuple(values)) for info, values in samples.items()}
     for info, timing in timings.items():
-        what = f"{info} across {num_batches} steps, {timing.mean:.3f} +/- {timing.std:.3f} sec / batch"
-        print(f"{datetime.now()}: {what}", file=stream, flush=True)
+        print(summary_line(info, timing), file=stream, flush=True)
     return timings
+
+
+def summary_line(info: str, timing: Timing) -> str:
+    """The slim text's last line about a run, with the time of day now; `info` says what was timed."""
+    what = f"{info} across {len(timing.samples)} steps, {timing.mean:.3f} +/- {timing.std:.3f} sec / batch"
+    return f"{datetime.now()}: {what}"
 
 
 def _check_contenders(contenders: object) -> None:
@@ -249,6 +263,13 @@ def _check_contenders(contenders: object) -> None:
             raise TypeError(f"contenders must have str names, got {name!r}")
         if not callable(call):
             raise TypeError(f"contenders[{name!r}] must be callable, got {type(call).__name__}")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if not isinstance(value, numbers.Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
 def _check_count(name: str, count: object, at_least: int) -> None:
@@ -276,6 +297,17 @@ def _rounds(
         if progress is not None:
             progress(done, elapsed)
     return samples
+
+
+def _leading_in(clock: Callable, lead_in: float) -> Callable[[Callable[[], object]], float]:
+    def seconds(call: Callable[[], object]) -> float:
+        end = time.perf_counter() + lead_in
+        clock(call)
+        while time.perf_counter() < end:
+            clock(call)
+        return clock(call)
+
+    return seconds
 
 
 def _clock(device: torch.device | str | None) -> Callable[[Callable[[], object]], float]:

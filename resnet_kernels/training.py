@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import reading, reference
+from . import ranges, reading, reference
 from .folding import bn_tensors
 from .ops import add_relu, onednn
 from .ops.geometry import Geometry
 from .ops.library import autocast_dtype
 from .recipe import CallStep, NormStep, Recipe
-from .running import Go
+from .running import FusedState, Go
 from .wiring import needs_gradient
 
 CHANNELS_LAST = torch.channels_last
 
 
-def run_recipe(recipe: Recipe, go: Go, x: Tensor) -> Tensor:
+def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor) -> Tensor:
     """Runs a recipe on x, as `running.decide` has said that it may. The output has the layout that eager would give."""
     backend, wiring = go.backend, go.wiring
     value, restore = x, False
@@ -32,7 +32,7 @@ def run_recipe(recipe: Recipe, go: Go, x: Tensor) -> Tensor:
         restore = all(conv.weight.is_contiguous() for conv in wiring.convs)
     values: dict[int, Tensor] = {0: value}
     del value
-    for step, child, bn in wiring.steps:
+    for step, child, bn in ranges.around(wiring.steps, state.path):
         if isinstance(step, CallStep):
             y = _call(step, child, [values[i] for i in step.inputs], backend)
         else:

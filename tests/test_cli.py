@@ -99,7 +99,7 @@ def test_time_takes_the_gradients_of_cross_entropy():
     net = models.d2l_resnet18_keras(width=4, num_blocks=(1, 1)).double()
     x = torch.randn(4, 1, 16, 16, dtype=torch.float64)
     torch.manual_seed(1)
-    step = time_command._forward_backward(net.eval(), x)(net, x)
+    step = time_command.forward_backward(net.eval(), x)(net, x)
     torch.manual_seed(1)
     labels = torch.randint(10, (4,))
     assert net.training

@@ -12,7 +12,7 @@ import torch
 
 import resnet_kernels as rk
 from resnet_kernels import timing as timing_module
-from resnet_kernels.timing import Timing, interleave, ratio, time_run, time_runs
+from resnet_kernels.timing import Timing, interleave, ratio, ratios, summary_line, time_run, time_runs
 
 WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?: "
 NOTHING = {"a": lambda: None}
@@ -66,6 +66,23 @@ def test_ratio_pairs_the_rounds():
     a, b = Timing((1.0, 1.0, 10.0)), Timing((2.0, 20.0, 20.0))
     assert ratio(a, b) == 0.5
     assert a.median / b.median == 0.05
+    assert ratios(a, b) == (0.5, 0.05, 0.5)
+
+
+def test_lead_in_calls_are_the_contenders_own_and_not_counted():
+    calls = []
+    contenders = {name: lambda name=name: calls.append(name) for name in "ab"}
+    timings = interleave(contenders, seconds=0, min_rounds=3, lead_in=1e-9)
+    rounds = len(calls) // 4
+    assert rounds > 3 and "".join(calls) == "aabb" * rounds
+    assert len(timings["a"].samples) == 3
+
+
+def test_lead_in_lasts_as_long_as_it_is_to():
+    begin = time.perf_counter()
+    timings = interleave({"a": lambda: spin(0.001)}, seconds=0, min_rounds=1, lead_in=0.01)
+    # Of the warm-up's two rounds and the counted one.
+    assert time.perf_counter() - begin > 3 * 0.01 and len(timings["a"].samples) == 1
 
 
 def test_summary_of_the_samples():
@@ -105,6 +122,8 @@ def test_ratio_refuses_what_is_no_pair():
         ({"seconds": -1}, ValueError, "seconds must be finite and at least 0, got -1"),
         ({"seconds": float("nan")}, ValueError, "seconds must be finite"),
         ({"seconds": float("inf")}, ValueError, "seconds must be finite"),
+        ({"lead_in": "1"}, TypeError, "lead_in must be a number, got '1'"),
+        ({"lead_in": -1}, ValueError, "lead_in must be finite and at least 0, got -1"),
         ({"min_rounds": 1.5}, TypeError, "min_rounds must be an int, got 1.5"),
         ({"min_rounds": True}, TypeError, "min_rounds must be an int, got True"),
         ({"min_rounds": 0}, ValueError, "min_rounds must be at least 1, got 0"),
@@ -140,6 +159,11 @@ def test_time_run_prints_every_tenth_step_and_a_summary(num_batches, steps):
     assert [int(match.group(2)) for match in found] == steps
     summary = WHEN + rf"Forward across {num_batches} steps, \d+\.\d{{3}} \+/- \d+\.\d{{3}} sec / batch"
     assert re.fullmatch(summary, last)
+
+
+def test_summary_line_is_that_of_time_run():
+    line = summary_line("Forward-backward", Timing((0.1, 0.3)))
+    assert re.fullmatch(WHEN + r"Forward-backward across 2 steps, 0\.200 \+/- 0\.100 sec / batch", line)
 
 
 def test_time_run_prints_to_stdout(capsys):

@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
 
     runs = {}
     nets = {"eager": model, "fused": fused}
-    for name, step in (("Forward", _forward), ("Forward-backward", _forward_backward(model, x))):
+    for name, step in (("Forward", forward), ("Forward-backward", forward_backward(model, x))):
         steps = {f"{name}, {who}": step(net, x) for who, net in nets.items()}
         timings = timing.time_runs(steps, options.num_batches, burn_in, device, stream)
         runs[name] = dict(zip(nets, timings.values()))
@@ -99,7 +99,8 @@ def _set_sizes(options: argparse.Namespace, device: torch.device) -> tuple[int, 
     return burn_in, notes
 
 
-def _forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
+def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
+    """A step in eval mode and without gradients."""
     net.eval()
 
     def step():
@@ -109,8 +110,8 @@ def _forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
     return step
 
 
-def _forward_backward(model: nn.Module, x: Tensor) -> Callable[[nn.Module, Tensor], Callable[[], object]]:
-    """Makes a step from a network like `model`; all of them have the same labels."""
+def forward_backward(model: nn.Module, x: Tensor) -> Callable[[nn.Module, Tensor], Callable[[], object]]:
+    """Makes a step in train mode from a network like `model`: its gradients of a loss; all of them have the same labels."""
     with torch.inference_mode():
         y = model(x[:1])
     if not isinstance(y, Tensor) or y.ndim != 2:

@@ -1,0 +1,129 @@
+"""What is compared in a case: eager PyTorch, ours, and the peers of peers.py, behind one interface."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+
+import torch
+
+import resnet_kernels as rk
+from resnet_kernels.blocks import is_fused
+
+from .cases import Case
+from .parity import Gate
+from .workload import ForeignRunner, ModuleRunner, Runner, Workload
+
+
+class Contender:
+    """One way to run a case.
+
+    name: in ids and files. label: in tables and plots. settings: its best known ones, in a line, kept with each result.
+    ours: its wrong numbers fail the benchmark; a peer's are reported. own_threads: it has a pool of CPU threads beside
+    PyTorch's. package: the distribution that it is, for its version.
+    """
+
+    name: str
+    label: str
+    settings: str
+    ours = False
+    own_threads = False
+    package = "torch"
+
+    def covers(self, case: Case, full: bool) -> bool:
+        """Whether it takes part in a case of a run with or without --full, if it is here."""
+        raise NotImplementedError
+
+    def why_absent(self, case: Case) -> str | None:
+        """Why it can't take part here and now; None if it can."""
+        return None
+
+    def prepare(self, workload: Workload) -> Runner:
+        """Makes it ready: copies, compiles, exports. Whatever it raises costs a peer its own row and nothing else."""
+        raise NotImplementedError
+
+    def gate(self, workload: Workload, runner: Runner) -> Gate:
+        return workload.gate(runner)
+
+    @property
+    def version(self) -> str:
+        """The package and its version, or the package alone where it isn't installed."""
+        try:
+            return f"{self.package} {importlib.metadata.version(self.package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return self.package
+
+
+class Eager(Contender):
+    name, label = "eager", "PyTorch eager"
+    settings = "channels_last; cudnn.benchmark on CUDA"
+
+    def covers(self, case, full):
+        return True
+
+    def prepare(self, workload):
+        return ModuleRunner(workload.eager, workload.case.backward)
+
+
+class Fused(Contender):
+    """rk.fuse, or the op alone, on a backend."""
+
+    ours = True
+    package = "resnet_kernels"
+
+    def __init__(self, name: str, backend: str):
+        self.name, self.backend = name, backend
+        self.label = f"resnet_kernels ({backend})"
+        self.settings = f'rk.fuse(model, backend="{backend}"), channels_last'
+
+    @property
+    def version(self) -> str:
+        return f"resnet_kernels {rk.__version__}"
+
+    def covers(self, case, full):
+        # "auto" has none of the Triton kernels until a table shows that they win.
+        return self.backend == "auto" or case.device == "cuda"
+
+    def prepare(self, workload):
+        return ModuleRunner(fused_module(workload, self.backend), workload.case.backward)
+
+    def gate(self, workload, runner):
+        case = workload.case
+        if case.backward or case.level == "op":
+            return workload.gate(runner)
+        # A time of eager under the name of fused would be the worst of wrong numbers. The report alone is of what can be.
+        report = rk.explain(runner.module)
+        swapped = any(is_fused(module) for module in runner.module.modules())
+        not_fused = not swapped or not report.rows or any(row.reason or not row.fused for row in report)
+        # Block by block, each on eager's own input; the whole as well.
+        result = rk.verify(workload.eager, runner.module, workload.operands.inputs[0])
+        failure = f"not all of it runs fused:\n{report}" if not_fused else "" if result.ok else str(result)
+        return Gate(result.output.error, result.output.budget, failure)
+
+
+class FusedGraph(Contender):
+    """rk.capture of the fused model: what a user of CUDA graphs gets from us."""
+
+    name, label, ours, package = "fused-graph", "resnet_kernels (CUDA graph)", True, "resnet_kernels"
+    settings = 'rk.capture(rk.fuse(model, backend="auto"), x)'
+
+    @property
+    def version(self) -> str:
+        return f"resnet_kernels {rk.__version__}"
+
+    def covers(self, case, full):
+        return case.device == "cuda" and case.level != "op" and not case.backward
+
+    def prepare(self, workload):
+        with torch.no_grad():
+            run = rk.capture(fused_module(workload, "auto"), *workload.operands.inputs)
+        return ForeignRunner(run, lambda x: x, lambda y: y)
+
+
+def fused_module(workload: Workload, backend: str) -> torch.nn.Module:
+    """A workload's module on the kernels of a backend; the eager one is left as it is."""
+    if workload.case.level != "op":
+        return rk.fuse(workload.eager, backend=backend)
+    fused = copy.deepcopy(workload.eager)
+    fused.backend = backend
+    return fused

@@ -1,0 +1,52 @@
+"""The gate that a contender passes before its time counts.
+
+fp64 is the truth and eager in the working dtype the budget: a contender passes if its relative norm error is at most twice
+eager's plus one rounding of the dtype. Forward passes compare outputs, forward-backward passes every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Parity of a contender with fp64: relative norm error, what it may be, and, where it fails, of what."""
+
+    error: float
+    budget: float
+    failure: str = ""
+
+
+def compare(
+    names: Sequence[str],
+    tensors: Sequence[Tensor],
+    eager: Sequence[Tensor],
+    oracle: Sequence[Tensor],
+    dtype: torch.dtype,
+) -> Gate:
+    """The gate of the tensor that comes nearest to its budget, or goes furthest over it.
+
+    dtype: the working dtype, whose rounding is allowed on top of eager's own error; the tensors may be wider.
+    """
+    rounding = torch.finfo(dtype).eps / 2
+    whole = torch.stack([truth.norm() for truth in oracle]).norm().item()
+    gates = []
+    for name, tensor, reference, truth in zip(names, tensors, eager, oracle, strict=True):
+        if tensor.shape != truth.shape:
+            shapes = f"{tuple(tensor.shape)}, eager's is {tuple(truth.shape)}"
+            return Gate(float("nan"), rounding, f"{name} is of shape {shapes}")
+        size = truth.norm().item()
+        # A bias in front of a BN in training has a true gradient of zero, which rounding alone makes anything else: there
+        # the error counts against all gradients.
+        size = size if size > 1e-9 * whole else whole
+        error, own = ((t.to(truth) - truth).norm().item() / size for t in (tensor, reference))
+        budget = 2 * own + rounding
+        # `not <=`: NaN fails.
+        failure = "" if error <= budget else f"{name} errs by {error:.2e}, eager by {own:.2e}"
+        gates.append(Gate(error, budget, failure))
+    return max(gates, key=lambda gate: (bool(gate.failure), gate.error / gate.budget))

@@ -1,0 +1,261 @@
+"""Peers: other ways to run the same network fast, each with its best known settings, in the same rounds as eager and fused.
+
+A peer that isn't installed, can't do a case or raises is listed as absent with the reason, and costs its own row alone (one
+that kills the process, the run). All but the two graphs of PyTorch's own are for `--full`: preparing them takes longer than
+timing them.
+
+None may slow the next. On two CPU cores, beside other work, `python -m benchmarks.interference` gave
+
+    INTERFERENCE
+
+so in cases in which a contender has threads of its own each counted call comes after uncounted ones of the same contender,
+for LEAD_IN_SECONDS; and no pool is let spin for longer than its default where it has a switch for that.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from .cases import D2L_KERAS, Case, Conv
+from .contenders import Contender, fused_module
+from .workload import ForeignRunner, GraphRunner, ModuleRunner, Workload
+
+# Longer than GNU OpenMP's threads, PyTorch's, spin after a parallel region: 4 to 8 ms here.
+LEAD_IN_SECONDS = 0.01
+
+
+class Compile(Contender):
+    """torch.compile. In inference on CPUs with freezing, where that is what it takes to be fast."""
+
+    name, label = "compile", "torch.compile"
+    settings = "torch.compile(model); freezing on CPUs"
+    own_threads = True  # its kernels bring an OpenMP runtime of the compiler's
+
+    def covers(self, case, full):
+        # Training on CPUs: minutes of compilation for a model.
+        return full and (case.device == "cuda" or not case.backward)
+
+    def prepare(self, workload):
+        return self._compiled(workload, {}, freezing=workload.case.device == "cpu")
+
+    def _compiled(self, workload: Workload, options: dict, freezing: bool) -> ModuleRunner:
+        import torch._dynamo as dynamo
+        import torch._inductor.config as inductor_config
+
+        # All cases of a model share its forward's code, and past eight graphs of a piece of code Dynamo runs it eagerly.
+        dynamo.config.fail_on_recompile_limit_hit = True
+        # A copy: freezing takes the parameters for constants.
+        runner = _CompiledRunner(torch.compile(copy.deepcopy(workload.eager), **options), workload.case.backward)
+        # Compiled here. Not torch.compile's option: Dynamo asks the configuration, too, whether parameters are constants, and
+        # as an option alone it costs this peer a quarter of its speed.
+        with inductor_config.patch(freezing=freezing):
+            runner.bind(workload.operands)()
+        return runner
+
+
+class _CompiledRunner(ModuleRunner):
+    saved_bytes = None  # hooks on saved tensors would be compiled, too, and be another graph than the timed one
+
+
+class CompileMax(Compile):
+    name, label = "compile-max", "torch.compile (max-autotune)"
+    settings = 'torch.compile(model, mode="max-autotune"), which has CUDA graphs; freezing in inference'
+    own_threads = False
+
+    def covers(self, case, full):
+        return full and case.device == "cuda"
+
+    def prepare(self, workload):
+        return self._compiled(workload, {"mode": "max-autotune"}, freezing=not workload.case.backward)
+
+
+class EagerGraph(Contender):
+    name, label = "eager-graph", "PyTorch eager (CUDA graph)"
+    settings = "channels_last; cudnn.benchmark; one torch.cuda.CUDAGraph"
+
+    def covers(self, case, full):
+        return case.device == "cuda"
+
+    def prepare(self, workload):
+        return GraphRunner(ModuleRunner(workload.eager, workload.case.backward))
+
+
+class CompileGraph(Compile):
+    name, label = "compile-graph", "torch.compile (CUDA graph)"
+    settings = "torch.compile(model); one torch.cuda.CUDAGraph"
+    own_threads = False
+
+    def covers(self, case, full):
+        return full and case.device == "cuda"
+
+    def prepare(self, workload):
+        return GraphRunner(self._compiled(workload, {}, freezing=False))
+
+
+class Cudnn(Contender):
+    """cuDNN's fused convolution + bias (+ add) + ReLU, layer by layer, whatever "auto" has become."""
+
+    name, label = "cudnn", "cuDNN fused ops"
+    settings = "torch.cudnn_convolution_relu / _add_relu per layer, channels_last, cudnn.benchmark"
+
+    def covers(self, case, full):
+        if case.device != "cuda" or case.backward:
+            return False
+        return case.level != "op" or isinstance(case.subject, Conv)
+
+    def why_absent(self, case):
+        if case.level == "op" and not (case.subject.relu and case.subject.system != D2L_KERAS):
+            return "cuDNN's fused calls end in a ReLU and pad the same on both sides"
+        return None
+
+    def prepare(self, workload):
+        if workload.case.level != "op":
+            return ModuleRunner(fused_module(workload, "cudnn"), backward=False)
+        return ModuleRunner(_CudnnConv(workload.eager), backward=False)
+
+
+class _CudnnConv(nn.Module):
+    """The bare calls, without what rk.ops adds on the host."""
+
+    def __init__(self, eager: nn.Module):
+        super().__init__()
+        self.weight, self.bias = eager.weight, eager.bias
+        stride, _, dilation, groups = eager.geometry
+        self.options = (stride, eager.geometry.conv2d_padding, dilation, groups)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is None:
+            return torch.cudnn_convolution_relu(x, self.weight, self.bias, *self.options)
+        return torch.cudnn_convolution_add_relu(x, self.weight, residual, 1.0, self.bias, *self.options)
+
+
+class _Foreign(Contender):
+    """Another framework: forward passes of blocks, stages and models, with --full."""
+
+    own_threads = True
+    modules: tuple[str, ...]
+
+    def covers(self, case, full):
+        return full and case.level != "op" and not case.backward
+
+    def why_absent(self, case):
+        missing = [name for name in self.modules if importlib.util.find_spec(name) is None]
+        if missing:
+            return f"not installed: {', '.join(missing)} (pip install 'resnet_kernels[peers]')"
+        return self.why_not(case)
+
+    def why_not(self, case: Case) -> str | None:
+        """Why it can't do a case although it is installed."""
+        return None
+
+
+class OnnxRuntime(_Foreign):
+    name, label, package, modules = "onnxruntime", "ONNX Runtime", "onnxruntime", ("onnxruntime", "onnx", "onnxscript")
+    # Spinning: once made eager look 1.6 times slower, which ran right after it.
+    settings = (
+        "CPUExecutionProvider, all graph optimisations, intra-op threads as PyTorch's, session.intra_op.allow_spinning=0; "
+        "input and output NumPy arrays, NCHW"
+    )
+
+    def covers(self, case, full):
+        return super().covers(case, full) and case.device == "cpu"
+
+    def why_not(self, case):
+        return None if case.platform.dtype == torch.float32 else "its CPU convolutions are of float32 alone"
+
+    def prepare(self, workload):
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors alone
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        session = onnxruntime.InferenceSession(_onnx(workload), options, providers=["CPUExecutionProvider"])
+        name = session.get_inputs()[0].name
+        return ForeignRunner(
+            lambda x: session.run(None, {name: x})[0], lambda x: x.contiguous().numpy(), torch.from_numpy
+        )
+
+
+def _onnx(workload: Workload) -> bytes:
+    x = workload.operands.inputs[0].contiguous()
+    file = io.BytesIO()
+    with torch.no_grad():
+        torch.onnx.export(workload.eager, (x,), dynamo=True, verbose=False).save(file)
+    return file.getvalue()
+
+
+class OpenVino(_Foreign):
+    name, label, package, modules = "openvino", "OpenVINO", "openvino", ("openvino",)
+    settings = (
+        "CPU, PERFORMANCE_HINT=LATENCY, threads as PyTorch's, no pinning, INFERENCE_PRECISION_HINT of the case's dtype, "
+        "fixed shapes, shared inputs and outputs; input NCHW"
+    )
+
+    def covers(self, case, full):
+        return super().covers(case, full) and case.device == "cpu"
+
+    def prepare(self, workload):
+        import openvino
+
+        precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[workload.case.platform.dtype]
+        x = workload.operands.inputs[0].detach().float().contiguous()
+        with warnings.catch_warnings():
+            # It traces, and SAME padding asks for the input's size, which is fixed here.
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            plain = copy.deepcopy(workload.eager).float()
+            model = openvino.convert_model(plain, example_input=x, input=[tuple(x.shape)])
+        config = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            # Pinned, its threads would keep PyTorch's off their cores, or the other way round.
+            "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": precision,
+        }
+        request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
+        return ForeignRunner(
+            lambda x: request.infer({0: x}, share_inputs=True, share_outputs=True)[0],
+            lambda x: x.float().contiguous().numpy(),
+            torch.from_numpy,
+        )
+
+
+class Jax(_Foreign):
+    name, label, package, modules = "jax", "JAX / XLA", "jax", ("jax",)
+    settings = (
+        "one jax.jit, compiled ahead, NHWC, BN as scale and shift; matmul precision as PyTorch's TF32 switch says"
+    )
+
+    def why_not(self, case):
+        import jax
+
+        platform = {"cpu": "cpu", "cuda": "gpu"}[case.device]
+        try:
+            return None if jax.devices(platform) else f"jax has no {platform} device"
+        except RuntimeError as error:
+            return f"jax has no {platform} device: {error}"
+
+    def prepare(self, workload):
+        from .jax_resnet import convert
+
+        return convert(workload)
+
+
+PEERS: tuple[Contender, ...] = (
+    Compile(),
+    CompileMax(),
+    EagerGraph(),
+    CompileGraph(),
+    Cudnn(),
+    OnnxRuntime(),
+    OpenVino(),
+    Jax(),
+)

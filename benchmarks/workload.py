@@ -1,0 +1,214 @@
+"""A case's data, and runners: what a contender makes of it.
+
+A runner binds a copy of the operands and gives the call that is timed, and reads results from what that very call returned,
+so that the gate sees what the clock sees.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from resnet_kernels.verify import randomise_batch_norms_
+
+from .cases import Case, Conv
+from .parity import Gate, compare
+from .subjects import build, has_residual
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What a call reads besides parameters: the input, a residual if there is one, and for training the output's gradient."""
+
+    inputs: tuple[Tensor, ...]
+    grad_y: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = self.inputs if self.grad_y is None else (*self.inputs, self.grad_y)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def copy(self) -> Operands:
+        inputs = (x.detach().clone().requires_grad_(x.requires_grad) for x in self.inputs)
+        return Operands(tuple(inputs), None if self.grad_y is None else self.grad_y.clone())
+
+    def double(self) -> Operands:
+        inputs = (x.detach().double().requires_grad_(x.requires_grad) for x in self.inputs)
+        return Operands(tuple(inputs), None if self.grad_y is None else self.grad_y.double())
+
+
+class Runner(Protocol):
+    """A contender made ready for a workload."""
+
+    def bind(self, operands: Operands) -> Callable[[], object]:
+        """Returns what is timed: one forward, or forward and backward pass. On a GPU it returns before the work is done."""
+
+    def read(self, operands: Operands, returned: object) -> list[Tensor]:
+        """Results of a bound call from what it returned: the output, or all gradients."""
+
+
+class ModuleRunner:
+    """A torch module, run as a user runs it."""
+
+    def __init__(self, module: nn.Module, backward: bool):
+        self.module, self.backward = module, backward
+
+    def bind(self, operands: Operands) -> Callable[[], object]:
+        module, inputs, grad_y, leaves = self.module, operands.inputs, operands.grad_y, self._leaves(operands)
+
+        def forward():
+            # torch.compile would make another graph for inference_mode than for the gate's no_grad.
+            with torch.no_grad():
+                return module(*inputs)
+
+        def forward_backward():
+            # As a training step does, so that gradients are neither added up nor kept from the call before.
+            for leaf in leaves:
+                leaf.grad = None
+            module(*inputs).backward(grad_y)
+
+        return forward_backward if self.backward else forward
+
+    def read(self, operands: Operands, returned: object) -> list[Tensor]:
+        return [leaf.grad for leaf in self._leaves(operands)] if self.backward else [returned]
+
+    def saved_bytes(self, operands: Operands) -> int:
+        """The bytes of all tensors that a forward pass keeps for its backward, parameters and input left out."""
+        module = self.module
+        own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *operands.inputs)}
+        kept = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own:
+                kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            y = module(*operands.inputs)
+        del y
+        return sum(kept.values())
+
+    def _leaves(self, operands: Operands) -> list[Tensor]:
+        return [*self.module.parameters(), *(x for x in operands.inputs if x.requires_grad)]
+
+
+class GraphRunner:
+    """Another runner's call as a CUDA graph: the host launches once, whatever the call has in it."""
+
+    def __init__(self, inner: ModuleRunner):
+        self.inner = inner
+
+    def bind(self, operands: Operands) -> Callable[[], object]:
+        call = self.inner.bind(operands)
+        # As torch.cuda.graph asks: lazy initialisation and cuDNN's choice of algorithms on a side stream, not in the graph.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            # Read here: a replay writes to these tensors, whatever the leaves' .grad has become.
+            results = self.inner.read(operands, call())
+
+        def replay():
+            graph.replay()
+            return results
+
+        return replay
+
+    def read(self, operands: Operands, returned: object) -> list[Tensor]:
+        return [tensor.clone() for tensor in returned]
+
+
+class ForeignRunner:
+    """Another framework's forward pass. Inputs are converted before the clock starts, the output after it has stopped."""
+
+    def __init__(
+        self,
+        call: Callable[..., object],
+        convert: Callable[[Tensor], object],
+        restore: Callable[[object], Tensor],
+    ):
+        self.call, self.convert, self.restore = call, convert, restore
+
+    def bind(self, operands: Operands) -> Callable[[], object]:
+        call, inputs = self.call, [self.convert(x.detach()) for x in operands.inputs]
+        return lambda: call(*inputs)
+
+    def read(self, operands: Operands, returned: object) -> list[Tensor]:
+        return [self.restore(returned)]
+
+
+class Workload:
+    """A case's eager module and operands. Everything is channels_last, eager too."""
+
+    def __init__(self, case: Case):
+        torch.manual_seed(0)
+        self.case = case
+        self.device = torch.device(case.device)
+        if self.device.type == "cuda":
+            # For every contender that calls cuDNN through PyTorch. Sizes never change here, so the search is done once.
+            torch.backends.cudnn.benchmark = True
+        subject = case.subject
+        options = {"device": self.device, "dtype": case.platform.dtype}
+        # Weights are drawn before they are moved and rounded, so that they are the same on each platform.
+        plain = randomise_batch_norms_(build(subject)).train(case.backward)
+        self.eager = plain.to(**options, memory_format=torch.channels_last)
+        size = (case.batch, subject.c_in, subject.size, subject.size)
+        inputs = [torch.randn(size).to(**options, memory_format=torch.channels_last)]
+        with torch.no_grad():
+            if has_residual(subject):
+                y = self.eager(*inputs) if isinstance(subject, Conv) else inputs[0]
+                inputs.append(torch.randn_like(y))
+            grad_y = torch.randn_like(self.eager(*inputs)) if case.backward else None
+        # A model's input needs no gradient; that of a stage, a block and an op comes from the layer before.
+        needs_grad = case.backward and case.level != "model"
+        self.operands = Operands(tuple(x.requires_grad_(needs_grad) for x in inputs), grad_y)
+
+    @functools.cached_property
+    def copies(self) -> tuple[Operands, ...]:
+        """The operands as often as it takes for none to be in a GPU's L2 cache when its turn comes again.
+
+        One copy on CPUs, and of models, which by far outgrow an L2 with what they make in between.
+        """
+        if self.device.type != "cuda" or self.case.level == "model":
+            return (self.operands,)
+        count = copies_beyond(torch.cuda.get_device_properties(self.device).L2_cache_size, self.operands.nbytes)
+        return (self.operands, *(self.operands.copy() for _ in range(count - 1)))
+
+    def gate(self, runner: Runner) -> Gate:
+        """Compares a runner's results with fp64's: the output in inference, every gradient in training."""
+        eager, oracle = self._references
+        results = self._results(runner, self.operands)
+        names = ["y"]
+        if self.case.backward:
+            inputs = ["dx", "dresidual"][: sum(x.requires_grad for x in self.operands.inputs)]
+            names = [*(f"d{name}" for name, _ in self.eager.named_parameters()), *inputs]
+        return compare(names, results, eager, oracle, self.case.platform.dtype)
+
+    @functools.cached_property
+    def _references(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(eager's results, fp64's)."""
+        backward = self.case.backward
+        oracle = ModuleRunner(copy.deepcopy(self.eager).double(), backward)
+        eager = self._results(ModuleRunner(self.eager, backward), self.operands)
+        return eager, self._results(oracle, self.operands.double())
+
+    def _results(self, runner: Runner, operands: Operands) -> list[Tensor]:
+        # Copies: what is returned may be the runner's own memory, and the next call write over it.
+        return [tensor.detach().clone() for tensor in runner.read(operands, runner.bind(operands)())]
+
+
+def copies_beyond(cache_bytes: int, operand_bytes: int) -> int:
+    """How many copies of operands together are at least twice as large as a cache, and at least two."""
+    return max(2, math.ceil(2 * cache_bytes / max(1, operand_bytes)))
