@@ -9,7 +9,7 @@
     figures.py          FLOPs, bytes, ceilings, versions
     kernels.py          a model's time by kernel;  load.py: what the neighbours do
     test_benchmarks.py  a benchmark a contender;  conftest.py: --full, and the tables at the end
-    table.py            README's table from a file
+    table.py            README's tables from the files in results
     costs.py            python -m benchmarks.costs: what the package costs beside its kernels
     interference.py     python -m benchmarks.interference: do contenders slow each other down?
 
