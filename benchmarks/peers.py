@@ -1,7 +1,8 @@
 """Peers: other ways to run the same network fast, each with its best known settings, in the same rounds as eager and fused.
 
 A peer that isn't installed, can't do a case or raises is listed as absent with the reason, and costs its own row alone (one
-that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing them takes longer than timing them.
+that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing the others takes
+longer than timing them.
 
 None may slow the next. What `python -m benchmarks.interference` asks, asked once of ResNet-18 (batch 2, 64x64) on two CPU
 cores that nobody else used, 8 to 10 s of rounds each, medians of time / time after its own kind of the same round:
@@ -14,7 +15,7 @@ cores that nobody else used, 8 to 10 s of rounds each, medians of time / time af
     torch.compile                        1.06              1.09
 
 ONNX Runtime's threads are therefore told not to spin. PyTorch's own do, for 4 to 8 ms after a parallel region (GNU OpenMP's
-default, which is also its fastest), and slow the others down by more than these slow it. So in cases in which a contender has
+default), and slow the others down by more than these slow eager. So in cases in which a contender has
 threads of its own each counted call comes after uncounted ones of the same contender, for LEAD_IN_SECONDS.
 """
 
