@@ -140,7 +140,7 @@ def test_a_model_that_can_not_take_it_is_refused():
 
 def test_inputs_that_are_no_images_are_refused(images):
     fused = rk.fuse(prepared(Net()), normalize=NORMALIZE)
-    with pytest.raises(TypeError, match=r"uint8 or floating-point tensor, .* got torch\.int64"):
+    with pytest.raises(TypeError, match=r"uint8 or floating-point tensor .* got torch\.int64"):
         fused(images.long())
     with pytest.raises(TypeError, match="got list"):
         fused([images])
