@@ -49,13 +49,12 @@ def run_recipes(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor, know
     return (y.contiguous(), Known(True, bound)) if restore else (y, Known(True, bound, (state.backend, first.backend)))
 
 
-def run_images(recipe: Recipe, state: FusedState, go: Go, x: Tensor, like: Tensor) -> Tensor | None:
-    """Runs a stem on images that are still to be normalised, in the kernel's own packing pass; None where that doesn't run.
+def run_images(recipe: Recipe, state: FusedState, go: Go, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Runs a stem on images of any layout, still to be normalised if `state` says so; None where no kernel does that.
 
-    like: of the shape, dtype and device that they will have.
+    dtype: that is computed in.
     """
-    if go.backend == "cpu" or torch.compiler.is_compiling():
-        return None
+    like = torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
     return _plan([(recipe, state, go)], like).run_images(x, state.normalize)
 
 

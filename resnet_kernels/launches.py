@@ -190,15 +190,16 @@ class Plan:
                 del values[dead]
         return values[self.result]
 
-    def run_images(self, x: Tensor, normalize: Normalize) -> Tensor | None:
-        """The same of images that are still to be normalised, where all of it is a stem that can; None elsewhere."""
+    def run_images(self, x: Tensor, normalize: Normalize | None) -> Tensor | None:
+        """The same of images of any layout, still to be normalised, where all of it is a stem's launch; None elsewhere."""
         from .kernels import stem, stem_plan
 
         what = self.launches[0][1].what
         if len(self.launches) > 1 or not isinstance(what, Stem) or x.dtype not in stem_plan.IMAGE_DTYPES:
             return None
         scale, shift = self.norms.read()[what.conv.step.out]
-        return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, normalize.mean, normalize.std)
+        mean, std = (None, None) if normalize is None else (normalize.mean, normalize.std)
+        return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, mean, std)
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:

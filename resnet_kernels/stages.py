@@ -48,8 +48,9 @@ class FusedHost(Fused):
         x = args[0]
         if running.is_inside_verified() and reading.is_plain_sequential(self):
             return _run_stage(self, state, x, UNKNOWN)
-        value = x.contiguous(memory_format=CHANNELS_LAST)
-        restore = value is not x and _first_weight_is_contiguous(self)
+        # A run at the entry converts by itself, or packs the image as it is: call_run.
+        value = x if state.plan.entry is not None else x.contiguous(memory_format=CHANNELS_LAST)
+        restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
         with running.verified_below(None if self.training else _survey(self, state)):
             if reading.is_plain_sequential(self):
                 y = _run_stage(self, state, value, Known(owned=value is not x))
@@ -171,10 +172,12 @@ def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Rec
 def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
     """Runs one of a host's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
-    if state.normalize is not None and name == state.plan.entry:
-        if (y := _run_unnormalised(host, recipe, state, x)) is not None:
-            return y, UNKNOWN
-        x, known = state.normalize(x, _dtype(host)), UNKNOWN
+    if name == state.plan.entry:
+        if (result := _run_stem(host, recipe, state, x, known)) is not None:
+            return result
+        if state.normalize is not None:
+            x = state.normalize(x, _dtype(host))
+        x = x.contiguous(memory_format=CHANNELS_LAST)
     go, reason = running.decide(host, recipe, state, x, known)
     if go is not None:
         return blocks.run(recipe, state, go, x, known)
@@ -186,15 +189,23 @@ def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Kn
     return x, UNKNOWN
 
 
-def _run_unnormalised(host: nn.Module, recipe: Recipe, state: FusedState, x: Tensor) -> Tensor | None:
-    """The stem kernel's result for images as they came, which it normalises itself; None where it does not run."""
-    if x.requires_grad and torch.is_grad_enabled():
+def _run_stem(
+    host: nn.Module, recipe: Recipe, state: FusedState, x: Tensor, known: Known
+) -> tuple[Tensor, Known] | None:
+    """The run at a host's entry by the stem kernel, which packs and normalises images as they came; None where it can't."""
+    if len(recipe.steps) != 2 or torch.compiler.is_compiling():
         return None
-    like = _like_normalised(host, state, (x,))
-    go, _ = running.decide(host, recipe, state, like, UNKNOWN)
+    if state.normalize is not None and x.requires_grad and torch.is_grad_enabled():
+        return None
+    like = x if state.normalize is None else _like_normalised(host, state, (x,))
+    dtype = autocast_dtype(like) or like.dtype
+    if dispatch.resolve(state.backend, like.device, dtype) not in ("triton", "tuned"):
+        return None
+    go, _ = running.decide(host, recipe, state, like, known)
     if go is None or go.learns:
         return None
-    return inference.run_images(recipe, state, go, x, like.to(autocast_dtype(like) or like.dtype))
+    y = inference.run_images(recipe, state, go, x, dtype)
+    return None if y is None else (y, Known(owned=True, backend=(state.backend, go.backend)))
 
 
 class _StandIn:

@@ -240,7 +240,7 @@ KERNEL_BUGS = {
     "row above left out": ("even = _max(above_even, even)", "even = _max(even, even)"),
     "row above's odd columns left out": ("odd = _max(above_odd, odd)", "odd = _max(odd, odd)"),
     "row below left out": ("even = _max(even, above_even)", "even = _max(even, even)"),
-    "row of padding below taken for one": ("tl.maximum(h, 0), out_h - 1)", "tl.maximum(h, 0), out_h - 2)"),
+    "row of padding below taken for one": ("tl.maximum(h, 0), out_h - 1)", "tl.maximum(h, 0), out_h // 2)"),
     "row above taken for another": ("tl.maximum(h, 0)", "tl.maximum(h, 2)"),
     "left neighbour of the first": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane - 1, 2)"),
     "own lane for the left one": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane, 0)"),
