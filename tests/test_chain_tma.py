@@ -65,7 +65,7 @@ CASES = (
     Case("v2, end of the net", 2, 64, 5, 6, 64, 256, 0, preact=True, keep_sum=False),
     Case("CIFAR, 32 wide", 3, 32, 8, 8, 32, 128, 32, shortcut=64, stride=2),
     Case("c_out = 2 width", 1, 128, 5, 5, 128, 256, 128, shortcut=64),
-    Case("96 wide to 40", 1, 96, 5, 7, 96, 192, 40, shortcut=72),
+    Case("96 wide to 40", 1, 96, 5, 7, 96, 160, 40, shortcut=72),
     Case("TF SAME", 1, 64, 8, 6, 64, 128, 72, shortcut=SUBSAMPLED, stride=2, padding=(0, 1, 0, 1)),
     Case("one row", 1, 32, 1, 33, 32, 64, 8),
     Case("1x1 image", 5, 64, 1, 1, 64, 64, 64),
@@ -326,7 +326,7 @@ REASONS = {
     ),
     "3x3 conv3": (dict(conv3_shape=(256, 64, 3, 3)), r"conv3: weight must have shape \(256, 64, 1, 1\)"),
     "conv3 of others": (dict(conv3_shape=(256, 32, 1, 1)), "conv3: weight must have shape"),
-    "ragged output": (dict(conv3_shape=(96, 64, 1, 1), next_shape=None), "conv3: C_out must be a multiple of 64, got 96"),
+    "ragged output": (dict(conv3_shape=(80, 64, 1, 1), next_shape=None), "conv3: C_out must be a multiple of 32, got 80"),
     "next of others": (dict(next_shape=(64, 128, 1, 1)), r"next conv1: weight must have shape \(64, 256, 1, 1\)"),
     "ragged next": (dict(next_shape=(36, 256, 1, 1)), "next conv1: C_out must be a multiple of 8, got 36"),
     "projection of others": (
