@@ -204,8 +204,8 @@ def launch(
     residual: Tensor | Shortcut,
     next_norm: tuple[Tensor, Tensor] | None = None,
     next_conv1: Layer | None = None,
-    keep_sum: bool = True,
     config: ChainConfig | None = None,
+    keep_sum: bool = True,
 ) -> tuple[Tensor, Tensor | None]:
     """Runs the kernel on checked operands that `chain_tma_plan.why_not` lets pass.
 

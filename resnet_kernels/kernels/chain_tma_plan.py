@@ -34,9 +34,9 @@ class ChainConfig:
 
 
 class Kind(NamedTuple):
-    """What decides over registers. width: the 3x3's output channels, next_width: z's (0: no z), both up to a power of 2.
+    """What decides over registers, rounded up to the sizes below. width: the 3x3's output channels, next_width: z's, 0: no z.
 
-    shortcut_in: input channels of the projection, up to a power of 2; 0: the residual is added as it is.
+    shortcut_in: input channels of the projection, 0: the residual is added as it is.
     """
 
     width: int
@@ -123,8 +123,8 @@ def why_not(
     ):
         if shape is not None and tuple(shape) != expected:
             return f"{name}: weight must have shape {expected}, got {tuple(shape)}"
-    if c_out % 64:
-        return f"conv3: C_out must be a multiple of 64, got {c_out}"
+    if c_out % 32:
+        return f"conv3: C_out must be a multiple of 32, got {c_out}"
     if shortcut is not None:
         reason = _why_not_shortcut(shortcut, geometry.out_shape(x_shape, conv2_shape), c_out)
         if reason is not None:
