@@ -158,7 +158,9 @@ def conv_case(config, dtype: str, layer: str, weight_shape, geometry: Geometry, 
 
 
 def label(config) -> str:
-    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
+    return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}" + (
+        f" k{config.split_k}" if getattr(config, "split_k", 1) > 1 else ""
+    )
 
 
 def conv_cases(everything: bool) -> list[Case]:
@@ -228,11 +230,13 @@ def tma_cases(everything: bool) -> list[Case]:
             if shortcut:
                 types |= dict.fromkeys(("shortcut_scale_ptr", "shortcut_bias_ptr", "parked_ptr"), "*fp32")
             config = todo.config
+            if config.split_k > 1:
+                types |= {"parked_ptr": "*fp32", "counter_ptr": "*i32"}
             case = Case(
                 TMA_KERNEL, label(config), dtype, name, config.num_warps, config.num_stages, types | arguments, aligned,
                 constants | todo.constants, todo.max_registers,
             )  # fmt: skip
-            form = (weight_shape[2:], "x01_desc" in views, *(todo.constants[n] for n in ("IN_PAIRS", "RAGGED")))
+            form = (weight_shape[2:], "x01_desc" in views, *(todo.constants[n] for n in ("IN_PAIRS", "RAGGED", "SKIP")))
             loop = (*form, bool(shortcut), todo.constants["N_CHUNKS"] == 1)
             cases.setdefault(repr(replace(case, layer="")) if everything else (config, loop), case)
     return list(cases.values())

@@ -23,9 +23,19 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.geometry import Geometry
-from .conv_bias_act_tma_parts import convolve, load_scales, multiply_add, must_park, park, store_part
+from .conv_bias_act_tma_parts import (
+    add_up,
+    arrives_last,
+    convolve,
+    load_scales,
+    multiply_add,
+    must_park,
+    park,
+    store_part,
+)
 from .conv_bias_act_tma_plan import ConvShape, View, plan
 from .conv_bias_act_tma_tiles import TmaConfig
+from .counters import zeros
 
 # Descriptors kept: four a convolution, ResNet-152 has 155.
 _CACHED = 1024
@@ -47,7 +57,8 @@ def _conv_bias_act_tma_kernel(
     bias_ptr,
     shortcut_scale_ptr,
     shortcut_bias_ptr,
-    parked_ptr,  # fp32, BLOCK_N * BLOCK_M a program, or None
+    parked_ptr,  # fp32, BLOCK_N * BLOCK_M numbers a program, at SPLIT_K > 1 a share of a tile; or None
+    counter_ptr,  # int32 zeros, (n_tiles,), at SPLIT_K > 1
     n_tiles,
     tiles_h,
     tiles_w,
@@ -77,7 +88,9 @@ def _conv_bias_act_tma_kernel(
     PARTS: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
-    for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
+    TILE: tl.constexpr = BLOCK_N * BLOCK_M
+    for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0)):
+        tile = share // SPLIT_K
         # Channels first: programs of one box of pixels, the larger operand, run at a time.
         channel = tile % tiles_c * BLOCK_N
         box = tile // tiles_c
@@ -89,36 +102,41 @@ def _conv_bias_act_tma_kernel(
         # Branches over the whole tile: one around the sums in mid-tile costs 60 registers.
         if PARKS and must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N):
             acc = convolve(
-                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w,
+                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w, share % SPLIT_K, SPLIT_K,
                 KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             scale, _ = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
-            park(acc * scale[:, None], parked_ptr, 0, BLOCK_M, PARTS)
+            own_ptr = parked_ptr + tl.program_id(0) * TILE
+            park(acc * scale[:, None], own_ptr, 0, BLOCK_M, PARTS)
             acc = multiply_add(
-                tl.zeros_like(acc), shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0,
+                tl.zeros_like(acc), shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0, 0, 1,
                 1, 1, 0, 0, 1, 1, SHORTCUT_CHUNKS, False, False, 0, 0, False, UPCAST, BLOCK_K,
             )  # fmt: skip
             # Another thread may have parked what this one reads.
             tl.debug_barrier()
             store_part(
-                acc, shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, parked_ptr, residual_desc, y_desc, c_out,
+                acc, shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, own_ptr, residual_desc, y_desc, c_out,
                 n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
             )  # fmt: skip
         else:
             acc = convolve(
-                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w,
+                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w, share % SPLIT_K, SPLIT_K,
                 KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             if shortcut_desc is not None:
                 scale, shortcut_scale = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
+                acc *= tl.div_rn(scale, shortcut_scale)[:, None]
                 acc = multiply_add(
-                    acc * tl.div_rn(scale, shortcut_scale)[:, None], shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0,
+                    acc, shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0, 0, 1,
                     1, 1, 0, 0, 1, 1, SHORTCUT_CHUNKS, False, False, 0, 0, False, UPCAST, BLOCK_K,
                 )  # fmt: skip
-            store_part(
-                acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, None,
-                residual_desc, y_desc, c_out, n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
-            )  # fmt: skip
+            if SPLIT_K == 1 or arrives_last(acc, parked_ptr, counter_ptr, share, SPLIT_K, PARTS):
+                if SPLIT_K > 1:
+                    acc = add_up(parked_ptr + tile * (SPLIT_K * TILE), SPLIT_K, BLOCK_N, BLOCK_M)
+                store_part(
+                    acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, None,
+                    residual_desc, y_desc, c_out, n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+                )  # fmt: skip
 
 
 class Shortcut(NamedTuple):
@@ -164,15 +182,20 @@ def launch(
     descriptors = {name: described(tensors[name], view) for name, view in todo.views.items()}
     if residual is not None:
         descriptors["residual_desc"] = described(aligned(residual), todo.views["y_desc"])
-    programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
-    parked = None
-    if vectors["shortcut_scale_ptr"] is not None:
-        parked = torch.empty(programs * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
+    n_tiles, split_k = todo.integers["n_tiles"], config.split_k
+    programs = min(n_tiles * split_k, multiprocessors(x.device) * config.programs_per_sm)
+    # Per call: the allocator knows which streams and graphs use it.
+    parked = counters = None
+    if split_k > 1 or vectors["shortcut_scale_ptr"] is not None:
+        tiles = n_tiles * split_k if split_k > 1 else programs
+        parked = torch.empty(tiles * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
+    if split_k > 1:
+        counters = zeros(n_tiles, x.device)
     with torch.cuda.device_of(x):
         _conv_bias_act_tma_kernel[(programs,)](
             **dict.fromkeys(_OPTIONAL) | descriptors,
             **{name: None if vector is None else vector.contiguous() for name, vector in vectors.items()},
-            parked_ptr=parked, **todo.integers, **todo.constants,
+            parked_ptr=parked, counter_ptr=counters, **todo.integers, **todo.constants,
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers,
         )  # fmt: skip
     return y

@@ -19,11 +19,13 @@ def multiply_add(
     x_desc,
     w_desc,
     n,
-    h,  # the input's row (pair of rows if PAIRS) that the box's first row sees through the first tap
+    h,  # the input's row (pair of rows if IN_PAIRS) that the box's first row sees through the first tap
     w,
     channel,
     in_h,
     in_w,
+    part,
+    SPLIT_K: tl.constexpr,
     ROWS: tl.constexpr,  # of taps in this loop
     COLUMNS: tl.constexpr,
     FIRST_R: tl.constexpr,  # its first tap in the weight, and the step from one to the next
@@ -32,14 +34,14 @@ def multiply_add(
     KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,
     RAGGED: tl.constexpr,
-    PAIRS: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
     SKEW_H: tl.constexpr,
     SKEW_W: tl.constexpr,
     SKIP: tl.constexpr,  # leave taps outside of the image away: the box is one pixel of many images
     UPCAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """acc + x * w over a rectangle of taps and all input channels."""
+    """acc + x * w over a rectangle of taps and all input channels, or the part-th of SPLIT_K of these steps."""
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     if SKIP:
@@ -52,14 +54,14 @@ def multiply_add(
         skipped_s = 0
         columns = COLUMNS
         steps = ROWS * COLUMNS * N_CHUNKS
-    for k in range(steps):
+    for k in range(steps * part // SPLIT_K, steps * (part + 1) // SPLIT_K):
         tap = k // N_CHUNKS
         chunk = k % N_CHUNKS
         c = chunk * BLOCK_K
         r = tap // columns + skipped_r
         s = tap % columns + skipped_s
         tap = (FIRST_R + r * TAP_STEP) * KERNEL_W + FIRST_S + s * TAP_STEP
-        if PAIRS:
+        if IN_PAIRS:
             # Counted from an even row at or above the first tap, so that no remainder is taken of a negative number.
             r += SKEW_H
             s += SKEW_W
@@ -109,7 +111,7 @@ def _multiply_add_parity(
     if ROWS * COLUMNS > 0:
         acc = multiply_add(
             acc, x_desc, w_desc, n, h + SKEW_H * (1 - PARITY_H), w + SKEW_W * (1 - PARITY_W), channel,
-            (in_h + 1 - PARITY_H) // 2, (in_w + 1 - PARITY_W) // 2,
+            (in_h + 1 - PARITY_H) // 2, (in_w + 1 - PARITY_W) // 2, 0, 1,
             ROWS, COLUMNS, FIRST_R, FIRST_S, 2, KERNEL_W, N_CHUNKS, RAGGED, False, 0, 0, SKIP, UPCAST, BLOCK_K,
         )  # fmt: skip
     return acc
@@ -125,6 +127,8 @@ def convolve(
     channel,
     in_h,
     in_w,
+    part,
+    SPLIT_K: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,
@@ -142,7 +146,7 @@ def convolve(
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if x_descs[1] is None:
         acc = multiply_add(
-            acc, x_descs[0], w_desc, n, h, w, channel, in_h, in_w,
+            acc, x_descs[0], w_desc, n, h, w, channel, in_h, in_w, part, SPLIT_K,
             KERNEL_H, KERNEL_W, 0, 0, 1, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_K,
         )  # fmt: skip
     else:
@@ -160,7 +164,7 @@ def _parked_ptrs(
 ):
     channel = tl.arange(0, n_channels)
     pixel = FIRST + tl.arange(0, n_pixels)
-    return parked_ptr + tl.program_id(0) * (n_channels * BLOCK_M) + channel[:, None] * BLOCK_M + pixel[None, :]
+    return parked_ptr + channel[:, None] * BLOCK_M + pixel[None, :]
 
 
 @triton.jit
@@ -172,6 +176,30 @@ def park(acc, parked_ptr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         park(left, parked_ptr, FIRST, BLOCK_M, PARTS // 2)
         park(right, parked_ptr, FIRST + HALF, BLOCK_M, PARTS // 2)
+
+
+@triton.jit
+def arrives_last(acc, parked_ptr, counter_ptr, share, SPLIT_K: tl.constexpr, PARTS: tl.constexpr):
+    """Parks a share's sums; whether the other shares of its tile have all been parked. Then the counter is zero again."""
+    park(acc, parked_ptr + share * (acc.shape[0] * acc.shape[1]), 0, acc.shape[1], PARTS)
+    # Every thread has parked before one of them says so.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr + share // SPLIT_K, 1, sem="acq_rel") == SPLIT_K - 1
+    if is_last:
+        tl.store(counter_ptr + share // SPLIT_K, 0)
+    return is_last
+
+
+@triton.jit
+def add_up(parked_ptr, N_SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum of parked tiles that lie one behind the other, always in this order."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for i in range(N_SUMS):
+        # .cg: other multiprocessors wrote them, and this one's own cache would not know.
+        acc += tl.load(
+            _parked_ptrs(parked_ptr + i * (BLOCK_N * BLOCK_M), BLOCK_N, BLOCK_M, 0, BLOCK_M), cache_modifier=".cg"
+        )  # fmt: skip
+    return acc
 
 
 @triton.jit

@@ -131,15 +131,21 @@ def plan(
     (batch, c_in, in_h, in_w), (c_out, _, kernel_h, kernel_w), geometry = conv
     pixels = (batch, *geometry.out_size((in_h, in_w), (kernel_h, kernel_w)))
     pad_h, pad_w = geometry.padding[0], geometry.padding[2]
-    config = config or choose_config(prod(pixels), kernel_h * kernel_w, c_in, c_out)
-    taps, ragged = kernel_h * kernel_w, c_in % config.block_k != 0
-    stride = 1 if conv.is_pointwise else geometry.stride[0]
+    taps, stride = kernel_h * kernel_w, 1 if conv.is_pointwise else geometry.stride[0]
+    odd = in_h % 2 or in_w % 2
+    may_split = shortcut is None and (stride == 1 or not (odd or c_in % 64))
+    config = config or choose_config(prod(pixels), taps, c_in, c_out, may_split)
+    ragged = c_in % config.block_k != 0
     # In pairs a ragged last step would reach into the other column's channels: times zero, but NaN and inf stay NaN.
-    in_pairs = stride == 2 and not (in_h % 2 or in_w % 2 or ragged)
+    in_pairs = stride == 2 and not (odd or ragged)
+    assert config.split_k == 1 or (not shortcut and (stride == 1 or in_pairs)), f"{config} would split several loops"
     if all(shape.is_pointwise and shape.geometry.stride == (1, 1) for shape in (conv, shortcut or conv)):
         pixels = (1, 1, prod(pixels))
     box = choose_box(config.block_m, pixels)
     tiles = [_cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
+    assert config.split_k == 1 or prod(tiles) * config.split_k < 2**18, (
+        f"{config} on {prod(tiles)} tiles: offsets are int32"
+    )
     if conv.is_pointwise:
         views = {"x_desc": _pointwise(conv, pixels, (*box, config.block_k))}
     elif in_pairs:
@@ -183,8 +189,9 @@ def plan(
             IN_PAIRS=in_pairs,
             SKEW_H=pad_h % stride,
             SKEW_W=pad_w % stride,
-            SKIP=False,
-            SPLIT_K=1,
+            # Not with a shortcut: both together spill.
+            SKIP=box[1:] == (1, 1) and taps > 1 and not in_pairs and not shortcut,
+            SPLIT_K=config.split_k,
             RELU=relu,
             UPCAST=upcast,
             BOX_N=box[0],

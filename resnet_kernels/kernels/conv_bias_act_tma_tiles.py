@@ -11,6 +11,7 @@ class TmaConfig:
     """One tile shape. block_m: pixels, block_n: output channels, block_k: input channels of one step.
 
     parts: the epilogue goes over the tile in so many pieces; programs_per_sm: how many are resident at a time.
+    split_k: so many programs share a tile's steps; the last of them adds their sums, in one order, and stores.
     """
 
     block_m: int
@@ -20,11 +21,13 @@ class TmaConfig:
     num_stages: int
     parts: int
     programs_per_sm: int
+    split_k: int = 1
 
     def __str__(self) -> str:
         """What a measured table calls it: no two of CONFIGS may be called the same."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
-        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}"
+        split = f" k{self.split_k}" if self.split_k > 1 else ""
+        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}{split}"
 
 
 CONFIGS: tuple[TmaConfig, ...] = (
@@ -38,15 +41,22 @@ CONFIGS: tuple[TmaConfig, ...] = (
     TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3),
     # Input channels of which steps of 64 would leave half empty.
     TmaConfig(64, 64, 32, num_warps=4, num_stages=4, parts=2, programs_per_sm=4),
+    # So few pixels that most of the machine would idle: batch 1 from stage 2 on.
+    *(TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3, split_k=n) for n in (4, 8, 16)),
 )
 
+# Steps that a share of a split tile has at least: fewer would be spent on filling the pipeline and on adding up.
+_FEWEST_STEPS = 4
 # An H200's multiprocessors: how many programs a layer should give before its tiles may grow.
 _FULL_MACHINE = 132
 
 
-def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int) -> TmaConfig:
-    """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels."""
-    wide, large, tall, square, short_k = CONFIGS
+def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bool = False) -> TmaConfig:
+    """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels.
+
+    may_split: whether all steps are in one loop.
+    """
+    wide, large, tall, square, short_k, *splits = CONFIGS
     if 0 < c_in % 64 <= 32:
         return short_k
     tiles = _cdiv(n_pixels, 128)
@@ -56,7 +66,13 @@ def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int) -> TmaConfig:
         return wide
     if c_out > 64 and tiles * _cdiv(c_out, 128) >= _FULL_MACHINE:
         return large
-    return tall if tiles * _cdiv(c_out, 64) >= _FULL_MACHINE else square
+    if tiles * _cdiv(c_out, 64) >= _FULL_MACHINE:
+        return tall
+    tiles, steps = _cdiv(n_pixels, 64) * _cdiv(c_out, 64), taps * _cdiv(c_in, 64)
+    for split in reversed(splits) if may_split else ():
+        if steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= 2 * _FULL_MACHINE:
+            return split
+    return square
 
 
 def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
