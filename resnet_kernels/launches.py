@@ -199,7 +199,8 @@ class Plan:
             return None
         scale, shift = self.norms.read()[what.conv.step.out]
         mean, std = (None, None) if normalize is None else (normalize.mean, normalize.std)
-        return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, mean, std)
+        for _ in ranges.around(self.launches, ""):
+            return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, mean, std)
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:

@@ -181,7 +181,15 @@ def ran(monkeypatch):
         seen.extend(name for name, _ in plan.launches)
         return original(plan, *rest)
 
+    images = launches.Plan.run_images
+
+    def run_images(plan, *rest):
+        y = images(plan, *rest)
+        seen.extend(name for name, _ in plan.launches if y is not None)
+        return y
+
     monkeypatch.setattr(launches.Plan, "run", run)
+    monkeypatch.setattr(launches.Plan, "run_images", run_images)
     return seen
 
 
