@@ -377,6 +377,29 @@ def test_a_norm_runs_on_our_kernel_where_it_won(write, monkeypatch, device):
         assert len(launches) == 1
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_ops_compile_under_a_table(training, dynamic, write, device):
+    skip_unless_runnable("triton", device, torch.float32)
+    if device.type != "cpu":
+        pytest.skip("the fake device is the CPU")
+    norms = [record(NormProblem(4, 6, 6, False, True, learns), "triton", 2) for learns in (False, True)]
+    write(table(*norms, record("k", "w")))
+    x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
+    leaves = [(torch.rand(4) + 0.5).requires_grad_(training) for _ in range(2)]
+    mean, var = torch.rand(4), torch.rand(4) + 0.5
+
+    def run(x):
+        y = rk.ops.conv_bias_act(x, weight, padding=1)
+        stats = (mean.clone(), var.clone())
+        return rk.ops.batch_norm_act(y, None, *leaves, *stats, training=training, momentum=0.1, eps=1e-5)
+
+    compiled = torch.compile(run, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+    for batch in (2, 3):
+        data = torch.cat([x, x])[:batch]
+        torch.testing.assert_close(compiled(data), run(data), rtol=1e-4, atol=1e-4)
+
+
 TRAINED = "training tiny 3x16x16"
 
 

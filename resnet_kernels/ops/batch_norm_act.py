@@ -57,7 +57,8 @@ def _can_run(name: str, problem: NormProblem, batch: int, dtype: torch.dtype, de
 
 def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
     backend = dispatch.resolve(backend, x.device, x.dtype)
-    if backend == "tuned":
+    if backend == "tuned" and all(type(size) is int for size in x.shape):
+        # Under a compiler's tracing sizes may be symbols, which no table has: those stay PyTorch's.
         problem = NormProblem(*x.shape[1:], residual is not None, relu, learns)
         backend = tuned.choice(problem, x.shape[0], x.dtype, x.device, _can_run)
     return backend == "triton" and x.numel() > 0
