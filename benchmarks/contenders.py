@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.metadata
+from dataclasses import replace
 
 import torch
 
@@ -95,10 +96,12 @@ class Fused(Contender):
         report = rk.explain(runner.module)
         swapped = any(is_fused(module) for module in runner.module.modules())
         not_fused = not swapped or not report.rows or any(row.reason or not row.fused for row in report)
-        # Block by block, each on eager's own input; the whole as well.
-        result = rk.verify(workload.eager, runner.module, workload.operands.inputs[0])
-        failure = f"not all of it runs fused:\n{report}" if not_fused else "" if result.ok else str(result)
-        return Gate(result.output.error, result.output.budget, failure)
+        # Block by block, each on eager's own input; the whole as every contender.
+        result, whole = rk.verify(workload.eager, runner.module, workload.operands.inputs[0]), workload.gate(runner)
+        failures = [f"not all of it runs fused:\n{report}"] if not_fused else []
+        failures += [str(result)] if any(not block.ok for block in result.blocks) else []
+        failures += [whole.failure] if whole.failure else []
+        return replace(whole, failure="\n".join(failures))
 
 
 class FusedGraph(Contender):

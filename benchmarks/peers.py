@@ -1,15 +1,22 @@
 """Peers: other ways to run the same network fast, each with its best known settings, in the same rounds as eager and fused.
 
 A peer that isn't installed, can't do a case or raises is listed as absent with the reason, and costs its own row alone (one
-that kills the process, the run). All but the two graphs of PyTorch's own are for `--full`: preparing them takes longer than
-timing them.
+that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing the others takes
+longer than timing them.
 
-None may slow the next. On two CPU cores, beside other work, `python -m benchmarks.interference` gave
+None may slow the next. What `python -m benchmarks.interference` asks, asked once of ResNet-18 (batch 2, 64x64) on two CPU
+cores that nobody else used, 8 to 10 s of rounds each, medians of time / time after its own kind of the same round:
 
-    INTERFERENCE
+                                    eager after it    it after eager
+    a second eager model                 1.00              1.01
+    ONNX Runtime                         1.04              1.44
+    ONNX Runtime, let spin               1.97              1.88
+    OpenVINO                             1.05              1.46
+    torch.compile                        1.06              1.09
 
-so in cases in which a contender has threads of its own each counted call comes after uncounted ones of the same contender,
-for LEAD_IN_SECONDS; and no pool is let spin for longer than its default where it has a switch for that.
+ONNX Runtime's threads are therefore told not to spin. PyTorch's own do, for 4 to 8 ms after a parallel region (GNU OpenMP's
+default), and slow the others down by more than these slow eager. So in cases in which a contender has
+threads of its own each counted call comes after uncounted ones of the same contender, for LEAD_IN_SECONDS.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ from .cases import D2L_KERAS, Case, Conv
 from .contenders import Contender, fused_module
 from .workload import ForeignRunner, GraphRunner, ModuleRunner, Workload
 
-# Longer than GNU OpenMP's threads, PyTorch's, spin after a parallel region: 4 to 8 ms here.
+# Longer than threads that wait go on spinning.
 LEAD_IN_SECONDS = 0.01
 
 

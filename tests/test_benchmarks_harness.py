@@ -19,7 +19,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 import benchmarks
 from benchmarks import cases, conftest, figures, harness, peers
 from benchmarks.cases import AddRelu, BatchNormAct, Block, Case, Conv, Model, Platform
-from benchmarks.contenders import Contender, Eager, Fused
+from benchmarks.contenders import Contender, Eager, Fused, fused_module
 from benchmarks.harness import Absent, in_rotation, measure
 from benchmarks.test_benchmarks import Replay
 from benchmarks.workload import ForeignRunner, ModuleRunner, Workload, copies_beyond
@@ -166,6 +166,29 @@ def test_another_shape_is_over_budget(monkeypatch):
     runner = lambda self, workload: ForeignRunner(lambda x: x[:, :1], lambda x: x, lambda y: y)  # noqa: E731
     monkeypatch.setattr(Peer, "prepare", runner)
     assert "y is of shape (1, 1, 6, 6)" in rows(Peer())["peer"].gate.failure
+
+
+def test_a_model_is_gated_on_several_images_one_call_after_the_other():
+    """Ten probabilities of one image were over budget where eager was lucky with them."""
+    case = Case(Model("d2l_resnet18", 28, c_in=1, batch=3, system=cases.D2L), "forward", CPU)
+    workload, shapes = Workload(case), []
+    late = ForeignRunner(
+        lambda x: (shapes.append(tuple(x.shape)), workload.eager(x) * (1 + 1e-3 * (len(shapes) == 3)))[1],
+        lambda x: x,
+        lambda y: y,
+    )
+    assert workload.gate(late).failure and shapes == [(3, 1, 28, 28)] * 3
+    assert not workload.gate(ModuleRunner(workload.eager, False)).failure
+
+
+def test_a_wrong_block_fails_ours(monkeypatch):
+    def prepare(self, workload):
+        module = fused_module(workload, "auto")
+        module.bn1.weight.data[0] *= 1.001
+        return ModuleRunner(module, False)
+
+    monkeypatch.setattr(Fused, "prepare", prepare)
+    assert "PARITY FAILS" in rows(Peer(), seconds=0)["fused"].gate.failure
 
 
 def test_eager_under_the_name_of_fused_fails(monkeypatch):
