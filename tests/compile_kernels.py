@@ -301,12 +301,14 @@ def stem_label(config) -> str:
 
 
 def stem_cases() -> list[Case]:
-    """Hopper's stem in all its strips, for one image and for 256, and what packs its image."""
+    """Hopper's stem in all its strips, and what packs its image."""
     from resnet_kernels.kernels import stem_plan
 
     cases = {}
-    for dtype, batch, config in itertools.product(("fp16", "bf16"), (1, 256), stem_plan.CONFIGS):
-        todo = stem_plan.plan((batch, 3, 224, 224), 64, 132, config)
+    # One image, full strips, several odd ones.
+    sizes = ((1, 224, 64), (256, 224, 64), (8, 301, 48))
+    for dtype, (batch, size, c_out), config in itertools.product(("fp16", "bf16"), sizes, stem_plan.CONFIGS):
+        todo = stem_plan.plan((batch, 3, size, size), c_out, 132, config)
         arguments, aligned, constants = specialise(todo.integers)
         types = dict.fromkeys(("w_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32")
         types["x"] = (
@@ -316,7 +318,7 @@ def stem_cases() -> list[Case]:
             BLOCK_W=config.block_w, BLOCK_C=stem_plan.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
         )  # fmt: skip
         case = Case(
-            STEM_KERNEL, stem_label(config), dtype, "7x7/2, max-pool 3x3/2", config.num_warps, config.num_stages,
+            STEM_KERNEL, stem_label(config), dtype, f"{batch} x {size} x {size} to {c_out}", config.num_warps, config.num_stages,
             types | arguments, aligned, constants,
         )  # fmt: skip
         cases.setdefault(repr(case), case)

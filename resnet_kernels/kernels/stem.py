@@ -49,7 +49,7 @@ def _pack_kernel(
     x_ptr,  # (n, 3, in_h, in_w), any strides
     packed_ptr,  # (n, packed_h, packed_w, 4)
     w_ptr,  # (c_out, 3, 7, 7), any strides
-    packed_w_ptr,  # (c_out rounded up, 7, 8, 4)
+    packed_w_ptr,  # (BLOCK_C, 7, 8, 4)
     image_programs,
     blocks_per_image,
     in_h,
@@ -157,7 +157,7 @@ def _max(a, b):
 @triton.jit
 def _stem_kernel(
     x,  # the packed image: (n, packed_h, packed_w, 4), or if DESCRIPTOR (n, packed_h, 2, pairs, 28) described
-    w_ptr,  # (c_out rounded up, 7, 8, 4)
+    w_ptr,  # (BLOCK_C, 7, 8, 4)
     scale_ptr,  # (c_out,) or None
     shift_ptr,  # (c_out,) or None
     y_ptr,  # (n, pooled_h, pooled_w, c_out)
@@ -169,7 +169,6 @@ def _stem_kernel(
     pooled_w,
     pairs,  # pairs of an even and an odd column
     c_out,
-    tiles_c,
     tiles_w,
     segments,
     rows,  # pooled rows of a segment
@@ -180,8 +179,7 @@ def _stem_kernel(
 ):
     CARRY: tl.constexpr = tl.float32 if UPCAST else y_ptr.dtype.element_ty
     program = tl.program_id(0)
-    offs_c = program % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    program //= tiles_c
+    offs_c = tl.arange(0, BLOCK_C)
     # Strips overlap by a column: only the first one stores its first.
     column = program % tiles_w * (BLOCK_W - 1)
     program //= tiles_w
@@ -257,7 +255,7 @@ def launch(
     y = torch.empty(todo.y_shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
     with torch.cuda.device_of(x):
         packed, packed_weight = pack(x, weight, mean, std, todo)
-        # Programs: 64 channels, then strips, then segments of their rows, then images.
+        # Programs: strips, then segments of their rows, then images.
         _stem_kernel[(todo.programs,)](
             described(packed, todo.windows) if config.descriptor else packed, packed_weight,
             None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous(), y,
@@ -271,7 +269,7 @@ def launch(
 def pack(
     x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, todo: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Returns the image as (N, rows, columns, 4) and the weight as (C_out rounded up, 7, 8, 4), in weight's dtype."""
+    """Returns the image as (N, rows, columns, 4) and the weight as (BLOCK_C, 7, 8, 4), in weight's dtype."""
     packed = torch.empty(todo.packed_shape, dtype=weight.dtype, device=x.device)
     packed_weight = torch.empty(todo.packed_weight_shape, dtype=weight.dtype, device=x.device)
     statistics = (0.0,) * 6 if mean is None else (*map(float, mean), *map(float, std))

@@ -62,8 +62,9 @@ def why_not(
         return f"x must be float32, float16, bfloat16 or uint8, got {x_dtype}"
     if tuple(weight_shape[1:]) != (3, 7, 7) or x_shape[1] != 3:
         return f"the convolution must be 7x7 on 3 channels, got {tuple(weight_shape)} on {x_shape[1]} channels"
-    if weight_shape[0] % 8:
-        return f"C_out must be a multiple of 8, got {weight_shape[0]}"
+    if weight_shape[0] % 16 or weight_shape[0] > BLOCK_C:
+        # Others compile with masks and stores of single channels, and spill.
+        return f"C_out must be a multiple of 16 up to {BLOCK_C}, got {weight_shape[0]}"
     if geometry != GEOMETRY:
         return f"the convolution must have stride 2 and padding 3, got {geometry}"
     kernel, stride, padding, dilation, ceil_mode = pool
@@ -103,17 +104,16 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
     pooled_h, pooled_w, pairs = _cdiv(out_h, 2), _cdiv(out_w, 2), _cdiv(out_w, 2)
     # Up to the last window of the last pair of columns, the convolution's or not.
     packed_h, packed_w = 2 * out_h + 5, 4 * pairs + 6
-    tiles_c = _cdiv(c_out, BLOCK_C)
-    config = config or choose_config(batch * tiles_c, pooled_h, pooled_w, multiprocessors)
+    config = config or choose_config(batch, pooled_h, pooled_w, multiprocessors)
     tiles_w = max(_cdiv(pooled_w - 1, config.block_w - 1), 1)
-    strips = batch * tiles_c * tiles_w
+    strips = batch * tiles_w
     segments, rows = split_rows(strips, pooled_h, multiprocessors * config.programs_per_sm)
     blocks = _cdiv(packed_h * packed_w, PACK_BLOCK)
-    weight_programs = _cdiv(tiles_c * BLOCK_C * 7 * 32, PACK_BLOCK)
+    weight_programs = _cdiv(BLOCK_C * 7 * 32, PACK_BLOCK)
     return Plan(
         config,
         (batch, packed_h, packed_w, 4),
-        (tiles_c * BLOCK_C, 7, 8, 4),
+        (BLOCK_C, 7, 8, 4),
         (batch, c_out, pooled_h, pooled_w),
         # 28 of 32: outside of its shape a descriptor reads zeros, and the eighth pixel has to be zero.
         View(
@@ -126,7 +126,7 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
         strips * segments,
         dict(
             packed_h=packed_h, packed_w=packed_w, out_h=out_h, out_w=out_w, pooled_h=pooled_h, pooled_w=pooled_w,
-            pairs=pairs, c_out=c_out, tiles_c=tiles_c, tiles_w=tiles_w, segments=segments, rows=rows,
+            pairs=pairs, c_out=c_out, tiles_w=tiles_w, segments=segments, rows=rows,
         ),
     )  # fmt: skip
 
