@@ -318,8 +318,8 @@ def stem_cases() -> list[Case]:
             BLOCK_W=config.block_w, BLOCK_C=stem_plan.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
         )  # fmt: skip
         case = Case(
-            STEM_KERNEL, stem_label(config), dtype, f"{batch} x {size} x {size} to {c_out}", config.num_warps, config.num_stages,
-            types | arguments, aligned, constants,
+            STEM_KERNEL, stem_label(config), dtype, f"{batch} x {size} x {size} to {c_out}", config.num_warps,
+            config.num_stages, types | arguments, aligned, constants,
         )  # fmt: skip
         cases.setdefault(repr(case), case)
     names = _kernel(STEM_PACK_KERNEL).arg_names
