@@ -444,6 +444,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         )
         record["shared"] = compiled.metadata.shared
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
+        record["dot_loops"], record["loops_in_flight"] = _dot_loops(compiled.asm["ttgir"])
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
         on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL)
         record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
@@ -483,6 +484,15 @@ def _loads_in_loop(ttgir: str) -> int | None:
     """How many plain (waiting) loads are left in the K loop; None without a loop."""
     loop = re.search(r"^( *)[^\n]*\bscf\.for\b.*?^\1\}", ttgir, re.S | re.M)
     return None if loop is None else len(re.findall(r"\btt\.load\b|\bbuffer_load\b", loop.group(0)))
+
+
+def _dot_loops(ttgir: str) -> tuple[int, int]:
+    """How many loops multiply on wgmma themselves, and how many of these keep a product in flight over their end."""
+    # From the innermost outwards: what is left of an outer loop then is its own.
+    innermost = re.compile(r"^( *)[^\n]*\bscf\.for\b(?:(?!\bscf\.for\b).)*?^\1\}", re.S | re.M)
+    loops = [loop.group(0) for loop in innermost.finditer(ttgir)]
+    loops = [loop for loop in loops if "warp_group_dot " in loop]
+    return len(loops), sum(bool(re.search(r"warp_group_dot_wait.*pendings = [1-9]", loop)) for loop in loops)
 
 
 def _read_nvidia(compiled, tma: bool) -> dict:

@@ -149,10 +149,12 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
     """Both operands and the residual come, and the output goes, by descriptor; only scale and bias are read by pointer."""
     if record["kernel"] != TMA_KERNEL:
         return None
-    from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS
+    from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS
 
     constants = record["constants"]
-    ranks = {4, 5 if constants["STRIDE"] == 2 else 4, 3 if constants["RAGGED"] else 2}
+    ranks = {4, 5 if constants["IN_PAIRS"] else 4, 3 if constants["RAGGED"] else 2}
+    if "shortcut_w_desc" in record["arguments"]:
+        ranks.add(2)
     expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
     if record["tma"] != expected or record["copy_bytes"]:
         return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
@@ -195,6 +197,22 @@ def stem_windows_stream(record: dict, target: Target) -> str | None:
         return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
 
 
+def multiplies_while_it_loads(record: dict, target: Target) -> str | None:
+    """Every K loop keeps a product in flight over its end, and its stages of both operands in shared memory."""
+    if record["kernel"] != TMA_KERNEL or record["constants"]["RAGGED"]:
+        return None
+    constants = record["constants"]
+    steps = constants["N_CHUNKS"] * constants["KERNEL_H"] * constants["KERNEL_W"]
+    if max(steps, constants["SHORTCUT_CHUNKS"]) == 1:
+        return None
+    if record["loops_in_flight"] != record["dot_loops"]:
+        return f"{record['loops_in_flight']} of {record['dot_loops']} loops keep a product in flight"
+    pixels = constants["BOX_N"] * constants["BOX_H"] * constants["BOX_W"]
+    stages = record["num_stages"] * (pixels + constants["BLOCK_N"]) * constants["BLOCK_K"] * 2
+    if min(steps, constants["SHORTCUT_CHUNKS"] or steps) > 1 and record["shared"] < stages:
+        return f"{record['shared'] / KIB:.1f} KiB do not hold {record['num_stages']} stages of {stages / KIB:.0f} KiB"
+
+
 CHECKS = (
     compiles,
     fits_shared_memory,
@@ -207,6 +225,7 @@ CHECKS = (
     travels_by_tma,
     chains_by_tma,
     stem_windows_stream,
+    multiplies_while_it_loads,
 )
 
 
@@ -231,7 +250,7 @@ def test_no_configuration_is_left_out(target, records):
     compiled = {r["config"] for r in records if r["kernel"] == "conv_bias_act" and r["target"] == target}
     assert compiled == {label(config) for config in CONFIGS}
     if target == TMA_TARGET:
-        from resnet_kernels.kernels.conv_bias_act_tma_plan import CONFIGS as TMA_CONFIGS
+        from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS as TMA_CONFIGS
 
         own = [r for r in records if r["kernel"] == TMA_KERNEL]
         assert {r["config"] for r in own} == {label(config) for config in TMA_CONFIGS}
@@ -248,6 +267,11 @@ def test_no_configuration_is_left_out(target, records):
 
         own = {r["config"] for r in records if r["kernel"] == STEM_KERNEL}
         assert own == {stem_label(config) for config in STEM_CONFIGS}
+        forms = {"1x1": lambda c: c["KERNEL_H"] == 1, "3x3": lambda c: c["KERNEL_H"] == 3 and not c["SKEW_H"]}
+        forms |= {name: lambda c, name=name: c[name] for name in ("IN_PAIRS", "RAGGED", "SKIP", "SHORTCUT_CHUNKS")}
+        assert not [name for name, has in forms.items() if not any(has(r["constants"]) for r in own)]
+        parities = [r["constants"]["SKIP"] for r in own if "x11_desc" in r["arguments"]]
+        assert {*parities} == {True, False}
     kernels = {
         *({TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL} if target == TMA_TARGET else ()),
         "conv_bias_act",

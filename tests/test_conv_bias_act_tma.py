@@ -474,7 +474,7 @@ BUG_CASES = (
 KERNEL, PARTS, PLAN = "conv_bias_act_tma", "conv_bias_act_tma_parts", "conv_bias_act_tma_plan"
 BUGS = {
     "images of one tile": (KERNEL, "box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
-    "every other tile left out": (KERNEL, "n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
+    "every other tile left out": (KERNEL, "SPLIT_K, tl.num_programs(0))", "SPLIT_K, 2 * tl.num_programs(0))"),
     "dropped residual": (PARTS, "if residual_desc is not None:", "if False:"),
     "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
     "dropped ReLU": (PARTS, "    if RELU:\n", "    if False:\n"),
@@ -507,7 +507,7 @@ BUGS = {
     "a parity's first pixel": (PLAN, "(p * in_w + q) * c_in)", "q * c_in)"),
     "a share's sums left out": (PARTS, "for i in range(N_SUMS):", "for i in range(1, N_SUMS):"),
     "every share does it all": (PARTS, "range(steps * part // SPLIT_K,", "range(0,"),
-    "the first share stores": (PARTS, "== SPLIT_K - 1", "== 0"),
+    "the first share stores": (PARTS, "== SPLIT_K - 1", "== SPLIT_K - 2"),
     "counter not left at zero": (PARTS, "tl.store(counter_ptr + share // SPLIT_K, 0)", "share += 0"),
     "another tile's shares": (KERNEL, "tile * (SPLIT_K * TILE)", "tile * TILE"),
     "shortcut's scale for both": (PARTS, "scale = tl.load(scale_ptr + offs_c, mask=offs_c < c_out, other=1.0)",

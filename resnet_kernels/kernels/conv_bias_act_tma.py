@@ -5,7 +5,15 @@ BLOCK_K channels, so that one descriptor load fetches a whole operand: no pointe
 Outside the image a descriptor reads zeros, which is the padding; outside the output it stores nothing, which is the ragged
 edge. conv_bias_act_tma_plan.py views 3x3, 1x1 and stride 2 so that one kernel does all three, and chooses the box for the
 least waste (7x7: one pixel of 128 images, "batch as M"; 28x28: 4x4 pixels of 8 images). The weight is read where it is,
-as (O, R*S*I). Programs are persistent: each walks over tiles a grid apart.
+as (O, R*S*I). Programs are persistent: each walks over tiles a grid apart. What is done to a tile:
+conv_bias_act_tma_parts.py.
+
+A block's projection can be merged: y = act(scale * conv(h, w) + scale2 * conv(x, w2) + bias + bias2), two loops into one
+accumulator. The first sum is multiplied by scale / scale2, both by scale2. A tile with a channel whose ratio won't do (0, inf,
+NaN, or 2**32 apart) parks its first sum in memory instead, so every scale is right; any branch is over whole tiles.
+
+Few tiles with long loops are split (SPLIT_K): each share's sums go to memory, and the share that arrives last adds all of
+them, always in the same order.
 
 Cost: as conv_bias_act.py; a 3x3 reads its input from L2 once a tap. Nothing here was measured: it was compiled, and run in
 the interpreter, and backend="auto" does not pick Triton. Registers, shared memory, programs an SM: tests/compile_kernels.py.
@@ -76,8 +84,8 @@ def _conv_bias_act_tma_kernel(
     IN_PAIRS: tl.constexpr,
     SKEW_H: tl.constexpr,  # at stride 2: the row of its pair at which the first tap is
     SKEW_W: tl.constexpr,
-    SKIP: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    SKIP: tl.constexpr,  # taps outside of the image: the box is one pixel of many images
+    SPLIT_K: tl.constexpr,  # programs that share a tile's steps
     RELU: tl.constexpr,
     UPCAST: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -89,6 +97,7 @@ def _conv_bias_act_tma_kernel(
 ):
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     TILE: tl.constexpr = BLOCK_N * BLOCK_M
+    PARKS: tl.constexpr = shortcut_desc is not None and shortcut_scale_ptr is not None
     for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0)):
         tile = share // SPLIT_K
         # Channels first: programs of one box of pixels, the larger operand, run at a time.
@@ -98,7 +107,6 @@ def _conv_bias_act_tma_kernel(
         h = box // tiles_w % tiles_h * BOX_H
         n = box // (tiles_w * tiles_h) * BOX_N
         x_descs = (x_desc, x01_desc, x10_desc, x11_desc)
-        PARKS: tl.constexpr = shortcut_desc is not None and shortcut_scale_ptr is not None
         # Branches over the whole tile: one around the sums in mid-tile costs 60 registers.
         if PARKS and must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N):
             acc = convolve(

@@ -1,4 +1,4 @@
-"""What conv_bias_act_tma.py's kernel does with a tile: multiply and add, merge the shortcut, join parts of K, store.
+"""What conv_bias_act_tma.py's kernel does with a tile: multiply and add, park sums, add them up, store.
 
 Sums lie channels by pixels, [BLOCK_N, BLOCK_M] fp32 in registers: Triton takes a reshaped left operand through registers, a
 right one from where TMA left it.
