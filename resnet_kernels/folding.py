@@ -1,6 +1,6 @@
 """BN as a scale and a shift, and the packed weights that oneDNN wants, with what makes them stale.
 
-On a GPU nothing folded is kept: `scale_shift` reads the live tensors in each call. oneDNN has no per-channel scale, so on
+On a GPU nothing folded is kept: launches.py reads the live tensors in each call. oneDNN has no per-channel scale, so on
 the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to notice every change of its
 sources. A version counter is not enough: fused optimizers, BN's own running statistics, `p.data.mul_()` and NumPy write
 under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and version, BN's vectors and the
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .ops import dispatch, onednn
+from .ops import onednn
 from .ops.geometry import Geometry
 from .ops.library import is_dense
 from .recipe import ConvStep, Recipe
@@ -25,30 +25,14 @@ from .recipe import ConvStep, Recipe
 _SAMPLES = 16
 
 
+def scale_shift(conv: nn.Conv2d, bn: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    """Returns (scale, shift), (C_out,) in fp32 each, from the live tensors; without a BN (None, the convolution's bias)."""
+    return (None, conv.bias) if bn is None else reference.bn_scale_shift(*bn_tensors(bn), conv.bias, bn.eps)
+
+
 def bn_tensors(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
     """A BN's (weight, bias, running_mean, running_var); four times None for no BN."""
     return (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-
-
-def scale_shift(conv: nn.Conv2d, bn: nn.Module | None, backend: str) -> tuple[Tensor | None, Tensor | None]:
-    """Returns (scale, shift), (C_out,) in fp32 each, from the live tensors; without a BN (None, the convolution's bias)."""
-    if bn is None:
-        return None, conv.bias
-    tensors = bn_tensors(bn)
-    if not torch.compiler.is_compiling() and _in_one_launch(conv, tensors, backend):
-        from .kernels import bn_scale_shift
-
-        return bn_scale_shift.launch(*tensors, conv.bias, bn.eps)
-    return reference.bn_scale_shift(*tensors, conv.bias, bn.eps)
-
-
-def _in_one_launch(conv: nn.Conv2d, tensors: tuple[Tensor | None, ...], backend: str) -> bool:
-    # PyTorch takes six launches; so the others on a GPU use the kernel, too, where Triton is there.
-    if backend in ("cudnn", "tuned") and dispatch.why_not("triton", conv.weight.device.type, torch.float32) is not None:
-        return False
-    return backend in ("triton", "cudnn", "tuned") and all(
-        t is None or t.is_contiguous() for t in (*tensors, conv.bias)
-    )
 
 
 class PackedConv:
@@ -82,7 +66,7 @@ class PackedConv:
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
         self.geometry = Geometry.of_module(conv, x.shape[2:])
-        scale, shift = scale_shift(conv, bn, "cpu")
+        scale, shift = scale_shift(conv, bn)
         weight = conv.weight.detach()
         if scale is not None:
             weight = weight * scale.detach()[:, None, None, None]

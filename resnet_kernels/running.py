@@ -54,14 +54,16 @@ class FusedState:
         self.programs: dict[tuple[str, ...], PackedProgram]
         self.drop_packs()
         self.wiring: dict[tuple[str, ...], Wiring] = {}
+        self.plans: dict[tuple, Any] = {}
         self.survey: Survey | None = None
 
     def drop_packs(self) -> None:
         self.packs, self.programs = {}, {}
 
     def __getstate__(self) -> dict:
-        # Packed weights are opaque and the wiring is of this very module: a copy makes its own in its first call.
-        return {"plan": self.plan, "backend": self.backend, "packs": {}, "wiring": {}, "programs": {}, "survey": None}
+        # Packed weights are opaque, the rest is of this very module: a copy makes its own in its first call.
+        empty = dict(packs={}, programs={}, wiring={}, plans={}, survey=None)
+        return {"plan": self.plan, "backend": self.backend, **empty}
 
 
 def drop_packs(module: nn.Module) -> None:
@@ -123,11 +125,13 @@ class Go(NamedTuple):
     learns: bool = False
 
 
-def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: Known) -> tuple[Go | None, str]:
+def decide(
+    module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: Known, channels: int | None = None
+) -> tuple[Go | None, str]:
     """Returns (Go, "") to run this call fused, or (None, reason) to run the module's own forward.
 
     The reason is "" where eager goes without saying: under a tracer, for an input that eager will refuse, in training on a
-    backend that has nothing faster for it.
+    backend that has nothing faster for it. channels: of the module's input, where x is the input of a block before it.
     """
     if torch.compiler.is_compiling():
         return _decide_for_compiler(module, recipe, state, x), ""
@@ -149,7 +153,7 @@ def decide(module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: 
         if reason is not None:
             plain = module.training and not trains_on(state.backend, x)
             return None, "" if plain else f"in a {type(module).__name__}, {reason}"
-    if x.dim() != 4 or wiring.widths - {x.shape[1]}:
+    if x.dim() != 4 or wiring.widths - {x.shape[1] if channels is None else channels}:
         return None, ""  # eager's own error
     gradients = torch.is_grad_enabled()
     if verified and known.backend is not None and known.backend[0] == state.backend and not gradients:

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import blocks, reading, running
+from . import blocks, inference, launches, reading, running
 from .blocks import Fused, FusedBlock
 from .ops import dispatch
 from .ops.library import autocast_dtype
 from .recipe import Recipe
-from .running import UNKNOWN, FusedState, Known, Survey
+from .running import UNKNOWN, FusedState, Go, Known, Survey
 from .wiring import has_hooks
 
 CHANNELS_LAST = torch.channels_last
@@ -91,18 +91,55 @@ def _to_contiguous(value: Any) -> Any:
 
 def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) -> Any:
     """nn.Sequential's forward, with runs in one call; what is known about a tensor goes along from block to block."""
-    for name, child in module._modules.items():
+    children = list(module._modules.items())
+    while children:
+        name, child = children.pop(0)
         if (result := running.verified_program(child, x, known)) is not None:
             x, known = result
         elif name in state.plan.runs:
             x, known = call_run(module, name, state, x, known)
         elif name in state.plan.absorbed:
             continue
-        elif isinstance(child, FusedBlock) and not has_hooks(child) and "forward" not in child.__dict__:
-            x, known = child._rk_call(x, known)
+        elif _is_free_block(child):
+            together = _together([child, *(child for _, child in children)], x, known)
+            if together:
+                del children[: len(together) - 1]
+                x, known = inference.run_recipes(together, x, known)
+            else:
+                x, known = child._rk_call(x, known)
         else:
             x, known = child(x), UNKNOWN
     return x
+
+
+def _is_free_block(child: nn.Module | None) -> bool:
+    return isinstance(child, FusedBlock) and not has_hooks(child) and "forward" not in child.__dict__
+
+
+def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Recipe, FusedState, Go]]:
+    """The first blocks of a list that may run on a GPU as one, so that launches can reach from one into the next.
+
+    Empty where it isn't even one: it runs by itself then, as on the CPU, in training and under torch.compile. A hook keeps
+    its own block out, whether it is on the block or in it.
+    """
+    together: list[tuple[Recipe, FusedState, Go]] = []
+    if torch.compiler.is_compiling() or not running.is_ordinary(x):
+        return together
+    if x.device.type == "cpu" and dispatch.requested(children[0].__dict__["_rk_state"].backend) != "triton":
+        return together  # packed weights know one block at a time
+    channels = None
+    for child in children:
+        state = child.__dict__.get("_rk_state") if _is_free_block(child) else None
+        if state is None or (together and state.backend != together[0][1].backend):
+            break
+        go, _ = running.decide(child, state.plan, state, x, known, channels)
+        if go is None or go.learns:
+            break
+        together.append((state.plan, state, go))
+        channels = launches.out_channels(state.plan, go.wiring)
+        if channels is None:
+            break
+    return together
 
 
 def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:

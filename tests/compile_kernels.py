@@ -219,16 +219,12 @@ def pointwise_cases() -> list[Case]:
                 Case("add_relu", str(add_relu.BLOCK_SIZE), dtype, f"{n_elements} elements", add_relu.NUM_WARPS, 3,
                      pointers | arguments, aligned, size)
             )  # fmt: skip
-        size = {"BLOCK_SIZE": bn_scale_shift.BLOCK_SIZE}
-        given = dict.fromkeys(("mean_ptr", "var_ptr"), "*" + dtype)
-        optional = dict.fromkeys(("weight_ptr", "bias_ptr", "conv_bias_ptr"), "*" + dtype)
-        arguments, aligned, _ = specialise({"n_channels": 64})
-        arguments |= {"scale_ptr": "*fp32", "shift_ptr": "*fp32", "eps": "fp32"}
-        for name, pointers, absent in (("all given", given | optional, {}), ("bare", given, dict.fromkeys(optional))):
-            cases.append(
-                Case("bn_scale_shift", str(bn_scale_shift.BLOCK_SIZE), dtype, name, bn_scale_shift.NUM_WARPS, 3,
-                     pointers | arguments, aligned, size | absent)
-            )  # fmt: skip
+        pointers = dict(pointers_ptr="*i64", starts_ptr="*i64", eps_ptr="*fp32", scale_ptr="*fp32", shift_ptr="*fp32")
+        constants = {"DTYPE": bn_scale_shift.DTYPES[DTYPES[dtype]], "BLOCK_SIZE": bn_scale_shift.BLOCK_SIZE}
+        cases.append(
+            Case("bn_scale_shift", str(bn_scale_shift.BLOCK_SIZE), dtype, "any", bn_scale_shift.NUM_WARPS, 3, pointers, (),
+                 constants)
+        )  # fmt: skip
     return cases
 
 
@@ -471,7 +467,8 @@ def main() -> None:
         os.environ["TRITON_CACHE_DIR"] = cache
         records = compile_all(arguments.all)
     if arguments.json:
-        arguments.json.write_text(json.dumps(records))
+        # A constant may be one of Triton's types.
+        arguments.json.write_text(json.dumps(records, default=str))
     print(table(records))
 
 

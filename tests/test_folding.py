@@ -26,9 +26,42 @@ def test_scale_shift_kernel_against_fp64(affine, bias, dtype, channels, device):
     conv_bias = torch.randn(channels).to(dtype) if bias else None
     vectors = [None if t is None else t.to(device) for t in (weight, shift, mean, var, conv_bias)]
     oracle = reference.bn_scale_shift(*(None if t is None else t.double() for t in vectors), 1e-5)
-    results = zip(bn_scale_shift.launch(*vectors, 1e-5), reference.bn_scale_shift(*vectors, 1e-5), oracle)
+    results = zip(
+        bn_scale_shift.Layers([tuple(vectors)], (1e-5,)).launch()[0], reference.bn_scale_shift(*vectors, 1e-5), oracle
+    )
     for value, eager, right in results:
         assert_within_budget(value, eager, right)
+
+
+def test_layers_of_any_width_in_one_launch(device):
+    skip_unless_runnable("triton", device, torch.float32)
+    from resnet_kernels.kernels import bn_scale_shift
+
+    def vectors(channels, affine, bias):
+        drawn = [torch.rand(channels, device=device) + 0.1 for _ in range(5)]
+        return (*((None, None) if not affine else drawn[:2]), *drawn[2:4], drawn[4] if bias else None)
+
+    layers = [vectors(16, True, False), vectors(700, False, True), vectors(3, True, True), vectors(64, False, False)]
+    eps = (1e-5, 1e-3, 0.5, 1e-5)
+    table = bn_scale_shift.Layers(layers, eps)
+    layers[0][3].mul_(4)  # read as it is now, not as it was
+    for (scale, shift), layer, e in zip(table.launch(), layers, eps):
+        oracle = reference.bn_scale_shift(*(None if t is None else t.double() for t in layer), e)
+        for value, eager, right in zip((scale, shift), reference.bn_scale_shift(*layer, e), oracle):
+            assert_within_budget(value, eager, right)
+    assert table.are(layers, eps) and not table.are(layers, (*eps[:3], 1e-4))
+    moved = [*layers[:3], tuple(t if t is None else t.clone() for t in layers[3])]
+    assert not table.are(moved, eps)
+
+
+def test_vectors_that_no_table_takes(device):
+    skip_unless_runnable("triton", device, torch.float32)
+    from resnet_kernels.kernels.bn_scale_shift import takes
+
+    mean, var = torch.zeros(8, device=device), torch.ones(8, device=device)
+    assert takes([(None, None, mean, var, None)])
+    for weight in (mean.double(), mean.half(), mean[:4], torch.zeros(16, device=device)[::2]):
+        assert not takes([(None, None, mean, var, None), (weight, None, mean, var, None)])
 
 
 def _model(dtype=torch.float32):

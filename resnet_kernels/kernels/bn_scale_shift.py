@@ -1,13 +1,16 @@
-"""BN in eval mode as one scale and one shift per channel, from the live tensors, in one small launch.
+"""BNs in eval mode as one scale and one shift per channel, from the live tensors, all of a run of layers in one launch.
 
     scale = weight / sqrt(running_var + eps)
     shift = bias + (conv_bias - running_mean) * scale
 
-In fp32 whatever the dtypes are. A few microseconds a layer: PyTorch needs four launches for the same, and a folded copy of
-the convolution's weight would have to be watched for changes that leave no trace (fused optimizers, p.data).
+In fp32 whatever the dtypes are. A folded copy of the convolution's weight would have to be watched for changes that leave no
+trace (fused optimizers, p.data); this is computed anew in each call. Kernels take addresses, so a table of them goes to the
+device when it changes, and not otherwise: a launch costs about what a convolution at batch 1 does, and a ResNet-50 has 53.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -16,48 +19,92 @@ from torch import Tensor
 
 BLOCK_SIZE = 512
 NUM_WARPS = 4
+DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+# A layer's (weight, bias, running_mean, running_var, conv_bias), (C,) each; all but the statistics may be None.
+Vectors = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]
+
+
+@triton.jit
+def _load(pointers_ptr, which: tl.constexpr, layer, offs, n_channels, other, DTYPE: tl.constexpr):
+    address = tl.load(pointers_ptr + 5 * layer + which)
+    # A vector that is not there has the address 0 and no elements.
+    mask = offs < tl.where(address == 0, 0, n_channels)
+    return tl.load(address.to(tl.pointer_type(DTYPE)) + offs, mask=mask, other=other).to(tl.float32)
 
 
 @triton.jit
 def _bn_scale_shift_kernel(
-    weight_ptr,  # all (n_channels,); weight, bias and conv_bias may be None
-    bias_ptr,
-    mean_ptr,
-    var_ptr,
-    conv_bias_ptr,
-    scale_ptr,
+    pointers_ptr,  # (n_layers, 5) int64: addresses of weight, bias, running_mean, running_var, conv_bias
+    starts_ptr,  # (n_layers + 1,) int64: a layer's first channel in scale and shift
+    eps_ptr,  # (n_layers,) fp32
+    scale_ptr,  # (all channels,) fp32
     shift_ptr,
-    eps,
-    n_channels,
+    DTYPE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
-    offs = tl.program_id(0) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = offs < n_channels
-    variance = tl.load(var_ptr + offs, mask=mask, other=1.0).to(tl.float32)
+    layer = tl.program_id(0)
+    offs = tl.program_id(1) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
+    start = tl.load(starts_ptr + layer)
+    n_channels = tl.load(starts_ptr + layer + 1) - start
+    weight = _load(pointers_ptr, 0, layer, offs, n_channels, 1.0, DTYPE)
+    bias = _load(pointers_ptr, 1, layer, offs, n_channels, 0.0, DTYPE)
+    mean = _load(pointers_ptr, 2, layer, offs, n_channels, 0.0, DTYPE)
+    variance = _load(pointers_ptr, 3, layer, offs, n_channels, 1.0, DTYPE)
+    conv_bias = _load(pointers_ptr, 4, layer, offs, n_channels, 0.0, DTYPE)
     # Correctly rounded root and division: the approximate ones err by 2 ulp for a whole channel at once.
-    scale = tl.div_rn(tl.full((BLOCK_SIZE,), 1.0, tl.float32), tl.sqrt_rn(variance + eps))
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    centre = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    if conv_bias_ptr is not None:
-        centre -= tl.load(conv_bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    shift = -centre * scale
-    if bias_ptr is not None:
-        shift += tl.load(bias_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    tl.store(scale_ptr + offs, scale, mask=mask)
-    tl.store(shift_ptr + offs, shift, mask=mask)
+    rstd = tl.div_rn(tl.full((BLOCK_SIZE,), 1.0, tl.float32), tl.sqrt_rn(variance + tl.load(eps_ptr + layer)))
+    scale = rstd * weight
+    mask = offs < n_channels
+    tl.store(scale_ptr + start + offs, scale, mask=mask)
+    tl.store(shift_ptr + start + offs, bias - (mean - conv_bias) * scale, mask=mask)
 
 
-def launch(
-    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, conv_bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Returns (scale, shift), both (C,) fp32; all vectors contiguous, any floating dtype but fp64."""
-    scale, shift = torch.empty((2, mean.numel()), dtype=torch.float32, device=mean.device).unbind()
-    # Programs: blocks of BLOCK_SIZE channels.
-    grid = (triton.cdiv(mean.numel(), BLOCK_SIZE),)
-    with torch.cuda.device_of(mean):
-        _bn_scale_shift_kernel[grid](
-            weight, bias, mean, var, conv_bias, scale, shift, eps, mean.numel(),
-            BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    return scale, shift
+class Layers:
+    """BNs whose vectors are where they were: a table on the device, and one launch a call. Holds addresses, no tensors.
+
+    Args:
+        vectors: of each layer; contiguous, on one device, of one dtype (fp32, fp16, bf16).
+        eps: of each layer.
+    """
+
+    def __init__(self, vectors: Sequence[Vectors], eps: tuple[float, ...]):
+        mean = vectors[0][2]
+        self.dtype, self.device = mean.dtype, mean.device
+        self.sizes = [layer[2].numel() for layer in vectors]
+        self.addresses = _addresses(vectors)
+        self.eps = eps
+        starts = [sum(self.sizes[:i]) for i in range(len(vectors) + 1)]
+        self._pointers, self._starts = (torch.tensor(t, device=self.device) for t in (self.addresses, starts))
+        self._eps = torch.tensor(self.eps, dtype=torch.float32, device=self.device)
+
+    def are(self, vectors: Sequence[Vectors], eps: tuple[float, ...]) -> bool:
+        """Whether the table is of these."""
+        return self.eps == eps and self.addresses == _addresses(vectors)
+
+    def launch(self) -> list[tuple[Tensor, Tensor]]:
+        """Returns a (scale, shift) for each layer, (C,) fp32 each, views of one tensor."""
+        scale, shift = torch.empty((2, sum(self.sizes)), dtype=torch.float32, device=self.device).unbind()
+        # Programs: layers x blocks of BLOCK_SIZE channels, as many as the widest layer has.
+        grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))
+        with torch.cuda.device_of(scale):
+            _bn_scale_shift_kernel[grid](
+                self._pointers, self._starts, self._eps, scale, shift,
+                DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS,
+            )  # fmt: skip
+        return list(zip(scale.split(self.sizes), shift.split(self.sizes)))
+
+
+def takes(vectors: Sequence[Vectors]) -> bool:
+    """Whether a table can be made of them: of one dtype that we read, dense, of their BN's length."""
+    tensors = [(tensor, layer[2]) for layer in vectors for tensor in layer if tensor is not None]
+    first = vectors[0][2]
+    return first.dtype in DTYPES and all(
+        t.dtype == first.dtype and t.device == first.device and t.shape == mean.shape and t.is_contiguous()
+        for t, mean in tensors
+    )
+
+
+def _addresses(vectors: Sequence[Vectors]) -> list[int]:
+    """Where each layer's vectors are, 0 for one that is not there."""
+    return [0 if t is None else t.data_ptr() for layer in vectors for t in layer]

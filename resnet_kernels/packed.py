@@ -1,0 +1,78 @@
+"""Running a recipe on the CPU: convolutions on oneDNN's packed weights.
+
+A block whose weights are verified is one flat list of oneDNN calls (folding.PackedProgram), any other goes step by step; the
+residual is written over where nobody else holds it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from . import plain
+from .folding import PackedConv, PackedProgram
+from .ops import onednn
+from .ops.geometry import Geometry
+from .recipe import ConvStep, NormStep, Recipe
+from .running import FusedState, Go
+
+
+def run(
+    recipe: Recipe, state: FusedState, go: Go, x: Tensor, x_bound: float | None, owned: bool
+) -> tuple[Tensor, float]:
+    """Runs a recipe on x, channels_last, not empty; returns its output and a bound on that.
+
+    Args:
+        x_bound: no value in x is larger in magnitude; None if that isn't known.
+        owned: nobody else holds x, so a step may write over it.
+    """
+    bound = onednn.bound(x, x_bound)
+    if go.verified and (program := _program(recipe, state, x)) is not None and program.is_safe(bound):
+        return program(x, owned), program.result_bound(bound)
+    values: dict[int, Tensor] = {0: x}
+    bounds: dict[int, float] = {0: bound}
+    del x
+    for step, child, bn in go.wiring.steps:
+        if isinstance(step, ConvStep):
+            residual = None if step.residual is None else values[step.residual]
+            relu, late = step.relu, None
+            if residual is not None:
+                x_shape = values[step.x].shape
+                shape = Geometry.of_module(child, x_shape[2:]).out_shape(x_shape, child.weight.shape)
+                if residual.shape != shape:
+                    # Eager's add broadcasts; a kernel reads a residual of the output's shape, and beyond a smaller one.
+                    residual, relu, late = None, False, residual
+            pack = state.packs.get(step.conv)
+            if pack is None or not pack.fits(values[step.x]) or not (go.verified or pack.is_unchanged(child, bn)):
+                pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x])
+            bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])
+            overwrite = step.overwrites_residual and (step.residual != 0 or owned)
+            y = pack(values[step.x], residual, relu, bound, overwrite)
+            if late is not None:
+                y = plain.add_broadcast(y, late, step.relu)
+                bound += bounds[step.residual]
+            del residual, late
+        else:
+            if isinstance(step, NormStep):
+                residual = None if step.residual is None else values[step.residual]
+                y = plain.normalise(bn, values[step.x], residual, step.relu, "cpu")
+                del residual
+            else:
+                y = plain.call(step, child, [values[i] for i in step.inputs], "cpu")
+            bound = onednn.bound(y, None)
+        values[step.out], bounds[step.out] = y, bound
+        del y
+        # Dead values go at once: peak memory is eager's.
+        for dead in step.frees:
+            del values[dead]
+    return values[recipe.result], bounds[recipe.result]
+
+
+def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | None:
+    """The recipe's steps with everything looked up, made anew when a weight was packed anew or x has another shape."""
+    program, packs = state.programs.get(recipe.modules), state.packs
+    if program is None or not (program.takes(x) and program.has(packs)):
+        if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
+            return None  # another thread has just dropped them
+        program = PackedProgram(recipe, packs, x)
+        state.programs[recipe.modules] = program
+    return program if program.entries else None
