@@ -516,7 +516,7 @@ BUGS = {
     "parked without its scale": (KERNEL, "park(acc * scale[:, None], ", "park(acc, "),
     "parked in one place": (PARTS, "park(right, parked_ptr, FIRST + HALF,", "park(right, parked_ptr, FIRST,"),
     "shortcut's bias forgotten": (PARTS, "if shortcut_bias_ptr is not None:", "if False:"),
-    "shortcut's last channels": (PLAN, "SHORTCUT_CHUNKS=_cdiv(shortcut.weight[1], config.block_k)", "SHORTCUT_CHUNKS=1"),
+    "shortcut's last channels": (PLAN, "SHORTCUT_CHUNKS=cdiv(shortcut.weight[1], config.block_k)", "SHORTCUT_CHUNKS=1"),
     "shortcut without its stride": (PLAN, "step_h * in_w * c_in, step_w * c_in, 1), box)", "in_w * c_in, c_in, 1), box)"),
     "fewer tiles of channels": (PLAN, "tiles_c=tiles[3]", "tiles_c=1"),
 }  # fmt: skip

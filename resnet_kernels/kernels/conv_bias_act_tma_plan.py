@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.geometry import Geometry
-from .conv_bias_act_tma_tiles import TmaConfig, choose_box, choose_config
+from .conv_bias_act_tma_tiles import TmaConfig, cdiv, choose_box, choose_config
 
 # Coordinates are int32, up to a box past the last pixel.
 _MOST_PIXELS = 2**31 - 1 - 128
@@ -142,7 +142,7 @@ def plan(
     if all(shape.is_pointwise and shape.geometry.stride == (1, 1) for shape in (conv, shortcut or conv)):
         pixels = (1, 1, prod(pixels))
     box = choose_box(config.block_m, pixels)
-    tiles = [_cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
+    tiles = [cdiv(size, side) for size, side in zip((*pixels, c_out), (*box, config.block_n))]
     assert config.split_k == 1 or prod(tiles) * config.split_k < 2**18, (
         f"{config} on {prod(tiles)} tiles: offsets are int32"
     )
@@ -177,14 +177,14 @@ def plan(
             c_out=c_out,
             in_h=in_h,
             in_w=in_w,
-            lead_h=_cdiv(pad_h, stride),
-            lead_w=_cdiv(pad_w, stride),
+            lead_h=cdiv(pad_h, stride),
+            lead_w=cdiv(pad_w, stride),
         ),
         dict(
             KERNEL_H=kernel_h,
             KERNEL_W=kernel_w,
-            N_CHUNKS=_cdiv(c_in, config.block_k),
-            SHORTCUT_CHUNKS=_cdiv(shortcut.weight[1], config.block_k) if shortcut else 0,
+            N_CHUNKS=cdiv(c_in, config.block_k),
+            SHORTCUT_CHUNKS=cdiv(shortcut.weight[1], config.block_k) if shortcut else 0,
             RAGGED=ragged,
             IN_PAIRS=in_pairs,
             SKEW_H=pad_h % stride,
@@ -236,7 +236,3 @@ def _first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
         sides.append(max(side // parts, 1))
         parts = max(parts // side, 1)
     return tuple(sides)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)

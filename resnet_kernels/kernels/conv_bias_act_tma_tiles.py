@@ -59,16 +59,16 @@ def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bo
     wide, large, tall, square, short_k, *splits = CONFIGS
     if 0 < c_in % 64 <= 32:
         return short_k
-    tiles = _cdiv(n_pixels, 128)
+    tiles = cdiv(n_pixels, 128)
     # A program alone on its SM stores while nothing multiplies: worth it only where the loop is long.
-    long_loop = taps * _cdiv(c_in, wide.block_k) >= 16
+    long_loop = taps * cdiv(c_in, wide.block_k) >= 16
     if long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * _FULL_MACHINE:
         return wide
-    if c_out > 64 and tiles * _cdiv(c_out, 128) >= _FULL_MACHINE:
+    if c_out > 64 and tiles * cdiv(c_out, 128) >= _FULL_MACHINE:
         return large
-    if tiles * _cdiv(c_out, 64) >= _FULL_MACHINE:
+    if tiles * cdiv(c_out, 64) >= _FULL_MACHINE:
         return tall
-    tiles, steps = _cdiv(n_pixels, 64) * _cdiv(c_out, 64), taps * _cdiv(c_in, 64)
+    tiles, steps = cdiv(n_pixels, 64) * cdiv(c_out, 64), taps * cdiv(c_in, 64)
     for split in reversed(splits) if may_split else ():
         if steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= 2 * _FULL_MACHINE:
             return split
@@ -82,18 +82,9 @@ def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, in
     """
     powers = [2**i for i in range(block_m.bit_length())]
     boxes = [(block_m // (h * w), h, w) for h in powers for w in powers if h * w <= block_m]
-    covered = {box: prod(_cdiv(size, side) * side for size, side in zip(pixels, box)) for box in boxes}
+    covered = {box: prod(cdiv(size, side) * side for size, side in zip(pixels, box)) for box in boxes}
     return min(boxes, key=lambda box: (covered[box], -box[2], -box[1]))
 
 
-def _first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
-    """The first of so many equal pieces of a box, in the order of its pixels: images are parted first, then rows."""
-    sides = []
-    for side in box:
-        sides.append(max(side // parts, 1))
-        parts = max(parts // side, 1)
-    return tuple(sides)
-
-
-def _cdiv(a: int, b: int) -> int:
+def cdiv(a: int, b: int) -> int:
     return -(-a // b)
