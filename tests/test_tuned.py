@@ -229,10 +229,10 @@ def test_tuned_is_no_name_for_a_user():
 
 def test_candidates_have_names_of_their_own():
     pytest.importorskip("triton", reason="needs triton")
-    from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma_plan
+    from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma_tiles
 
     tiles = conv_candidates._tiles()
-    assert len(tiles) == len(conv_bias_act.CONFIGS) + len(conv_bias_act_tma_plan.CONFIGS)
+    assert len(tiles) == len(conv_bias_act.CONFIGS) + len(conv_bias_act_tma_tiles.CONFIGS)
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
 
 
