@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.geometry import Geometry
-from .conv_bias_act_tma_tiles import TmaConfig, cdiv, choose_box, choose_config
+from .conv_bias_act_tma_tiles import MOST_SHARES, TmaConfig, cdiv, choose_box, choose_config
 
 # Coordinates are int32, up to a box past the last pixel.
 _MOST_PIXELS = 2**31 - 1 - 128
@@ -93,6 +93,16 @@ def why_not_merged(conv: ConvShape, shortcut: ConvShape, dtype: torch.dtype) -> 
     if shapes[0] != shapes[1]:
         return f"the shortcut must have the convolution's output shape {shapes[0]}, got {shapes[1]}"
     return None
+
+
+def why_not_split(conv: ConvShape, config: TmaConfig) -> str | None:
+    """What keeps a tile that splits K from a convolution that `why_not` lets pass; None if nothing does."""
+    (batch, c_in, *in_size), (c_out, _, *kernel), geometry = conv
+    odd = in_size[0] % 2 or in_size[1] % 2
+    if not conv.is_pointwise and geometry.stride != (1, 1) and (odd or c_in % config.block_k):
+        return "stride 2 of such sizes runs as four loops, and only one can be split"
+    tiles = cdiv(batch * prod(geometry.out_size(in_size, kernel)), config.block_m) * cdiv(c_out, config.block_n)
+    return None if tiles * config.split_k <= MOST_SHARES else f"{tiles} tiles fill a machine without being split"
 
 
 class View(NamedTuple):

@@ -51,6 +51,10 @@ _FEWEST_STEPS = 4
 _FULL_MACHINE = 132
 
 
+# Shares of split tiles, beyond which they would only wait for each other.
+MOST_SHARES = 2 * _FULL_MACHINE
+
+
 def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bool = False) -> TmaConfig:
     """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels.
 
@@ -70,7 +74,7 @@ def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bo
         return tall
     tiles, steps = cdiv(n_pixels, 64) * cdiv(c_out, 64), taps * cdiv(c_in, 64)
     for split in reversed(splits) if may_split else ():
-        if steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= 2 * _FULL_MACHINE:
+        if steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= MOST_SHARES:
             return split
     return square
 

@@ -78,10 +78,11 @@ def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.d
         return True
     from ..kernels import conv_bias_act_tma, conv_bias_act_tma_plan
 
-    x_shape, geometry = problem.x_shape(batch), problem.geometry
+    conv = conv_bias_act_tma_plan.ConvShape(problem.x_shape(batch), problem.weight_shape, problem.geometry)
     return (
         conv_bias_act_tma.runs_on(device)
-        and conv_bias_act_tma_plan.why_not(x_shape, problem.weight_shape, geometry, dtype) is None
+        and conv_bias_act_tma_plan.why_not(*conv, dtype) is None
+        and (tile.split_k == 1 or conv_bias_act_tma_plan.why_not_split(conv, tile) is None)
     )
 
 
