@@ -43,6 +43,7 @@ WORKERS = 16
 # (channels, height and width) of the 3x3 of each of ResNet-50's stages.
 FORMS = ((64, 56), (256, 14), (128, 28), (512, 7))
 BATCH = 256
+LINKS = 4
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -138,18 +139,30 @@ def forms(write: Write, seconds: float, dry: bool) -> None:
     device, dtype = (torch.device("cpu"), torch.float32) if dry else (torch.device("cuda", 0), torch.bfloat16)
     sizes, batch = (((8, 5),), 2) if dry else (FORMS, BATCH)
     records = []
-    for channels, size in sizes:
-        asked = ConvProblem(
+    asked = [
+        ConvProblem(
             channels, size, size, (channels, channels, 3, 3), Geometry(padding=(1, 1, 1, 1)),
             scale=True, bias=True, residual=False, relu=True,
-        )  # fmt: skip
-        (built,) = problems.build([(asked, 1)], [batch], dtype, device)
+        )
+        for channels, size in sizes
+    ]  # fmt: skip
+    todo = [built for conv in asked for built in problems.build([(conv, 1)], [batch], dtype, device)]
+    if not dry:
+        todo += _dearest_links(batch, dtype, device)
+    for built in todo:
         try:
-            records.append(tuning.measure(built, 0.0 if dry else seconds / 2 / len(sizes), samples=True))
+            records.append(tuning.measure(built, 0.0 if dry else seconds / 2 / len(todo), samples=True))
         except tuning.DeviceLost as lost:
             write({"records": [*records, lost.record], "lost": str(lost)})
             raise
         write({"records": records})
+
+
+def _dearest_links(batch: int, dtype: torch.dtype, device: torch.device) -> list[tuning.Problem]:
+    """The chains, merged shortcuts and the stem on which ResNet-50 spends most, as one launch and apart."""
+    model = common.build("resnet50").to(device, dtype, memory_format=torch.channels_last).eval()
+    noted = problems.note(model, common.image_batch(model, 2, 224))
+    return [built for built in problems.build(noted, [batch], dtype, device) if built.default == problems.APART][:LINKS]
 
 
 SECTIONS = {"precompile": precompile, "ceilings": ceilings, "forms": forms}
