@@ -2,7 +2,7 @@
 
     precompile   every candidate's kernels of the networks that will be timed, 16 processes at a time, launched by nobody
     ceilings     what this machine can do at most, and which tensor descriptors its driver takes
-    forms        one 3x3 of each stage in each form, checked and timed like any other problem of `tune`
+    forms        one 3x3 of each stage in each form, and the dearest chains, checked and timed as `tune` would
 
 Each writes its file whenever it knows more. gpu_session.py calls them, each in a process of its own: a kernel that breaks the
 GPU's context takes the process with it.

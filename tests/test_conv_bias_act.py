@@ -319,8 +319,8 @@ def test_gradients(case, backend, device):
 
 def test_gradcheck_in_fp64():
     torch.manual_seed(1)
-    x, weight = torch.randn(2, 4, 5, 5).double(), torch.randn(6, 2, 3, 3).double()
-    bias, scale, residual = torch.randn(6).double(), torch.rand(6).double() + 0.5, torch.randn(2, 6, 3, 3).double()
+    x, weight = torch.randn(1, 2, 4, 5).double(), torch.randn(4, 1, 3, 3).double()
+    bias, scale, residual = torch.randn(4).double(), torch.rand(4).double() + 0.5, torch.randn(1, 4, 2, 3).double()
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual, scale)]
 
     def run(x, weight, bias, residual, scale):
