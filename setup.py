@@ -38,7 +38,7 @@ setup(
     extras_require={
         "vision": VISION,
         "timm": TIMM,
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
+        "test": ["pytest>=8", "pytest-xdist>=3.5", "pytest-benchmark>=5", "hypothesis>=6", *TRAIN, *TIMM],
         "train": TRAIN,
         "report": REPORT,
         "peers": ["jax>=0.5", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "openvino>=2025.0"],

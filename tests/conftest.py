@@ -7,6 +7,9 @@ import torch
 # Before anything imports triton. On a GPU the kernels are compiled, and the same tests run there.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# pytest-xdist's workers share the cores; PyTorch's threads spin, and two on one core hold each other up.
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
 # A backend forced from outside would change what the tests test.
 os.environ.pop("RESNET_KERNELS_BACKEND", None)
 # So would a table that was measured on this machine.
