@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 # pytest-xdist's workers share the cores; PyTorch's threads spin, and two on one core hold each other up.
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])))
+    # What tests start is no worker: pytest-benchmark would not measure in one.
+    for name in [name for name in os.environ if name.startswith("PYTEST_XDIST_")]:
+        del os.environ[name]
 # A backend forced from outside would change what the tests test.
 os.environ.pop("RESNET_KERNELS_BACKEND", None)
 # So would a table that was measured on this machine.

@@ -48,7 +48,7 @@ def test_blocks_are_found():
 
 
 def test_the_two_lines():
-    for name, words in (("demo", "python -m resnet_kernels demo"), ("tests", "pytest")):
+    for name, words in (("demo", "python -m resnet_kernels demo"), ("tests", "pytest -n auto .*")):
         assert re.search(rf"<!-- ci: {name} -->\n```bash\npip install .* && {words}\n```", README)
 
 

@@ -120,7 +120,7 @@ def test_the_tables_are_in_the_package(monkeypatch):
 
     given = {}
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-    runpy.run_path(str(Path(rk.__file__).parents[1] / "setup.py"))
+    runpy.run_path(str(Path(__file__).parents[1] / "setup.py"))
     assert "tuned/*.json" in given["package_data"]["resnet_kernels"]
 
 
