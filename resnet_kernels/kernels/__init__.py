@@ -1,1 +1,12 @@
-"""Device code, one file a kernel. Imported only when a Triton backend is asked for: Triton may be absent."""
+"""Device code. Imported only when a Triton backend is asked for: Triton may be absent.
+
+    add_relu, bn_scale_shift                    one pass each
+    batch_norm_act, batch_norm_act_backward     training's BN + add + ReLU
+    conv_bias_act                               the portable convolution, on any GPU
+
+Hopper alone (compute capability 9; fp16, bf16), each with a _plan that holds its predicate, tiles and views, in plain Python:
+
+    conv_bias_act_tma     the convolution by TMA, with a merged shortcut or K split; _parts: its device functions
+    chain_tma             a bottleneck's 3x3, conv3 + add + ReLU and the next one's conv1
+    stem                  7x7/2 convolution + BN + ReLU + max-pool
+"""

@@ -29,6 +29,7 @@ from torch import Tensor
 from ..ops.geometry import Geometry
 from .chain_tma_plan import BLOCK_VECTORS, ChainConfig, ShortcutShape, plan
 from .conv_bias_act_tma import aligned, described, is_interpreted, multiprocessors
+from .conv_bias_act_tma_parts import convolve
 
 
 @triton.jit
@@ -112,7 +113,6 @@ def _chain_tma_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_NEXT: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
     TAIL_STAGES: tl.constexpr,
 ):
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
@@ -121,22 +121,10 @@ def _chain_tma_kernel(
         h = tile // tiles_w % tiles_h * BOX_H
         n = tile // (tiles_w * tiles_h) * BOX_N
 
-        hidden = tl.zeros((BLOCK_WIDTH, BLOCK_M), dtype=tl.float32)
-        for k in tl.range(KERNEL_H * KERNEL_W * N_CHUNKS, num_stages=STAGES):
-            tap = k // N_CHUNKS
-            c = k % N_CHUNKS * BLOCK_K
-            r = tap // KERNEL_W
-            s = tap % KERNEL_W
-            if not IN_PAIRS:
-                x = x_desc.load([n, h - lead_h + r, w - lead_w + s, c])
-            else:
-                # Counted from an even row at or above the first tap, so that no remainder is taken of a negative number.
-                r += SKEW_H
-                s += SKEW_W
-                column = s % 2 * (N_CHUNKS * BLOCK_K)
-                x = x_desc.load([n, h - lead_h + r // 2, r % 2, w - lead_w + s // 2, column + c])
-            x = x.reshape(BLOCK_M, BLOCK_K)
-            hidden = _dot(w2_desc.load([0, k * BLOCK_K]), x.T, hidden, UPCAST)
+        hidden = convolve(
+            (x_desc, None, None, None), w2_desc, n, h - lead_h, w - lead_w, 0, 0, 0, 0, 1,
+            KERNEL_H, KERNEL_W, N_CHUNKS, False, IN_PAIRS, SKEW_H, SKEW_W, False, UPCAST, BLOCK_M, BLOCK_WIDTH, BLOCK_K,
+        )  # fmt: skip
         hidden = _affine(hidden, scale2_ptr, shift2_ptr, WIDTH, 1)
         if RELU_2:
             hidden = _relu(hidden)

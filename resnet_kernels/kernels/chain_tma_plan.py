@@ -252,7 +252,6 @@ def plan(
             RELU_3=relus[1],
             RELU_1=relus[2],
             KEEP_SUM=keep_sum,
-            STAGES=config.num_stages,
             TAIL_STAGES=config.tail_stages,
         ),
     )
