@@ -4,19 +4,20 @@ A peer that isn't installed, can't do a case or raises is listed as absent with 
 that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing the others takes
 longer than timing them.
 
-None may slow the next. What `python -m benchmarks.interference` asks, asked once of ResNet-18 (batch 2, 64x64) on two CPU
-cores that nobody else used, 8 to 10 s of rounds each, medians of time / time after its own kind of the same round:
+None may slow the next. `python -m benchmarks.interference --seconds 8` on two CPU cores that nobody else used, ResNet-18 (batch 2,
+64x64), medians of time / time after its own kind of the same round:
 
-                                    eager after it    it after eager
-    a second eager model                 1.00              1.01
-    ONNX Runtime                         1.04              1.44
-    ONNX Runtime, let spin               1.97              1.88
-    OpenVINO                             1.05              1.46
-    torch.compile                        1.06              1.09
+                     eager after it    it after eager    eager, led in    it, led in
+    a second eager        1.00              1.01              1.01            1.00
+    fused                 1.05              1.13              1.02            1.10
+    torch.compile         1.06              1.14              1.04            1.16
+    ONNX Runtime          1.08              1.46              1.03            1.13
+    OpenVINO              1.08              1.45              1.04            1.27
 
-ONNX Runtime's threads are therefore told not to spin. PyTorch's own do, for 4 to 8 ms after a parallel region (GNU OpenMP's
-default), and slow the others down by more than these slow eager. So in cases in which a contender has
-threads of its own each counted call comes after uncounted ones of the same contender, for LEAD_IN_SECONDS.
+ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's own do, for 4 to 8 ms
+after a parallel region (GNU OpenMP's default), and slow the others down by more than these slow eager. So in cases in which a
+contender has threads of its own each counted call comes after uncounted ones of the same contender, for LEAD_IN_SECONDS. What is
+left slows everybody but eager, OpenVINO most, in this net of 5 ms a call; it is less the longer a call takes.
 """
 
 from __future__ import annotations
