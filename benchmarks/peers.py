@@ -4,8 +4,8 @@ A peer that isn't installed, can't do a case or raises is listed as absent with 
 that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing the others takes
 longer than timing them.
 
-None may slow the next. `python -m benchmarks.interference --seconds 8` on two CPU cores that nobody else used, ResNet-18 (batch
-2, 64x64), medians of time / time after its own kind of the same round:
+None may slow the next. `python -m benchmarks.interference --seconds 8` on two CPU cores that nobody else used, ResNet-18
+(batch 2, 64x64), medians of time / time after its own kind of the same round:
 
                      eager after it    it after eager    eager, led in    it, led in
     a second eager        1.00              1.01              1.01            1.00
@@ -14,10 +14,10 @@ None may slow the next. `python -m benchmarks.interference --seconds 8` on two C
     ONNX Runtime          1.08              1.46              1.03            1.13
     OpenVINO              1.08              1.45              1.04            1.27
 
-ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's own do, for 4 to
-8 ms after a parallel region (GNU OpenMP's default), and slow the others down by more than these slow eager. So in cases in which
-a contender has threads of its own each counted call comes after uncounted ones of the same contender, for LEAD_IN_SECONDS. What
-is left slows everybody but eager, OpenVINO most, in this net of few milliseconds a call.
+ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's own do, for 4
+to 8 ms after a parallel region (GNU OpenMP's default), and slow the others down by more than these slow eager. So in cases
+in which a contender has threads of its own each counted call comes after uncounted ones of the same contender, for
+LEAD_IN_SECONDS. What is left slows everybody but eager, OpenVINO most, in this net of few milliseconds a call.
 """
 
 from __future__ import annotations
