@@ -113,7 +113,7 @@ def test_one_batch_is_no_curve(tmp_path):
     assert report(path, "--out", tmp_path) == 2  # holds r.json
     assert report(path, "--out", tmp_path / "out") == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "Measured at one batch size only, so no curve: resnet50 224px b8 fp32." in text
+    assert "Measured at one batch size only, so no curve: resnet50 224px b8 fp32 (inference)." in text
     assert "plot-throughput" not in text
 
 

@@ -98,7 +98,7 @@ def best_peer(results: Results) -> Section:
 def throughput(results: Results) -> Section:
     key = lambda case: (case.direction, case.platform, case.system, case.subject, case.size, case.dtype)  # noqa: E731
     groups = _grouped((case for case in results.cases.values() if case.level == "model"), key)
-    single = [cases[0].label for cases in groups.values() if len(cases) == 1]
+    single = [f"{own[0].label} ({_DIRECTIONS[own[0].direction]})" for own in groups.values() if len(own) == 1]
     figures = defaultdict(dict)
     rows = defaultdict(list)
     for (direction, platform, system, subject, size, dtype), cases in groups.items():
