@@ -44,6 +44,7 @@ FP16_TARGET = "sm_90"
 PLANTED_TARGETS = ("sm_90", "gfx942")
 TMA_KERNEL, CHAIN_KERNEL, TMA_TARGET = "conv_bias_act tma", "chain tma", "sm_90"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
+SHARING_KERNEL = "tap sharing tma"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -240,6 +241,24 @@ def tma_cases(everything: bool) -> list[Case]:
             loop = (*form, bool(shortcut), todo.constants["N_CHUNKS"] == 1)
             cases.setdefault(repr(replace(case, layer="")) if everything else (config, loop), case)
     return list(cases.values())
+
+
+def sharing_cases() -> list[Case]:
+    """The 3x3 that shares its loads, every tile in stage 1 and in stage 3 of ResNet-50, the heaviest epilogue."""
+    from resnet_kernels.kernels.tap_sharing_tma import CONFIGS, plan
+
+    cases = []
+    for config, (channels, size) in itertools.product(CONFIGS, ((64, 56), (256, 14))):
+        todo = plan((256, channels, size, size), channels, True, False, config)
+        arguments, aligned, constants = specialise(todo.integers)
+        views = todo.views | {f"{name}_residual_desc": todo.views[f"{name}_y_desc"] for name in ("even", "odd")}
+        types = {n: f"tensordesc<bf16[{','.join(map(str, view.box))}]>" for n, view in views.items()}
+        types |= dict.fromkeys(("scale_ptr", "bias_ptr"), "*fp32") | arguments
+        cases.append(
+            Case(SHARING_KERNEL, label(config), "bf16", f"3x3 {channels}", config.num_warps, config.num_stages, types,
+                 aligned, constants | todo.constants)
+        )  # fmt: skip
+    return cases
 
 
 def chain_cases(everything: bool) -> list[Case]:
@@ -446,7 +465,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["dot_loops"], record["loops_in_flight"] = _dot_loops(compiled.asm["ttgir"])
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL)
+        on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL)
         record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
     except Exception as error:
@@ -464,6 +483,7 @@ def _kernel(name: str):
         conv_bias_act,
         conv_bias_act_tma,
         stem,
+        tap_sharing_tma,
     )
 
     if name.startswith("batch_norm_act "):
@@ -474,6 +494,7 @@ def _kernel(name: str):
         TMA_KERNEL: conv_bias_act_tma._conv_bias_act_tma_kernel,
         CHAIN_KERNEL: chain_tma._chain_tma_kernel,
         STEM_KERNEL: stem._stem_kernel,
+        SHARING_KERNEL: tap_sharing_tma._tap_sharing_tma_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
@@ -557,7 +578,7 @@ def _programs(record: dict, target: Target) -> int:
 def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases = [*conv_cases(everything), *pointwise_cases(), *batch_norm_cases()]
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
-    own = (*tma_cases(everything), *chain_cases(everything), *stem_cases())
+    own = (*tma_cases(everything), *chain_cases(everything), *stem_cases(), *sharing_cases())
     chosen += [(c, t) for c in own for t in TARGETS if t.name == TMA_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
 

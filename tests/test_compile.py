@@ -17,6 +17,7 @@ from compile_kernels import (
     FP16_TARGET,
     KIB,
     PLANTED_TARGETS,
+    SHARING_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
     TARGETS,
@@ -92,7 +93,7 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
-    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL):
+    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
     whole_group = record["num_warps"] % 4 == 0
@@ -180,6 +181,21 @@ def chains_by_tma(record: dict, target: Target) -> str | None:
         return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
 
 
+def shares_by_tma(record: dict, target: Target) -> str | None:
+    """All tensors travel by descriptor, and both operands are multiplied where they land."""
+    if record["kernel"] != SHARING_KERNEL:
+        return None
+    from resnet_kernels.kernels.tap_sharing_tma import CONFIGS
+
+    if record["tma"] != ["UTMALDG.2D", "UTMALDG.4D", "UTMASTG.4D"] or record["copy_bytes"]:
+        return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes"
+    if record["operand_in_registers"]:
+        return "an operand takes the way through registers"
+    (promised,) = (config.programs_per_sm for config in CONFIGS if label(config) == record["config"])
+    if record["programs"] < promised:
+        return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
+
+
 def stem_windows_stream(record: dict, target: Target) -> str | None:
     """Windows and weights come ahead of time, into shared memory, from where both are multiplied."""
     if record["kernel"] != STEM_KERNEL:
@@ -224,6 +240,7 @@ CHECKS = (
     training_streams,
     travels_by_tma,
     chains_by_tma,
+    shares_by_tma,
     stem_windows_stream,
     multiplies_while_it_loads,
 )
@@ -268,11 +285,14 @@ def test_no_configuration_is_left_out(target, records):
         }
         assert seen == set(itertools.product((32, 64), (False, True), (False, True)))
         from resnet_kernels.kernels.stem_plan import CONFIGS as STEM_CONFIGS
+        from resnet_kernels.kernels.tap_sharing_tma import CONFIGS as SHARING_CONFIGS
 
+        own = {r["config"] for r in records if r["kernel"] == SHARING_KERNEL}
+        assert own == {label(config) for config in SHARING_CONFIGS}
         own = {r["config"] for r in records if r["kernel"] == STEM_KERNEL}
         assert own == {stem_label(config) for config in STEM_CONFIGS}
     kernels = {
-        *({TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL} if target == TMA_TARGET else ()),
+        *({TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL} if target == TMA_TARGET else ()),
         "conv_bias_act",
         "add_relu",
         "bn_scale_shift",

@@ -229,10 +229,12 @@ def test_tuned_is_no_name_for_a_user():
 
 def test_candidates_have_names_of_their_own():
     pytest.importorskip("triton", reason="needs triton")
-    from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma_tiles
+    from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma_tiles, tap_sharing_tma
 
     tiles = conv_candidates._tiles()
-    assert len(tiles) == len(conv_bias_act.CONFIGS) + len(conv_bias_act_tma_tiles.CONFIGS)
+    assert len(tiles) == sum(
+        map(len, (conv_bias_act.CONFIGS, conv_bias_act_tma_tiles.CONFIGS, tap_sharing_tma.CONFIGS))
+    )
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
 
 
@@ -251,7 +253,7 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     names = conv_candidates.candidates(asked, 2, torch.bfloat16, cuda)
     assert names[: len(first)] == first
     tma = [name for name in names if name.startswith("tma")]
-    assert len(tma) == 8 and len(names) == len(first) + 7 + 8
+    assert len(tma) == 8 and len(names) == len(first) + 7 + 8 + 3
     strided = asked._replace(geometry=Geometry((2, 2), (1, 1, 1, 1)))
     tma = [n for n in conv_candidates.candidates(strided, 2, torch.bfloat16, cuda) if n.startswith("tma")]
     assert len(tma) == 5 and not any(" k" in name for name in tma)  # 64 does not divide 96: four loops

@@ -7,6 +7,7 @@
 Hopper alone (compute capability 9; fp16, bf16), each with a _plan that holds its predicate, tiles and views, in plain Python:
 
     conv_bias_act_tma     the convolution by TMA, with a merged shortcut or K split; _parts: its device functions
+    tap_sharing_tma       a 3x3 that loads a filter row's columns once for two columns of pixels; chosen by a table alone
     chain_tma             a bottleneck's 3x3, conv3 + add + ReLU and the next one's conv1
     stem                  7x7/2 convolution + BN + ReLU + max-pool
 """

@@ -172,7 +172,7 @@ def plan(
         if ragged
         else _dense((c_out, taps * c_in), (config.block_n, config.block_k))
     )
-    views["y_desc"] = _dense((*pixels, c_out), (*_first_part(box, config.parts), config.block_n))
+    views["y_desc"] = _dense((*pixels, c_out), (*first_part(box, config.parts), config.block_n))
     if shortcut:
         views["shortcut_desc"] = _pointwise(shortcut, pixels, (*box, config.block_k))
         views["shortcut_w_desc"] = _dense(shortcut.weight[:2], (config.block_n, config.block_k))
@@ -239,7 +239,7 @@ def _parities(x_shape: tuple[int, ...], box: tuple[int, ...]) -> dict[str, View]
     }
 
 
-def _first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
+def first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
     """The first of so many equal pieces of a box, in the order of its pixels: images are parted first, then rows."""
     sides = []
     for side in box:

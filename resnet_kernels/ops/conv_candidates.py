@@ -4,6 +4,7 @@ cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is
 cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
 pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
 tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
+shared 128x64x32 w4 s2 p4    a tile of kernels/tap_sharing_tma.py
 """
 
 from __future__ import annotations
@@ -67,18 +68,21 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 @cache
 def _tiles() -> dict[str, Any]:
-    from ..kernels import conv_bias_act, conv_bias_act_tma_tiles
+    from ..kernels import conv_bias_act, conv_bias_act_tma_tiles, tap_sharing_tma
 
     tiles = {f"pointer {config}": config for config in conv_bias_act.CONFIGS}
-    return tiles | {f"tma {config}": config for config in conv_bias_act_tma_tiles.CONFIGS}
+    tiles |= {f"tma {config}": config for config in conv_bias_act_tma_tiles.CONFIGS}
+    return tiles | {f"shared {config}": config for config in tap_sharing_tma.CONFIGS}
 
 
 def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     if name.startswith("pointer "):
         return True
-    from ..kernels import conv_bias_act_tma, conv_bias_act_tma_plan
+    from ..kernels import conv_bias_act_tma, conv_bias_act_tma_plan, tap_sharing_tma
 
     conv = conv_bias_act_tma_plan.ConvShape(problem.x_shape(batch), problem.weight_shape, problem.geometry)
+    if name.startswith("shared "):
+        return conv_bias_act_tma.runs_on(device) and tap_sharing_tma.why_not(*conv, dtype) is None
     return (
         conv_bias_act_tma.runs_on(device)
         and conv_bias_act_tma_plan.why_not(*conv, dtype) is None
@@ -123,6 +127,10 @@ def run(
         from ..kernels import conv_bias_act_tma
 
         return conv_bias_act_tma.launch(*operands, _tiles()[name])
+    if name.startswith("shared "):
+        from ..kernels import tap_sharing_tma
+
+        return tap_sharing_tma.launch(*operands, _tiles()[name])
     if name == "triton" or name.startswith("pointer "):
         from ..kernels import conv_bias_act
 
