@@ -407,6 +407,8 @@ harness.contenders = lambda case, full: contenders(case, full, harness.CONTENDER
 
 def interrupted(case, *args, **kwargs):
     if case is tiny[1] and {interrupt}:
+        # A shell's background job, and what it starts, ignores the signal.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
     return measure(case, *args, **kwargs)
 

@@ -18,7 +18,7 @@ from resnet_kernels.results import Ceilings
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 
-OLDEST = Path(__file__).parent.parent / "benchmarks" / "results" / "cpu-2core-2026-11-22.json"
+OLDEST = Path(__file__).parent / "data" / "results_schema_0.json"
 
 
 def report(*arguments):
