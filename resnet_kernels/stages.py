@@ -149,7 +149,8 @@ def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Rec
     its own block out, whether it is on the block or in it.
     """
     together: list[tuple[Recipe, FusedState, Go]] = []
-    if torch.compiler.is_compiling() or not running.is_ordinary(x):
+    # Blocks in train() mode decide by themselves: asked here, they would only be asked twice.
+    if torch.compiler.is_compiling() or children[0].training or not running.is_ordinary(x):
         return together
     backend = children[0].__dict__["_rk_state"].backend
     if x.device.type == "cpu" and dispatch.resolve(backend, x.device, autocast_dtype(x) or x.dtype) in ("cpu", "eager"):

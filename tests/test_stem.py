@@ -256,7 +256,7 @@ KERNEL_BUGS = {
 PLAN_BUGS = {
     "eighth pixel described": ("pairs, 28)", "pairs, 32)"),
     "row parity for column parity": ("packed_w * 4, 8, 16, 1)", "packed_w * 4, 16, 8, 1)"),
-    "too few strips": ("_cdiv(pooled_w - 1, config.block_w - 1)", "_cdiv(pooled_w - 2, config.block_w)"),
+    "too few strips": ("cdiv(pooled_w - 1, config.block_w - 1)", "cdiv(pooled_w - 2, config.block_w)"),
     "too few segments": ("strips * segments,", "strips,"),
 }  # fmt: skip
 

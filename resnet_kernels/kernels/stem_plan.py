@@ -9,6 +9,7 @@ import torch
 
 from ..ops.geometry import Geometry
 from .conv_bias_act_tma_plan import View
+from .conv_bias_act_tma_tiles import cdiv
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,15 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
     """Lays out a stem that `why_not` lets pass; shared by the launcher and the compile-only tests."""
     batch, _, in_h, in_w = x_shape
     out_h, out_w = GEOMETRY.out_size((in_h, in_w), (7, 7))
-    pooled_h, pooled_w, pairs = _cdiv(out_h, 2), _cdiv(out_w, 2), _cdiv(out_w, 2)
+    pooled_h, pooled_w, pairs = cdiv(out_h, 2), cdiv(out_w, 2), cdiv(out_w, 2)
     # Up to the last window of the last pair of columns, the convolution's or not.
     packed_h, packed_w = 2 * out_h + 5, 4 * pairs + 6
     config = config or choose_config(batch, pooled_h, pooled_w, multiprocessors)
-    tiles_w = max(_cdiv(pooled_w - 1, config.block_w - 1), 1)
+    tiles_w = max(cdiv(pooled_w - 1, config.block_w - 1), 1)
     strips = batch * tiles_w
     segments, rows = split_rows(strips, pooled_h, multiprocessors * config.programs_per_sm)
-    blocks = _cdiv(packed_h * packed_w, PACK_BLOCK)
-    weight_programs = _cdiv(BLOCK_C * 7 * 32, PACK_BLOCK)
+    blocks = cdiv(packed_h * packed_w, PACK_BLOCK)
+    weight_programs = cdiv(BLOCK_C * 7 * 32, PACK_BLOCK)
     return Plan(
         config,
         (batch, packed_h, packed_w, 4),
@@ -134,7 +135,7 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
 def choose_config(images: int, pooled_h: int, pooled_w: int, multiprocessors: int) -> StemConfig:
     """Picks a strip: the narrow one for narrow images, and where even single rows of wide ones leave the machine idle."""
     wide, narrow = CONFIGS[:2]
-    rows = images * pooled_h * max(_cdiv(pooled_w - 1, wide.block_w - 1), 1)
+    rows = images * pooled_h * max(cdiv(pooled_w - 1, wide.block_w - 1), 1)
     return narrow if pooled_w <= narrow.block_w or rows < multiprocessors * wide.programs_per_sm else wide
 
 
@@ -143,13 +144,9 @@ def split_rows(strips: int, pooled_h: int, slots: int) -> tuple[int, int]:
 
     A segment computes the row above its first once more: half as much as a pooled row.
     """
-    candidates = {_cdiv(pooled_h, rows): rows for rows in range(pooled_h, 0, -1)}
-    return min(candidates.items(), key=lambda split: (_cdiv(strips * split[0], slots) * (split[1] + 0.5), split[0]))
+    candidates = {cdiv(pooled_h, rows): rows for rows in range(pooled_h, 0, -1)}
+    return min(candidates.items(), key=lambda split: (cdiv(strips * split[0], slots) * (split[1] + 0.5), split[0]))
 
 
 def _pair(value) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else tuple(value)
-
-
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
