@@ -182,6 +182,7 @@ def launch(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
     x = aligned(x)
+    # Copies live in local names until the launch: a descriptor keeps no memory, and what is freed is handed out again.
     tensors = dict(x_desc=x, x01_desc=x, x10_desc=x, x11_desc=x, w_desc=aligned(weight), y_desc=y)
     vectors = dict(scale_ptr=scale, bias_ptr=bias, shortcut_scale_ptr=None, shortcut_bias_ptr=None)
     if shortcut is not None:
@@ -189,7 +190,8 @@ def launch(
         vectors |= dict(shortcut_scale_ptr=shortcut.scale, shortcut_bias_ptr=shortcut.bias)
     descriptors = {name: described(tensors[name], view) for name, view in todo.views.items()}
     if residual is not None:
-        descriptors["residual_desc"] = described(aligned(residual), todo.views["y_desc"])
+        residual = aligned(residual)
+        descriptors["residual_desc"] = described(residual, todo.views["y_desc"])
     n_tiles, split_k = todo.integers["n_tiles"], config.split_k
     programs = min(n_tiles * split_k, multiprocessors(x.device) * config.programs_per_sm)
     # Per call: the allocator knows which streams and graphs use it.
@@ -232,7 +234,7 @@ class _Address:
 
 
 def described(tensor: Tensor, view: View) -> TensorDescriptor:
-    """A descriptor of a view of a tensor that is dense in memory."""
+    """A descriptor of a view of a tensor that is dense in memory, and that the caller keeps until the launch."""
     *layout, offset = view
     if is_interpreted():
         # It copies the tensors behind the arguments to and fro.
