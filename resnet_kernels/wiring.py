@@ -30,10 +30,10 @@ class Wiring:
 
     def __init__(self, module: nn.Module, recipe: Recipe):
         members = _members(module, recipe)
-        registries = {id(registry): registry for registry, _, _ in members}.values()
-        self.registries = [(registry, [*registry.values()]) for registry in registries]
-        self.names = [name for _, name, _ in members]
-        self.children = [child for _, _, child in members]
+        self.names = [name for name, _ in members]
+        self.children = [child for _, child in members]
+        owners = [module, *(child for child in self.children if recipe.whole and child._modules)]
+        self.registries = [(owner._modules, [*owner._modules.values()]) for owner in owners]
         self.classes = [*map(type, self.children)]
         self.dicts = [child.__dict__ for child in self.children]
         self.with_modes = [
@@ -113,14 +113,14 @@ def _modules_of(module: nn.Module, step: ConvStep | NormStep | CallStep) -> tupl
     return conv, None if step.bn is None else child_at(module, step.bn)
 
 
-def _members(module: nn.Module, recipe: Recipe) -> list[tuple[dict, str, nn.Module]]:
-    """(registry, name, child) of everything a recipe depends on: all of a block, but only its own members for a run."""
+def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
+    """(name, child) of everything a recipe depends on: all of a block, but only its own members for a run."""
     if not recipe.whole:
-        return [(module._modules, name, module._modules[name]) for name in recipe.modules]
+        return [(name, module._modules[name]) for name in recipe.modules]
     members = []
     for name, child in module._modules.items():
         if child is not None:
-            members.append((module._modules, name, child))
+            members.append((name, child))
             if child._modules:
                 members.extend(_members(child, recipe))
     return members

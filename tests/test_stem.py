@@ -110,7 +110,8 @@ def test_as_accurate_as_eager(config, device):
     x, weight = torch.randn(2, 3, 30, 34, device=device).half(), torch.randn(64, 3, 7, 7, device=device).half() / 12
     scale, shift = torch.randn(64, device=device), torch.randn(64, device=device)
     z = F.conv2d(x, weight, None, 2, 3)
-    z = F.batch_norm(z, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
+    # Variance and eps add up to 1: some versions of PyTorch refuse an eps of 0.
+    z = F.batch_norm(z, torch.zeros_like(scale), torch.full_like(scale, 0.5), scale, shift, eps=0.5)
     eager = F.max_pool2d(torch.relu(z), 3, 2, 1)
     assert_within_budget(stem.launch(x, weight, scale, shift, config=config), eager, truth(x, weight, scale, shift))
 

@@ -15,10 +15,11 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast would give a convolution of x; None when it leaves x alone (off, fp64, no float)."""
     if x.dtype == torch.float64 or not x.is_floating_point():
         return None
-    device_type = x.device.type
-    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+    kind = x.device.type
+    # The CPU and CUDA always have it, and torch.compile of PyTorch 2.11 can't trace is_autocast_available.
+    if not (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(kind)
 
 
 def is_dense(x: Tensor) -> bool:
