@@ -45,6 +45,7 @@ PLANTED_TARGETS = ("sm_90", "gfx942")
 TMA_KERNEL, CHAIN_KERNEL, TMA_TARGET = "conv_bias_act tma", "chain tma", "sm_90"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
 SHARING_KERNEL = "tap sharing tma"
+EPILOGUE_KERNEL = "epilogue"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -357,7 +358,7 @@ def stem_cases() -> list[Case]:
 def pointwise_cases() -> list[Case]:
     from resnet_kernels.kernels import add_relu, bn_scale_shift
 
-    cases = []
+    cases = epilogue_cases()
     for dtype in ("fp16", "bf16", "fp32"):
         pointers = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*" + dtype)
         size = {"BLOCK_SIZE": add_relu.BLOCK_SIZE}
@@ -374,6 +375,33 @@ def pointwise_cases() -> list[Case]:
                  constants)
         )  # fmt: skip
     return cases
+
+
+def epilogue_cases() -> list[Case]:
+    """The pass after a convolution, over x: with all it can take, as a layer has it, and with biases alone."""
+    from resnet_kernels.kernels import epilogue
+
+    cases = {}
+    vectors = ("scale_ptr", "shift_ptr", "residual_scale_ptr", "residual_shift_ptr")
+    forms = {
+        "all": ("residual_ptr", *vectors),
+        "scale and shift": vectors[:2],
+        "biases": ("residual_ptr", "shift_ptr", "residual_shift_ptr"),
+    }
+    for dtype, (n_channels, size), form in itertools.product(
+        ("fp16", "bf16", "fp32"), ((64, 112), (2048, 7), (6, 3)), forms
+    ):
+        tile = epilogue.choose_tile(n_channels, DTYPES[dtype].itemsize)
+        arguments, aligned, _ = specialise(dict(n_rows=256 * size * size, n_channels=n_channels))
+        types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(vectors, "*fp32")
+        absent = {"residual_ptr", *vectors} - set(forms[form])
+        given = {name: kind for name, kind in types.items() if name not in absent} | arguments
+        case = Case(
+            EPILOGUE_KERNEL, "x".join(map(str, tile.values())), dtype, f"{n_channels} channels, {form}",
+            epilogue.NUM_WARPS, 3, given, aligned, dict(RELU=form != "biases", **tile, **dict.fromkeys(absent)),
+        )  # fmt: skip
+        cases[repr(case)] = case
+    return list(cases.values())
 
 
 def batch_norm_cases() -> list[Case]:
@@ -482,6 +510,7 @@ def _kernel(name: str):
         chain_tma,
         conv_bias_act,
         conv_bias_act_tma,
+        epilogue,
         stem,
         tap_sharing_tma,
     )
@@ -496,6 +525,7 @@ def _kernel(name: str):
         STEM_KERNEL: stem._stem_kernel,
         SHARING_KERNEL: tap_sharing_tma._tap_sharing_tma_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
+        EPILOGUE_KERNEL: epilogue._epilogue_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
     }[name]

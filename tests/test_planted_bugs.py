@@ -137,3 +137,29 @@ def test_nothing_planted_in_training_nothing_caught(tmp_path, device, monkeypatc
     for where in BATCH_NORM_FILES:
         plant(where, planted(where, tmp_path, "if RELU:", "if RELU:"), monkeypatch)
     assert batch_norm_failures(monkeypatch, device) == 0
+
+
+EPILOGUE_BUGS = {
+    "dropped ReLU": ("if RELU:", "if RELU and False:"),
+    "ReLU before the residual": ("    if residual_ptr is not None:\n",
+                                 "    y = tl.maximum(y, 0.0) if RELU else y\n    if residual_ptr is not None:\n"),
+    "ragged tail of channels": ("mask_c = offs_c < n_channels", "mask_c = offs_c < (n_channels // 16) * 16"),
+    "ragged tail of rows": ("(start + lane < n_rows)", "(start + lane < n_rows - 1)"),
+    "swapped scale and shift": ("_affine(x, scale_ptr, shift_ptr,", "_affine(x, shift_ptr, scale_ptr,"),
+    "scale of another channel": ("tl.load(scale_ptr + offs_c,", "tl.load(scale_ptr + offs_c * 0,"),
+    "the residual's vectors left out": ("y += _affine(residual, residual_scale_ptr, residual_shift_ptr,",
+                                        "y += _affine(residual, None, None,"),
+    "the residual's vectors taken for x's": ("residual_scale_ptr, residual_shift_ptr, offs_c, mask_c)",
+                                             "scale_ptr, shift_ptr, offs_c, mask_c)"),
+    "residual of another row": ("tl.load(residual_ptr + at + offs,", "tl.load(residual_ptr + offs_c[None, :] + 0 * offs,"),
+    "tiles of the same rows": ("(tl.program_id(0) // n_tiles) * BLOCK_ROWS", "(tl.program_id(0) // n_tiles) * 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*EPILOGUE_BUGS, "nothing"])
+def test_planted_bug_in_the_epilogue_is_caught(name, tmp_path, device):
+    skip_unless_runnable("triton", device, torch.float32)
+    from test_epilogue import is_exact
+
+    kernel = planted("epilogue", tmp_path, *EPILOGUE_BUGS.get(name, ("if RELU:", "if RELU:")))
+    assert is_exact(kernel, device) == (name not in EPILOGUE_BUGS)

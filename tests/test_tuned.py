@@ -246,7 +246,7 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     dispatch.why_not.cache_clear()
     cuda = torch.device("cuda", 0)
     if torch.cuda.is_available():
-        first = ["cudnn", "cudnn+add_relu"]
+        first = ["cudnn", "cudnn+add_relu", "cudnn+epilogue"]
     else:
         first = ["eager"]  # a PyTorch without cuDNN
     asked = CONV._replace(c_in=96, weight_shape=(64, 96, 3, 3), residual=True, in_h=8, in_w=8)
@@ -313,18 +313,25 @@ def test_the_environment_goes_over_the_table(write, monkeypatch):
     assert names == ["eager"]
 
 
-def test_cudnn_and_then_add_relu(device):
-    """The candidate's own arithmetic; nothing in it needs cuDNN but its speed."""
+@pytest.mark.parametrize("name", ("cudnn+add_relu", "cudnn+epilogue"))
+def test_cudnn_and_a_pass_after_it(name, device):
+    """The candidates' own arithmetic; nothing in it needs cuDNN but its speed."""
+    skip_unless_runnable("triton", device, torch.float32)
     *tensors, geometry, _ = operands(residual=True)
-    x, weight, bias, residual, scale = (t.to(device) for t in tensors)
-    y = conv_candidates.run("cudnn+add_relu", x, weight, bias, residual, scale, geometry, True)
-    wide = [t.double() for t in (x, weight, bias, residual, scale)]
-    assert_within_budget(
-        y,
-        rk.reference.conv_bias_act(x, weight, bias, residual, scale, geometry),
-        rk.reference.conv_bias_act(*wide, geometry),
-    )
-    assert y.is_contiguous(memory_format=torch.channels_last)
+    tensors = [t.to(device) for t in tensors]
+    x, weight, bias, residual, scale = tensors
+    calls = [(x, weight, bias, residual, scale, geometry, True)]
+    if name == "cudnn+epilogue":
+        calls += [(x, weight, bias, residual, scale, geometry, False), (x, weight, bias, None, None, geometry, False)]
+        calls += [(x, weight, None, None, None, geometry, relu) for relu in (True, False)]
+    before = [t.clone() for t in tensors]
+    for call in calls:
+        y = conv_candidates.run(name, *call)
+        wide = [None if t is None else t.double() for t in call[:5]]
+        expected = rk.reference.conv_bias_act(*call)
+        assert_within_budget(y, expected, rk.reference.conv_bias_act(*wide, *call[5:]))
+        assert y.is_contiguous(memory_format=torch.channels_last)
+    assert all(map(torch.equal, before, tensors))
 
 
 def small_model():

@@ -2,6 +2,7 @@
 
 cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table
 cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
+cudnn+epilogue               cuDNN's convolution, then one pass for all that follows; no weight is folded
 pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
 tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
 shared 128x64x32 w4 s2 p4    a tile of kernels/tap_sharing_tma.py
@@ -61,6 +62,8 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
         names.append("eager")
     if able("cudnn") and problem.residual and problem.relu:
         names.append("cudnn+add_relu")
+    if able("cudnn") and able("triton"):
+        names.append("cudnn+epilogue")
     if able("triton"):
         names += [name for name, tile in _tiles().items() if _fits(name, tile, problem, batch, dtype, device)]
     return names
@@ -139,6 +142,8 @@ def run(
         y = cudnn.conv_bias_act(*operands)
     elif name == "cudnn+add_relu":
         y = cudnn.conv_bias_then_add_relu(x, weight, bias, residual, scale, geometry)
+    elif name == "cudnn+epilogue":
+        y = cudnn.conv_then_epilogue(*operands)
     elif name == "cpu" and x.shape[0]:
         if scale is not None:
             weight = (weight * scale[:, None, None, None]).to(x.dtype)

@@ -49,6 +49,31 @@ def conv_bias_then_add_relu(
     return torch.relu_(y.add_(residual))
 
 
+def conv_then_epilogue(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    geometry: Geometry,
+    relu: bool,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+) -> Tensor:
+    """cuDNN's convolution as it is, nothing folded, then one Triton pass for all that follows.
+
+    residual_scale, residual_shift: per channel, of a residual that a projection's convolution left as it was.
+    """
+    from ..kernels import epilogue
+
+    x, weight, _, (stride, padding, dilation, groups) = _operands(x, weight, None, None, geometry)
+    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
+    if all(tensor is None for tensor in (bias, residual, scale)) and not relu:
+        return y
+    # The convolution's output is nobody else's.
+    return epilogue.launch(y, scale, bias, residual, residual_scale, residual_shift, relu, overwrite=True)
+
+
 def _operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Geometry
 ) -> tuple[Tensor, Tensor, Tensor | None, tuple]:

@@ -1,0 +1,112 @@
+"""All that follows a convolution in one pass over its output: BN as scale and shift, bias, residual add, ReLU.
+
+    y = act( x * scale + shift + residual * residual_scale + residual_shift )
+
+over channels_last data seen as (rows = N*H*W, channels), in fp32 with one rounding at the end. Reads x and the residual once
+and writes y, over x where the caller owns it. PyTorch takes two passes for BN, three for the add and two for the ReLU. The
+residual's own scale and shift are those of a projection shortcut whose convolution left its output as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# A tile is four 16-byte loads a thread and operand, on 4 warps. Channels that 16 does not divide load one by one: a quarter.
+TILE_BYTES = 8192
+RAGGED_TILE_BYTES = 2048
+MOST_CHANNELS = 128  # of a tile: each row is then 256 bytes of bf16, and few programs share a channel's scale and shift
+NUM_WARPS = 4
+
+
+@triton.jit
+def _affine(x, scale_ptr, shift_ptr, offs_c, mask_c):
+    """x * scale + shift, each where there is one."""
+    if scale_ptr is not None:
+        x *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    if shift_ptr is not None:
+        x += tl.load(shift_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def _epilogue_kernel(
+    x_ptr,  # (n_rows, n_channels), residual and y too; y may be x
+    scale_ptr,  # (n_channels,) or None, and so the three below
+    shift_ptr,
+    residual_ptr,  # or None
+    residual_scale_ptr,
+    residual_shift_ptr,
+    y_ptr,
+    n_rows,
+    n_channels,
+    RELU: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
+):
+    # Tiles of the same rows follow each other: together they read whole rows.
+    n_tiles = tl.cdiv(n_channels, BLOCK_CHANNELS)
+    start = (tl.program_id(0) // n_tiles) * BLOCK_ROWS
+    offs_c = (tl.program_id(0) % n_tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
+    lane = tl.arange(0, BLOCK_ROWS)
+    mask_c = offs_c < n_channels
+    mask = (start + lane < n_rows)[:, None] & mask_c[None, :]
+    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
+    at = start.to(tl.int64) * n_channels
+    offs = lane[:, None] * n_channels + offs_c[None, :]
+
+    x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+    y = _affine(x, scale_ptr, shift_ptr, offs_c, mask_c)
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+        y += _affine(residual, residual_scale_ptr, residual_shift_ptr, offs_c, mask_c)
+    if RELU:
+        # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
+        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def choose_tile(n_channels: int, itemsize: int) -> dict[str, int]:
+    """The rows and channels of a tile, as constants of the kernel. itemsize: of x, in bytes."""
+    block_channels = min(MOST_CHANNELS, triton.next_power_of_2(n_channels))
+    tile_bytes = RAGGED_TILE_BYTES if n_channels % 16 else TILE_BYTES
+    return dict(BLOCK_ROWS=tile_bytes // itemsize // block_channels, BLOCK_CHANNELS=block_channels)
+
+
+def launch(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None = None,
+    residual_scale: Tensor | None = None,
+    residual_shift: Tensor | None = None,
+    relu: bool = True,
+    *,
+    overwrite: bool = False,
+) -> Tensor:
+    """Returns act(x * scale + shift + residual * residual_scale + residual_shift), channels_last.
+
+    Args:
+        x: (N, C, H, W), a convolution's output; fp16, bf16 or fp32. Another layout than channels_last is converted.
+        scale, shift, residual_scale, residual_shift: (C,), fp32 or x's dtype; None for ones, zeros.
+        residual: shape and dtype of x; the vectors of its own need it.
+        relu: False leaves the ReLU away.
+        overwrite: x is the caller's own and nobody reads it again: y goes where x is. The residual must not overlap it.
+    """
+    x = x.contiguous(memory_format=torch.channels_last)
+    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
+    vectors = [None if v is None else v.contiguous() for v in (scale, shift, residual_scale, residual_shift)]
+    y = x if overwrite else torch.empty_like(x)
+    if y.numel():
+        rows, channels = x.numel() // x.shape[1], x.shape[1]
+        tile = choose_tile(channels, x.element_size())
+        # Programs: tiles of rows x tiles of channels, in one dimension as there may be more than 65535 of rows.
+        grid = (triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"]),)
+        with torch.cuda.device_of(x):
+            _epilogue_kernel[grid](
+                x, *vectors[:2], residual, *vectors[2:], y, rows, channels,
+                RELU=relu, **tile, num_warps=NUM_WARPS, enable_fp_fusion=True,
+            )  # fmt: skip
+    return y
