@@ -1,0 +1,404 @@
+"""python -m benchmarks.gpu_checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, every failure of every kernel in one call.
+
+A parent that never touches CUDA forks a child for each kernel and configuration, several at a time. A child says "starting X"
+before each check and its result after it; one that is silent for too long is killed, and goes on behind X in a new process. So
+a crash or a hang costs one check. Outputs lie in memory poisoned with NaN, and each kernel runs twice: a second result that
+differs in a bit is a race.
+
+    checks.jsonl    a line a check, as it comes: ok, or what was wrong
+    denied.json     candidates that crashed or hung: act 2 leaves them away
+    sanitizer.txt   compute-sanitizer on a chain, a split K and a stem
+
+What time is left compiles act 2's kernels into Triton's cache (TRITON_CACHE_DIR).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resnet_kernels import problems, tuning
+from resnet_kernels.links import StemProblem
+from resnet_kernels.ops import conv_candidates
+from resnet_kernels.ops.batch_norm_act import NormProblem
+from resnet_kernels.ops.conv_candidates import ConvProblem
+from resnet_kernels.ops.geometry import Geometry
+
+from . import gpu_jobs
+
+CHILDREN = 14
+# For one check. A cold one starts CUDA and compiles for some seconds.
+SILENCE_S = 40.0
+NETWORK_S = 120.0
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question. run: returns {} if all is well, else what was wrong; what it raises is a failure, too."""
+
+    name: str
+    run: Callable[[], Result]
+    # What act 2 is to leave away if this crashes or hangs: a candidate, of one problem or (None) of all.
+    candidate: str | None = None
+    problem: str | None = None
+
+
+@dataclass
+class Job:
+    """Checks that share a process."""
+
+    name: str
+    checks: list[Check]
+    seconds: float = SILENCE_S
+
+
+def _is_cuda() -> bool:
+    return os.environ.get("RESNET_KERNELS_DRY_RUN") is None
+
+
+def _device() -> torch.device:
+    return torch.device("cuda", 0) if _is_cuda() else torch.device("cpu")
+
+
+# Convolutions that take every path of a kernel: (problem, batch).
+_PAD1 = dict(padding=(1, 1, 1, 1))
+
+
+def _conv(
+    c_in: int, size: tuple[int, int], c_out: int, kernel: int, residual=False, relu=True, **geometry
+) -> ConvProblem:
+    groups = geometry.get("groups", 1)
+    return ConvProblem(
+        c_in, *size, (c_out, c_in // groups, kernel, kernel), Geometry(**geometry), True, True, residual, relu
+    )
+
+
+CONVOLUTIONS = {
+    "3x3": (_conv(64, (56, 56), 64, 3, **_PAD1), 8),
+    "3x3 ragged, residual": (_conv(72, (15, 13), 40, 3, residual=True, **_PAD1), 3),
+    "3x3 ragged, narrow": (_conv(24, (9, 10), 72, 3, relu=False, **_PAD1), 2),
+    "3x3, one pixel of many images": (_conv(512, (7, 7), 512, 3, **_PAD1), 128),
+    "1x1, residual": (_conv(64, (28, 28), 256, 1, residual=True), 16),
+    "1x1, no ReLU": (_conv(256, (14, 14), 512, 1, relu=False), 5),
+    "3x3 stride 2, even": (_conv(128, (56, 56), 128, 3, stride=(2, 2), **_PAD1), 8),
+    "3x3 stride 2, odd": (_conv(64, (15, 13), 128, 3, stride=(2, 2), **_PAD1), 5),
+    "1x1 stride 2": (_conv(256, (28, 28), 512, 1, relu=False, stride=(2, 2)), 6),
+    "batch 1, late": (_conv(512, (7, 7), 512, 3, **_PAD1), 1),
+}
+PORTABLE_ONLY = {
+    "7x7 stem": (_conv(3, (75, 75), 64, 7, stride=(2, 2), padding=(3, 3, 3, 3)), 2),
+    "grouped": (_conv(128, (14, 14), 128, 3, groups=32, **_PAD1), 3),
+    "dilated, SAME": (_conv(64, (15, 15), 64, 3, padding=(2, 2, 2, 2), dilation=(2, 2)), 2),
+}
+DRY = {"3x3 ragged, residual": (_conv(24, (5, 6), 16, 3, residual=True, **_PAD1), 2)}
+
+
+def check_problem(problem: tuning.Problem, name: str) -> Result:
+    """One candidate of a problem against fp64, in poisoned memory, twice."""
+    own = replace(problem, candidates={name: problem.candidates[name]})
+    record: Result = {"candidates": {}}
+    with torch.no_grad():
+        operands = own.operands()
+        tuning._check(own, operands, record)
+        row = record["candidates"][name]
+        if "refused" not in row:
+            runs = [tuning._tuple(own.candidates[name](*operands)) for _ in range(2)]
+            if not all(torch.equal(a, b) for a, b in zip(*runs)):
+                row["refused"] = "two runs on the same operands differ"
+    return row
+
+
+def _conv_checks(candidate: str, dtype: torch.dtype) -> list[Check]:
+    shapes = CONVOLUTIONS | (PORTABLE_ONLY if not candidate.startswith(("tma ", "shared ")) else {})
+    checks = []
+    for what, (asked, batch) in (shapes if _is_cuda() else DRY).items():
+
+        def run(asked=asked, batch=batch) -> Result:
+            problem = problems.conv_problem(asked, batch, dtype, _device())
+            if candidate not in problem.candidates:
+                return {"skipped": "not a candidate here"}
+            return check_problem(problem, candidate)
+
+        checks.append(Check(f"{candidate} | {what} | {str(dtype)[6:]}", run, candidate))
+    return checks
+
+
+def _problem_checks(asked, batch: int, dtype: torch.dtype, prefix: str) -> list[Check]:
+    """All of our candidates of a link, stem or BN; their names are known on the device alone, so one check has them all."""
+
+    def run() -> Result:
+        problem = problems.BUILDERS[type(asked)](asked, batch, dtype, _device())
+        rows = {name: check_problem(problem, name) for name in problem.candidates if name != problem.default}
+        refused = {name: row["refused"] for name, row in rows.items() if "refused" in row}
+        return {"candidates": rows, **({"refused": str(refused)} if refused else {})}
+
+    return [Check(f"{prefix} {asked}, batch {batch}, {str(dtype)[6:]}", run, "*", str(asked))]
+
+
+def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
+    """What can fail first and at most, first."""
+    bf16 = torch.bfloat16
+    links, norms = {}, {}
+    for network in noted:
+        for asked, _ in network.problems:
+            if isinstance(asked, NormProblem):
+                norms[str(asked)] = (asked, 16 if network.image_size > 100 else 3)
+            elif not isinstance(asked, ConvProblem):
+                links[str(asked)] = (asked, 8 if network.image_size > 100 else 3)
+    tiles = [*conv_candidates._tiles(), "cudnn", "cudnn+add_relu", "cudnn+epilogue"]
+    ours = [name for name in tiles if name.startswith(("tma", "shared"))]
+    # Longest first: a network compiles some forty kernels.
+    yield from (Job(name, checks, NETWORK_S) for name, checks in NETWORKS())
+    yield from (Job(name, _conv_checks(name, bf16)) for name in ours)
+    yield Job("small", SMALL())
+    for asked, batch in links.values():
+        yield Job("stem" if isinstance(asked, StemProblem) else "link", _problem_checks(asked, batch, bf16, ""))
+    yield from (Job(name, _conv_checks(name, bf16)) for name in tiles if name not in ours)
+    rest = list(norms.values())
+    yield from (
+        Job("norm", [c for asked, batch in rest[i::4] for c in _problem_checks(asked, batch, bf16, "")])
+        for i in range(4)
+    )
+    yield from (Job(name, _conv_checks(name, torch.float16)) for name in (ours[1], ours[-1]))
+    yield from (Job(name, _conv_checks(name, torch.float32)) for name in tiles if name not in ours)
+
+
+def NETWORKS() -> Iterator[tuple[str, list[Check]]]:
+    from . import gpu_networks
+
+    return gpu_networks.jobs()
+
+
+def SMALL() -> list[Check]:
+    from . import gpu_networks
+
+    return [Check(name, run) for name, run in gpu_networks.small_checks().items()]
+
+
+@dataclass
+class Child:
+    job: Job
+    at: int
+    pid: int
+    pipe: int
+    deadline: float
+    rest: bytes = b""
+
+
+@dataclass
+class Runner:
+    """Children, several at a time, and what they said."""
+
+    out: Path
+    end: float
+    lines: list[Result] = field(default_factory=list)
+    denied: list[Result] = field(default_factory=list)
+
+    def write(self, line: Result) -> None:
+        self.lines.append(line)
+        with (self.out / "checks.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def deny(self, check: Check, why: str) -> None:
+        self.write({"check": check.name, "failed": why})
+        if check.candidate:
+            self.denied.append({"candidate": check.candidate, "problem": check.problem, "why": why})
+            (self.out / "denied.json").write_text(json.dumps(self.denied, indent=1))
+
+    def run(self, todo: Iterator[Job], children: int = CHILDREN) -> None:
+        waiting: deque[tuple[Job, int]] = deque((job, 0) for job in todo)
+        alive: dict[int, Child] = {}
+        ready = selectors.DefaultSelector()
+        while (waiting or alive) and time.monotonic() < self.end:
+            while waiting and len(alive) < children:
+                job, at = waiting.popleft()
+                child = self._fork(job, at)
+                alive[child.pipe] = child
+                ready.register(child.pipe, selectors.EVENT_READ)
+            for key, _ in ready.select(0.2):
+                child = alive[key.fd]
+                data = os.read(child.pipe, 65536)
+                child.rest += data
+                self._read(child)
+                if not data:
+                    self._bury(child, alive, ready, waiting, "died")
+            for child in list(alive.values()):
+                if time.monotonic() > child.deadline:
+                    os.kill(child.pid, signal.SIGKILL)
+                    self._bury(child, alive, ready, waiting, f"silent for {child.job.seconds:.0f} s")
+        for child in alive.values():
+            os.kill(child.pid, signal.SIGKILL)
+            self.write({"check": child.job.checks[child.at].name, "failed": "no time left"})
+        for job, at in waiting:
+            self.write({"job": job.name, "not_run": len(job.checks) - at})
+
+    def _read(self, child: Child) -> None:
+        *lines, child.rest = child.rest.split(b"\n")
+        for line in lines:
+            values = json.loads(line)
+            child.deadline = time.monotonic() + child.job.seconds
+            if "done" in values:
+                child.at = values.pop("done") + 1
+            self.write(values)
+
+    def _bury(self, child, alive, ready, waiting, why: str) -> None:
+        ready.unregister(child.pipe)
+        os.close(child.pipe)
+        del alive[child.pipe]
+        _, status = os.waitpid(child.pid, 0)
+        if child.at < len(child.job.checks):
+            signalled = f" (signal {os.WTERMSIG(status)})" if os.WIFSIGNALED(status) else f" ({status})"
+            self.deny(child.job.checks[child.at], why + signalled)
+            if child.at + 1 < len(child.job.checks):
+                waiting.appendleft((child.job, child.at + 1))
+
+    def _fork(self, job: Job, at: int) -> Child:
+        reader, writer = os.pipe()
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            os.close(reader)
+            status = 1
+            try:
+                status = _child(job, at, writer)
+            finally:
+                os._exit(status)
+        os.close(writer)
+        return Child(job, at, pid, reader, time.monotonic() + job.seconds)
+
+
+def _child(job: Job, at: int, writer: int) -> int:
+    def say(line: Result) -> None:
+        os.write(writer, json.dumps(line).encode() + b"\n")
+
+    for i, check in enumerate(job.checks[at:], at):
+        say({"starting": check.name})
+        begin, result = time.monotonic(), {}
+        lost = False
+        try:
+            result = check.run()
+            if _is_cuda():
+                torch.cuda.synchronize()
+        except Exception as error:
+            result = {"refused": f"{type(error).__name__}: {error}"[:800], "where": traceback.format_exc()[-1500:]}
+            # After an illegal access nothing runs in this process any more: the parent goes on in a new one.
+            lost = isinstance(error, (tuning.DeviceLost, torch.AcceleratorError))
+        if lost:
+            say({"check": check.name, **result})
+            return 3
+        say({"check": check.name, "seconds": round(time.monotonic() - begin, 2), **result, "done": i})
+    return 0
+
+
+def precompile(noted: list[gpu_jobs.Noted], end: float, out: Path) -> None:
+    """Compiles act 2's candidates in children, dearest network first."""
+    from . import gpu_sections
+
+    wanted: dict[tuple, None] = {}
+    for batch in (256, 1):
+        for network in noted:
+            if network.image_size == 224 and network.network != "resnet152":
+                wanted |= dict.fromkeys((asked, batch) for asked, _ in network.problems)
+    order = sorted(wanted, key=lambda pair: isinstance(pair[0], NormProblem))
+    workers, pids = 15, []
+    for worker in range(workers):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for asked, batch in order[worker::workers]:
+                    (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, _device())
+                    for name in built.candidates:
+                        if time.monotonic() > end:
+                            os._exit(0)
+                        if name == built.default or name.startswith(("cudnn", "pointer")):
+                            continue
+                        row = gpu_sections.compile_candidate(asked, batch, name)
+                        with (out / f"compiled-{worker}.jsonl").open("a") as file:
+                            file.write(json.dumps(row) + "\n")
+            finally:
+                os._exit(0)
+        pids.append(pid)
+    while pids and time.monotonic() < end + 3:
+        pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
+        time.sleep(0.1)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    rows = [line for path in sorted(out.glob("compiled-*.jsonl")) for line in path.read_text().splitlines()]
+    for path in out.glob("compiled-*.jsonl"):
+        path.unlink()
+    (out / "compiled.jsonl").write_text("\n".join(rows))
+
+
+def sanitize(out: Path) -> list[subprocess.Popen]:
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    if not Path(tool).exists():
+        (out / "sanitizer.txt").write_text("no compute-sanitizer here\n")
+        return []
+    runs = []
+    for what in ("chain", "split", "stem"):
+        log = (out / f"sanitizer-{what}.log").open("w")
+        command = [tool, "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu_networks", what]
+        runs.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
+    return runs
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("jobs", type=Path)
+    parser.add_argument("--seconds", type=float, default=150.0)
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--only", help="jobs whose name contains this")
+    options = parser.parse_args(arguments)
+    begin = time.monotonic()
+    end = begin + options.seconds
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if options.dry_run:
+        os.environ["RESNET_KERNELS_DRY_RUN"] = "1"
+    noted = gpu_jobs.read(options.jobs)
+    runner = Runner(out, end - (0 if options.dry_run else 12))
+    sanitizers = [] if options.dry_run or options.only else sanitize(out)
+    todo = [job for job in jobs(noted) if not options.only or options.only in job.name]
+    if options.dry_run:
+        todo = todo[:2] + [job for job in todo if job.name in ("small", "crash")]
+    runner.run(iter(todo), 2 if options.dry_run else CHILDREN)
+    print(f"checks: {time.monotonic() - begin:.0f} s", flush=True)
+    if not options.dry_run and not options.only:
+        precompile(noted, end, out)
+        for run in sanitizers:
+            if run.poll() is None:
+                os.killpg(run.pid, signal.SIGKILL)
+        text = [f"== {p.name}\n{p.read_text(errors='replace')[-6000:]}" for p in sorted(out.glob("sanitizer-*.log"))]
+        (out / "sanitizer.txt").write_text("\n".join(text))
+        for path in out.glob("sanitizer-*.log"):
+            path.unlink()
+    checked = [line for line in runner.lines if "check" in line]
+    wrong = [line for line in checked if "refused" in line or "failed" in line]
+    for line in wrong:
+        print("WRONG", line["check"], "|", (line.get("refused") or line.get("failed"))[:400])
+    skipped = sum("skipped" in line for line in checked)
+    print(f"{len(checked)} checks, {len(wrong)} wrong, {skipped} skipped, {time.monotonic() - begin:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    os._exit(status)

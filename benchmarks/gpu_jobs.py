@@ -1,0 +1,85 @@
+"""python -m benchmarks.gpu_jobs FILE: lists the problems that a GPU session checks and tunes, on a machine without a GPU.
+
+A problem is what `ops.tuned.choice` is asked for while a network runs: a convolution, a BN, a link of several layers, a stem.
+A GPU is lent by the minute, so the networks run here, in fp16 on the CPU, and the list travels as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from resnet_kernels import links, problems
+from resnet_kernels.commands import common
+from resnet_kernels.links import LinkProblem, StemProblem
+from resnet_kernels.ops.batch_norm_act import NormProblem
+from resnet_kernels.ops.conv_candidates import ConvProblem
+from resnet_kernels.ops.geometry import Geometry
+
+# (network, image size). The small sizes leave every tile ragged; 224 is what is timed.
+INFERENCE = (
+    ("resnet50", 224),
+    ("resnet18", 224),
+    ("resnet_v2_50", 224),
+    ("resnet152", 224),
+    ("resnet50", 75),
+    ("resnet_v2_50", 75),
+)
+TRAINING = (("resnet50", 224), ("resnet_v2_50", 224))
+_TYPES = {kind.__name__: kind for kind in (ConvProblem, NormProblem, LinkProblem, StemProblem, Geometry)}
+
+
+class Noted(NamedTuple):
+    """What one network asks a table for: problems, and how often each in a call."""
+
+    network: str
+    image_size: int
+    training: bool
+    problems: list[tuple[Hashable, int]]
+
+
+def note(network: str, image_size: int, training: bool) -> Noted:
+    """Runs a network once on the CPU as if it were a Hopper GPU, and notes what it asks."""
+    torch.manual_seed(0)
+    model = common.build(network).to(torch.float16, memory_format=torch.channels_last).eval()
+    x = common.image_batch(model, 2, image_size)
+    # A link is looked for only where its kernels run.
+    with mock.patch.object(links, "takes_links", lambda device: True):
+        return Noted(network, image_size, training, problems.note(model, x, training=training))
+
+
+def to_json(value: Any) -> Any:
+    """A problem as lists; a named tuple is {its type: its fields}."""
+    if isinstance(value, tuple) and type(value).__name__ in _TYPES:
+        return {type(value).__name__: [to_json(field) for field in value]}
+    return [to_json(item) for item in value] if isinstance(value, (tuple, list)) else value
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`."""
+    if isinstance(value, dict):
+        ((name, fields),) = value.items()
+        return _TYPES[name](*map(from_json, fields))
+    return tuple(map(from_json, value)) if isinstance(value, list) else value
+
+
+def read(path: Path) -> list[Noted]:
+    return [Noted(*row[:3], [tuple(map(from_json, pair)) for pair in row[3]]) for row in json.loads(path.read_text())]
+
+
+def main() -> int:
+    wanted = [(*row, False) for row in INFERENCE] + [(*row, True) for row in TRAINING]
+    rows = [[*noted[:3], to_json(noted.problems)] for noted in (note(*row) for row in wanted)]
+    Path(sys.argv[1]).write_text(json.dumps(rows, indent=0) + "\n")
+    print(f"{sum(len(row[3]) for row in rows)} problems of {len(rows)} networks: {sys.argv[1]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
