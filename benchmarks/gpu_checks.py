@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, every failure of every kernel in one call.
+"""python -m benchmarks.gpu_checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, every failure of every kernel.
 
 A parent that never touches CUDA forks a child for each kernel and configuration, several at a time. A child says "starting X"
 before each check and its result after it; one that is silent for too long is killed, and goes on behind X in a new process. So

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resnet_kernels.ops import tuned
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -33,7 +35,7 @@ def compare(
 
     dtype: the working dtype, whose rounding is allowed on top of eager's own error; the tensors may be wider.
     """
-    rounding = torch.finfo(dtype).eps / 2
+    rounding = tuned.rounding(dtype, tensors[0].device)
     whole = torch.stack([truth.norm() for truth in oracle]).norm().item()
     gates = []
     for name, tensor, reference, truth in zip(names, tensors, eager, oracle, strict=True):

@@ -136,7 +136,7 @@ def _check(problem: Problem, operands: tuple, record: dict[str, Any]) -> None:
     """Fills the record's candidates in: error and budget of each, and why it is refused."""
     truth = _tuple(problem.reference(*operands))
     eager = _tuple(problem.eager(*operands))
-    rounding = torch.finfo(problem.dtype).eps / 2
+    rounding = tuned.rounding(problem.dtype, problem.device)
     budgets = [2 * _error(y, oracle) + rounding for y, oracle in zip(eager, truth, strict=True)]
     del eager
     for name, run in problem.candidates.items():

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from . import blocks, stages
+from .ops import tuned
 from .recipe import HostPlan
 from .report import table
 
@@ -185,7 +186,7 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) ->
 
 
 def _parity(path: str, steps: str, fused: Tensor, eager: Tensor, oracle: Tensor, dtype=None) -> Parity:
-    dtype = dtype or eager.dtype
+    rounding = tuned.rounding(dtype or eager.dtype, eager.device)
     fused, eager = (_wide(t).to(oracle.device) for t in (fused, eager))
     finite = fused.isfinite() & eager.isfinite() & oracle.isfinite()
     truth = oracle[finite]
@@ -199,7 +200,7 @@ def _parity(path: str, steps: str, fused: Tensor, eager: Tensor, oracle: Tensor,
         max_abs=(fused[finite] - eager[finite]).abs().max().item() if truth.numel() else 0.0,
         error=error,
         eager_error=eager_error,
-        budget=2 * eager_error + torch.finfo(dtype).eps / 2,
+        budget=2 * eager_error + rounding,
         lost=int((fused.isfinite() & ~oracle.isfinite()).sum()),
         new=int((~fused.isfinite() & eager.isfinite()).sum()),
     )

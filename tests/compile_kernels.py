@@ -566,6 +566,7 @@ def _read_nvidia(compiled, tma: bool) -> dict:
         load_bytes=sorted(
             {int(n or 1) * int(b) // 8 for n, b in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)}
         ),
+        overwritten=overwritten_operands(sass),
         tma=sorted(set(re.findall(r"\b(UTMALDG\.\dD|UTMASTG\.\dD)\b", sass))),
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
@@ -589,6 +590,38 @@ def _read_amd(compiled) -> dict:
         load_bytes=sorted(4 * int(n or 1) if dword else widths[part] for dword, n, part in loads),
         tensor_memory=0,
     )
+
+
+def overwritten_operands(sass: str) -> list[str]:
+    """Products whose left operand, made ready before their loop, is lost in it: later turns multiply something else.
+
+    ptxas of Triton 3.6.0 did that to a chain's projection, and an H200 computed accordingly. Nothing but the machine's own
+    instructions shows it.
+    """
+    line = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Za-z0-9_.]+)\s*(.*?);")
+    code = [(int(at, 16), name, rest) for at, name, rest in line.findall(sass)]
+    jumps = [(int(to.group(1), 16), at) for at, n, r in code if n == "BRA" and (to := re.search(r"0x([0-9a-f]+)", r))]
+    loops = [(first, last) for first, last in jumps if first < last]
+
+    def writes(name: str, rest: str) -> set[int]:
+        first = re.match(r"R(\d+)", rest)
+        return set(range(int(first.group(1)), int(first.group(1)) + (4 if "88.4" in name else 1))) if first else set()
+
+    lost = []
+    for at, name, rest in code:
+        left = re.match(r"R\d+, R(\d+), gdesc", rest) if name.startswith("HGMMA") else None
+        around = [loop for loop in loops if loop[0] <= at <= loop[1]]
+        if left is None or not around:
+            continue
+        operand = set(range(int(left.group(1)), int(left.group(1)) + 4))
+        first, last = min(around, key=lambda loop: loop[1] - loop[0])
+        written = [
+            (there, n) for there, n, r in code if first <= there <= last and operand & writes(n, r) and "HGMMA" not in n
+        ]
+        # Made anew in front of the product, or put back behind it (a move, or a load that is not transposed), is all right.
+        if written and written[0][0] > at and "MOV" not in written[-1][1] and not written[-1][1].endswith(".M88.4"):
+            lost.append(f"{name} {rest.strip()} at {at:#x}")
+    return lost
 
 
 def _programs(record: dict, target: Target) -> int:

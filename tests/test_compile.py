@@ -29,6 +29,7 @@ from compile_kernels import (
     describe,
     find_cuobjdump,
     label,
+    overwritten_operands,
     stem_label,
     table,
 )
@@ -233,8 +234,14 @@ def multiplies_while_it_loads(record: dict, target: Target) -> str | None:
         return f"{record['shared'] / KIB:.1f} KiB do not hold {record['num_stages']} stages of {stages / KIB:.0f} KiB"
 
 
+def keeps_operands_over_loops(record: dict, target: Target) -> str | None:
+    if record.get("overwritten"):
+        return f"operands that a loop needs again are lost in its first turn: {record['overwritten']}"
+
+
 CHECKS = (
     compiles,
+    keeps_operands_over_loops,
     fits_shared_memory,
     does_not_spill,
     has_room_for_a_program,
@@ -255,6 +262,23 @@ def complaints(records: list[dict], check, target: str) -> list[str]:
     own = [r for r in records if r["target"] == target and (check is compiles or not r["error"])]
     found = [(r, check(r, BY_NAME[target])) for r in own]
     return [f"{describe(r)}: {complaint}" for r, complaint in found if complaint]
+
+
+_LOSES_R56 = """
+        /*0100*/                   LDSM.16.M88.4 R56, [R19+UR32+0x4000] ;
+        /*0200*/                   HGMMA.64x32x16.F32.BF16 R40, R56, gdesc[UR12], RZ, !UPT ;
+        /*0210*/                   LDSM.16.MT88.4 R56, [R18] ;
+        /*0220*/                   HGMMA.64x32x16.F32.BF16 R24, R56, gdesc[UR4], RZ, !UPT ;
+        /*0230*/              @P1 BRA 0x200 ;
+"""
+
+
+def test_an_operand_overwritten_in_its_loop_is_found():
+    """What ptxas of Triton 3.6.0 made of a chain without a z; and the same put right."""
+    assert len(overwritten_operands(_LOSES_R56)) == 1
+    assert not overwritten_operands(_LOSES_R56.replace("0x200", "0x100"))  # loaded anew in each turn
+    assert not overwritten_operands(_LOSES_R56.replace("MT88.4 R56", "MT88.4 R60"))
+    assert not overwritten_operands(_LOSES_R56.replace("@P1 BRA", "MOV R56, R80 ;\n        /*0240*/ @P1 BRA"))
 
 
 @pytest.mark.parametrize("target", BY_NAME)

@@ -254,5 +254,7 @@ def _empty(x: Tensor, hidden_shape: tuple[int, ...], layer: Layer | None) -> Ten
 def _aligned(tensor: Tensor) -> Tensor:
     if tensor.dim() == 4:
         return aligned(tensor)
-    tensor = tensor.contiguous()
+    # fp32: TMA writes to multiples of 128 bytes of shared memory, and stages of 32 numbers of 16 bits lie 64 apart (a
+    # misaligned address, seen on an H200).
+    tensor = tensor.float().contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()

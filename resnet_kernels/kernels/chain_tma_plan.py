@@ -49,13 +49,13 @@ class Kind(NamedTuple):
 _TWO = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=2)
 _TWO_NEXT = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=2)
 _TWO_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=3, tail_stages=3, programs_per_sm=2)
-# One more stage takes 129 registers under Triton 3.9.0 (96 channels), one too many.
-_TWO_WIDE_FIRST = ChainConfig(128, 32, 64, num_warps=8, num_stages=3, tail_stages=2, programs_per_sm=2)
 # Twice the registers a thread, half the threads: 8 warps would keep 153 registers, too many for two programs.
 _TWO_FIRST = ChainConfig(128, 32, 64, num_warps=4, num_stages=4, tail_stages=3, programs_per_sm=2)
 _ONE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=1)
 _ONE_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=1)
 
+# A projection without a z is not among them: the ptxas of Triton 3.6.0 loads h over the projection's input, which the next
+# block of channels still needs (wrong by half on an H200; tests/compile_kernels.py looks for it in every chain).
 CONFIGS: dict[Kind, ChainConfig] = {
     Kind(64, 0, 0): _TWO,
     Kind(64, 64, 0): _TWO_NEXT,
@@ -63,15 +63,11 @@ CONFIGS: dict[Kind, ChainConfig] = {
     Kind(128, 0, 0): _TWO_WIDE,
     Kind(128, 128, 0): _ONE,
     Kind(128, 256, 0): _ONE_WIDE,
-    Kind(64, 0, 64): _TWO,
     Kind(64, 64, 64): _TWO_FIRST,
     Kind(64, 128, 64): _ONE,
-    Kind(64, 0, 256): _ONE,
     Kind(64, 64, 256): _ONE,
     Kind(64, 128, 256): _ONE,
-    Kind(128, 0, 64): _TWO_WIDE_FIRST,
     Kind(128, 128, 64): _ONE,
-    Kind(128, 0, 256): _ONE,
     Kind(128, 128, 256): _ONE,
 }
 

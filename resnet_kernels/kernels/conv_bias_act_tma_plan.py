@@ -95,14 +95,26 @@ def why_not_merged(conv: ConvShape, shortcut: ConvShape, dtype: torch.dtype) -> 
     return None
 
 
-def why_not_split(conv: ConvShape, config: TmaConfig) -> str | None:
-    """What keeps a tile that splits K from a convolution that `why_not` lets pass; None if nothing does."""
-    (batch, c_in, *in_size), (c_out, _, *kernel), geometry = conv
-    odd = in_size[0] % 2 or in_size[1] % 2
-    if not conv.is_pointwise and geometry.stride != (1, 1) and (odd or c_in % config.block_k):
+def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
+    """What keeps one tile from a convolution that `why_not` lets pass; None if nothing does."""
+    (batch, _, *in_size), (c_out, _, *kernel), geometry = conv
+    if _has_four_loops(conv, config.block_k) and not config.fits_four_loops:
+        return "stride 2 of such sizes runs as four loops, and their stages don't fit into shared memory"
+    if config.split_k == 1:
+        return None
+    if _has_four_loops(conv, config.block_k):
         return "stride 2 of such sizes runs as four loops, and only one can be split"
     tiles = cdiv(batch * prod(geometry.out_size(in_size, kernel)), config.block_m) * cdiv(c_out, config.block_n)
     return None if tiles * config.split_k <= MOST_SHARES else f"{tiles} tiles fill a machine without being split"
+
+
+def _has_four_loops(conv: ConvShape, block_k: int) -> bool:
+    """Whether a loop for each parity of rows and columns is needed: stride 2 of odd sizes, or a ragged last step.
+
+    In pairs a ragged step would reach into the other column's channels: times zero, but NaN and inf stay NaN.
+    """
+    (_, c_in, in_h, in_w), _, geometry = conv
+    return not conv.is_pointwise and geometry.stride != (1, 1) and bool(in_h % 2 or in_w % 2 or c_in % block_k)
 
 
 class View(NamedTuple):
@@ -142,13 +154,12 @@ def plan(
     pixels = (batch, *geometry.out_size((in_h, in_w), (kernel_h, kernel_w)))
     pad_h, pad_w = geometry.padding[0], geometry.padding[2]
     taps, stride = kernel_h * kernel_w, 1 if conv.is_pointwise else geometry.stride[0]
-    odd = in_h % 2 or in_w % 2
-    may_split = shortcut is None and (stride == 1 or not (odd or c_in % 64))
-    config = config or choose_config(prod(pixels), taps, c_in, c_out, may_split)
-    ragged = c_in % config.block_k != 0
-    # In pairs a ragged last step would reach into the other column's channels: times zero, but NaN and inf stay NaN.
-    in_pairs = stride == 2 and not (odd or ragged)
-    assert config.split_k == 1 or (not shortcut and (stride == 1 or in_pairs)), f"{config} would split several loops"
+    config = config or choose_config(
+        prod(pixels), taps, c_in, c_out, may_split=shortcut is None, four_loops=_has_four_loops(conv, 64)
+    )
+    ragged, four_loops = c_in % config.block_k != 0, _has_four_loops(conv, config.block_k)
+    in_pairs = stride == 2 and not four_loops
+    assert config.split_k == 1 or not (shortcut or four_loops), f"{config} would split several loops"
     if all(shape.is_pointwise and shape.geometry.stride == (1, 1) for shape in (conv, shortcut or conv)):
         pixels = (1, 1, prod(pixels))
     box = choose_box(config.block_m, pixels)

@@ -23,6 +23,11 @@ class TmaConfig:
     programs_per_sm: int
     split_k: int = 1
 
+    @property
+    def fits_four_loops(self) -> bool:
+        """Whether four loops' stages fit into shared memory: 128x256 pixels x channels take 249 KiB of Hopper's 227."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k <= 3 * 256 * 64
+
     def __str__(self) -> str:
         """What a measured table calls it: no two of CONFIGS may be called the same."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
@@ -55,10 +60,12 @@ _FULL_MACHINE = 132
 MOST_SHARES = 2 * _FULL_MACHINE
 
 
-def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bool = False) -> TmaConfig:
+def choose_config(
+    n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bool = False, four_loops: bool = False
+) -> TmaConfig:
     """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels.
 
-    may_split: whether all steps are in one loop.
+    may_split: whether programs may share a tile's steps. four_loops: whether the steps are in four loops, one a parity.
     """
     wide, large, tall, square, short_k, *splits = CONFIGS
     if 0 < c_in % 64 <= 32:
@@ -66,14 +73,14 @@ def choose_config(n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bo
     tiles = cdiv(n_pixels, 128)
     # A program alone on its SM stores while nothing multiplies: worth it only where the loop is long.
     long_loop = taps * cdiv(c_in, wide.block_k) >= 16
-    if long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * _FULL_MACHINE:
+    if not four_loops and long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * _FULL_MACHINE:
         return wide
     if c_out > 64 and tiles * cdiv(c_out, 128) >= _FULL_MACHINE:
         return large
     if tiles * cdiv(c_out, 64) >= _FULL_MACHINE:
         return tall
     tiles, steps = cdiv(n_pixels, 64) * cdiv(c_out, 64), taps * cdiv(c_in, 64)
-    for split in reversed(splits) if may_split else ():
+    for split in reversed(splits) if may_split and not four_loops else ():
         if steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= MOST_SHARES:
             return split
     return square

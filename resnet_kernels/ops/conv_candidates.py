@@ -89,7 +89,7 @@ def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.d
     return (
         conv_bias_act_tma.runs_on(device)
         and conv_bias_act_tma_plan.why_not(*conv, dtype) is None
-        and (tile.split_k == 1 or conv_bias_act_tma_plan.why_not_split(conv, tile) is None)
+        and conv_bias_act_tma_plan.why_not_tile(conv, tile) is None
     )
 
 

@@ -68,6 +68,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _DTYPES.get(dtype, str(dtype))
 
 
+def rounding(dtype: torch.dtype, device: torch.device) -> float:
+    """The largest relative error of rounding to a dtype; TF32's 2**-11 for float32 whose products may be TF32.
+
+    TF32 keeps 10 bits of each factor; its sums are fp32.
+    """
+    if device.type == "cuda" and dtype_name(dtype) == "tf32":
+        return 2.0**-11
+    return torch.finfo(dtype).eps / 2
+
+
 def cache_directory() -> Path | None:
     """Where the user's own tables are: $RESNET_KERNELS_CACHE, or resnet_kernels in XDG's cache; None without a home."""
     given = os.environ.get(CACHE_VARIABLE)
