@@ -6,6 +6,7 @@
     report = rk.explain(model)                the report alone
     result = rk.verify(model, fused, x)       parity, layer by layer, against fp64
     run = rk.capture(fused, x)                a CUDA graph of its inference; on the CPU the model itself
+    result = rk.tune(fused, x)                measures what is fastest on this GPU; `auto` runs by it from then on
     rk.ops.conv_bias_act, batch_norm_act, add_relu    the fused operations themselves
     rk.BasicBlock, rk.Bottleneck, rk.PreactBottleneck, rk.Residual    fused blocks to build with
     rk.models                                 the model zoo, in plain PyTorch
@@ -15,6 +16,7 @@ Importing it probes no GPU and imports no Triton.
 """
 
 from . import models, ops, timing
+from .autotuner import TuneResult, tune
 from .blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
 from .capture import CapturedModel, capture
 from .fusion import explain, fuse, fuse_, refresh, unfuse_
@@ -30,6 +32,7 @@ __all__ = [
     "FuseReport",
     "PreactBottleneck",
     "Residual",
+    "TuneResult",
     "VerifyResult",
     "capture",
     "explain",
@@ -39,6 +42,7 @@ __all__ = [
     "ops",
     "refresh",
     "timing",
+    "tune",
     "unfuse_",
     "verify",
 ]

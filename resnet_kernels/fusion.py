@@ -6,21 +6,24 @@ First everything is read, then everything is swapped: a model is never left half
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from . import blocks, reading, running
+from . import blocks, links, reading, running
 from .blocks import FusedBlock
+from .links import Part
 from .normalize import Normalize
-from .ops import dispatch
-from .recipe import CannotRead, Recipe
+from .ops import dispatch, tuned
+from .ops.library import autocast_dtype
+from .recipe import CannotRead, ConvStep, Recipe
 from .report import FuseReport, Row
 from .running import FusedState
 from .stages import FusedHost
-from .wiring import has_hooks
+from .wiring import has_hooks, wire
 
 
 @dataclass
@@ -113,7 +116,7 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     if not any(blocks.is_fused(module) for module in model.modules()):
         return FuseReport(tuple(row for finding in _find(model) for row in finding.rows), backend)
     states = [m.__dict__["_rk_state"] for m in model.modules() if blocks.is_fused(m)]
-    return FuseReport(_rows_now(_find(model)), states[0].backend, _normalize_of(model))
+    return FuseReport(_rows_now(_find(model), tables=True), states[0].backend, _normalize_of(model))
 
 
 def _normalize_of(model: nn.Module) -> Normalize | None:
@@ -135,8 +138,8 @@ def _check_normalize(model: nn.Module, findings: list[_Finding], normalize: Norm
         )
 
 
-def _rows_now(findings: list[_Finding]) -> tuple[Row, ...]:
-    """The rows of a fused model, with why a fused block runs eager as things stand."""
+def _rows_now(findings: list[_Finding], *, tables: bool = False) -> tuple[Row, ...]:
+    """The rows of a fused model, with why a fused block runs eager as things stand; with what tables decide, if asked for."""
     rows = []
     for finding in findings:
         state = finding.module.__dict__.get("_rk_state")
@@ -148,10 +151,42 @@ def _rows_now(findings: list[_Finding]) -> tuple[Row, ...]:
                     Row(row.path, row.kind, False, reason="was added after the model was fused: call fuse_ again")
                 )
             else:
-                reason = running.why_not_now(finding.module, _recipe_of(state, row), state.backend)
-                apart = "a hook on it has to fire" if not reason and has_hooks(finding.module) else ""
-                rows.append(replace(row, reason=reason or "", apart=apart if isinstance(state.plan, Recipe) else ""))
+                recipe = _recipe_of(state, row)
+                reason = running.why_not_now(finding.module, recipe, state.backend)
+                hook = not reason and has_hooks(finding.module) and isinstance(state.plan, Recipe)
+                by_table = "" if reason or not tables else _decided_by_table(finding.module, recipe, state.backend)
+                apart = "a hook on it has to fire" if hook else ""
+                rows.append(replace(row, reason=reason or "", apart=apart, table=by_table))
     return tuple(rows)
+
+
+def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:
+    """What measured tables decide of a block in the mode that it is in; "" if nothing."""
+    wiring = wire(module, recipe)
+    parts = [Part(*entry) for entry in wiring.steps if isinstance(entry[0], ConvStep)]
+    if dispatch.requested(backend) != "auto" or not parts:
+        return ""
+    weight = parts[0].child.weight
+    if wiring.in_training():
+        return "trains on own kernels" if running.trains_on(backend, weight) else ""
+    keys = tuned.decided(weight.device, autocast_dtype(weight) or weight.dtype)
+    # Where the image's size decides the padding, it is in the key: so each size is tried, as a call would.
+    sizes = sorted({tuple(map(int, found.groups())) for found in map(_SIZE.match, keys) if found}, reverse=True)
+    decided = {
+        i: size
+        for i, part in enumerate(parts)
+        for size in sizes
+        if str(links.conv_problem(part, (1, part.child.in_channels, *size))) in keys
+    }
+    if not decided:
+        return ""
+    convolutions = "convolution" if len(parts) == 1 else "convolutions"
+    height, width = decided[min(decided)]
+    return f"{len(decided)} of {len(parts)} {convolutions}, from {height}x{width}"
+
+
+# The height and width in a convolution's key.
+_SIZE = re.compile(r"conv \d+x(\d+)x(\d+)->")
 
 
 def refresh(model: nn.Module) -> nn.Module:

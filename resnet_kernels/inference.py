@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import launches, packed
 from .launches import Plan
+from .ops import tuned
 from .ops.library import autocast_dtype
 from .recipe import Recipe
 from .running import FusedState, Go, Known
@@ -59,10 +60,11 @@ def run_images(recipe: Recipe, state: FusedState, go: Go, x: Tensor, dtype: torc
 
 
 def _plan(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor) -> Plan:
-    """The plan for x, kept by the first block: made anew when modules or their settings are others."""
+    """The plan for x, kept by the first block: made anew when modules, their settings or measured tables are others."""
     recipes, states, gos = zip(*blocks)
     wirings = [go.wiring for go in gos]
-    plans, key = states[0].plans, (recipes[0].modules, len(blocks), x.shape, x.dtype, gos[0].backend)
+    plans = states[0].plans
+    key = recipes[0].modules, len(blocks), x.shape, x.dtype, gos[0].backend, tuned.generation()
     plan = plans.get(key)
     if plan is None or not plan.is_of(wirings):
         if len(plans) >= _MOST_PLANS:

@@ -43,6 +43,8 @@ class Part(NamedTuple):
         return step.inputs if isinstance(step, CallStep) else tuple(v for v in (step.x, step.residual) if v is not None)
 
 
+# A link's layers run one by one: what happens without a table.
+APART = "apart"
 # In an order in which they can run.
 ROLES = ("conv2", "shortcut", "conv3", "norm", "conv1")
 
@@ -160,11 +162,19 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
         able = [link for link in able if why_not(link, shapes, x.dtype) is None]
         if able and backend == "tuned":
             # The longest of them holds all the others: how much of it is to be one launch?
-            name = tuned.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device)
+            name = tuned.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device, _is_known)
             able = [link for link in able if link.roles == name]
         if able:
             chosen.update((part.step.out, able[0]) for part in able[0].parts)
     return chosen
+
+
+def _is_known(name: str, problem: LinkProblem | StemProblem, *where: object) -> bool:
+    """Whether a table's answer is a name for some of a link's layers, or for none. `choose` asks what a kernel can do."""
+    if isinstance(problem, StemProblem):
+        return name in (APART, "conv+pool")
+    roles = [role for role, layer in zip(ROLES, problem) if layer]
+    return name == APART or ("conv3" in name.split("+") and set(name.split("+")) <= set(roles))
 
 
 def takes_links(device: torch.device) -> bool:
@@ -204,16 +214,21 @@ def problem(link: Link | Stem, shapes: dict[int, Sequence[int]]) -> LinkProblem 
     """The question to a table."""
 
     def conv(part: Part | None) -> ConvProblem | None:
-        if part is None:
-            return None
-        x_shape, weight_shape, geometry = _conv_shape(part, shapes)
-        has_residual, has_bn = part.step.residual is not None, part.bn is not None
-        has_bias = has_bn or part.child.bias is not None
-        return ConvProblem(*x_shape[1:], weight_shape, geometry, has_bn, has_bias, has_residual, part.step.relu)
+        return None if part is None else conv_problem(part, shapes[part.step.x])
 
     if isinstance(link, Stem):
         return StemProblem(conv(link.conv), window_of(link.pool.child))
     return LinkProblem(conv(link.conv2), conv(link.shortcut), conv(link.conv3), link.norm is not None, conv(link.conv1))
+
+
+def conv_problem(part: Part, x_shape: Sequence[int]) -> ConvProblem:
+    """What a table knows a convolution by, on an input of that shape."""
+    geometry = Geometry.of_module(part.child, tuple(x_shape[2:]))
+    has_residual, has_bn = part.step.residual is not None, part.bn is not None
+    has_bias = has_bn or part.child.bias is not None
+    return ConvProblem(
+        *x_shape[1:], tuple(part.child.weight.shape), geometry, has_bn, has_bias, has_residual, part.step.relu
+    )
 
 
 def _conv_shape(part: Part, shapes: dict[int, Sequence[int]]) -> tuple[tuple, tuple, Geometry]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import launches, links, reference
 from .folding import scale_shift
 from .fusion import fuse
-from .links import Link, LinkProblem, Part, Stem, StemProblem
+from .links import APART, Link, LinkProblem, Part, Stem, StemProblem
 from .ops import conv_candidates, dispatch, tuned
 from .ops.batch_norm_act import NormProblem
 from .ops.conv_candidates import ConvProblem
@@ -36,14 +36,16 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[H
 
     Args:
         model: is fused in a copy, and that is run once on x.
-        x: a batch of at least 2 images; its size counts, not how many there are.
+        x: a batch of images, at least 2 of them for training; their size counts, not how many there are.
 
     Raises:
         ValueError: if RESNET_KERNELS_BACKEND decides everything already.
     """
     if dispatch.requested("auto") != "auto":
         raise ValueError(f"{dispatch.ENVIRONMENT_VARIABLE} must not be set: with it no table is asked")
-    fused = fuse(model).train(training)
+    fused = fuse(model)
+    if fused.training is not training:
+        fused.train(training)  # else its own modes stay: a BN may be frozen
     with torch.no_grad(), tuned.noting() as noted:
         fused(x)
     by_key = {str(asked): asked for asked, _ in noted if not training or getattr(asked, "training", False)}
@@ -63,8 +65,6 @@ def build(
     )  # fmt: skip
 
 
-# What runs for a link without a table: its layers, one by one.
-APART = "apart"
 # Of an H200's ridge. Only the order of the problems hangs on it.
 _FLOPS_PER_BYTE = 184
 

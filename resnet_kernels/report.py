@@ -16,6 +16,7 @@ class Row:
     path: module path, "" for the model itself. kind: class name. fused: whether it was swapped.
     steps: the kernels it runs as, e.g. "conv1+bn1+relu -> conv2+bn2+add+relu". reason: why it is not fused, or why a fused
     one runs eager as things stand; "" if neither. apart: why no kernel may reach from it into the blocks next to it.
+    table: what a measured table decides of it, as in "3 of 3 convolutions, from 56x56"; "" if none does.
     """
 
     path: str
@@ -24,6 +25,7 @@ class Row:
     steps: str = ""
     reason: str = ""
     apart: str = ""
+    table: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,9 +71,11 @@ class FuseReport:
 def _explanation(row: Row) -> str:
     if row.fused and row.reason:
         return f"{row.steps} [runs eager now: {row.reason}]"
-    if row.fused and row.apart:
-        return f"{row.steps} [apart from its neighbours: {row.apart}]"
-    return row.steps if row.fused else row.reason
+    if not row.fused:
+        return row.reason
+    notes = [f" [apart from its neighbours: {row.apart}]"] if row.apart else []
+    notes += [f" [by a measured table: {row.table}]"] if row.table else []
+    return row.steps + "".join(notes)
 
 
 def table(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:

@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from .ops import tuned
 from .ops.dispatch import ENVIRONMENT_VARIABLE
 from .running import has_global_hooks
 
@@ -59,6 +60,7 @@ def _settings() -> tuple:
     """What else decides which kernels run."""
     return (
         os.environ.get(ENVIRONMENT_VARIABLE),
+        tuned.generation(),
         torch.backends.cudnn.enabled,
         torch.backends.cudnn.conv.fp32_precision,
         torch.backends.cuda.matmul.fp32_precision,

@@ -20,8 +20,9 @@ os.environ["RESNET_KERNELS_CACHE"] = os.devnull
 
 import pytest
 
-if not torch.cuda.is_available():
-    # torchvision's wheel from PyPI is built for CUDA builds of torch; on a CPU build it imports once these two exist.
+if torch.version.cuda is None:
+    # torchvision's wheel from PyPI is built for CUDA builds of torch; on a CPU build it imports once these two exist. (On a
+    # CUDA build, with a GPU or without, its own library loads, and a second definition would abort the process.)
     try:
         _LIBRARY = torch.library.Library("torchvision", "DEF")
         _LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

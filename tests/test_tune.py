@@ -17,8 +17,7 @@ from tiny import tiny
 
 import resnet_kernels as rk
 from resnet_kernels import __main__ as cli
-from resnet_kernels import problems, tables, timing, tuning
-from resnet_kernels.commands import tune as tune_command
+from resnet_kernels import autotuner, problems, tables, timing, tuning
 from resnet_kernels.ops import conv_candidates, tuned
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
@@ -35,7 +34,7 @@ DRY = ["tune", "--dry-run", "--model", NAME, "--image-size", "8"]
 def small_in_zoo(monkeypatch):
     monkeypatch.setitem(rk.models.BY_NAME, NAME, lambda: tiny(10, 3))
     # As few rounds as there may be: the interpreter is slow.
-    monkeypatch.setattr(tune_command, "_SECONDS_EACH", 1e-9)
+    monkeypatch.setattr(autotuner, "SECONDS_EACH", 1e-9)
     monkeypatch.setattr(timing, "_WARM_UP_ROUNDS", 0)
     monkeypatch.setattr(tuning, "interleave", functools.partial(timing.interleave, min_rounds=1))
 

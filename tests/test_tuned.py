@@ -279,6 +279,7 @@ def ran(monkeypatch):
         yield names
 
 
+@pytest.mark.filterwarnings("ignore:.*which can't run here")
 @pytest.mark.parametrize(
     ("winner", "runs"),
     [

@@ -107,7 +107,7 @@ def choice(
         batch: images; the nearest measured batch, in logarithms, decides for others.
         dtype, device: of the data. float32 is looked up as "tf32" where cuDNN's setting allows that.
         can_run: asked once with (winner's name, problem, batch, dtype, device), as a table may be of another version, and the
-            nearest batch another one.
+            nearest batch another one. A winner that can't run even at the batch where it won is said once.
 
     Returns:
         The name, None if the problem was not measured, no candidate could win, or the winner can't run.
@@ -145,8 +145,26 @@ def noting() -> Iterator[list[tuple[Hashable, int]]]:
         _noted = before
 
 
+_times_forgotten = 0
+_said_unknown = False
+
+
+def generation() -> int:
+    """A number that is another one after `forget`: whoever keeps what follows from answers keeps this along."""
+    return _times_forgotten
+
+
+def decided(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
+    """The keys of all problems for which a table names a winner on a device in a dtype."""
+    table = {} if device_key(device) is None else _table(device_key(device))
+    name = dtype_name(dtype)
+    return frozenset(key for (measured, key), winners in table.items() if measured == name and any(winners.values()))
+
+
 def forget() -> None:
     """Drops all that was read, so that the next question reads the files anew."""
+    global _times_forgotten, _said_unknown
+    _times_forgotten, _said_unknown = _times_forgotten + 1, False
     for function in (_choice, _trains, _measured_dtypes, _table, device_key):
         # A test may have put something else in device_key's place.
         getattr(function, "cache_clear", lambda: None)()
@@ -161,10 +179,26 @@ def _choice(
     if not measured or batch < 1:
         return None
     # Of two that are equally near, the larger.
-    winner = measured[min(measured, key=lambda other: (abs(math.log(other / batch)), -other))]
-    if winner is None or (can_run is not None and not can_run(winner, problem, batch, dtype, device)):
-        return None
-    return winner
+    nearest = min(measured, key=lambda other: (abs(math.log(other / batch)), -other))
+    winner = measured[nearest]
+    if winner is None or can_run is None or can_run(winner, problem, batch, dtype, device):
+        return winner
+    if not can_run(winner, problem, nearest, dtype, device):
+        _say_unknown(winner, problem, device)
+    return None
+
+
+def _say_unknown(winner: str, problem: Hashable, device: torch.device) -> None:
+    """Warns once that a table names what can't run here: it is another version's, or was edited."""
+    global _said_unknown
+    if not _said_unknown:
+        _said_unknown = True
+        warnings.warn(
+            f'resnet_kernels: the table of {device_key(device).name} names {winner!r} for "{problem}", which can\'t run here; '
+            "such records are ignored (python -m resnet_kernels tune measures them anew)",
+            RuntimeWarning,
+            2,
+        )
 
 
 @lru_cache
