@@ -98,6 +98,13 @@ class PackedConv:
         weight = self._conv.weight.detach()
         return (weight if scale is None else weight * scale.detach()[:, None, None, None]).to(self._dtype)
 
+    def _folded_as_packed(self) -> Tensor:
+        """The folded weight that all copies are of; in a frozen model the live one may be another by now."""
+        if self.is_unchanged(self._conv, self._bn):
+            return self._folded(scale_shift(self._conv.bias, self._bn)[0])
+        weight = next(iter(self._weights.values()))
+        return weight.to_dense() if weight.is_mkldnn else weight
+
     def fits(self, x: Tensor) -> bool:
         """Whether it takes an x of this dtype and size; False where that would need one layout more than are kept."""
         return x.dtype == self._dtype and self.at(x.shape) is not None
@@ -137,11 +144,20 @@ class PackedConv:
             layout = onednn.note_layout(problem, onednn.pack_weight(unfolded, geometry, shape))
         if (for_aten or layout is not None) and layout in self._weights:
             return layout, self._weights[layout]
-        weight = self._folded(scale_shift(self._conv.bias, self._bn)[0]) if folded is None else folded
+        weight = self._folded_as_packed() if folded is None else folded
         if not for_aten:
             weight = onednn.pack_weight(weight, geometry, shape)
             layout = onednn.note_layout(problem, weight)
         return layout, weight
+
+    def is_of(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+        """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
+        return (
+            conv is self._conv
+            and bn is self._bn
+            and _settings(conv, bn) == self._settings
+            and all(registry.get(name) is source for registry, name, source, *_ in self._watched)
+        )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
         """Whether the packed copies still are what conv and bn say."""

@@ -46,7 +46,7 @@ def run(
                     # Eager's add broadcasts; a kernel reads a residual of the output's shape, and beyond a smaller one.
                     residual, relu, late = None, False, residual
             pack = copies.packs.get(step.conv)
-            if pack is None or not (go.verified or pack.is_unchanged(child, bn)) or not pack.fits(values[step.x]):
+            if pack is None or not (go.verified or state.trusts(pack, child, bn)) or not pack.fits(values[step.x]):
                 pack = PackedConv(child, bn, values[step.x])
                 copies.pack(step.conv, pack)
             bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])

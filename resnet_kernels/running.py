@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import reading
+from .folding import PackedConv
 from .normalize import Normalize
 from .ops import dispatch, onednn, tuned
 from .ops.library import autocast_dtype
@@ -50,32 +51,44 @@ class FusedState:
 
     path: the module's, in the model that was fused; a label for profilers.
     normalize: in the model's outermost host, what `fuse(model, normalize=...)` asked for.
+    frozen: the user has promised that weights stay, so copies are not compared with them; see freezing.py.
     """
 
-    def __init__(self, plan: Any, backend: str, path: str = "", normalize: Normalize | None = None):
+    def __init__(
+        self, plan: Any, backend: str, path: str = "", normalize: Normalize | None = None, frozen: bool = False
+    ):
         self.plan = plan
         self.backend = backend
         self.path = path
         self.normalize = normalize
+        self.frozen = frozen
         self.copies = Copies()
         self.wiring: dict[tuple[str, ...], Wiring] = {}
         self.plans: dict[tuple, Any] = {}
         self.survey: Survey | None = None
 
-    def drop_packs(self) -> None:
+    def drop_copies(self) -> None:
         self.copies = Copies()
+        if self.frozen:
+            self.plans = {}  # they may hold copies, too
+
+    def trusts(self, pack: PackedConv, conv: nn.Module, bn: nn.Module | None) -> bool:
+        """Whether a pack may stand for these modules in this call."""
+        return pack.is_of(conv, bn) if self.frozen else pack.is_unchanged(conv, bn)
 
     def __getstate__(self) -> dict:
         # Packed weights are opaque, the rest is of this very module: a copy makes its own in its first call.
-        kept = dict(plan=self.plan, backend=self.backend, path=self.path, normalize=self.normalize)
+        kept = dict(
+            plan=self.plan, backend=self.backend, path=self.path, normalize=self.normalize, frozen=self.frozen
+        )  # fmt: skip
         return kept | dict(copies=Copies(), wiring={}, plans={}, survey=None)
 
 
-def drop_packs(module: nn.Module) -> None:
-    """Forgets a fused module's packed weights; the next call makes them anew."""
+def drop_copies(module: nn.Module) -> None:
+    """Forgets the copies of a fused module's weights; the next call makes them anew."""
     state = module.__dict__.get("_rk_state")
     if state is not None:
-        state.drop_packs()
+        state.drop_copies()
 
 
 def tables_of(model: nn.Module) -> list[Any]:
@@ -180,7 +193,7 @@ def decide(
     gradients = gradients and (x.requires_grad or wiring.needs_gradients())
     if not (gradients or batch_statistics):
         return Go(backend, wiring, verified), ""
-    state.drop_packs()
+    state.drop_copies()
     if dtype not in (None, x.dtype) and any(step.residual == 0 for step in recipe.steps if hasattr(step, "residual")):
         return None, ""  # under autocast, what the sum with a wider shortcut is depends on how the add was written
     return _decide_to_learn(module, backend, wiring, batch_statistics, trains_on(state.backend, x))
@@ -283,7 +296,7 @@ def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
         return False
     packs = state.copies.packs
     return all(
-        step.conv in packs and packs[step.conv].is_unchanged(conv, bn)
+        step.conv in packs and state.trusts(packs[step.conv], conv, bn)
         for step, conv, bn in wiring.steps
         if isinstance(step, ConvStep)
     )
