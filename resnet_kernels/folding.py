@@ -11,6 +11,7 @@ bias are compared in full, and the weight at 16 samples. Only single weights edi
 from __future__ import annotations
 
 import math
+import operator
 from typing import NamedTuple
 
 import torch
@@ -66,8 +67,10 @@ class PackedConv:
         "_dtype",
         "_gain",
         "_offset",
+        "_places",
         "_settings",
         "_sizes",
+        "_sources",
         "_unfolded",
         "_watched",
         "_weights",
@@ -82,6 +85,8 @@ class PackedConv:
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        self._places = [(registry, name) for registry, name, *_ in self._watched]
+        self._sources = [source for _, _, source, *_ in self._watched]
         scale, shift = scale_shift(conv.bias, bn)
         weight = self._folded(scale)
         self.bias = onednn.as_bias(shift, dtype)
@@ -156,7 +161,7 @@ class PackedConv:
             conv is self._conv
             and bn is self._bn
             and _settings(conv, bn) == self._settings
-            and all(registry.get(name) is source for registry, name, source, *_ in self._watched)
+            and all(map(operator.is_, [registry.get(name) for registry, name in self._places], self._sources))
         )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
