@@ -5,6 +5,7 @@ import importlib
 import io
 import json
 import pickle
+import threading
 
 import pytest
 import torch
@@ -363,3 +364,30 @@ def test_plans_are_dropped_with_the_copies():
         module._rk_state.plans["a plan"] = object()
     rk.refresh(fused[1])
     assert not fused[1]._rk_state.plans and fused[2]._rk_state.plans
+
+
+def test_loading_while_other_threads_call():
+    """What a call makes of old weights while new ones are loaded must not outlive the loading."""
+    fused, stop, failures = _frozen(), threading.Event(), []
+    states = [{name: value * factor for name, value in fused.state_dict().items()} for factor in (1.5, 0.75)]
+
+    def work():
+        try:
+            with torch.no_grad():
+                while not stop.is_set():
+                    fused(X)
+        except Exception as error:
+            failures.append(error)
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    try:
+        for state in states * 10:
+            fused.load_state_dict(state)
+            assert not _is_stale(fused)
+    finally:
+        stop.set()
+        for worker in workers:
+            worker.join()
+    assert not failures and not _is_stale(fused)

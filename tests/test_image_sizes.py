@@ -1,5 +1,6 @@
 """Many image sizes in one process on the CPU: packed once for each layout that oneDNN wants, whatever size came first."""
 
+import copy
 import gc
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import skip_unless_runnable
+from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
@@ -263,3 +264,33 @@ def test_an_image_too_small_for_the_kernel_raises_eagers_error(shape, seen):
             fused(x)
         assert str(raised.value) == str(expected.value)
         assert fused(torch.randn(2, 4, 40, 40)).shape == (2, 8, 36, 36)
+
+
+@pytest.mark.parametrize("batch", (1, 2))
+@pytest.mark.parametrize("groups", (1, 2, 32))
+def test_images_are_atens_where_eager_leaves_them_to_it(batch, groups):
+    """PyTorch is asked for its own choice. With one thread it leaves oneDNN for 1x1 kernels at any size, too; we don't."""
+    skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for kernel in ((1, 1), (3, 3), (7, 7), (5, 3), (3, 5), (1, 7)):
+            for size in (7, 17, 18, 40):
+                x, weight = torch.empty(batch, 64, size, size), torch.empty(64, 64 // groups, *kernel)
+                backend = torch._C._select_conv_backend(
+                    x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups
+                )  # fmt: skip
+                assert onednn.is_for_aten(x.shape, x.dtype, weight.shape) == ("Mkldnn" not in str(backend))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("kernel, groups", [(7, 1), (3, 32), (3, 1)])
+def test_small_images_are_as_accurate_as_eager(kernel, groups):
+    model = nn.Sequential(nn.Conv2d(64, 64, kernel, padding=kernel // 2, groups=groups), nn.BatchNorm2d(64), nn.ReLU())
+    model = randomise_batch_norms_(model).eval()
+    fused = rk.fuse(model)
+    with torch.no_grad():
+        for size in (40, 12, 7):
+            x = torch.randn(1, 64, size, size)
+            assert_within_budget(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
