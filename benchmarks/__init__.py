@@ -11,6 +11,7 @@
     test_benchmarks.py  a benchmark a contender;  conftest.py: --full, and the tables at the end
     table.py            README's tables from the files in results
     costs.py            python -m benchmarks.costs: what the package costs beside its kernels
+    image_sizes.py      python -m benchmarks.image_sizes: many image sizes in one process, fused against eager
     interference.py     python -m benchmarks.interference: do contenders slow each other down?
 
     run_gpu.sh          one command for a GPU machine: gpu_session.py and its sections, ceilings.py

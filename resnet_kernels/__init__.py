@@ -1,6 +1,7 @@
 """resnet_kernels: residual networks as few, fast kernels, without leaving PyTorch.
 
     fused = rk.fuse(model)                    the same model on fused kernels; the original is untouched
+    fused = rk.fuse(model, freeze=True)       with a promise that weights stay, so that calls needn't look
     report = rk.fuse_(model)                  in place; what was fused, and why the rest was not
     rk.unfuse_(model)                         back to exactly the model from before
     report = rk.explain(model)                the report alone

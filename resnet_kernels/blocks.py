@@ -20,22 +20,38 @@ from torch import Tensor, nn
 from . import inference, reading, running, training
 from .models import d2l, resnet_v1, resnet_v2
 from .recipe import CannotRead, Recipe
-from .running import UNKNOWN, FusedState, Go, Known, drop_packs, say_once
+from .running import UNKNOWN, FusedState, Go, Known, drop_copies, say_once
 
 
 class Fused:
-    """Mixin of all fused modules: forward, train, _apply and pickling."""
+    """Mixin of all fused modules: forward, pickling, and the calls that announce new weights: train, .to(), loading."""
 
     _rk_original_class: type
 
     def train(self, mode: bool = True):
         if mode:
-            drop_packs(self)
+            drop_copies(self)
         return super().train(mode)
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        drop_packs(self)
-        return super()._apply(fn, recurse)
+        try:
+            return super()._apply(fn, recurse)
+        finally:
+            # Afterwards: what another thread makes meanwhile goes, too.
+            drop_copies(self)
+
+    def _load_from_state_dict(self, *args, **kwargs):
+        # Called for each module, but before its children's weights are loaded.
+        drop_copies(self)
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @functools.wraps(nn.Module.load_state_dict)
+    def load_state_dict(self, *args, **kwargs):
+        try:
+            return super().load_state_dict(*args, **kwargs)
+        finally:
+            for module in self.modules():
+                drop_copies(module)
 
     def __reduce_ex__(self, protocol: int):
         return _rebuild, (type(self)._rk_original_class, type(self)._rk_mixin), self.__getstate__()

@@ -11,18 +11,22 @@ bias are compared in full, and the weight at 16 samples. Only single weights edi
 from __future__ import annotations
 
 import math
+import operator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import ranges, reference
+from . import reference
 from .ops import onednn
 from .ops.geometry import Geometry
 from .ops.library import is_dense
-from .recipe import ConvStep, Recipe
 
 # Each sample is a cache miss, and 16 of them see every change of a whole tensor.
 _SAMPLES = 16
+# Each layout is a copy of the weight. ResNets at sizes from 64 to 512 have three on AVX2, and the plain one for small images.
+_MOST_LAYOUTS = 5
+_MOST_SIZES = 256
 
 
 def scale_shift(conv_bias: Tensor | None, bn: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
@@ -35,67 +39,133 @@ def bn_tensors(bn: nn.Module | None) -> tuple[Tensor | None, ...]:
     return (None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
 
 
-class PackedConv:
-    """A convolution's weight and bias with BN folded in, in oneDNN's blocked layout: one copy of the weight.
+class SizedConv(NamedTuple):
+    """A packed convolution for inputs of one size. weight: None where folding has overflowed."""
 
-    Where folding overflows (a huge gamma over tiny weights), the layer runs unfolded.
+    geometry: Geometry
+    arguments: tuple
+    weight: Tensor | None
+    for_aten: bool
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether a call is one of oneDNN's ops and nothing else."""
+        return self.weight is not None and not self.for_aten and self.geometry.symmetric
+
+
+class PackedConv:
+    """A convolution's weight and bias with BN folded in, packed in each layout that oneDNN wants for the sizes seen so far.
+
+    oneDNN blocks a weight by the input's size, and reorders one in another layout in each call, at up to 14 times eager's
+    time (ResNet-18 on two AVX2 cores). Sizes that want the same layout share a copy of the weight. Where folding overflows
+    (a huge gamma over tiny weights), the layer runs unfolded.
     """
 
     __slots__ = (
-        "_arguments",
         "_bn",
         "_conv",
         "_dtype",
-        "_for_aten",
         "_gain",
         "_offset",
+        "_places",
         "_settings",
+        "_sizes",
+        "_sources",
         "_unfolded",
         "_watched",
+        "_weights",
         "bias",
-        "geometry",
-        "weight",
     )
 
     def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor):
         dtype = x.dtype
         self._conv, self._bn = conv, bn
         self._settings = _settings(conv, bn)
-        self._dtype, self._for_aten = dtype, onednn.is_for_aten(x)
+        self._dtype = dtype
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
-        self.geometry = Geometry.of_module(conv, x.shape[2:])
+        self._places = [(registry, name) for registry, name, *_ in self._watched]
+        self._sources = [source for _, _, source, *_ in self._watched]
         scale, shift = scale_shift(conv.bias, bn)
-        weight = conv.weight.detach()
-        if scale is not None:
-            weight = weight * scale.detach()[:, None, None, None]
-        weight = weight.to(dtype)
+        weight = self._folded(scale)
         self.bias = onednn.as_bias(shift, dtype)
         self._gain = weight.float().abs().sum((1, 2, 3)).max().item()
         self._offset = 0.0 if shift is None else self.bias.float().abs().max().item()
-        self._arguments = onednn.arguments(self.geometry)
         self._unfolded = None
         if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
-            self.weight, self._unfolded = None, (conv.weight.detach().to(dtype), shift, scale)
-        elif self._for_aten:
-            self.weight = weight
-        else:
-            self.weight = onednn.pack_weight(weight, self.geometry, x.shape)
+            self._unfolded = conv.weight.detach().to(dtype), shift, scale
+        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None for that of the model's own weight
+        self._sizes: dict[tuple, SizedConv] = {}
+        self._add(x.shape, weight)
+
+    def _folded(self, scale: Tensor | None) -> Tensor:
+        weight = self._conv.weight.detach()
+        return (weight if scale is None else weight * scale.detach()[:, None, None, None]).to(self._dtype)
+
+    def _folded_as_packed(self) -> Tensor:
+        """The folded weight that all copies are of; in a frozen model the live one may be another by now."""
+        if self.is_unchanged(self._conv, self._bn):
+            return self._folded(scale_shift(self._conv.bias, self._bn)[0])
+        weight = next(iter(self._weights.values()))
+        return weight.to_dense() if weight.is_mkldnn else weight
 
     def fits(self, x: Tensor) -> bool:
-        """Whether the packed copy is of x's dtype and for the convolution that an x of this size goes to."""
+        """Whether it takes an x of this dtype and size; False where that would need one layout more than are kept."""
+        return x.dtype == self._dtype and self.at(x.shape) is not None
+
+    def at(self, shape: torch.Size) -> SizedConv | None:
+        """The convolution of an input of this shape, packed now if the size is new; None where there are too many layouts."""
+        sized = self._sizes.get((shape, torch.get_num_threads()))
+        return self._add(shape) if sized is None else sized
+
+    def _add(self, shape: torch.Size, folded: Tensor | None = None) -> SizedConv | None:
+        geometry = Geometry.of_module(self._conv, shape[2:])
+        if min(geometry.out_size(shape[2:], self._conv.kernel_size)) < 1:
+            # oneDNN would only say that it could not construct a descriptor; ATen has an error that helps.
+            return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
+        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape)
+        weight = None
+        if self._unfolded is None:
+            layout, weight = self._weight_for(shape, geometry, for_aten, folded)
+            if layout not in self._weights and len(self._weights) >= _MOST_LAYOUTS:
+                return None
+            weight = self._weights.setdefault(layout, weight)
+        if len(self._sizes) >= _MOST_SIZES:
+            self._sizes.clear()
+        sized = SizedConv(geometry, onednn.arguments(geometry), weight, for_aten)
+        self._sizes[shape, torch.get_num_threads()] = sized
+        return sized
+
+    def _weight_for(
+        self, shape: torch.Size, geometry: Geometry, for_aten: bool, folded: Tensor | None
+    ) -> tuple[bytes | None, Tensor]:
+        """Returns the layout that inputs of this shape want, and the weight in it."""
+        problem = onednn.problem(self._conv.weight.shape, self._dtype, geometry, shape)
+        layout = None if for_aten else onednn.known_layout(problem)
+        if layout is None and not for_aten and len(self._weights) > 1:
+            # Most likely one that is here already, and then the weight need not be folded to find that out.
+            unfolded = self._conv.weight.detach().to(self._dtype)
+            layout = onednn.note_layout(problem, onednn.pack_weight(unfolded, geometry, shape))
+        if (for_aten or layout is not None) and layout in self._weights:
+            return layout, self._weights[layout]
+        weight = self._folded_as_packed() if folded is None else folded
+        if not for_aten:
+            weight = onednn.pack_weight(weight, geometry, shape)
+            layout = onednn.note_layout(problem, weight)
+        return layout, weight
+
+    def is_of(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+        """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
         return (
-            x.dtype == self._dtype
-            and onednn.is_for_aten(x) == self._for_aten
-            and (
-                not hasattr(self._conv, "same_padding")
-                or self._conv.same_padding(*x.shape[2:]) == self.geometry.padding
-            )
+            conv is self._conv
+            and bn is self._bn
+            and _settings(conv, bn) == self._settings
+            and all(map(operator.is_, [registry.get(name) for registry, name in self._places], self._sources))
         )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
-        """Whether the packed copy still is what conv and bn say."""
+        """Whether the packed copies still are what conv and bn say."""
         if conv is not self._conv or bn is not self._bn or _settings(conv, bn) != self._settings:
             return False
         for registry, name, source, pointer, version, live, then in self._watched:
@@ -114,94 +184,28 @@ class PackedConv:
         """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
         return self._gain * x_bound + (self._offset if offset is None else offset)
 
-    def out_shape(self, x_shape: torch.Size) -> torch.Size:
-        return torch.Size(self.geometry.out_shape(x_shape, self._conv.weight.shape))
+    def out_shape(self, x_shape: torch.Size, geometry: Geometry) -> torch.Size:
+        return torch.Size(geometry.out_shape(x_shape, self._conv.weight.shape))
 
-    @property
-    def is_one_call(self) -> bool:
-        """Whether a call is one of oneDNN's ops and nothing else."""
-        return self._unfolded is None and not self._for_aten and self.geometry.symmetric
-
-    def call(self, residual: object, relu: bool, overwrite_residual: bool) -> tuple:
+    def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple:
         """What `__call__` comes down to where oneDNN's ReLU is safe; see onednn.call."""
-        return onednn.call(self.weight, self.bias, residual is not None, self._arguments, relu, overwrite_residual)
+        return onednn.call(sized.weight, self.bias, residual is not None, sized.arguments, relu, overwrite_residual)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, relu: bool, bound: float, overwrite_residual: bool
     ) -> Tensor:
-        """relu(bn(conv(x)) + residual); x and residual channels_last, `bound` on the sum's magnitude. See onednn.run."""
+        """relu(bn(conv(x)) + residual); x, which it `fits`, and residual channels_last, `bound` on the sum's magnitude.
+
+        See onednn.run.
+        """
+        sized = self.at(x.shape)
         if self._unfolded is not None:
             weight, shift, scale = self._unfolded
-            return reference.conv_bias_act(x, weight, shift, residual, scale, self.geometry, relu)
-        if self._for_aten:
-            return reference.conv_bias_act(x, self.weight, self.bias, residual, None, self.geometry, relu)
-        x = reference.pad_if_asymmetric(x, self.geometry)
-        return onednn.run(x, self.weight, self.bias, residual, self._arguments, relu, bound, overwrite_residual)
-
-
-class PackedProgram:
-    """A recipe on oneDNN as a flat list of calls: what is left of the host's work once nothing has changed.
-
-    Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
-    oneDNN's own ReLU is safe in all steps. Without entries where a step needs more than one call.
-    """
-
-    def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
-        self._shape, self._dtype = x.shape, x.dtype
-        self._packs = {step.conv: packs[step.conv] for step in recipe.steps if isinstance(step, ConvStep)}
-        self._result = recipe.result
-        self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
-        if not all(isinstance(step, ConvStep) and packs[step.conv].is_one_call for step in recipe.steps):
-            return
-        shapes = {0: x.shape}
-        for step in recipe.steps:
-            shapes[step.out] = packs[step.conv].out_shape(shapes[step.x])
-            if step.residual is not None and shapes[step.residual] != shapes[step.out]:
-                return  # an add that broadcasts
-        self.entries = [
-            [
-                (step, *packs[step.conv].call(step.residual, step.relu, self._overwrites(step, owned)))
-                for step in recipe.steps
-            ]
-            for owned in (False, True)
-        ]
-        bounds = {0: (1.0, 0.0)}
-        for step in recipe.steps:
-            pack, (slope, constant) = packs[step.conv], bounds[step.x]
-            more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
-            bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
-        self._bound = bounds[recipe.result]
-        self._largest = (max(slope for slope, _ in bounds.values()), max(constant for _, constant in bounds.values()))
-
-    @staticmethod
-    def _overwrites(step: ConvStep, owned: bool) -> bool:
-        return step.overwrites_residual and (step.residual != 0 or owned)
-
-    def takes(self, x: Tensor) -> bool:
-        return x.shape == self._shape and x.dtype == self._dtype
-
-    def has(self, packs: dict[str, PackedConv]) -> bool:
-        return all(packs.get(name) is pack for name, pack in self._packs.items())
-
-    def is_safe(self, bound: float) -> bool:
-        return onednn.is_safe(self._largest[0] * bound + self._largest[1])
-
-    def result_bound(self, bound: float) -> float:
-        return self._bound[0] * bound + self._bound[1]
-
-    def __call__(self, x: Tensor, owned: bool, path: str) -> Tensor:
-        values = {0: x}
-        del x
-        for step, function, swapped, arguments in ranges.around(self.entries[owned], path):
-            if step.residual is None:
-                values[step.out] = function(values[step.x], *arguments)
-            elif swapped:
-                values[step.out] = function(values[step.residual], values[step.x], *arguments)
-            else:
-                values[step.out] = function(values[step.x], values[step.residual], *arguments)
-            for dead in step.frees:
-                del values[dead]
-        return values[self._result]
+            return reference.conv_bias_act(x, weight, shift, residual, scale, sized.geometry, relu)
+        if sized.for_aten:
+            return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
+        x = reference.pad_if_asymmetric(x, sized.geometry)
+        return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
 
 
 def _settings(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:

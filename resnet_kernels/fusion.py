@@ -42,7 +42,11 @@ class _Finding:
 
 
 def fuse(
-    model: nn.Module, *, backend: str = "auto", normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    freeze: bool = False,
 ) -> nn.Module:
     """Returns a fused copy of a model; the original is untouched.
 
@@ -51,27 +55,34 @@ def fuse(
         backend: "auto", "triton", "cudnn", "cpu" or "eager" (see ops/dispatch.py).
         normalize: (mean, std), a number a channel each, of images in 0..1. The fused model then takes uint8 images, 0..255,
             or floating-point ones in 0..1, (N, C, H, W), and gives what the model gives on ((x / 255) - mean) / std.
+        freeze: a promise that weights and statistics stay as they are in eval mode. They are folded once, and no call compares
+            them with their copies. train(), load_state_dict and .to(), of this model or of one around it, and refresh make
+            the next call fold anew; any other change has to be followed by refresh.
 
     Raises:
-        TypeError: if model is no nn.Module.
+        TypeError: if model is no nn.Module, or freeze no bool.
         ValueError: unknown backend; normalize is no pair of equally long sequences or has a std of 0, does not fit the
             model's channels, or the model's own forward can't take it (explain says why).
     """
-    _check(model, backend)
+    _check(model, backend, freeze)
     fused = copy.deepcopy(model)
-    fuse_(fused, backend=backend, normalize=normalize)
+    fuse_(fused, backend=backend, normalize=normalize, freeze=freeze)
     return fused
 
 
 def fuse_(
-    model: nn.Module, *, backend: str = "auto", normalize: tuple[Sequence[float], Sequence[float]] | None = None
+    model: nn.Module,
+    *,
+    backend: str = "auto",
+    normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+    freeze: bool = False,
 ) -> FuseReport:
     """Fuses a model in place: same modules, parameters, names, hooks and state_dict keys; returns the report.
 
-    On a model that is fused already it looks for what is new or changed, and keeps its `normalize` unless another is given.
-    Arguments and errors as `fuse`.
+    On a model that is fused already it looks for what is new or changed, and keeps its `normalize` unless another is given;
+    `freeze` has to be given again. Arguments and errors as `fuse`.
     """
-    _check(model, backend)
+    _check(model, backend, freeze)
     findings = _find(model)
     wanted = _normalize_of(model) if normalize is None else Normalize.of(normalize)
     if wanted is not None:
@@ -87,7 +98,7 @@ def fuse_(
             if finding.fusible:
                 swapped.append((finding.module, type(finding.module), dict(finding.module.__dict__)))
                 own = wanted if finding.module is model else None
-                state = FusedState(finding.plan, backend, paths[id(finding.module)], own)
+                state = FusedState(finding.plan, backend, paths[id(finding.module)], own, freeze)
                 blocks.swap(finding.module, finding.mixin, state)
     except BaseException:
         for module, cls, state in reversed(swapped):
@@ -95,7 +106,7 @@ def fuse_(
             module.__dict__.pop("_rk_state", None)
             module.__dict__.update({k: v for k, v in state.items() if k == "_rk_state"})
         raise
-    return FuseReport(_rows_now(findings), backend, wanted)
+    return FuseReport(_rows_now(findings), backend, wanted, freeze and any(finding.fusible for finding in findings))
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -116,7 +127,8 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     if not any(blocks.is_fused(module) for module in model.modules()):
         return FuseReport(tuple(row for finding in _find(model) for row in finding.rows), backend)
     states = [m.__dict__["_rk_state"] for m in model.modules() if blocks.is_fused(m)]
-    return FuseReport(_rows_now(_find(model), tables=True), states[0].backend, _normalize_of(model))
+    frozen = any(state.frozen for state in states)
+    return FuseReport(_rows_now(_find(model), tables=True), states[0].backend, _normalize_of(model), frozen)
 
 
 def _normalize_of(model: nn.Module) -> Normalize | None:
@@ -190,20 +202,22 @@ _SIZE = re.compile(r"conv \d+x(\d+)x(\d+)->")
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Drops the CPU backend's packed weights, to be made anew in the next call. Returns the model.
+    """Drops all copies of weights (the CPU backend's packed ones, a frozen model's), to be made anew in the next call.
 
-    Needed only after a few elements of a weight were written behind PyTorch's back (NumPy, a raw pointer): every other
-    change is noticed.
+    Needed after a few elements of a weight were written behind PyTorch's back (NumPy, a raw pointer), and after any edit of
+    a model that was fused with freeze=True: every other change is noticed. Returns the model.
     """
     _check(model, "auto")
     for module in model.modules():
-        running.drop_packs(module)
+        running.drop_copies(module)
     return model
 
 
-def _check(model: object, backend: str) -> None:
+def _check(model: object, backend: str, freeze: object = False) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not isinstance(freeze, bool):
+        raise TypeError(f"freeze must be True or False, got {freeze!r}")
     dispatch.check_name(backend)
 
 

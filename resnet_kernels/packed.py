@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import plain, ranges
-from .folding import PackedConv, PackedProgram
+from .folding import PackedConv
 from .ops import onednn
 from .ops.geometry import Geometry
 from .recipe import ConvStep, NormStep, Recipe
@@ -26,8 +26,12 @@ def run(
         owned: nobody else holds x, so a step may write over it.
     """
     bound = onednn.bound(x, x_bound)
-    if go.verified and (program := _program(recipe, state, x)) is not None and program.is_safe(bound):
-        return program(x, owned, state.path), program.result_bound(bound)
+    # One for the whole call: what is made from weights of now must not outlive their change during the call.
+    copies = state.copies
+    if go.verified:
+        program = copies.program(recipe, x) or copies.make_program(recipe, x)
+        if program is not None and program.entries and program.is_safe(bound):
+            return program(x, owned, state.path), program.result_bound(bound)
     values: dict[int, Tensor] = {0: x}
     bounds: dict[int, float] = {0: bound}
     del x
@@ -41,9 +45,10 @@ def run(
                 if residual.shape != shape:
                     # Eager's add broadcasts; a kernel reads a residual of the output's shape, and beyond a smaller one.
                     residual, relu, late = None, False, residual
-            pack = state.packs.get(step.conv)
-            if pack is None or not pack.fits(values[step.x]) or not (go.verified or pack.is_unchanged(child, bn)):
-                pack = state.packs[step.conv] = PackedConv(child, bn, values[step.x])
+            pack = copies.packs.get(step.conv)
+            if pack is None or not (go.verified or state.trusts(pack, child, bn)) or not pack.fits(values[step.x]):
+                pack = PackedConv(child, bn, values[step.x])
+                copies.pack(step.conv, pack)
             bound = pack.bound(bounds[step.x]) + (0.0 if residual is None else bounds[step.residual])
             overwrite = step.overwrites_residual and (step.residual != 0 or owned)
             y = pack(values[step.x], residual, relu, bound, overwrite)
@@ -66,14 +71,3 @@ def run(
         for dead in step.frees:
             del values[dead]
     return values[recipe.result], bounds[recipe.result]
-
-
-def _program(recipe: Recipe, state: FusedState, x: Tensor) -> PackedProgram | None:
-    """The recipe's steps with everything looked up, made anew when a weight was packed anew or x has another shape."""
-    program, packs = state.programs.get(recipe.modules), state.packs
-    if program is None or not (program.takes(x) and program.has(packs)):
-        if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
-            return None  # another thread has just dropped them
-        program = PackedProgram(recipe, packs, x)
-        state.programs[recipe.modules] = program
-    return program if program.entries else None

@@ -35,6 +35,7 @@ class FuseReport:
     rows: tuple[Row, ...]
     backend: str
     normalize: Normalize | None = None  # what the model does to its images, if it was fused with normalize
+    frozen: bool = False  # whether it was fused with freeze=True
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -53,7 +54,8 @@ class FuseReport:
     def to_json(self, **options) -> str:
         """The report as a JSON object; options go to json.dumps."""
         normalize = None if self.normalize is None else asdict(self.normalize)
-        values = {"backend": self.backend, "normalize": normalize, "rows": [asdict(row) for row in self.rows]}
+        values = {"backend": self.backend, "normalize": normalize, "frozen": self.frozen}
+        values["rows"] = [asdict(row) for row in self.rows]
         return json.dumps(values, **options)
 
     def __str__(self) -> str:
@@ -65,6 +67,7 @@ class FuseReport:
         ]
         summary = f'{len(self.fused)} fused, {len(self.skipped)} skipped, backend="{self.backend}"'
         summary += "" if self.normalize is None else f", {self.normalize}"
+        summary += ", frozen" if self.frozen else ""
         return f"{table(('module', 'kind', '', 'kernels, or why not'), cells)}\n{summary}"
 
 

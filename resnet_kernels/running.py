@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from . import reading
-from .folding import PackedConv, PackedProgram
+from .folding import PackedConv
 from .normalize import Normalize
 from .ops import dispatch, onednn, tuned
 from .ops.library import autocast_dtype
+from .programs import Copies
 from .recipe import CallStep, ConvStep, Recipe
 from .wiring import Wiring, child_at, has_hooks, wire
 
@@ -50,34 +51,44 @@ class FusedState:
 
     path: the module's, in the model that was fused; a label for profilers.
     normalize: in the model's outermost host, what `fuse(model, normalize=...)` asked for.
+    frozen: the user has promised that weights stay, so copies are not compared with them; see freezing.py.
     """
 
-    def __init__(self, plan: Any, backend: str, path: str = "", normalize: Normalize | None = None):
+    def __init__(
+        self, plan: Any, backend: str, path: str = "", normalize: Normalize | None = None, frozen: bool = False
+    ):
         self.plan = plan
         self.backend = backend
         self.path = path
         self.normalize = normalize
-        self.packs: dict[str, PackedConv]
-        self.programs: dict[tuple[str, ...], PackedProgram]
-        self.drop_packs()
+        self.frozen = frozen
+        self.copies = Copies()
         self.wiring: dict[tuple[str, ...], Wiring] = {}
         self.plans: dict[tuple, Any] = {}
         self.survey: Survey | None = None
 
-    def drop_packs(self) -> None:
-        self.packs, self.programs = {}, {}
+    def drop_copies(self) -> None:
+        self.copies = Copies()
+        if self.frozen:
+            self.plans = {}  # they may hold copies, too
+
+    def trusts(self, pack: PackedConv, conv: nn.Module, bn: nn.Module | None) -> bool:
+        """Whether a pack may stand for these modules in this call."""
+        return pack.is_of(conv, bn) if self.frozen else pack.is_unchanged(conv, bn)
 
     def __getstate__(self) -> dict:
         # Packed weights are opaque, the rest is of this very module: a copy makes its own in its first call.
-        kept = dict(plan=self.plan, backend=self.backend, path=self.path, normalize=self.normalize)
-        return kept | dict(packs={}, programs={}, wiring={}, plans={}, survey=None)
+        kept = dict(
+            plan=self.plan, backend=self.backend, path=self.path, normalize=self.normalize, frozen=self.frozen
+        )  # fmt: skip
+        return kept | dict(copies=Copies(), wiring={}, plans={}, survey=None)
 
 
-def drop_packs(module: nn.Module) -> None:
-    """Forgets a fused module's packed weights; the next call makes them anew."""
+def drop_copies(module: nn.Module) -> None:
+    """Forgets the copies of a fused module's weights; the next call makes them anew."""
     state = module.__dict__.get("_rk_state")
     if state is not None:
-        state.drop_packs()
+        state.drop_copies()
 
 
 def tables_of(model: nn.Module) -> list[Any]:
@@ -182,7 +193,7 @@ def decide(
     gradients = gradients and (x.requires_grad or wiring.needs_gradients())
     if not (gradients or batch_statistics):
         return Go(backend, wiring, verified), ""
-    state.drop_packs()
+    state.drop_copies()
     if dtype not in (None, x.dtype) and any(step.residual == 0 for step in recipe.steps if hasattr(step, "residual")):
         return None, ""  # under autocast, what the sum with a wider shortcut is depends on how the add was written
     return _decide_to_learn(module, backend, wiring, batch_statistics, trains_on(state.backend, x))
@@ -258,7 +269,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
         yield
         return
     verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
-    programs: dict[int, PackedProgram] = {}
+    copies: dict[int, Copies] = {}
     for owner, state, recipes in survey.owners:
         if (
             owner.training
@@ -271,22 +282,21 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
             if wiring is None or not _is_verified(owner, state, wiring):
                 continue
             verified[id(owner), recipe.modules] = wiring
-            program = state.programs.get(recipe.modules)
-            if recipe.whole and program is not None and program.entries and program.has(state.packs):
-                programs[id(owner)] = program
-    _call_state.verified, _call_state.programs = verified, programs
+            if recipe.whole:
+                copies[id(owner)] = state.copies
+    _call_state.verified, _call_state.copies = verified, copies
     try:
         yield
     finally:
-        _call_state.verified = _call_state.programs = None
+        _call_state.verified = _call_state.copies = None
 
 
 def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
     if not wiring.is_of(owner) or not wiring.is_current() or wiring.why_not_now() is not None:
         return False
-    packs = state.packs
+    packs = state.copies.packs
     return all(
-        step.conv in packs and packs[step.conv].is_unchanged(conv, bn)
+        step.conv in packs and state.trusts(packs[step.conv], conv, bn)
         for step, conv, bn in wiring.steps
         if isinstance(step, ConvStep)
     )
@@ -294,16 +304,18 @@ def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
 
 def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor, Known] | None:
     """Runs a verified block on the output of the block before it, with no further question; None if there are some."""
-    programs = getattr(_call_state, "programs", None)
-    program = programs.get(id(block)) if programs else None
-    if program is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
+    copies = getattr(_call_state, "copies", None)
+    copies = copies.get(id(block)) if copies else None
+    if copies is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
+        return None
+    state = block.__dict__["_rk_state"]
+    program = copies.program(state.plan, x)
+    if program is None or not program.entries:
         return None
     bound = onednn.bound(x, known.bound)
-    if not program.takes(x) or not program.is_safe(bound):
+    if not program.is_safe(bound):
         return None
-    return program(x, known.owned, block.__dict__["_rk_state"].path), Known(
-        True, program.result_bound(bound), known.backend
-    )
+    return program(x, known.owned, state.path), Known(True, program.result_bound(bound), known.backend)
 
 
 def is_inside_verified() -> bool:

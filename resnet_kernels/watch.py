@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from .freezing import FrozenCopies, frozen_states
 from .ops import tuned
 from .ops.dispatch import ENVIRONMENT_VARIABLE
 from .running import has_global_hooks
@@ -37,6 +38,8 @@ class Watch:
         self._tensors = [member for member in self._members if isinstance(member, Tensor)]
         self._memory = [tensor.detach() for tensor in self._tensors]
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+        # A graph of a frozen model may read copies of weights.
+        self._frozen = FrozenCopies(frozen_states(model), [])
         self._settings = _settings()
 
     def is_current(self) -> bool:
@@ -51,6 +54,7 @@ class Watch:
             and [*map(type, self._modules)] == self._classes
             and [*map(id, chain.from_iterable(map(dict.values, self._registries)))] == self._ids
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            and self._frozen.hold()
             and _settings() == self._settings
             and not has_global_hooks()
         )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from resnet_kernels import __main__ as cli
-from resnet_kernels import models, running
+from resnet_kernels import folding, models
 from resnet_kernels.commands import time as time_command
 
 SMALL = ["--model", "d2l_resnet18", "--batch-size", "2"]
@@ -55,13 +55,13 @@ def test_explain_timm(capsys):
 def test_verify_and_its_exit_status(capsys, monkeypatch):
     assert cli.main(["verify", *SMALL]) == 0
     assert "parity holds" in capsys.readouterr().out
-    original = running.PackedConv.__init__
+    original = folding.PackedConv.__init__
 
     def faulty(self, *arguments):
         original(self, *arguments)
         self.bias = self.bias + 0.01
 
-    monkeypatch.setattr(running.PackedConv, "__init__", faulty)
+    monkeypatch.setattr(folding.PackedConv, "__init__", faulty)
     for command in (["verify", *SMALL, "--json"], ["verify", *SMALL], ["demo", *SMALL], ["time", *SMALL]):
         assert cli.main(command) == 1
     assert "PARITY FAILS" in capsys.readouterr().out

@@ -188,7 +188,7 @@ def test_planted_bug_a_pack_that_is_never_checked_is_stale(monkeypatch):
 
 def test_packed_weights_are_dropped_by_train_to_and_gradients():
     fused, x = _fused(_model()), torch.randn(2, 32, 8, 8)
-    packs = lambda: fused[0].__dict__["_rk_state"].packs  # noqa: E731
+    packs = lambda: fused[0].__dict__["_rk_state"].copies.packs  # noqa: E731
     for drop in (lambda: fused.train().eval(), lambda: fused.to(torch.float32), lambda: rk.refresh(fused)):
         with torch.no_grad():
             fused(x)

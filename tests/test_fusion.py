@@ -15,7 +15,7 @@ from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import blocks, inference, running
+from resnet_kernels import blocks, folding, inference
 from resnet_kernels.verify import randomise_batch_norms_
 
 IMAGE = (2, 3, 64, 64)
@@ -657,7 +657,7 @@ def test_peak_memory_values_die_after_their_last_use(model):
 
     fused = rk.fuse(model.layer1[1])
     alive, refs = [], []
-    original = running.PackedConv.__call__
+    original = folding.PackedConv.__call__
 
     def spy(self, *arguments):
         alive.append(sum(ref() is not None for ref in refs))
@@ -665,11 +665,11 @@ def test_peak_memory_values_die_after_their_last_use(model):
         refs.append(weakref.ref(y))
         return y
 
-    running.PackedConv.__call__ = spy
+    folding.PackedConv.__call__ = spy
     try:
         with torch.no_grad():
             fused(torch.randn(1, 256, 4, 4))
     finally:
-        running.PackedConv.__call__ = original
+        folding.PackedConv.__call__ = original
     gc.collect()
     assert alive == [0, 1, 1]

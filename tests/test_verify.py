@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import running
+from resnet_kernels import folding, running
 from resnet_kernels.verify import randomise_batch_norms_
 
 
@@ -40,14 +40,14 @@ def test_names_the_first_block_over_budget(model, x, path, monkeypatch):
     """A fault of one part in ten thousand, in one layer."""
     fused = rk.fuse(model)
     target = fused.conv1 if path == "conv1" else fused.layer2[1].conv2
-    original = running.PackedConv.__init__
+    original = folding.PackedConv.__init__
 
     def faulty(self, conv, bn, x):
         original(self, conv, bn, x)
         if conv is target:
             self.bias = self.bias * (1 + 1e-4)
 
-    monkeypatch.setattr(running.PackedConv, "__init__", faulty)
+    monkeypatch.setattr(folding.PackedConv, "__init__", faulty)
     result = rk.verify(model, fused, x)
     assert not result and result.first_over_budget.path == path
     assert f"PARITY FAILS, first at {path}" in str(result)

@@ -22,6 +22,12 @@ from .geometry import Geometry
 _SAFE = 1e37
 _SMALL = 1e18
 
+# Layouts that oneDNN has asked for, by problem: a few hundred bytes each, and a user may have any number of image sizes.
+_layouts: dict[tuple, bytes] = {}
+_MOST_LAYOUTS = 10_000
+# 32-bit words of a serialized descriptor that the compiler left between an int and an int64: they hold whatever was there.
+_DESCRIPTOR_WORDS, _UNUSED_WORDS = 193, [27, 79, 105]
+
 
 @functools.cache
 def why_not(dtype: torch.dtype) -> str | None:
@@ -34,6 +40,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     try:
         x, weight, other = torch.zeros(1, 2, 4, 4), torch.zeros(3, 2, 3, 3), torch.zeros(1, 3, 2, 2)
         packed = pack_weight(weight, Geometry(), x.shape)
+        layout(packed)
         run(x, packed, None, None, arguments(Geometry()), relu=True)
         for overwrite in (False, True):
             run(x, packed, None, other, arguments(Geometry()), relu=True, overwrite_residual=overwrite)
@@ -44,12 +51,14 @@ def why_not(dtype: torch.dtype) -> str | None:
     return None
 
 
-def is_for_aten(x: Tensor) -> bool:
-    """Whether eager itself would not use oneDNN for a convolution of x: one small fp32 image (PyTorch 2.13).
+def is_for_aten(shape: torch.Size, dtype: torch.dtype, weight_shape: torch.Size) -> bool:
+    """Whether eager itself would not use oneDNN for a convolution of this input: one small fp32 image (PyTorch 2.13).
 
-    Its GEMM sums a long K up to four times as accurately as oneDNN's channels_last kernels, so rule 1 has us follow.
+    Its GEMM sums a long K up to four times as accurately as oneDNN's channels_last kernels, so rule 1 has us follow. Groups
+    and kernels beyond 3x3 are oneDNN's at any size.
     """
-    return x.dtype == torch.float32 and x.shape[0] == 1 and x.numel() <= 20480
+    small = dtype == torch.float32 and shape[0] == 1 and shape.numel() <= 20480
+    return small and weight_shape[1] == shape[1] and min(weight_shape[2:]) <= 3
 
 
 def for_gradient(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -74,6 +83,33 @@ def pack_weight(weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> 
     return torch.ops.mkldnn._reorder_convolution_weight(weight, *arguments(geometry), [n, c, h, w])
 
 
+def problem(weight_shape: torch.Size, dtype: torch.dtype, geometry: Geometry, input_shape: torch.Size) -> tuple:
+    """All that oneDNN's choice of a layout may depend on: the convolution's sizes and the number of threads."""
+    return weight_shape, dtype, geometry, input_shape, torch.get_num_threads()
+
+
+def known_layout(problem: tuple) -> bytes | None:
+    """The layout that oneDNN wants a problem's weight in; None before a weight was packed for it."""
+    return _layouts.get(problem)
+
+
+def note_layout(problem: tuple, packed: Tensor) -> bytes:
+    """Returns the layout of a weight that was packed for a problem, and keeps it for `known_layout`."""
+    if len(_layouts) >= _MOST_LAYOUTS:
+        _layouts.clear()
+    found = _layouts[problem] = layout(packed)
+    return found
+
+
+def layout(packed: Tensor) -> bytes:
+    """A packed weight's layout as bytes: equal for two weights of one shape only if their layouts are."""
+    words = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).view(torch.int32)
+    if words.numel() == _DESCRIPTOR_WORDS:
+        words = words.clone()
+        words[_UNUSED_WORDS] = 0
+    return words.numpy().tobytes()
+
+
 def arguments(geometry: Geometry) -> tuple:
     """A geometry as oneDNN's ops take it; asymmetric padding is done beforehand."""
     return geometry.conv2d_padding, geometry.stride, geometry.dilation, geometry.groups
@@ -83,7 +119,7 @@ def conv_bias_act(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, relu: bool
 ) -> Tensor:
     """relu(conv(x, weight) + bias + residual), channels_last."""
-    if is_for_aten(x):
+    if is_for_aten(x.shape, x.dtype, weight.shape):
         return reference.conv_bias_act(x, weight, bias, residual, None, geometry, relu)
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
     if residual is not None:
