@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import launches, packed
 from .launches import Plan
+from .ops import tuned
 from .ops.library import autocast_dtype
 from .recipe import Recipe
 from .running import FusedState, Go, Known
@@ -62,7 +63,8 @@ def _plan(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor) -> Plan:
     """The plan for x, kept by the first block: made anew when modules or their settings are others."""
     recipes, states, gos = zip(*blocks)
     wirings = [go.wiring for go in gos]
-    plans, key = states[0].plans, (recipes[0].modules, len(blocks), x.shape, x.dtype, gos[0].backend)
+    plans = states[0].plans
+    key = (recipes[0].modules, len(blocks), x.shape, x.dtype, gos[0].backend, tuned.generation())
     plan = plans.get(key)
     if plan is None or not plan.is_of(wirings):
         if len(plans) >= _MOST_PLANS:

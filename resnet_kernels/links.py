@@ -169,7 +169,7 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
 
 def takes_links(device: torch.device) -> bool:
     """Whether a device runs the kernels of links."""
-    if dispatch.why_not("triton", device.type, torch.float16) is not None:
+    if dispatch.why_not_on("triton", device, torch.float16) is not None:
         return False
     from .kernels import conv_bias_act_tma
 
@@ -204,16 +204,19 @@ def problem(link: Link | Stem, shapes: dict[int, Sequence[int]]) -> LinkProblem 
     """The question to a table."""
 
     def conv(part: Part | None) -> ConvProblem | None:
-        if part is None:
-            return None
-        x_shape, weight_shape, geometry = _conv_shape(part, shapes)
-        has_residual, has_bn = part.step.residual is not None, part.bn is not None
-        has_bias = has_bn or part.child.bias is not None
-        return ConvProblem(*x_shape[1:], weight_shape, geometry, has_bn, has_bias, has_residual, part.step.relu)
+        return None if part is None else conv_problem(part, shapes)
 
     if isinstance(link, Stem):
         return StemProblem(conv(link.conv), window_of(link.pool.child))
     return LinkProblem(conv(link.conv2), conv(link.shortcut), conv(link.conv3), link.norm is not None, conv(link.conv1))
+
+
+def conv_problem(part: Part, shapes: dict[int, Sequence[int]]) -> ConvProblem:
+    """The question to a table about a convolution, with what its BN makes of it."""
+    x_shape, weight_shape, geometry = _conv_shape(part, shapes)
+    has_residual, has_bn = part.step.residual is not None, part.bn is not None
+    has_bias = has_bn or part.child.bias is not None
+    return ConvProblem(*x_shape[1:], weight_shape, geometry, has_bn, has_bias, has_residual, part.step.relu)
 
 
 def _conv_shape(part: Part, shapes: dict[int, Sequence[int]]) -> tuple[tuple, tuple, Geometry]:

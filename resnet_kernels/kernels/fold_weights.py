@@ -116,6 +116,7 @@ class Table:
         self._aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self._owners = torch.tensor(owners, dtype=torch.int32, device=self.device)
+        self._nothing = torch.empty(0, device=self.device)
         # Shapes alone, for views of all copies in one call.
         self._like = [weight.permute(0, 2, 3, 1).detach().to("meta") for weight in weights]
 
@@ -125,6 +126,7 @@ class Table:
 
     def launch(self, scale: Tensor | None, shift: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
         """Returns (weight, bias) of each layer; scale, shift: (all channels,) fp32, None where no layer has one."""
+        scale, shift = (self._nothing if vector is None else vector for vector in (scale, shift))
         weights = torch.empty(self._numel, dtype=self.dtype, device=self.device)
         biases = torch.empty(sum(self._widths), dtype=self.dtype, device=self.device)
         with torch.cuda.device_of(weights):

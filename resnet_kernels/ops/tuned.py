@@ -135,8 +135,18 @@ def noting() -> Iterator[list[tuple[Hashable, int]]]:
         _noted = before
 
 
+_generation = 0
+
+
+def generation() -> int:
+    """How often `forget` was called: whoever keeps what `choice` said asks again after that."""
+    return _generation
+
+
 def forget() -> None:
     """Drops all that was read, so that the next question reads the files anew."""
+    global _generation
+    _generation += 1
     for function in (_choice, _trains, _measured_dtypes, _table, device_key):
         # A test may have put something else in device_key's place.
         getattr(function, "cache_clear", lambda: None)()
