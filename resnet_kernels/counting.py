@@ -1,8 +1,8 @@
 """What a model launches on a GPU that need not be here: every kernel with its FLOPs and its bytes from and to HBM.
 
-The model itself runs, on the meta device, and nothing is computed: PyTorch's operations are recorded as they are dispatched, ours
-where they are launched. So fusing goes its whole way, with every decision that it takes on an NVIDIA GPU (compute capability 9,
-cuDNN, no table of measurements), and a count rests on no formula of what should run.
+The model itself runs, on the meta device, and nothing is computed: PyTorch's operations are recorded as they are dispatched,
+ours where they are launched. So fusing goes its whole way, with every decision that it takes on an NVIDIA GPU (compute
+capability 9, cuDNN, no table of measurements), and a count rests on no formula of what should run.
 
 How it is counted
 
