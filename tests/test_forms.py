@@ -35,6 +35,9 @@ STAGES = (bottlenecks, preacts, basic_blocks, d2l)
 
 def prepared(make, dtype=torch.float32, layout=CHANNELS_LAST):
     stage, x = make("cpu")
+    for module in stage.modules():
+        if isinstance(module, nn.Conv2d) and module.bias is not None:
+            nn.init.normal_(module.bias)  # a new one may be zero
     return randomise_batch_norms_(stage).eval().to(dtype, memory_format=layout), x.to(dtype, memory_format=layout)
 
 
