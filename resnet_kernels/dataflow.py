@@ -175,12 +175,12 @@ class _Tracer(TorchDispatchMode):
         gemm = None
         if kind == "conv":
             gemm = _conv(args, out)
-            reads = [(reads[0][0], _pixels_read(args[0], gemm.kernel_size, out))]
+            reads = [(reads[0][0], pixels_read(args[0], gemm.kernel_size, out))]
         elif kind == "matmul" and _storage(inputs[-1]) in self.parameters:
             a, b = inputs[-2:]
             gemm = Gemm(m=a.shape[0], n=b.shape[1], c_in=a.shape[1])
         elif kind == "max_pool":
-            reads = [(reads[0][0], _pixels_read(args[0], args[1], out))]
+            reads = [(reads[0][0], pixels_read(args[0], args[1], out))]
         elif kind == "matmul" or (kind == "add" and len(reads) != 2):
             kind = "other"
         path, module = self.path[-1] if self.path else ("", self.model)
@@ -209,7 +209,7 @@ def _conv(args: Sequence[Any], out: Tensor) -> Gemm:
     )
 
 
-def _pixels_read(x: Tensor, kernel_size: Sequence[int], out: Tensor) -> int:
+def pixels_read(x: Tensor, kernel_size: Sequence[int], out: Tensor) -> int:
     """Elements of x that windows touch: one smaller than its stride passes over rows and columns."""
     touched = [min(size, n * k) for size, n, k in zip(x.shape[2:], out.shape[2:], kernel_size)]
     return x.shape[0] * x.shape[1] * math.prod(touched)

@@ -85,6 +85,35 @@ def _takes(group: Group, kind: str) -> bool:
     return last in before.get(kind, ())
 
 
+_POINTWISE = ("bn", "relu", "add", "pad")
+
+
+def pointwise(net: Network) -> list[Group]:
+    """The kernels of torch.compile's default: convolutions, products and pools apart, what is pointwise between them fused.
+
+    A rule for what Inductor does, not a record of it: a pointwise operation joins those that make its inputs, unless a
+    convolution lies between them.
+    """
+    groups: dict[int, list[Operation]] = {}
+    depth: dict[int, int] = {}
+    for operation in net.operations:
+        values = [value for value, _ in operation.reads]
+        before = max(depth.get(value, 0) for value in values)
+        fuses = operation.kind in _POINTWISE
+        depth[operation.writes] = before if fuses else before + 1
+        own = [operation]
+        for value in dict.fromkeys(values if fuses else ()):
+            maker = groups.get(value)
+            if maker is None or maker[0].kind not in _POINTWISE or maker is own:
+                continue
+            if depth[value] == before or (len(maker) == 1 and net.readers[value] == 1):
+                own = [*maker, *own]
+        for member in own:
+            groups[member.writes] = own
+    # In the place of the last member: all that it reads is there.
+    return [Group(tuple(own), None) for value, own in groups.items() if own[-1].writes == value]
+
+
 def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
     """Puts a projection into the kernel that adds it: two loops, one accumulator."""
     adders = {value: group for group in groups if group.conv for value in group.residuals if net.readers[value] == 1}

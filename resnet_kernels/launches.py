@@ -1,38 +1,42 @@
 """Running steps on a GPU: those of one block, or of several that follow each other, cut into launches.
 
-Steps and live modules go in, and a plan comes out: which steps share a launch, in which order, and what is dead after each. It
-holds for one shape of the input, and is made anew when the shape, a module or a setting of one is another. Before the first
-launch all BNs become scales and shifts, in one launch, from the live tensors.
+Steps and live modules go in, and a plan comes out: which steps share a launch (links.py), in which form each convolution runs
+(forms.py), in which order, and what is dead after each. It holds for one shape of the input, and is made anew when the shape,
+a module or a setting of one is another. Before the first launch all BNs become scales and shifts, and part of the weights get
+their scale, from the live tensors (constants.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import links, plain, ranges
-from .folding import bn_tensors, scale_shift
+from . import forms, links, plain, ranges
+from .constants import Constants, LiveConstants
+from .folding import scale_shift
+from .forms import Form
 from .links import Link, Part, Stem, window_of
 from .normalize import Normalize
-from .ops import dispatch
+from .ops import conv_candidates, cudnn
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
 from .wiring import Wiring
 
 Values = dict[int, Tensor]
-# Scale and shift by the number of the value that a convolution makes; (None, bias) without a BN.
-ScaleShifts = dict[int, tuple[Tensor | None, Tensor | None]]
+# By the number of the value that a convolution, or a BN in a link, makes.
+AllConstants = dict[int, Constants]
 
 
 @dataclass(frozen=True)
 class Launch:
     """A step, or a link of several. run: adds the values that they make. frees: those that nobody needs afterwards."""
 
-    run: Callable[[Any, Values, ScaleShifts, str], None]
+    run: Callable[[Any, Values, AllConstants, str], None]
     what: Part | Link | Stem
     frees: tuple[int, ...] = ()
 
@@ -45,11 +49,11 @@ class Launch:
         return {value for part in self.parts for value in part.reads} - {part.step.out for part in self.parts}
 
 
-def convolve(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def convolve(part: Part, values: Values, constants: AllConstants, backend: str) -> None:
     """A convolution with its BN, residual and ReLU: ops.conv_bias_act."""
     step, conv = part.step, part.child
-    x, (scale, shift) = values[step.x], vectors[step.out]
-    geometry = Geometry.of_module(conv, x.shape[2:])
+    x, (scale, shift, _) = values[step.x], constants[step.out]
+    geometry = _geometry(part, x)
     residual = None if step.residual is None else values[step.residual]
     # A kernel reads a residual of the output's shape; eager's add broadcasts a smaller one.
     fits = residual is None or residual.shape == geometry.out_shape(x.shape, conv.weight.shape)
@@ -59,14 +63,31 @@ def convolve(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> 
     values[step.out] = y if fits else plain.add_broadcast(y, residual, step.relu)
 
 
-def normalise(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def convolve_as(form: Form, part: Part, values: Values, constants: AllConstants, backend: str) -> None:
+    """The same, in a form that was chosen beforehand: a candidate by its name, with no questions left."""
+    step, x = part.step, values[part.step.x]
+    scale, shift, weight = constants[step.out]
+    weight = _weight(part, x) if weight is None else weight
+    residual = None if step.residual is None or form.broadcasts else values[step.residual]
+    relu, geometry = step.relu and not form.broadcasts, _geometry(part, x)
+    if form.bare:
+        scale = shift = None
+    if form.adds is None or form.folds:
+        y = conv_candidates.run(form.name, x, weight, shift, residual, scale, geometry, relu)
+    else:
+        own_scale, own_shift, _ = constants[form.adds]
+        y = cudnn.conv_then_epilogue(x, weight, shift, residual, scale, geometry, relu, own_scale, own_shift)
+    values[step.out] = plain.add_broadcast(y, values[step.residual], step.relu) if form.broadcasts else y
+
+
+def normalise(part: Part, values: Values, constants: AllConstants, backend: str) -> None:
     """A BN that comes before its convolution: ops.batch_norm_act."""
     step = part.step
     residual = None if step.residual is None else values[step.residual]
     values[step.out] = plain.normalise(part.bn, values[step.x], residual, step.relu, backend)
 
 
-def call(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def call(part: Part, values: Values, constants: AllConstants, backend: str) -> None:
     """A child module, an add or a ReLU."""
     step = part.step
     values[step.out] = plain.call(step, part.child, [values[i] for i in step.inputs], backend)
@@ -75,13 +96,13 @@ def call(part: Part, values: Values, vectors: ScaleShifts, backend: str) -> None
 _ALONE = {ConvStep: convolve, NormStep: normalise, CallStep: call}
 
 
-def merge(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
     """A projection and the convolution that adds it: kernels/conv_bias_act_tma.py."""
     from .kernels import conv_bias_act_tma as kernel
 
     step, projection = link.conv3.step, link.shortcut.step
     x, x0 = values[step.x], values[projection.x]
-    (scale, shift), (projection_scale, projection_shift) = vectors[step.out], vectors[projection.out]
+    (scale, shift, _), (projection_scale, projection_shift, _) = constants[step.out], constants[projection.out]
     shortcut = kernel.Shortcut(
         x0, _weight(link.shortcut, x), projection_shift, projection_scale, _geometry(link.shortcut, x0)
     )
@@ -90,21 +111,21 @@ def merge(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> Non
     )
 
 
-def chain(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
     """From a bottleneck's 3x3 into the next one's first 1x1: kernels/chain_tma.py."""
     from .kernels import chain_tma as kernel
 
     x = values[link.conv2.step.x]
 
     def layer(part: Part | None) -> kernel.Layer | None:
-        return None if part is None else kernel.Layer(_weight(part, x), *vectors[part.step.out], part.step.relu)
+        return None if part is None else kernel.Layer(_weight(part, x), *constants[part.step.out][:2], part.step.relu)
 
     if link.shortcut is None:
         residual = values[link.conv3.step.residual]
     else:
         x0 = values[link.shortcut.step.x]
         residual = kernel.Shortcut(x0, layer(link.shortcut), _geometry(link.shortcut, x0))
-    norm = None if link.norm is None else vectors[link.norm.step.out]
+    norm = None if link.norm is None else constants[link.norm.step.out][:2]
     y, z = kernel.launch(
         x, layer(link.conv2), _geometry(link.conv2, x), layer(link.conv3), residual, norm, layer(link.conv1)
     )
@@ -113,12 +134,12 @@ def chain(link: Link, values: Values, vectors: ScaleShifts, backend: str) -> Non
         values[link.conv1.step.out] = z
 
 
-def stem_and_pool(link: Stem, values: Values, vectors: ScaleShifts, backend: str) -> None:
+def stem_and_pool(link: Stem, values: Values, constants: AllConstants, backend: str) -> None:
     """A network's first convolution and its max-pool: kernels/stem.py."""
     from .kernels import stem as kernel
 
     x = values[link.conv.step.x]
-    values[link.pool.step.out] = kernel.launch(x, _weight(link.conv, x), *vectors[link.conv.step.out])
+    values[link.pool.step.out] = kernel.launch(x, _weight(link.conv, x), *constants[link.conv.step.out][:2])
 
 
 def _weight(part: Part, x: Tensor) -> Tensor:
@@ -129,12 +150,21 @@ def _geometry(part: Part, x: Tensor) -> Geometry:
     return Geometry.of_module(part.child, x.shape[2:])
 
 
-def in_order(parts: Sequence[Part], chosen: dict[int, Link | Stem]) -> list[Launch]:
-    """Parts one by one, but for those of the links: by each value that one of a link's parts makes."""
+def in_order(
+    parts: Sequence[Part], chosen: dict[int, Link | Stem], in_form: dict[int, Form] | None = None
+) -> list[Launch]:
+    """Parts one by one, but for those of the links.
+
+    Args:
+        chosen: links, by each value that one of their parts makes.
+        in_form: forms, by the value that a convolution makes; those without one run as the backend has it.
+    """
     launches = []
     for part in parts:
-        link = chosen.get(part.step.out)
-        if link is None:
+        link, form = chosen.get(part.step.out), (in_form or {}).get(part.step.out)
+        if form is not None:
+            launches.append(Launch(partial(convolve_as, form), part))
+        elif link is None:
             launches.append(Launch(_ALONE[type(part.step)], part))
         elif part.step.out == link.last.step.out:
             run = stem_and_pool if isinstance(link, Stem) else merge if link.conv2 is None else chain
@@ -152,7 +182,8 @@ class Plan:
         self.parts, self.result = parts_of(wirings, recipes, paths)
         self.settings = [_settings(part) for part in self.parts]
         chosen = links.choose(self.parts, self.result, x, backend)
-        launches = in_order(self.parts, chosen)
+        in_form = forms.choose(self.parts, self.result, chosen, x, backend)
+        launches = in_order(self.parts, chosen, in_form)
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
         # With the name that profilers show.
         self.launches = [
@@ -162,12 +193,14 @@ class Plan:
             )
             for i, launch in enumerate(launches)
         ]
-        self.norms = BatchNorms(
+        self.constants = LiveConstants(
             [
                 part
                 for part in self.parts
                 if isinstance(part.step, ConvStep) or (isinstance(part.step, NormStep) and part.step.out in chosen)
-            ]
+            ],
+            in_form,
+            x.dtype,
         )
 
     def is_of(self, wirings: Sequence[Wiring]) -> bool:
@@ -180,11 +213,11 @@ class Plan:
 
     def run(self, x: Tensor, backend: str) -> Tensor:
         """x: channels_last, in the dtype of the convolutions."""
-        vectors = self.norms.read()
+        constants = self.constants.read()
         values = {0: x}
         del x
         for _, launch in ranges.around(self.launches, ""):
-            launch.run(launch.what, values, vectors, backend)
+            launch.run(launch.what, values, constants, backend)
             # Dead values go at once: peak memory is eager's.
             for dead in launch.frees:
                 del values[dead]
@@ -197,7 +230,7 @@ class Plan:
         what = self.launches[0][1].what
         if len(self.launches) > 1 or not isinstance(what, Stem) or x.dtype not in stem_plan.IMAGE_DTYPES:
             return None
-        scale, shift = self.norms.read()[what.conv.step.out]
+        scale, shift, _ = self.constants.read()[what.conv.step.out]
         mean, std = (None, None) if normalize is None else (normalize.mean, normalize.std)
         for _ in ranges.around(self.launches, ""):
             return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, mean, std)
@@ -207,10 +240,10 @@ def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tenso
     """Runs a recipe step by step, without a plan: what torch.compile can look through."""
     values = {0: x}
     for part in (Part(*entry) for entry in wiring.steps):
-        vectors = {}
+        constants = {}
         if isinstance(part.step, ConvStep):
-            vectors[part.step.out] = scale_shift(_bias(part), part.bn)
-        _ALONE[type(part.step)](part, values, vectors, backend)
+            constants[part.step.out] = Constants(*scale_shift(part.child.bias, part.bn))
+        _ALONE[type(part.step)](part, values, constants, backend)
     return values[recipe.result]
 
 
@@ -233,34 +266,6 @@ def parts_of(wirings: Sequence[Wiring], recipes: Sequence[Recipe], paths: Sequen
     return parts, result
 
 
-class BatchNorms:
-    """BNs as scales and shifts, with the bias of the convolution in front of them, from the live tensors in each call."""
-
-    def __init__(self, parts: list[Part]):
-        self._bare = [part for part in parts if part.bn is None]
-        self._parts = [part for part in parts if part.bn is not None]
-        self.table = None
-
-    def read(self) -> ScaleShifts:
-        found: ScaleShifts = {part.step.out: (None, part.child.bias) for part in self._bare}
-        if self._parts:
-            found.update(zip((part.step.out for part in self._parts), self._read()))
-        return found
-
-    def _read(self) -> list[tuple[Tensor, Tensor]]:
-        vectors = [(*bn_tensors(part.bn), _bias(part)) for part in self._parts]
-        eps = tuple(part.bn.eps for part in self._parts)
-        # cuDNN's backend uses the kernel, too, where Triton is there: PyTorch takes six launches a layer.
-        if dispatch.why_not("triton", vectors[0][2].device.type, torch.float32) is None:
-            from .kernels import bn_scale_shift
-
-            if self.table is None or not self.table.are(vectors, eps):
-                self.table = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
-        if self.table is not None:
-            return self.table.launch()
-        return [scale_shift(_bias(part), part.bn) for part in self._parts]
-
-
 def _settings(part: Part) -> tuple:
     """What a plan rests on besides modules and shapes."""
     _, child, bn, _ = part
@@ -270,10 +275,6 @@ def _settings(part: Part) -> tuple:
     elif type(child) is nn.MaxPool2d:
         own = *window_of(child), child.return_indices
     return own, None if bn is None else bn.eps
-
-
-def _bias(part: Part) -> Tensor | None:
-    return None if part.child is None else part.child.bias
 
 
 def out_channels(recipe: Recipe, wiring: Wiring) -> int | None:

@@ -179,7 +179,7 @@ def _is_known(name: str, problem: LinkProblem | StemProblem, *where: object) -> 
 
 def takes_links(device: torch.device) -> bool:
     """Whether a device runs the kernels of links."""
-    if dispatch.why_not("triton", device.type, torch.float16) is not None:
+    if dispatch.why_not_on("triton", device, torch.float16) is not None:
         return False
     from .kernels import conv_bias_act_tma
 

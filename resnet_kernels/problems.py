@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import launches, links, reference
+from .constants import Constants
 from .folding import scale_shift
 from .fusion import fuse
 from .links import APART, Link, LinkProblem, Part, Stem, StemProblem
 from .ops import conv_candidates, dispatch, tuned
 from .ops.batch_norm_act import NormProblem
+from .ops.batch_norm_act import untuned as untuned_norm
 from .ops.conv_candidates import ConvProblem
 from .recipe import CallStep, ConvStep, NormStep
 from .tuning import Problem
@@ -183,7 +185,7 @@ def _problem_of_parts(
         for out, conv in convs.items():
             width = (conv.weight_shape[0],)
             scale = 1 + draw(width, 0.1, dtype=torch.float32) if conv.scale else None
-            vectors[out] = scale, draw(width, dtype=torch.float32) if conv.bias else None
+            vectors[out] = Constants(scale, draw(width, dtype=torch.float32) if conv.bias else None)
         return {value: draw(shape) for value, shape in inputs.items()}, vectors
 
     def run(link: Link | Stem | None, backend: str, values: dict, vectors: dict) -> tuple[Tensor, ...]:
@@ -191,14 +193,16 @@ def _problem_of_parts(
         if values[0].dtype == torch.float64:
             own = [part if part.bn is None else part._replace(bn=copy.deepcopy(part.bn).double()) for part in parts]
         chosen = {} if link is None else {part.step.out: link for part in link.parts}
-        norms = {part.step.out: scale_shift(None, part.bn) for part in own if part.step.out in chosen and part.bn}
+        norms = {
+            part.step.out: Constants(*scale_shift(None, part.bn)) for part in own if part.step.out in chosen and part.bn
+        }
         values, vectors = dict(values), vectors | norms
         for launch in launches.in_order(own, chosen):
             launch.run(launch.what, values, vectors, backend)
         return tuple(values[value] for value in results)
 
     def truth(values: dict, vectors: dict) -> tuple[Tensor, ...]:
-        pairs = {out: tuple(None if t is None else t.double() for t in pair) for out, pair in vectors.items()}
+        pairs = {out: Constants(*(None if t is None else t.double() for t in own)) for out, own in vectors.items()}
         return run(None, "eager", {value: t.double() for value, t in values.items()}, pairs)
 
     able = []
@@ -277,7 +281,7 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
             return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
     names = ["eager"]
-    if dispatch.why_not("triton", device.type, dtype) is None:
+    if dispatch.why_not_on("triton", device, dtype) is None:
         names.append("triton")
     # Passes over data: x (and the residual) in, y out, and x once more for its statistics; backward twice dy and x ...
     passes = (2 + asked.residual) if not asked.training else (11 if asked.residual else 8)
@@ -286,7 +290,7 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
         batch=batch,
         dtype=dtype,
         device=device,
-        default="eager",
+        default=untuned_norm(asked, dtype, device),
         candidates={name: ours(name) for name in names},
         operands=operands,
         eager=eager,

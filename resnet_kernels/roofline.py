@@ -1,6 +1,7 @@
 """Lower bounds on a network's inference time, from FLOPs, HBM bytes and L2 bytes, by how it is cut into kernels.
 
     eager       every ATen operation is a kernel: convolution, BN, ReLU and add apart
+    compiled    torch.compile's default: a convolution is a kernel, and all that is pointwise between two is one
     per_layer   convolution + BN (+ add) (+ ReLU) is one, as `fuse` has it
     chained     3x3 -> 1x1 + add + ReLU -> the next block's first 1x1 is one, stem + max-pool is another
     compute     no kernel moves a byte
@@ -167,6 +168,11 @@ def chained(
     if merged_shortcut:
         groups = grouping.merge_shortcuts(groups, net)
     return _kernels(grouping.chain(groups, net, across_stages, max_width), net, itemsize, tiling)
+
+
+def compiled(net: Network, itemsize: int, tiling: Tiling = Tiling()) -> list[Kernel]:
+    """torch.compile's default: a kernel for each convolution, and for all that is pointwise between two."""
+    return _kernels(grouping.pointwise(net), net, itemsize, tiling)
 
 
 def compute(net: Network) -> list[Kernel]:

@@ -94,7 +94,7 @@ def drop_copies(module: nn.Module) -> None:
 def tables_of(model: nn.Module) -> list[Any]:
     """What the kernels of a fused model read besides its own tensors: whoever replays their launches has to keep it."""
     states = (module.__dict__.get("_rk_state") for module in model.modules())
-    return [plan.norms.table for state in states if state is not None for plan in state.plans.values()]
+    return [plan.constants.tables for state in states if state is not None for plan in state.plans.values()]
 
 
 def say_once(reason: str) -> None:

@@ -45,7 +45,7 @@ PLANTED_TARGETS = ("sm_90", "gfx942")
 TMA_KERNEL, CHAIN_KERNEL, TMA_TARGET = "conv_bias_act tma", "chain tma", "sm_90"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
 SHARING_KERNEL = "tap sharing tma"
-EPILOGUE_KERNEL = "epilogue"
+EPILOGUE_KERNEL, FOLD_KERNEL = "epilogue", "fold_weights"
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
@@ -358,7 +358,7 @@ def stem_cases() -> list[Case]:
 def pointwise_cases() -> list[Case]:
     from resnet_kernels.kernels import add_relu, bn_scale_shift
 
-    cases = epilogue_cases()
+    cases = [*epilogue_cases(), *fold_cases()]
     for dtype in ("fp16", "bf16", "fp32"):
         pointers = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*" + dtype)
         size = {"BLOCK_SIZE": add_relu.BLOCK_SIZE}
@@ -402,6 +402,24 @@ def epilogue_cases() -> list[Case]:
         )  # fmt: skip
         cases[repr(case)] = case
     return list(cases.values())
+
+
+def fold_cases() -> list[Case]:
+    """Weights that are folded: aligned ones, and ones that allow no wide loads; fp32 weights in a call under autocast."""
+    from resnet_kernels.kernels import bn_scale_shift, fold_weights
+
+    cases = []
+    pairs = (("bf16", "bf16"), ("fp32", "bf16"), ("fp32", "fp32"), ("fp16", "fp16"))
+    for (source, dtype), aligned in itertools.product(pairs, (True, False)):
+        types = dict(table_ptr="*i64", layers_ptr="*i32", scale_ptr="*fp32", shift_ptr="*fp32")
+        types |= dict.fromkeys(("weights_ptr", "biases_ptr"), "*" + dtype)
+        tile = dict(BLOCK_O=fold_weights.BLOCK_O, BLOCK_K=fold_weights.BLOCK_K)
+        constants = dict(DTYPE=bn_scale_shift.DTYPES[DTYPES[source]], ALIGNED=aligned, **tile)
+        cases.append(
+            Case(FOLD_KERNEL, "x".join(map(str, tile.values())), dtype, f"{source}{', aligned' if aligned else ''}",
+                 fold_weights.NUM_WARPS, 3, types, (), constants)
+        )  # fmt: skip
+    return cases
 
 
 def batch_norm_cases() -> list[Case]:
@@ -511,6 +529,7 @@ def _kernel(name: str):
         conv_bias_act,
         conv_bias_act_tma,
         epilogue,
+        fold_weights,
         stem,
         tap_sharing_tma,
     )
@@ -526,6 +545,7 @@ def _kernel(name: str):
         SHARING_KERNEL: tap_sharing_tma._tap_sharing_tma_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         EPILOGUE_KERNEL: epilogue._epilogue_kernel,
+        FOLD_KERNEL: fold_weights._fold_weights_kernel,
         "add_relu": add_relu._add_relu_kernel,
         "bn_scale_shift": bn_scale_shift._bn_scale_shift_kernel,
     }[name]

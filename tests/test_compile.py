@@ -15,6 +15,7 @@ from compile_kernels import (
     BATCH_NORM_KERNELS,
     CHAIN_KERNEL,
     EPILOGUE_KERNEL,
+    FOLD_KERNEL,
     FP16_TARGET,
     KIB,
     PLANTED_TARGETS,
@@ -129,7 +130,8 @@ def keeps_the_k_loop_fed(record: dict, target: Target) -> str | None:
 
 
 def streams_with_wide_loads(record: dict, target: Target) -> str | None:
-    if record["kernel"] == EPILOGUE_KERNEL and "n_channels" in record["aligned"]:
+    streams = record["kernel"] == EPILOGUE_KERNEL and "n_channels" in record["aligned"]
+    if streams or (record["kernel"] == FOLD_KERNEL and record["constants"]["ALIGNED"]):
         # Vectors of a number per channel are shared by a tile's rows: any width will do.
         return None if 16 in record["load_bytes"] else f"loads of {record['load_bytes']} bytes, expected 16 among them"
     if record["kernel"] != "add_relu" or "n_elements" not in record["aligned"]:
@@ -323,6 +325,7 @@ def test_no_configuration_is_left_out(target, records):
         *({TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL} if target == TMA_TARGET else ()),
         "conv_bias_act",
         EPILOGUE_KERNEL,
+        FOLD_KERNEL,
         "add_relu",
         "bn_scale_shift",
         *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),

@@ -27,7 +27,7 @@ def test_scale_shift_kernel_against_fp64(affine, bias, dtype, channels, device):
     vectors = [None if t is None else t.to(device) for t in (weight, shift, mean, var, conv_bias)]
     oracle = reference.bn_scale_shift(*(None if t is None else t.double() for t in vectors), 1e-5)
     results = zip(
-        bn_scale_shift.Layers([tuple(vectors)], (1e-5,)).launch()[0], reference.bn_scale_shift(*vectors, 1e-5), oracle
+        bn_scale_shift.Layers([tuple(vectors)], (1e-5,)).launch(), reference.bn_scale_shift(*vectors, 1e-5), oracle
     )
     for value, eager, right in results:
         assert_within_budget(value, eager, right)
@@ -45,13 +45,25 @@ def test_layers_of_any_width_in_one_launch(device):
     eps = (1e-5, 1e-3, 0.5, 1e-5)
     table = bn_scale_shift.Layers(layers, eps)
     layers[0][3].mul_(4)  # read as it is now, not as it was
-    for (scale, shift), layer, e in zip(table.launch(), layers, eps):
+    for (scale, shift), layer, e in zip(table.split(*table.launch()), layers, eps):
         oracle = reference.bn_scale_shift(*(None if t is None else t.double() for t in layer), e)
         for value, eager, right in zip((scale, shift), reference.bn_scale_shift(*layer, e), oracle):
             assert_within_budget(value, eager, right)
     assert table.are(layers, eps) and not table.are(layers, (*eps[:3], 1e-4))
     moved = [*layers[:3], tuple(t if t is None else t.clone() for t in layers[3])]
     assert not table.are(moved, eps)
+
+
+def test_a_layer_without_a_norm_is_its_bias(device):
+    skip_unless_runnable("triton", device, torch.float32)
+    from resnet_kernels.kernels import bn_scale_shift
+
+    mean, var, bias = torch.randn(5, device=device), torch.rand(5, device=device) + 0.1, torch.randn(7, device=device)
+    layers = [(None, None, None, None, bias), (None, None, mean, var, None)]
+    assert bn_scale_shift.takes(layers) and bn_scale_shift.takes(layers[::-1])
+    table = bn_scale_shift.Layers(layers, (0.0, 1e-5))
+    scale, shift = table.split(*table.launch())[0]
+    assert torch.equal(scale, torch.ones_like(bias)) and torch.equal(shift, bias)
 
 
 def test_vectors_that_no_table_takes(device):

@@ -163,3 +163,26 @@ def test_planted_bug_in_the_epilogue_is_caught(name, tmp_path, device):
 
     kernel = planted("epilogue", tmp_path, *EPILOGUE_BUGS.get(name, ("if RELU:", "if RELU:")))
     assert is_exact(kernel, device) == (name not in EPILOGUE_BUGS)
+
+
+FOLD_BUGS = {
+    "scale of another channel": ("scale_ptr + scale_start + offs_o,", "scale_ptr + scale_start + 0 * offs_o,"),
+    "scale of another layer": ("scale_ptr + scale_start + offs_o,", "scale_ptr + offs_o,"),
+    "scale where there is none": ("tl.where(scale_start < 0, 0, c_out)", "c_out"),
+    "the projection's shift left out": ("tl.where(more_start < 0, 0, c_out)", "0"),
+    "swapped scale and shift": ("self._table, self._owners, scale, shift,", "self._table, self._owners, shift, scale,"),
+    "taps left innermost": ("if inner == n_k:", "if n_k == n_k:"),
+    "transposed taps": ("(offs_k % inner) * (n_k // inner) + offs_k // inner", "(offs_k // inner) * inner + offs_k % inner"),
+    "ragged tail of taps and channels": ("(offs_k < n_k)[None, :]", "(offs_k < n_k // 4 * 4)[None, :]"),
+    "ragged tail of output channels": ("mask_o = offs_o < c_out\n    mask =", "mask_o = offs_o < c_out // 8 * 8\n    mask ="),
+    "the next layer's rows": ("owners += [i] * _programs(layer.weight)", "owners += [i] * (_programs(layer.weight) - 1)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*FOLD_BUGS, "nothing"])
+def test_planted_bug_in_folding_is_caught(name, tmp_path, device):
+    skip_unless_runnable("triton", device, torch.float32)
+    from test_fold_weights import is_exact
+
+    kernel = planted("fold_weights", tmp_path, *FOLD_BUGS.get(name, ("if ALIGNED:", "if ALIGNED:")))
+    assert is_exact(kernel, device) == (name not in FOLD_BUGS)

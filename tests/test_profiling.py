@@ -255,6 +255,8 @@ def test_device_times_are_kernels():
         ("resnet_kernels::conv_bias_act", "conv"),
         ("CudnnBatchNormBackward0", "bn"),
         ("_bn_scale_shift_kernel", "bn"),
+        ("_epilogue_kernel", "bn"),
+        ("_fold_weights_kernel", "bn"),
         ("triton_poi_fused__native_batch_norm_legit_relu_3", "bn"),
         ("aten::max_pool2d", "rest"),
     ],

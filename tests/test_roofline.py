@@ -284,6 +284,11 @@ def test_command(capsys):
         assert line in text
     for expected in ("8.178 GFLOP an image", "conv1+bn1+relu -> maxpool", "img/s by FLOP, HBM and L2", "compute"):
         assert expected in text
+    rows = {line.split()[0]: line.split()[1:] for line in text[text.index("way of running") :].splitlines() if line}
+    assert (
+        rows["eager"][0] == "174" and len(rows["triton"]) == 2 and len(rows["auto"]) == len(rows["torch.compile"]) == 3
+    )
+    assert int(rows["triton"][0]) < int(rows["auto"][0]) < 174
 
 
 def test_command_json_and_rates(capsys):
@@ -299,6 +304,9 @@ def test_command_json_and_rates(capsys):
     assert [kernel["hbm_bytes"] for kernel in entry["kernels"]] == [kernel.hbm_bytes for kernel in kernels]
     assert {kernel["bound_by"] for kernel in entry["kernels"]} <= {"FLOP", "HBM", "L2"}
     assert {"eager", "per-layer", "chained", "compute"} <= set(values["executions"])
+    assert list(values["ways"]) == ["eager", "torch.compile", "auto", "triton"]
+    assert values["ways"]["auto"]["launches"] < values["ways"]["eager"]["launches"]
+    assert values["ways"]["triton"]["seconds"] is None and values["ways"]["auto"]["seconds"] > 0
 
 
 def test_fp32_is_tf32(capsys):

@@ -7,13 +7,14 @@ FLOPs and bytes are counted.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .. import dataflow, roofline
+from .. import counting, dataflow, roofline
 from ..report import table
 from ..roofline import Kernel, Machine, Tiling
 from . import common
@@ -21,6 +22,11 @@ from . import common
 HELP = "the limit on a network's speed by FLOPs, HBM bytes and L2 bytes, for an assumed machine; needs no GPU"
 
 _ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WAYS = """\
+eager, auto and triton are counted: the model runs on the meta device, and what it launches is recorded (counting.py).
+auto is what runs without a table of measurements. torch.compile goes by a rule for what it fuses. The time is a limit
+by FLOP and HBM, launch by launch. FLOPs of triton's launches are not known one by one: its time is among the limits above."""
 _EXECUTIONS = ("eager", "per-layer", "chained", "compute")
 
 
@@ -65,8 +71,9 @@ def run(options: argparse.Namespace) -> int:
     net = dataflow.trace(model, x)
     machine = _machine(options)
     executions = _executions(net, _ITEMSIZES[options.dtype], options.block_n)
+    ways = _ways(model, x.to(_DTYPES[options.dtype]), executions)
     if options.json:
-        print(json.dumps(_values(options, machine, executions), indent=2))
+        print(json.dumps(_values(options, machine, executions, ways), indent=2))
         return 0
     flops = sum(kernel.flops for kernel in executions["compute"]) / options.batch_size
     size = f"{options.image_size}x{options.image_size}"
@@ -74,7 +81,8 @@ def run(options: argparse.Namespace) -> int:
         f"{options.model}: batch {options.batch_size}, {size}, {options.dtype}, {flops / 1e9:.3f} GFLOP an image\n"
         f"{_assumptions(options, machine)}\n\n"
         f"Kernels, {options.execution}\n\n{_kernel_table(executions[options.execution], machine)}\n\n"
-        f"Limits\n\n{_limit_table(executions, machine, options.batch_size)}"
+        f"Limits\n\n{_limit_table(executions, machine, options.batch_size)}\n\n"
+        f"Launches\n\n{_way_table(ways, machine)}\n\n{_WAYS}"
     )
     return 0
 
@@ -99,6 +107,7 @@ def _executions(net: dataflow.Network, itemsize: int, block_n: int) -> dict[str,
     tiling, shared = Tiling(block_n=block_n), Tiling(block_n=block_n, columns=2)
     return {
         "eager": roofline.eager(net, itemsize, tiling),
+        "torch.compile": roofline.compiled(net, itemsize, tiling),
         "per-layer": roofline.per_layer(net, itemsize, tiling),
         "per-layer, merged shortcut": roofline.per_layer(net, itemsize, tiling, merged_shortcut=True),
         "per-layer, stem + max-pool": roofline.per_layer(net, itemsize, tiling, stem_with_pool=True),
@@ -112,6 +121,28 @@ def _executions(net: dataflow.Network, itemsize: int, block_n: int) -> dict[str,
         "chained, width <= 128": roofline.chained(net, itemsize, tiling, max_width=128),
         "compute": roofline.compute(net),
     }
+
+
+def _ways(model: nn.Module, x: Tensor, executions: dict[str, list[Kernel]]) -> dict[str, list[Kernel]]:
+    """The launches of each way of running the model; without Triton those of eager and torch.compile alone."""
+    ways = {"eager": counting.count(model, x), "torch.compile": executions["torch.compile"]}
+    with contextlib.suppress(RuntimeError):
+        ways |= {backend: counting.count(model, x, backend) for backend in ("auto", "triton")}
+    return ways
+
+
+def _seconds(way: str, kernels: list[Kernel], machine: Machine) -> float | None:
+    """The least time of all launches by FLOP and HBM; None where FLOPs are not known launch by launch."""
+    return None if way == "triton" else sum(machine.without_l2().bound(kernel)[0] for kernel in kernels)
+
+
+def _way_table(ways: dict[str, list[Kernel]], machine: Machine) -> str:
+    rows = []
+    for way, kernels in ways.items():
+        seconds = _seconds(way, kernels, machine)
+        moved = sum(kernel.hbm_bytes for kernel in kernels)
+        rows.append((way, str(len(kernels)), f"{moved / 1e6:.1f}", "" if seconds is None else f"{1e6 * seconds:.1f}"))
+    return table(("way of running", "launches", "HBM MB", "at least us"), rows)
 
 
 def _assumptions(options: argparse.Namespace, machine: Machine) -> str:
@@ -155,7 +186,12 @@ def _limits(kernels: list[Kernel], machine: Machine, batch_size: int) -> dict[st
     }
 
 
-def _values(options: argparse.Namespace, machine: Machine, executions: dict[str, list[Kernel]]) -> dict:
+def _values(
+    options: argparse.Namespace,
+    machine: Machine,
+    executions: dict[str, list[Kernel]],
+    ways: dict[str, list[Kernel]],
+) -> dict:
     values = {key: getattr(options, key) for key in ("model", "batch_size", "image_size", "dtype", "block_n")}
     rates = (machine.flops_per_s, machine.hbm_bytes_per_s, machine.l2_bytes_per_s)
     values["assumed"] = dict(zip(("flop_tflops", "hbm_tbps", "l2_tbps"), (rate / 1e12 for rate in rates)))
@@ -167,5 +203,13 @@ def _values(options: argparse.Namespace, machine: Machine, executions: dict[str,
             ],
         }
         for name, kernels in executions.items()
+    }
+    values["ways"] = {
+        way: {
+            "launches": len(kernels),
+            "hbm_bytes": sum(kernel.hbm_bytes for kernel in kernels),
+            "seconds": _seconds(way, kernels, machine),
+        }
+        for way, kernels in ways.items()
     }
     return values

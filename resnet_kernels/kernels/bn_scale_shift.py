@@ -21,8 +21,9 @@ BLOCK_SIZE = 512
 NUM_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# A layer's (weight, bias, running_mean, running_var, conv_bias), (C,) each; all but the statistics may be None.
-Vectors = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]
+# A layer's (weight, bias, running_mean, running_var, conv_bias), (C,) each; all but the statistics may be None. Without a BN
+# all but the convolution's bias are, and eps is 0: that makes a scale of 1.
+Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @triton.jit
@@ -69,21 +70,21 @@ class Layers:
     """
 
     def __init__(self, vectors: Sequence[Vectors], eps: tuple[float, ...]):
-        mean = vectors[0][2]
-        self.dtype, self.device = mean.dtype, mean.device
-        self.sizes = [layer[2].numel() for layer in vectors]
+        first = _one_of(vectors[0])
+        self.dtype, self.device = first.dtype, first.device
+        self.sizes = [_one_of(layer).numel() for layer in vectors]
         self.addresses = _addresses(vectors)
         self.eps = eps
-        starts = [sum(self.sizes[:i]) for i in range(len(vectors) + 1)]
-        self._pointers, self._starts = (torch.tensor(t, device=self.device) for t in (self.addresses, starts))
+        self.starts = [sum(self.sizes[:i]) for i in range(len(vectors) + 1)]
+        self._pointers, self._starts = (torch.tensor(t, device=self.device) for t in (self.addresses, self.starts))
         self._eps = torch.tensor(self.eps, dtype=torch.float32, device=self.device)
 
     def are(self, vectors: Sequence[Vectors], eps: tuple[float, ...]) -> bool:
         """Whether the table is of these."""
         return self.eps == eps and self.addresses == _addresses(vectors)
 
-    def launch(self) -> list[tuple[Tensor, Tensor]]:
-        """Returns a (scale, shift) for each layer, (C,) fp32 each, views of one tensor."""
+    def launch(self) -> tuple[Tensor, Tensor]:
+        """Returns the scales and the shifts of all layers, one after the other, in fp32; `split` cuts them."""
         scale, shift = torch.empty((2, sum(self.sizes)), dtype=torch.float32, device=self.device).unbind()
         # Programs: layers x blocks of BLOCK_SIZE channels, as many as the widest layer has.
         grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))
@@ -92,17 +93,26 @@ class Layers:
                 self._pointers, self._starts, self._eps, scale, shift,
                 DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS,
             )  # fmt: skip
+        return scale, shift
+
+    def split(self, scale: Tensor, shift: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Views of each layer's scale and shift."""
         return list(zip(scale.split(self.sizes), shift.split(self.sizes)))
 
 
 def takes(vectors: Sequence[Vectors]) -> bool:
     """Whether a table can be made of them: of one dtype that we read, dense, of their BN's length."""
-    tensors = [(tensor, layer[2]) for layer in vectors for tensor in layer if tensor is not None]
-    first = vectors[0][2]
+    tensors = [(tensor, _one_of(layer)) for layer in vectors for tensor in layer if tensor is not None]
+    first = _one_of(vectors[0])
     return first.dtype in DTYPES and all(
-        t.dtype == first.dtype and t.device == first.device and t.shape == mean.shape and t.is_contiguous()
-        for t, mean in tensors
+        t.dtype == first.dtype and t.device == first.device and t.shape == one.shape and t.is_contiguous()
+        for t, one in tensors
     )
+
+
+def _one_of(layer: Vectors) -> Tensor:
+    """A vector that is always there: the mean, or without a BN the bias."""
+    return layer[4] if layer[2] is None else layer[2]
 
 
 def _addresses(vectors: Sequence[Vectors]) -> list[int]:

@@ -12,7 +12,8 @@ LIBRARY.define("add_relu(Tensor x, Tensor residual, str backend) -> Tensor")
 
 
 def _add_relu(x, residual, backend):
-    if dispatch.resolve(backend, x.device, x.dtype) == "triton":
+    backend = dispatch.resolve(backend, x.device, x.dtype)
+    if backend == "triton" or dispatch.passes_on_triton(backend, x.device, x.dtype):
         from ..kernels import add_relu as kernel
 
         return kernel.launch(x, residual)

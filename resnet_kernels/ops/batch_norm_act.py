@@ -52,7 +52,12 @@ class NormProblem(NamedTuple):
 
 
 def _can_run(name: str, problem: NormProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return name in ("triton", "eager") and dispatch.why_not(name, device.type, dtype) is None
+    return name in ("triton", "eager") and dispatch.why_not_on(name, device, dtype) is None
+
+
+def untuned(problem: NormProblem, dtype: torch.dtype, device: torch.device) -> str:
+    """The name of what runs a problem without a table: in inference one Triton pass replaces PyTorch's two or three."""
+    return "eager" if problem.training or not dispatch.passes_on_triton("tuned", device, dtype) else "triton"
 
 
 def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
@@ -60,7 +65,7 @@ def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learn
     if backend == "tuned" and all(type(size) is int for size in x.shape):
         # Under a compiler's tracing sizes may be symbols, which no table has: those stay PyTorch's.
         problem = NormProblem(*x.shape[1:], residual is not None, relu, learns)
-        backend = tuned.choice(problem, x.shape[0], x.dtype, x.device, _can_run)
+        backend = tuned.choice(problem, x.shape[0], x.dtype, x.device, _can_run) or untuned(problem, x.dtype, x.device)
     return backend == "triton" and x.numel() > 0
 
 

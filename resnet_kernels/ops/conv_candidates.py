@@ -1,6 +1,7 @@
 """All the ways to run a convolution of ours, by name; a measured table holds the names, `tune` times them.
 
-cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table
+cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table. cudnn is one fused operation
+                             where there is a ReLU, on a weight with the scale in it
 cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
 cudnn+epilogue               cuDNN's convolution, then one pass for all that follows; no weight is folded
 pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
@@ -54,16 +55,42 @@ def _pair(values: tuple[int, int]) -> str:
     return str(values[0]) if values[0] == values[1] else f"{values[0]},{values[1]}"
 
 
+# What takes a weight with the scale in it.
+FOLDING = ("cudnn", "cudnn+add_relu")
+# What runs without a table where a ReLU follows and the weight has its scale in it, or none. "cudnn+epilogue" in this place
+# turns cuDNN's fused operations off wherever no table names them.
+FUSED = "cudnn"
+
+
+def untuned(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> str:
+    """The name of what runs a problem without a table; a caller with folded weights has asked for one without a scale."""
+    name = dispatch.untuned(device, dtype)
+    if name != "cudnn":
+        return name
+    return FUSED if problem.relu and not problem.scale and not is_slow_when_fused(problem) else "cudnn+epilogue"
+
+
+def is_slow_when_fused(problem: ConvProblem) -> bool:
+    """Whether cuDNN's fused operation is out of the question: 17x slower for a channels_last 7x7 stem (pytorch#68506)."""
+    return problem.c_in < 8 and max(problem.weight_shape[2:]) > 3
+
+
+def folds(dtype: torch.dtype) -> bool:
+    """Whether a scale may go into a weight of that dtype: fp16 has too few exponents, 6e-5 is its least normal number."""
+    return dtype != torch.float16
+
+
 def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     """The names of what can run a problem here; the first is what runs without a table."""
-    able = lambda backend: dispatch.why_not(backend, device.type, dtype) is None  # noqa: E731
-    names = [dispatch.untuned(device, dtype)]
+    able = lambda backend: dispatch.why_not_on(backend, device, dtype) is None  # noqa: E731
+    names = [untuned(problem, dtype, device)]
     if names[0] == "cpu":
         names.append("eager")
-    if able("cudnn") and problem.residual and problem.relu:
-        names.append("cudnn+add_relu")
-    if able("cudnn") and able("triton"):
-        names.append("cudnn+epilogue")
+    if able("cudnn"):
+        others = ["cudnn", "cudnn+add_relu"] if problem.residual and problem.relu else ["cudnn"]
+        others = others if folds(dtype) or not problem.scale else []
+        others += ["cudnn+epilogue"] if able("triton") else []
+        names += [name for name in others if name not in names]
     if able("triton"):
         names += [name for name, tile in _tiles().items() if _fits(name, tile, problem, batch, dtype, device)]
     return names
@@ -107,7 +134,12 @@ def winner(
     problem = ConvProblem(
         *size, tuple(weight.shape), geometry, scale is not None, bias is not None, residual is not None, relu
     )
-    return tuned.choice(problem, batch, x.dtype, x.device, _can_run) or dispatch.untuned(x.device, x.dtype)
+    return choice(problem, batch, x.dtype, x.device) or untuned(problem, x.dtype, x.device)
+
+
+def choice(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """The name of what a table says is fastest here; None without an answer that can run."""
+    return tuned.choice(problem, batch, dtype, device, _can_run)
 
 
 def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:

@@ -1,7 +1,8 @@
-"""cuDNN's fused convolution + bias (+ residual add) + ReLU, through PyTorch's own two ops.
+"""cuDNN's convolutions, with what follows them inside (PyTorch's own two fused ops) or in a Triton pass of its own.
 
-They have no per-channel scale, so a scale is multiplied into a copy of the weight in each call: at most 4.7 MB of bf16 for
-a ResNet-50 layer, one small launch. Nothing folded is kept (it could go stale unseen).
+The fused ops have no per-channel scale: it has to be in the weight. A plan (constants.py) brings such weights along, all made
+in one launch a call; a scale that comes here is multiplied into a copy, in three launches. Nothing folded is kept: it could go
+stale unseen.
 """
 
 from __future__ import annotations
@@ -23,11 +24,15 @@ def conv_bias_act(
     geometry: Geometry,
     relu: bool,
 ) -> Tensor:
-    """relu(conv(x, weight) * scale + bias + residual), channels_last; what cuDNN can't fuse runs as reference.py does."""
-    # cuDNN fuses only up to a ReLU, and refuses empty batches.
-    if not relu or x.shape[0] == 0:
+    """relu(conv(x, weight) * scale + bias + residual), channels_last."""
+    # cuDNN's fused ops refuse empty batches.
+    if x.shape[0] == 0:
         return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
     x, weight, bias, arguments = _operands(x, weight, bias, scale, geometry)
+    if not relu:
+        # Nor do they end in anything but a ReLU. The convolution's output is nobody else's, so the sum can go over it.
+        y = torch.conv2d(x, weight, bias, *arguments)
+        return y if residual is None else y.add_(residual)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *arguments)
     residual = residual.contiguous(memory_format=torch.channels_last)
@@ -42,7 +47,7 @@ def conv_bias_then_add_relu(
     y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
     y = y.contiguous(memory_format=torch.channels_last)
     residual = residual.contiguous(memory_format=torch.channels_last)
-    if y.numel() and dispatch.why_not("triton", x.device.type, x.dtype) is None:
+    if y.numel() and dispatch.why_not_on("triton", x.device, x.dtype) is None:
         from ..kernels import add_relu
 
         return add_relu.launch(y, residual)

@@ -4,11 +4,11 @@ triton  our kernels, on CUDA or ROCm GPUs, or on CPU tensors under TRITON_INTERP
 cudnn   cuDNN's fused convolution + bias (+ add) + ReLU, on NVIDIA GPUs
 cpu     oneDNN's fused convolution + bias (+ add), on CPU tensors
 eager   plain PyTorch, anywhere
-auto    what a measured table says where the device has one (tuned.py); else cudnn on NVIDIA GPUs, cpu on the CPU, eager
-        elsewhere
+auto    what a measured table says where the device has one (tuned.py); else cudnn on NVIDIA GPUs, with Triton's elementwise
+        passes around it, cpu on the CPU, eager elsewhere, also where Triton can't launch (launching.py)
 
-"tuned" is what `auto` resolves to where there is a table. It names no backend that a user can ask for: each op looks its
-problem up, and runs what `untuned` says where the table has no answer.
+"tuned" is what `auto` resolves to where it decides op by op: on NVIDIA GPUs, and wherever there is a table. It names no
+backend that a user can ask for: each op looks its problem up, and where the table has no answer takes what counting says.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 
 import torch
 
-from . import tuned
+from . import launching, tuned
 
 BACKENDS = ("auto", "triton", "cudnn", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "RESNET_KERNELS_BACKEND"
@@ -51,10 +52,13 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """
     backend = requested(backend)
     if backend == "auto":
-        return "tuned" if tuned.covers(device, dtype) else untuned(device, dtype)
+        name = untuned(device, dtype)
+        # A table's winners, too, rest on scales and shifts that Triton writes.
+        by_table = tuned.covers(device, dtype) and launching.why_not(device) is None
+        return "tuned" if name == "cudnn" or by_table else name
     if backend == "tuned":
         return backend
-    reason = why_not(backend, device.type, dtype)
+    reason = why_not_on(backend, device, dtype)
     if reason is not None:
         raise RuntimeError(f'backend="{backend}" {reason}')
     return backend
@@ -66,9 +70,35 @@ def as_requested(backend: str) -> str:
 
 
 def untuned(device: torch.device, dtype: torch.dtype) -> str:
-    """What `auto` runs where no measurement says otherwise."""
+    """The backend of `auto` where no measurement says otherwise: "cudnn", "cpu" or "eager"."""
     preferred = {"cuda": "cudnn", "cpu": "cpu"}.get(device.type, "eager")
-    return preferred if why_not(preferred, device.type, dtype) is None else "eager"
+    if why_not(preferred, device.type, dtype) is not None:
+        return "eager"
+    if preferred == "cudnn" and (reason := why_not_on("triton", device, dtype)) is not None:
+        # By ATen operations folding BN takes more launches than it saves, so nothing there is to be gained over eager.
+        _say_once(f'backend="auto" runs PyTorch\'s own operations on {device}: Triton {reason}')
+        return "eager"
+    return preferred
+
+
+def passes_on_triton(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a resolved backend runs an elementwise pass that nobody measured on Triton: fewer bytes, fewer launches."""
+    return backend == "tuned" and untuned(device, dtype) == "cudnn"
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(f"resnet_kernels: {text}", RuntimeWarning, 3)
+
+
+def why_not_on(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a backend can't run a dtype on this very device, as the end of a sentence; None if it can."""
+    reason = why_not(backend, device.type, dtype)
+    return launching.why_not(device) if reason is None and backend == "triton" else reason
 
 
 @functools.cache

@@ -1,0 +1,158 @@
+"""What a plan's launches read besides activations: scales and shifts, and the weights that have to be copied.
+
+All of it is made in each call from the live tensors, so that nothing can go stale, in two launches whatever the network: one
+writes all scales and shifts (kernels/bn_scale_shift.py), the other all weights that get their scale, or that cuDNN can't read
+as they are (kernels/fold_weights.py). Both are as good in a CUDA graph. Where a kernel can't take a tensor, PyTorch does the
+same.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .folding import bn_tensors, scale_shift
+from .forms import Form, needs_copy
+from .links import Part
+from .ops import dispatch
+
+
+class Constants(NamedTuple):
+    """A layer's scale and shift, (C,), and its weight: None stands for the module's own.
+
+    Without a BN the shift is the convolution's bias. With BN in the weight there is no scale, and the shift is in the weight's
+    dtype.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    weight: Tensor | None = None
+
+
+class LiveConstants:
+    """The constants of a plan's layers.
+
+    Args:
+        parts: convolutions, and BNs that are part of a link.
+        in_form: the forms of convolutions (forms.py), by the value that each makes.
+        dtype: of the call.
+    """
+
+    def __init__(self, parts: list[Part], in_form: dict[int, Form], dtype: torch.dtype):
+        self._dtype = dtype
+        self._forms = in_form
+        # A projection's bias goes into another layer's, so its place has to be among the shifts.
+        added = {form.adds for form in in_form.values() if form.folds}
+        self._bare = [part for part in parts if part.bn is None and not _shift_is_read(part, in_form, added)]
+        self._parts = [part for part in parts if part.bn is not None or _shift_is_read(part, in_form, added)]
+        self._on_cudnn = [part for part in parts if part.step.out in in_form]
+        self.norms: Any = None
+        self.weights: Any = None
+        self._copied: list[Part] = []
+
+    @property
+    def tables(self) -> tuple:
+        """What the launches read besides the model's own tensors: whoever replays them has to keep it."""
+        return self.norms, self.weights
+
+    def read(self) -> dict[int, Constants]:
+        """All constants, by the value that each layer makes; the one place where they are made, in each call anew."""
+        found = {part.step.out: Constants(None, part.child.bias) for part in self._bare}
+        flat = None
+        if self._parts:
+            flat, vectors = self._scales_and_shifts()
+            found.update((part.step.out, Constants(*pair)) for part, pair in zip(self._parts, vectors))
+        if self._on_cudnn:
+            self._copy_weights(found, flat)
+        return found
+
+    def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor, Tensor]]]:
+        """The scales and shifts of all parts, in one launch: flat, if it was one, and by part."""
+        vectors = [(*bn_tensors(part.bn), _bias(part)) for part in self._parts]
+        eps = tuple(0.0 if part.bn is None else part.bn.eps for part in self._parts)
+        # cuDNN's backend uses the kernel, too, where Triton is there: PyTorch takes six launches a layer.
+        if _on_triton(next(vector for vector in vectors[0] if vector is not None).device):
+            from .kernels import bn_scale_shift
+
+            if self.norms is None or not self.norms.are(vectors, eps):
+                before = self.norms
+                self.norms = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
+                # Vectors start elsewhere now.
+                self.weights = self.weights if self.norms is before else None
+        if self.norms is not None:
+            flat = self.norms.launch()
+            return flat, self.norms.split(*flat)
+        return None, [_by_pytorch(part) for part in self._parts]
+
+    def _copy_weights(self, found: dict[int, Constants], flat: tuple[Tensor, Tensor] | None) -> None:
+        """Puts the weights that are folded, cast or laid out anew into `found`, in one launch where it takes them all."""
+        if self.weights is None or not self.weights.is_of([part.child.weight for part in self._copied]):
+            self.weights, self._copied = self._table_of_weights(flat is not None)
+        # A projection's shift is read by two.
+        before = dict(found)
+        if self.weights is not None:
+            for part, (weight, bias) in zip(self._copied, self.weights.launch(*(flat or (None, None)))):
+                scale, shift, _ = before[part.step.out]
+                folds = self._forms[part.step.out].folds
+                found[part.step.out] = Constants(None, bias, weight) if folds else Constants(scale, shift, weight)
+        for part in self._on_cudnn:
+            form = self._forms[part.step.out]
+            if form.folds and part not in self._copied:
+                found[part.step.out] = _fold_by_pytorch(part, form, before, self._dtype)
+
+    def _table_of_weights(self, by_kernel: bool) -> tuple[Any, list[Part]]:
+        """The table of the weights that are copied, and whose they are; (None, []) where there are none."""
+        if not _on_triton(self._on_cudnn[0].child.weight.device):
+            return None, []
+        from .kernels import fold_weights
+
+        starts = dict(zip((part.step.out for part in self._parts), self.norms.starts)) if by_kernel else {}
+        layers, copied = [], []
+        for part in self._on_cudnn:
+            form, weight = self._forms[part.step.out], part.child.weight
+            folds = form.folds and by_kernel
+            if not (folds or (needs_copy(weight, self._dtype) and not form.folds and form.on_cudnn)):
+                continue
+            if not fold_weights.takes(weight) or (layers and weight.dtype != layers[0].weight.dtype):
+                continue
+            at = starts.get(part.step.out) if folds else None
+            has_scale = folds and part.bn is not None
+            layers.append(
+                fold_weights.Layer(
+                    weight.detach(), at if has_scale else None, None if form.bare else at,
+                    starts.get(form.adds) if folds else None,
+                )
+            )  # fmt: skip
+            copied.append(part)
+        return (fold_weights.Table(layers, self._dtype) if layers else None), copied
+
+
+def _shift_is_read(part: Part, in_form: dict[int, Form], added: set[int | None]) -> bool:
+    """Whether a convolution without a BN has a bias that goes into a folded one, its own or that of the one that adds it."""
+    form = in_form.get(part.step.out)
+    folds = form is not None and form.folds
+    return part.bn is None and _bias(part) is not None and (part.step.out in added or folds)
+
+
+def _bias(part: Part) -> Tensor | None:
+    return None if part.child is None else part.child.bias
+
+
+def _on_triton(device: torch.device) -> bool:
+    return dispatch.why_not_on("triton", device, torch.float32) is None
+
+
+def _by_pytorch(part: Part) -> tuple[Tensor | None, Tensor | None]:
+    return scale_shift(_bias(part), part.bn)
+
+
+def _fold_by_pytorch(part: Part, form: Form, found: dict[int, Constants], dtype: torch.dtype) -> Constants:
+    scale, shift, _ = found[part.step.out]
+    weight = part.child.weight.detach()
+    weight = weight if scale is None else weight * scale[:, None, None, None]
+    if form.adds is not None and (more := found[form.adds].shift) is not None:
+        shift = more if shift is None else shift + more
+    shift = None if form.bare or shift is None else shift.to(dtype)
+    return Constants(None, shift, weight.to(dtype).contiguous(memory_format=torch.channels_last))

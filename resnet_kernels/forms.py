@@ -1,0 +1,144 @@
+"""In which form a plan runs each convolution on cuDNN: what follows it inside, or in a Triton pass of its own.
+
+A table's answer goes first. Without one bytes decide, layer by layer: cuDNN's fused operation needs BN's scale in the weight,
+a read and a write of the weight in each call, while a pass of its own reads and writes the output. At batch 256 the outputs
+are larger, at batch 1 the weights of the late stages are.
+
+A projection is never finished by itself: the convolution that adds it takes over its scale and shift. If both are folded,
+their biases are added up; if neither is, one pass applies both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import links
+from .links import Link, Part, Stem
+from .ops import conv_candidates, dispatch
+from .recipe import ConvStep
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one convolution runs.
+
+    name: of a candidate (ops/conv_candidates.py). folds: its weight and bias come from the launch that folds all of a plan.
+    adds: the projection whose shift, and scale unless it is folded, this one applies; by the value that the projection makes.
+    bare: it is such a projection: nothing follows its convolution. broadcasts: its residual is smaller than its output, so
+    that eager's own add and ReLU follow.
+    """
+
+    name: str
+    folds: bool = False
+    adds: int | None = None
+    bare: bool = False
+    broadcasts: bool = False
+
+    @property
+    def on_cudnn(self) -> bool:
+        """Whether cuDNN reads the weight."""
+        return self.name.startswith("cudnn")
+
+
+def choose(
+    parts: Sequence[Part], result: int, chosen: dict[int, Link | Stem], x: Tensor, backend: str
+) -> dict[int, Form]:
+    """The forms of the convolutions that are in no link, by the value that each makes.
+
+    Args:
+        result: the value that the caller gets.
+        chosen: the links, by each value that one of their parts makes.
+        x: the plan's input.
+        backend: "tuned" decides by a table or by bytes, "cudnn" folds whatever has a BN; for the others there are none.
+    """
+    if backend not in ("cudnn", "tuned"):
+        return {}
+    shapes = links.shapes_of(parts, {0: x.shape}, x.dtype)
+    found: dict[int, Form] = {}
+    untuned: list[Part] = []
+    for part in parts:
+        step = part.step
+        if not isinstance(step, ConvStep) or step.out in chosen:
+            continue
+        broadcasts = step.residual is not None and tuple(shapes[step.residual]) != tuple(shapes[step.out])
+        asked = links.conv_problem(part, shapes[part.step.x])
+        if broadcasts:
+            asked = asked._replace(residual=False, relu=False)
+        name = "cudnn" if backend == "cudnn" else conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)
+        if name is None:
+            untuned.append(part)
+            name = _by_bytes(part, asked, shapes, x)
+        folds = name in conv_candidates.FOLDING and part.bn is not None
+        found[step.out] = Form(name, folds, broadcasts=broadcasts)
+    if dispatch.untuned(x.device, x.dtype) == "cudnn":
+        for adding, projection in _projections(untuned, parts, result):
+            found.update(_together(adding, projection, found[adding.step.out], shapes, x))
+    return found
+
+
+def _by_bytes(part: Part, asked: conv_candidates.ConvProblem, shapes: dict[int, Sequence[int]], x: Tensor) -> str:
+    """The name of an untuned convolution's form by itself."""
+    folded = asked._replace(scale=False)
+    fused = conv_candidates.untuned(folded, x.dtype, x.device)
+    if not asked.scale or fused not in conv_candidates.FOLDING:
+        return fused
+    if conv_candidates.folds(x.dtype) and _folding_bytes(part, x) < _pass_bytes(part, shapes, x):
+        return fused
+    return conv_candidates.untuned(asked, x.dtype, x.device)
+
+
+def _projections(untuned: list[Part], parts: Sequence[Part], result: int) -> list[tuple[Part, Part]]:
+    """Pairs of untuned convolutions: one that adds, and the projection that makes what it adds."""
+    makers = {part.step.out: part for part in untuned}
+    readers = [value for part in parts for value in part.reads] + [result]
+    pairs = [(part, makers.get(part.step.residual)) for part in untuned]
+    return [
+        (adding, projection)
+        for adding, projection in pairs
+        if projection is not None
+        and not projection.step.relu
+        and projection.step.residual is None
+        and readers.count(projection.step.out) == 1
+    ]
+
+
+def _together(
+    adding: Part, projection: Part, form: Form, shapes: dict[int, Sequence[int]], x: Tensor
+) -> dict[int, Form]:
+    if form.broadcasts:
+        return {}
+    asked = links.conv_problem(adding, shapes[adding.step.x])._replace(scale=False)
+    fused = conv_candidates.untuned(asked, x.dtype, x.device)
+    # Even without a BN: the sum of two biases is made where weights are folded.
+    folding = _folding_bytes(adding, x) + (0 if projection.bn is None else _folding_bytes(projection, x))
+    folds = (
+        fused in conv_candidates.FOLDING and conv_candidates.folds(x.dtype) and folding < _pass_bytes(adding, shapes, x)
+    )
+    name = fused if folds else "cudnn+epilogue"
+    return {
+        adding.step.out: Form(name, folds, adds=projection.step.out),
+        projection.step.out: Form("cudnn+epilogue", folds and projection.bn is not None, bare=True),
+    }
+
+
+def _folding_bytes(part: Part, x: Tensor) -> int:
+    """What folding adds to a call's traffic: nothing where the weight has to be copied anyway, cast or laid out."""
+    weight = part.child.weight
+    if needs_copy(weight, x.dtype):
+        return 0
+    return weight.numel() * (weight.element_size() + x.element_size())
+
+
+def needs_copy(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether cuDNN can't read a weight as it is, in `dtype` and channels_last."""
+    return weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _pass_bytes(part: Part, shapes: dict[int, Sequence[int]], x: Tensor) -> int:
+    """What a pass over the output adds to a call's traffic."""
+    return 2 * math.prod(shapes[part.step.out]) * x.element_size()
