@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import selectors
 import shutil
 import signal
@@ -364,7 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--only", help="jobs whose name contains this")
+    parser.add_argument("--only", help="jobs whose name matches this expression")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
     end = begin + options.seconds
@@ -375,7 +376,7 @@ def main(arguments: list[str] | None = None) -> int:
     noted = gpu_jobs.read(options.jobs)
     runner = Runner(out, end - (0 if options.dry_run else 12))
     sanitizers = [] if options.dry_run or options.only else sanitize(out)
-    todo = [job for job in jobs(noted) if not options.only or options.only in job.name]
+    todo = [job for job in jobs(noted) if not options.only or re.search(options.only, job.name)]
     if options.dry_run:
         todo = todo[:2] + [job for job in todo if job.name in ("small", "crash")]
     runner.run(iter(todo), 2 if options.dry_run else CHILDREN)

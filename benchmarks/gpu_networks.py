@@ -132,7 +132,7 @@ def jobs() -> Iterator[tuple[str, list[Any]]]:
         return checks[0][0], [Check(name, run) for name, run in checks]
 
     for name in ("resnet50", "resnet18", "resnet_v2_50"):
-        for backend in ("triton", "cudnn"):
+        for backend in ("triton", "auto"):
             checks = [(f"{name} {backend} {b}x{s}", partial(inference, name, b, s, backend)) for b, s in SIZES]
             yield job(checks[0])
             yield job(checks[1], (f"{name} {backend} captured", partial(captured, name, 1, 224, backend)))
@@ -146,7 +146,7 @@ def jobs() -> Iterator[tuple[str, list[Any]]]:
                 ("d2l_resnet18_keras", 28),
                 ("resnext50_32x4d", 64),
             )
-            for backend in ("triton", "auto")
+            for backend in ("triton", "auto", "cudnn")
             for dtype in (torch.float32, torch.float16)
         )
     )

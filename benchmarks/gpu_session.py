@@ -1,13 +1,13 @@
-"""python -m benchmarks.gpu_session OUTDIR [--seconds 540] [--dry-run]: all that a GPU is to be asked, most valuable first.
+"""python -m benchmarks.gpu_session OUTDIR [--seconds 440] [--dry-run]: act 2, every number, most valuable first.
 
     session.json      device, driver, versions, commit; what each section took, and how it ended
-    precompile.json   all candidates' kernels compiled, in parallel        | gpu_sections.py, each in a process of its own
-    ceilings.json     copy, matmul, L2; which descriptors the driver takes |
-    forms.json        one 3x3 in each form against cuDNN                   |
-    gpu_tests.json    the tests that a GPU runs, one by one
+    ceilings.json     copy, matmul, L2; which descriptors the driver takes
     <device>.json     the table of `python -m resnet_kernels tune`, which the sections behind it run by
     models.json       whole networks against their peers, then training: pytest-benchmark's format
+    gpu_tests.json    the tests that a GPU runs, one by one, with what time is left
     log.txt           what all of them printed
+
+gpu_checks.py is act 1: what it finds wrong is to be mended before a number is taken.
 
 Each section has a share of the time that is left. Whatever crashes or hangs costs its section alone; a section that is done
 early leaves the rest to those behind it. Without a GPU everything runs dry: on the CPU, in small.
@@ -41,23 +41,23 @@ PYTHON = [sys.executable, "-u"]
 
 # Shares of the budget, in the order of what is lost if nothing behind it runs.
 SHARES = {
-    "precompile": 80,
-    "ceilings": 25,
-    "forms": 45,
-    "gpu_tests": 80,
-    "tune": 130,
-    "models": 140,
-    "training": 40,
+    "ceilings": 15,
+    "tune": 180,
+    "models": 190,
+    "training": 50,
+    "gpu_tests": 5,
 }
-# (model, batch, peers): resnet50 first, and max-autotune, which compiles for minutes, after everything that is quick.
+# (model, batch, peers): what is quick first, then max-autotune and graphs of torch.compile, which compile for long.
+_QUICK = "not compile-max and not compile-graph and not jax"
 MODELS = (
-    *(("resnet50", batch, "not compile-max") for batch in (256, 1)),
-    *((model, 256, "not compile-max") for model in ("resnet18", "resnet152", "resnet_v2_50")),
-    *(("resnet50", batch, "compile-max") for batch in (256, 1)),
-    *((model, 1, "not compile-max") for model in ("resnet18", "resnet152", "resnet_v2_50")),
-    *((model, 32, "not compile-max") for model in ("resnet50", "resnet18", "resnet152", "resnet_v2_50")),
+    *(("resnet50", batch, _QUICK) for batch in (256, 1)),
+    *((model, 256, _QUICK) for model in ("resnet18", "resnet_v2_50")),
+    ("resnet50", 32, _QUICK),
+    ("resnet152", 256, _QUICK),
+    *(("resnet50", batch, "compile-max or compile-graph or jax") for batch in (256, 1)),
+    *((model, 1, _QUICK) for model in ("resnet18", "resnet_v2_50", "resnet152")),
 )
-TRAINED = (("resnet50", 256), ("resnet50", 32), ("resnet18", 256), ("resnet_v2_50", 256))
+TRAINED = (("resnet50", 256), ("resnet_v2_50", 256), ("resnet18", 256), ("resnet50", 32))
 # What tells a test file that has something for a GPU.
 _FOR_GPUS = re.compile(r"mark\.gpu|skip_unless_runnable\(\s*\"triton\"")
 
@@ -132,7 +132,8 @@ def _python_path() -> str:
 
 def _end(process: subprocess.Popen) -> None:
     """Ends a command's whole process group, which is its own."""
-    for which, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+    # pytest-benchmark writes its file at its end, which an interrupt leads to and SIGTERM does not.
+    for which, patience in ((signal.SIGINT, 5), (signal.SIGTERM, 2), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, which)
             process.wait(patience)
@@ -223,7 +224,7 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
 
 
 def models(session: Session, seconds: float) -> dict[str, Any]:
-    selections = [f"model-forward-{model}-224px-b{batch}-bf16-cuda and {peers}" for model, batch, peers in MODELS]
+    selections = [f"model-forward-{model}-224px-b{batch}-bf16-cuda and ({peers})" for model, batch, peers in MODELS]
     if session.dry:
         selections = ["op-forward-add_relu_256-56px-b1-fp32-cpu"]
     return _benchmarks(session, seconds, selections)
@@ -248,7 +249,7 @@ def _benchmarks(session: Session, seconds: float, selections: list[str]) -> dict
         with tempfile.TemporaryDirectory() as work:
             written = Path(work) / "benchmarks.json"
             arguments = ["-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", selection]
-            arguments += [f"--benchmark-json={written}", f"--benchmark-max-time={0.2 if session.dry else 4}"]
+            arguments += [f"--benchmark-json={written}", f"--benchmark-max-time={0.2 if session.dry else 1}"]
             ended[selection] = session.command(arguments + ([] if session.dry else ["--full"]), left)
             # pytest's 5: nothing has that name.
             ended[selection] = {"failed (5)": "no such case"}.get(ended[selection], ended[selection])
@@ -262,18 +263,18 @@ def _benchmarks(session: Session, seconds: float, selections: list[str]) -> dict
 
 
 SECTIONS: dict[str, Callable[[Session, float], dict[str, Any]]] = {
-    **{name: in_a_process(name) for name in ("precompile", "ceilings", "forms")},
-    "gpu_tests": gpu_tests,
+    **{name: in_a_process(name) for name in ("ceilings",)},
     "tune": tune,
     "models": models,
     "training": training,
+    "gpu_tests": gpu_tests,
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="made if it is not there")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for all of it (default: 540)")
+    parser.add_argument("--seconds", type=float, default=440.0, help="for all of it (default: 440)")
     parser.add_argument(
         "--dry-run", action="store_true", help="on the CPU, in small; goes without saying if there is no GPU"
     )
