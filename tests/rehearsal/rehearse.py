@@ -1,4 +1,4 @@
-"""Launches everything that a network would launch on a GPU, on the stand-in; a process of its own, started by test_rehearsal.py.
+"""Launches everything that a network would launch on a GPU, on the stand-in; test_rehearsal.py starts it.
 
     python rehearse.py call resnet18 --batch 1 2 256       inference, then the same inside a capture
     python rehearse.py train resnet50 --batch 2            a training step
@@ -17,6 +17,9 @@ import os
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import stand_in
@@ -26,10 +29,9 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 stand_in.install()
 
-import resnet_kernels as rk
-from resnet_kernels import problems
-from resnet_kernels.kernels import counters, stem, stem_plan
-
+import resnet_kernels as rk  # noqa: E402
+from resnet_kernels import problems  # noqa: E402
+from resnet_kernels.kernels import counters, stem, stem_plan  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZE = 224
@@ -57,33 +59,34 @@ def call(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
     """A second call launches what the first one did; so does one inside a capture, with counters of its own."""
     found = {}
     # A layout that no kernel reads, too: copies of weights and images then have to outlive their launches.
-    for memory_format in (torch.contiguous_format, torch.channels_last):
+    formats = (torch.contiguous_format, torch.channels_last) if options.batch == [1] else (torch.channels_last,)
+    for memory_format in formats:
         fused = rk.fuse(network(options.model, options.dtype, memory_format).eval(), backend="triton")
         with torch.no_grad():
             for batch in options.batch:
                 x = images(batch, options.dtype)
-                first, second = launched(lambda x=x: fused(x)), launched(lambda x=x: fused(x))
+                first, second = (launched(partial(fused, x)) for _ in range(2))
                 assert first == second, f"a second call launches {second}, the first one {first}"
-                captured = capture(fused, x, mode)
+                captured = capture(partial(fused, x), mode)
                 assert captured == second, f"a captured call launches {captured}, an ordinary one {second}"
                 found[batch] = dict(second)
     return found
 
 
-def capture(fused: torch.nn.Module, x: torch.Tensor, mode: stand_in.Shapes) -> Counter[str]:
+def capture(run: Callable[[], object], mode: stand_in.Shapes) -> Counter[str]:
     """The launches of a captured call, which may not copy anything from the host."""
     counters._is_capturing = lambda device: True
     mode.called.clear()
     stand_in.SPANS.clear()
     try:
-        count = launched(lambda: fused(x))
+        count = launched(run)
     finally:
         counters._is_capturing = lambda device: False
     copied = mode.called["aten.lift_fresh.default"]
     assert not copied, f"{copied} tensors are made from host memory inside a capture"
     # A replay may run beside another launch, so nobody else may have its counters.
     spans = sorted(tensors["counter_ptr"] for tensors in stand_in.SPANS if "counter_ptr" in tensors)
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:])), "captured launches share counters"
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans)), "captured launches share counters"
     return count
 
 

@@ -185,7 +185,7 @@ def _name_alone(self, src, metadata, options, capability) -> str:
 
 
 def install() -> None:
-    """Puts the stand-in in the GPU's place, for this process; CPU tensors then pass for its own. Before the package's import."""
+    """Puts the stand-in in the GPU's place before the package is imported; CPU tensors then pass for a GPU's."""
     assert "resnet_kernels" not in sys.modules
     torch.library.Library = _Library
     compiler.CUDABackend.make_ptx = _name_alone
