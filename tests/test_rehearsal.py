@@ -50,6 +50,7 @@ def rehearse(tmp_path_factory):
             TRITON_CACHE_DIR=str(folder / "cache"),
             RESNET_KERNELS_CACHE=os.devnull,
             PYTHONPATH=str(package.parent),
+            TRITON_DEFAULT_FP_FUSION="0",
             OMP_NUM_THREADS="1",
         )
         for name in ("TRITON_INTERPRET", "RESNET_KERNELS_BACKEND"):

@@ -237,7 +237,7 @@ def launch(
     with torch.cuda.device_of(x):
         _chain_tma_kernel[grid](
             **descriptors, **pointers, **todo.integers, **todo.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y, z
 

@@ -207,6 +207,7 @@ def launch(
             **{name: None if vector is None else vector.contiguous() for name, vector in vectors.items()},
             parked_ptr=parked, counter_ptr=counters, **todo.integers, **todo.constants,
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

@@ -201,6 +201,6 @@ def launch(
         _tap_sharing_tma_kernel[(programs,)](
             **descriptors, scale_ptr=None if scale is None else scale.contiguous(),
             bias_ptr=None if bias is None else bias.contiguous(), **todo.integers, **todo.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y

@@ -151,6 +151,7 @@ class Launcher(driver.CudaLauncher):
         super().__init__(src, metadata)
         self.kernel, self.names = metadata.name, src.fn.arg_names
         _MADE.append(metadata.name)
+        assert metadata.enable_fp_fusion, f"{self.kernel}: the launcher leaves enable_fp_fusion to Triton's default"
 
     def __call__(self, *args):
         # Grid, stream, function, two metadata, two hooks come before the arguments.
