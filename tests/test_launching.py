@@ -80,7 +80,14 @@ def test_tritons_own_rule_is_ours():
     def triton_key(tensor):
         return jit.native_specialize_impl(CUDABackend, tensor, False, True, True)
 
-    tensors = [vector(), vector(1), vector(4), vector(dtype=torch.float16), vector(8, torch.float16), vector(1, torch.int64)]
+    tensors = [
+        vector(),
+        vector(1),
+        vector(4),
+        vector(dtype=torch.float16),
+        vector(8, torch.float16),
+        vector(1, torch.int64),
+    ]
     for a in tensors:
         for b in tensors:
             assert (triton_key(a) == triton_key(b)) == (launching._kind(a) == launching._kind(b))
