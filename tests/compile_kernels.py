@@ -51,6 +51,11 @@ BATCH_NORM_VECTORS = (
     "mean_ptr", "rstd_ptr", "weight_ptr", "bias_ptr", "running_mean_ptr", "running_var_ptr", "dweight_ptr", "dbias_ptr",
     "coefficient_ptr",
 )  # fmt: skip
+# By output channels of a tile that only a table chooses: the layers that it is compiled for, by the weight's shape.
+TABLE_LAYERS = {
+    64: ((64, 64, 3, 3), (64, 256, 1, 1)),
+    128: ((128, 128, 3, 3), (256, 256, 3, 3), (256, 64, 1, 1)),
+}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
 
@@ -72,8 +77,10 @@ class Target:
 
 TARGETS = (
     Target("sm_80", "cuda", 80, 32, 163 * KIB, 164 * KIB),
+    Target("sm_89", "cuda", 89, 32, 99 * KIB, 100 * KIB),
     Target("sm_90", "cuda", 90, 32, 227 * KIB, 228 * KIB),
     Target("sm_100", "cuda", 100, 32, 227 * KIB, 228 * KIB),
+    Target("sm_120", "cuda", 120, 32, 99 * KIB, 100 * KIB),
     Target("gfx942", "hip", "gfx942", 64, 64 * KIB, 64 * KIB),
 )
 
@@ -213,17 +220,20 @@ def tma_layers() -> dict[tuple, str]:
 def tma_cases(everything: bool) -> list[Case]:
     """The convolutions that Hopper's kernel takes; what differs only in the box of pixels or in dtype is left out."""
     from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not
+    from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS
 
     cases = {}
     for (weight_shape, geometry, in_size, shortcut), name in tma_layers().items():
-        for dtype, batch in itertools.product(("fp16", "bf16") if everything else ("bf16",), (1, 256)):
+        chosen = [None, *(c for c in CONFIGS[-2:] if shortcut is None and weight_shape in TABLE_LAYERS[c.block_n])]
+        dtypes = ("fp16", "bf16") if everything else ("bf16",)
+        for dtype, (batch, tile) in itertools.product(dtypes, [(1, None), *((256, tile) for tile in chosen)]):
             conv = ConvShape((batch, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
             if why_not(*conv, DTYPES[dtype]) is not None:
                 continue
             if shortcut is not None:
                 shortcut_weight, step, size = shortcut
                 projection = ConvShape((batch, shortcut_weight[1], *size), shortcut_weight, step)
-            todo = plan(conv, True, shortcut=None if shortcut is None else projection)
+            todo = plan(conv, True, config=tile, shortcut=None if shortcut is None else projection)
             arguments, aligned, constants = specialise(todo.integers)
             # A projection takes the residual's place.
             views = todo.views if shortcut else todo.views | dict(residual_desc=todo.views["y_desc"])

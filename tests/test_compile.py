@@ -102,8 +102,10 @@ def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
     whole_group = record["num_warps"] % 4 == 0
     instruction = {
         "sm_80": "mma.sync",
+        "sm_89": "mma.sync",
         "sm_90": "wgmma.mma_async" if whole_group else "mma.sync",
         "sm_100": "tcgen05.mma" if whole_group else "mma.sync",
+        "sm_120": "mma.sync",
         "gfx942": "mfma xf32" if record["dtype"] == "tf32" else "mfma",
     }[target.name]
     # IEEE fp32 has no instruction on NVIDIA's tensor cores: any there would be TF32 unasked for.

@@ -433,7 +433,7 @@ def test_boxes_waste_nothing_where_they_need_not():
 
 
 def test_choice_of_tiles():
-    wide, large, tall, square, short_k, split_4, split_8, split_16 = CONFIGS
+    wide, large, tall, square, short_k, split_4, split_8, split_16, *_ = CONFIGS
     for layer, expected in {
         (256 * 14 * 14, 9, 256, 256): wide,
         (256 * 56 * 56, 1, 64, 256): large,  # one step of the loop: storing has to overlap

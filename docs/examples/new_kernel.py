@@ -49,7 +49,15 @@ def launch(x: Tensor, residual: Tensor, scale: Tensor, y: Tensor | None = None) 
     grid = (triton.cdiv(y.numel(), BLOCK_SIZE),)
     with torch.cuda.device_of(x):
         _scaled_add_relu_kernel[grid](
-            x, residual, scale, y, y.numel(), x.shape[1], BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS
+            x,
+            residual,
+            scale,
+            y,
+            y.numel(),
+            x.shape[1],
+            BLOCK_SIZE=BLOCK_SIZE,
+            num_warps=NUM_WARPS,
+            enable_fp_fusion=True,
         )
     return y
 

@@ -12,4 +12,6 @@ Hopper alone (compute capability 9; fp16, bf16), each with a _plan that holds it
     tap_sharing_tma       a 3x3 that loads a filter row's columns once for two columns of pixels; chosen by a table alone
     chain_tma             a bottleneck's 3x3, conv3 + add + ReLU and the next one's conv1
     stem                  7x7/2 convolution + BN + ReLU + max-pool
+
+Each launcher passes enable_fp_fusion=True: a * b + c is rounded once. Triton 3.10 changes the default, and bits with it.
 """

@@ -34,5 +34,7 @@ def launch(x: Tensor, residual: Tensor) -> Tensor:
         # Programs: blocks of BLOCK_SIZE elements, in memory order.
         grid = (triton.cdiv(y.numel(), BLOCK_SIZE),)
         with torch.cuda.device_of(x):
-            _add_relu_kernel[grid](x, residual, y, y.numel(), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS)
+            _add_relu_kernel[grid](
+                x, residual, y, y.numel(), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS, enable_fp_fusion=True
+            )
     return y

@@ -256,7 +256,7 @@ def launch(
     with torch.cuda.device_of(x):
         _forward_kernel[tiles(split, rows, channels)](
             x, residual, y, mean, rstd, weight, bias, rows, channels, eps,
-            RELU=relu, VARIANCE=not training, **blocks(split), num_warps=NUM_WARPS,
+            RELU=relu, VARIANCE=not training, **blocks(split), num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return (y, mean, rstd) if training else (y, None, None)
 
@@ -274,11 +274,12 @@ def _statistics(
         # Programs: splits of rows x tiles of channels; then tiles of channels.
         _statistics_kernel[split.count, triton.cdiv(channels, split.block_channels)](
             x, partial, rows, channels, split.rows,
-            **blocks(split), STAGES=STAGES, num_warps=NUM_WARPS,
+            **blocks(split), STAGES=STAGES, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
         _finish_statistics_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
             partial, mean, rstd, *dense, rows, channels, split.rows, split.count, momentum, eps,
             BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
+            enable_fp_fusion=True,
         )  # fmt: skip
     for statistic, written in zip(running, dense):
         if statistic is not written:

@@ -195,7 +195,7 @@ def launch(
         for needed in (needs_weight, needs_bias)
     )
     coefficients = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training and needs_x else None
-    common = dict(VARIANCE=not training, num_warps=NUM_WARPS, **blocks(split))
+    common = dict(VARIANCE=not training, num_warps=NUM_WARPS, enable_fp_fusion=True, **blocks(split))
     with torch.cuda.device_of(x):
         if any(value is not None for value in (dz, dweight, dbias, coefficients)):
             partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
@@ -207,6 +207,7 @@ def launch(
             _finish_reduce_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
                 partial, rstd, dweight, dbias, coefficients, rows, channels, split.count, eps,
                 VARIANCE=not training, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
+                enable_fp_fusion=True,
             )  # fmt: skip
         if dx is not None:
             masked = dz is not None  # ReLU's mask has been applied, and stored

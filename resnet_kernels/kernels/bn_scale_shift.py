@@ -92,6 +92,7 @@ class Layers:
             _bn_scale_shift_kernel[grid](
                 self._pointers, self._starts, self._eps, scale, shift,
                 DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return scale, shift
 

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.geometry import Geometry
+from . import launching
 from .chain_tma_plan import BLOCK_VECTORS, ChainConfig, ShortcutShape, plan
 from .conv_bias_act_tma import aligned, described, is_interpreted, multiprocessors
 from .conv_bias_act_tma_parts import convolve
@@ -233,11 +234,11 @@ def launch(
     pointers = dict(scale2_ptr=conv2.scale, shift2_ptr=conv2.shift)
     pointers |= dict(scale1_ptr=next_conv1 and next_conv1.scale, shift1_ptr=next_conv1 and next_conv1.shift)
     pointers = {name: None if vector is None else vector.contiguous() for name, vector in pointers.items()}
-    grid = (min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm),)
+    programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
     with torch.cuda.device_of(x):
-        _chain_tma_kernel[grid](
-            **descriptors, **pointers, **todo.integers, **todo.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+        launching.launch(
+            _chain_tma_kernel, programs, x.device, descriptors | pointers, todo.integers | todo.constants,
+            todo.prepared, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y, z
 

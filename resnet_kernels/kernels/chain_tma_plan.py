@@ -5,7 +5,7 @@ The 3x3's views and boxes of pixels are conv_bias_act_tma_plan.py's; all behind 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -177,6 +177,7 @@ class ChainPlan:
     views: dict[str, View]
     integers: dict[str, int]
     constants: dict[str, object]
+    prepared: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)

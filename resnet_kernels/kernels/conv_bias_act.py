@@ -235,7 +235,7 @@ def launch(
             n_pixels, x.shape[2], x.shape[3], out_h, out_w, c_in_group, c_out_group, groups,
             geometry.padding[0], geometry.padding[2],
             **constexprs(x.dtype, weight.shape, geometry, relu, config),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

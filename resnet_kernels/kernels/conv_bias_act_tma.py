@@ -31,6 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.geometry import Geometry
+from . import launching
 from .conv_bias_act_tma_parts import (
     add_up,
     arrives_last,
@@ -188,6 +189,7 @@ def launch(
     if shortcut is not None:
         tensors |= dict(shortcut_desc=aligned(shortcut.x), shortcut_w_desc=aligned(shortcut.weight))
         vectors |= dict(shortcut_scale_ptr=shortcut.scale, shortcut_bias_ptr=shortcut.bias)
+    vectors = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
     descriptors = {name: described(tensors[name], view) for name, view in todo.views.items()}
     if residual is not None:
         residual = aligned(residual)
@@ -202,11 +204,12 @@ def launch(
     if split_k > 1:
         counters = zeros(n_tiles, x.device)
     with torch.cuda.device_of(x):
-        _conv_bias_act_tma_kernel[(programs,)](
-            **dict.fromkeys(_OPTIONAL) | descriptors,
-            **{name: None if vector is None else vector.contiguous() for name, vector in vectors.items()},
-            parked_ptr=parked, counter_ptr=counters, **todo.integers, **todo.constants,
+        launching.launch(
+            _conv_bias_act_tma_kernel, programs, x.device,
+            dict.fromkeys(_OPTIONAL) | descriptors | vectors | dict(parked_ptr=parked, counter_ptr=counters),
+            todo.integers | todo.constants, todo.prepared,
             num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return y
 

@@ -15,7 +15,7 @@ A merged shortcut is one more 1x1, on another tensor, into the same sums.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -132,6 +132,7 @@ class Plan:
 
     views: by the kernel's argument; integers: its run-time numbers; constants: its compile-time ones.
     max_registers: of a thread, where the compiler might take so many that a program less is resident.
+    prepared: what launches of it found out, see launching.py.
     """
 
     config: TmaConfig
@@ -139,6 +140,7 @@ class Plan:
     integers: dict[str, int]
     constants: dict[str, object]
     max_registers: int | None
+    prepared: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)

@@ -48,6 +48,11 @@ CONFIGS: tuple[TmaConfig, ...] = (
     TmaConfig(64, 64, 32, num_warps=4, num_stages=4, parts=2, programs_per_sm=4),
     # So few pixels that most of the machine would idle: batch 1 from stage 2 on.
     *(TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3, split_k=n) for n in (4, 8, 16)),
+    # Wide in pixels, for a table alone to choose: an instruction multiplies 256 of them, and the weights are read from L2
+    # half as often.
+    TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1),
+    # The same where there are 64 output channels.
+    TmaConfig(256, 64, 64, num_warps=4, num_stages=2, parts=4, programs_per_sm=2),
 )
 
 # Steps that a share of a split tile has at least: fewer would be spent on filling the pipeline and on adding up.
@@ -67,7 +72,7 @@ def choose_config(
 
     may_split: whether programs may share a tile's steps. four_loops: whether the steps are in four loops, one a parity.
     """
-    wide, large, tall, square, short_k, *splits = CONFIGS
+    wide, large, tall, square, short_k, *others = CONFIGS
     if 0 < c_in % 64 <= 32:
         return short_k
     tiles = cdiv(n_pixels, 128)
@@ -80,8 +85,8 @@ def choose_config(
     if tiles * cdiv(c_out, 64) >= _FULL_MACHINE:
         return tall
     tiles, steps = cdiv(n_pixels, 64) * cdiv(c_out, 64), taps * cdiv(c_in, 64)
-    for split in reversed(splits) if may_split and not four_loops else ():
-        if steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= MOST_SHARES:
+    for split in reversed(others) if may_split and not four_loops else ():
+        if split.split_k > 1 and steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= MOST_SHARES:
             return split
     return square
 

@@ -261,7 +261,7 @@ def launch(
             None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous(), y,
             **todo.integers, BLOCK_W=config.block_w, BLOCK_C=BLOCK_C, DESCRIPTOR=config.descriptor,
             UPCAST=is_interpreted() and weight.dtype == torch.bfloat16,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
 
@@ -277,5 +277,6 @@ def pack(
     _pack_kernel[(todo.pack_programs,)](
         x, packed, weight, packed_weight, *todo.pack_integers, *x.stride(), weight.shape[0], *weight.stride(),
         *statistics, NORMALISE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK, num_warps=PACK_WARPS,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return packed, packed_weight

@@ -13,7 +13,7 @@ Nothing here was measured: it was compiled, and run in the interpreter. Nothing 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.geometry import Geometry
+from . import launching
 from .conv_bias_act_tma import aligned, described, is_interpreted, multiprocessors
 from .conv_bias_act_tma_parts import store_part
 from .conv_bias_act_tma_plan import View, first_part
@@ -143,6 +144,7 @@ class Plan:
     views: dict[str, View]
     integers: dict[str, int]
     constants: dict[str, object]
+    prepared: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)
@@ -195,12 +197,13 @@ def launch(
     for name in ("even", "odd"):
         view = todo.views[f"{name}_y_desc"]
         descriptors[f"{name}_residual_desc"] = None if residual is None else described(residual, view)
+    vectors = dict(scale_ptr=scale, bias_ptr=bias)
+    vectors = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
     # Programs: tiles of channels, then of pairs of columns, rows and images.
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
     with torch.cuda.device_of(x):
-        _tap_sharing_tma_kernel[(programs,)](
-            **descriptors, scale_ptr=None if scale is None else scale.contiguous(),
-            bias_ptr=None if bias is None else bias.contiguous(), **todo.integers, **todo.constants,
-            num_warps=config.num_warps, num_stages=config.num_stages,
+        launching.launch(
+            _tap_sharing_tma_kernel, programs, x.device, descriptors | vectors, todo.integers | todo.constants,
+            todo.prepared, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y
