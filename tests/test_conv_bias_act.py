@@ -499,3 +499,13 @@ def test_public_docstring_names_every_argument():
         "backend",
     ):
         assert re.search(rf"^ +{name}: ", text, re.M), name
+
+
+@pytest.mark.parametrize("shape", ((2, 16, 1, 1), (2, 1, 2, 2)), ids=("single pixels", "one channel"))
+def test_a_residual_that_pytorch_2_11_could_not_create_a_memory_for(shape):
+    n, c, h, w = shape
+    x = torch.empty_strided((n, 16, h, w), (16 * h * w, 1, 16 * w, 16)).normal_()
+    residual = torch.empty_strided(shape, (c * h * w, 1, c * w, c)).normal_()
+    weight, before = torch.randn(c, 16, 3, 3), residual.clone()
+    y = ops.conv_bias_act(x, weight, torch.randn(c), residual, padding=1, backend="cpu")
+    assert y.shape == shape and torch.equal(residual, before)

@@ -150,6 +150,9 @@ def run(
             fresh output on two CPU cores, as no new pages have to be mapped.
     """
     relu_after = relu and not is_safe(bound)
+    if residual is not None and not overwrite_residual and (residual.shape[1] == 1 or residual.shape[2:].numel() == 1):
+        # Of single pixels, or of one channel, PyTorch 2.11 "could not create a memory" for the output; in place it can.
+        residual, overwrite_residual = residual.clone(), True
     function, swapped, rest = call(
         weight, bias, residual is not None, arguments, relu and not relu_after, overwrite_residual
     )  # fmt: skip
