@@ -365,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("jobs", type=Path)
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--precompile", action="store_true", help="compile act 2's kernels with --only, too")
     parser.add_argument("--only", help="jobs whose name matches this expression")
     options = parser.parse_args(arguments)
     begin = time.monotonic()
@@ -381,7 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
         todo = todo[:2] + [job for job in todo if job.name in ("small", "crash")]
     runner.run(iter(todo), 2 if options.dry_run else CHILDREN)
     print(f"checks: {time.monotonic() - begin:.0f} s", flush=True)
-    if not options.dry_run and not options.only:
+    if not options.dry_run and (options.precompile or not options.only):
         precompile(noted, end, out)
         for run in sanitizers:
             if run.poll() is None:
