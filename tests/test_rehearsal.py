@@ -118,9 +118,6 @@ BUGS = {
     "a stride that no descriptor takes": (
         "copies", "tap_sharing_tma", "2 * channels, 1)", "2 * channels + 4, 1)", "multiples of 16|16-byte aligned",
     ),
-    "a box that no descriptor takes": (
-        "copies", "tap_sharing_tma", "(config.block_n, config.block_k))", "(8 * config.block_n, config.block_k))", "1 to 256",
-    ),
     "an empty grid": (
         "copies", "conv_bias_act_tma", "programs = min(n_tiles", "programs = min(0 * n_tiles", "AssertionError",
     ),
