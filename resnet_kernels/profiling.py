@@ -32,7 +32,10 @@ KINDS = ("conv", "bn", "rest")
 
 _STEP = "resnet_kernels.profile step"
 _BACKWARD = "autograd::engine::evaluate_function: "
-_PATTERNS = {"conv": re.compile(r"conv(?!ert)", re.I), "bn": re.compile(r"batch_?norm|(^|_)bn_|_epilogue_|_fold_weights_", re.I)}
+_PATTERNS = {
+    "conv": re.compile(r"conv(?!ert)", re.I),
+    "bn": re.compile(r"batch_?norm|(^|_)bn_|_epilogue_|_fold_weights_", re.I),
+}
 
 
 @dataclass(frozen=True)
