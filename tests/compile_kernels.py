@@ -401,6 +401,8 @@ def epilogue_cases() -> list[Case]:
     for dtype, (n_channels, size), form in itertools.product(
         ("fp16", "bf16", "fp32"), ((64, 112), (2048, 7), (6, 3)), forms
     ):
+        if form != "all" and n_channels != 64:
+            continue
         tile = epilogue.choose_tile(n_channels, DTYPES[dtype].itemsize)
         arguments, aligned, _ = specialise(dict(n_rows=256 * size * size, n_channels=n_channels))
         types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(vectors, "*fp32")
