@@ -61,7 +61,7 @@ class PackedConv:
         dtype = x.dtype
         self._conv, self._bn = conv, bn
         self._settings = _settings(conv, bn)
-        self._dtype, self._for_aten = dtype, onednn.is_for_aten(x)
+        self._dtype, self._for_aten = dtype, onednn.is_for_aten(x.shape, dtype, conv.weight, conv.stride)
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
             self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
@@ -87,12 +87,16 @@ class PackedConv:
         """Whether the packed copy is of x's dtype and for the convolution that an x of this size goes to."""
         return (
             x.dtype == self._dtype
-            and onednn.is_for_aten(x) == self._for_aten
+            and self.goes_where_eager_goes(x.shape)
             and (
                 not hasattr(self._conv, "same_padding")
                 or self._conv.same_padding(*x.shape[2:]) == self.geometry.padding
             )
         )
+
+    def goes_where_eager_goes(self, x_shape: torch.Size) -> bool:
+        """Whether the copy is for the library, oneDNN or PyTorch's own GEMM, that such an x has to go to now."""
+        return onednn.is_for_aten(x_shape, self._dtype, self._conv.weight, self._conv.stride) == self._for_aten
 
     def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
         """Whether the packed copy still is what conv and bn say."""
@@ -147,7 +151,7 @@ class PackedProgram:
     """
 
     def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
-        self._shape, self._dtype = x.shape, x.dtype
+        self._key = self._key_of(x)
         self._packs = {step.conv: packs[step.conv] for step in recipe.steps if isinstance(step, ConvStep)}
         self._result = recipe.result
         self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
@@ -155,6 +159,8 @@ class PackedProgram:
             return
         shapes = {0: x.shape}
         for step in recipe.steps:
+            if not packs[step.conv].goes_where_eager_goes(shapes[step.x]):
+                return  # packed when PyTorch had another number of threads
             shapes[step.out] = packs[step.conv].out_shape(shapes[step.x])
             if step.residual is not None and shapes[step.residual] != shapes[step.out]:
                 return  # an add that broadcasts
@@ -178,7 +184,11 @@ class PackedProgram:
         return step.overwrites_residual and (step.residual != 0 or owned)
 
     def takes(self, x: Tensor) -> bool:
-        return x.shape == self._shape and x.dtype == self._dtype
+        return self._key_of(x) == self._key
+
+    @staticmethod
+    def _key_of(x: Tensor) -> tuple:
+        return x.shape, x.dtype, torch.get_num_threads() == 1  # see onednn.is_for_aten
 
     def has(self, packs: dict[str, PackedConv]) -> bool:
         return all(packs.get(name) is pack for name, pack in self._packs.items())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, assert_within_budget, skip_unless_runnable
 
 from resnet_kernels import ops, reference
+from resnet_kernels.ops import onednn
 from resnet_kernels.ops.geometry import Geometry, normalise
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
@@ -156,6 +157,42 @@ def test_as_accurate_as_eager(case, backend, dtype, device):
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     eager = torch.relu(torch.batch_norm(z, scale, bias, zero, one, False, 0.0, 0.0, False) + residual)
     assert_within_budget(y, eager, truth(case, x, weight, bias, residual, scale, True))
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("batch", (1, 8))
+@pytest.mark.parametrize("terms", (512, 1024, 2048))
+def test_long_sums_on_one_thread_are_as_accurate_as_eager(terms, batch, device, one_thread):
+    """Regression: on a single thread eager's 1x1 convolutions are a GEMM's, three times as accurate as oneDNN's."""
+    case = Case("", batch, terms, 7, 7, 64, (1, 1), padding=0)
+    test_as_accurate_as_eager(case, "auto", torch.float32, device)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_goes_to_pytorchs_gemm_where_eager_does(threads, one_thread):
+    """PyTorch is asked what eager would run, so a version that decides otherwise is noticed."""
+    torch.set_num_threads(threads)
+    seen = set()
+    for batch in (1, 8, 16):
+        for size in (3, 7, 14):
+            for kernel, stride in ((1, 1), (1, 2), (3, 1)):
+                x, weight = torch.empty(batch, 1024, size, size), torch.empty(8, 1024, kernel, kernel)
+                backend = torch._C._select_conv_backend(x, weight, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
+                elsewhere = backend != torch._C._ConvBackend.Mkldnn
+                seen.add(elsewhere)
+                assert onednn.is_for_aten(x.shape, x.dtype, weight, (stride, stride)) == elsewhere, (
+                    x.shape,
+                    kernel,
+                    stride,
+                )
+    assert seen == {True, False}
 
 
 def _configs():

@@ -49,6 +49,8 @@ def check(model, x, blocks_fused, backend="auto"):
     ],
 )
 def test_torchvision(name, count, dtype, device):
+    if device.type == "cpu":
+        skip_unless_runnable("cpu", device, dtype)  # `auto` leaves a dtype that oneDNN lacks here to eager, and says so
     model = torchvision_model(name).to(device, dtype)
     size = 64 if name in ("resnet18", "resnet50") else 32
     check(model, torch.randn(2, 3, size, size, device=device, dtype=dtype), count)

@@ -23,6 +23,7 @@ from . import tuned
 
 BACKENDS = ("auto", "triton", "cudnn", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "RESNET_KERNELS_BACKEND"
+_PREFERRED = {"cuda": "cudnn", "cpu": "cpu"}
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -67,8 +68,16 @@ def as_requested(backend: str) -> str:
 
 def untuned(device: torch.device, dtype: torch.dtype) -> str:
     """What `auto` runs where no measurement says otherwise."""
-    preferred = {"cuda": "cudnn", "cpu": "cpu"}.get(device.type, "eager")
+    preferred = _PREFERRED.get(device.type, "eager")
     return preferred if why_not(preferred, device.type, dtype) is None else "eager"
+
+
+def why_eager(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why `auto` falls back to eager on a device that has a faster backend; "" if it does not."""
+    if requested(backend) != "auto" or device.type not in _PREFERRED or resolve("auto", device, dtype) != "eager":
+        return ""
+    preferred = _PREFERRED[device.type]
+    return f'the "{preferred}" backend {why_not(preferred, device.type, dtype)}'
 
 
 @functools.cache
