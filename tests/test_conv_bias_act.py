@@ -123,6 +123,11 @@ def truth(case: Case, x, weight, bias, residual, scale, relu):
     return torch.relu(y) if relu else y
 
 
+@pytest.mark.slow(
+    unless=lambda case, backend, dtype: (
+        backend != "triton" or dtype == torch.float16 and case.groups == 1 or case.name in ("3x3", "two groups")
+    )
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -140,6 +145,7 @@ def test_exact_on_integers(case, backend, dtype, device):
         assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow(unless=lambda case, backend, dtype: backend != "triton" or case.name == "stage 2 3x3/2")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", REAL_LAYERS, ids=str)
@@ -201,6 +207,7 @@ def _configs():
     return CONFIGS
 
 
+@pytest.mark.slow(unless=lambda index, dtype: dtype == torch.float16)
 @pytest.mark.parametrize("index", range(7))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_every_shipped_config_is_exact(index, dtype, device):
@@ -368,6 +375,7 @@ def test_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.slow(unless=lambda backend: backend != "triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_library_opcheck(backend, device):
     """Schema, fake implementation, autograd registration and AOT dispatch, by PyTorch's own checker."""
