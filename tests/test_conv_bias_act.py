@@ -125,7 +125,7 @@ def truth(case: Case, x, weight, bias, residual, scale, relu):
 
 @pytest.mark.slow(
     unless=lambda case, backend, dtype: (
-        backend != "triton" or dtype == torch.float16 and case.groups == 1 or case.name in ("3x3", "two groups")
+        backend != "triton" or (dtype == torch.float16 and case.groups == 1) or case.name in ("3x3", "two groups")
     )
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
