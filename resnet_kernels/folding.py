@@ -124,7 +124,7 @@ class PackedConv:
         if min(geometry.out_size(shape[2:], self._conv.kernel_size)) < 1:
             # oneDNN would only say that it could not construct a descriptor; ATen has an error that helps.
             return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
-        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape)
+        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, self._conv.stride)
         weight = None
         if self._unfolded is None:
             layout, weight = self._weight_for(shape, geometry, for_aten, folded)

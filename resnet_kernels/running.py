@@ -130,8 +130,10 @@ def why_not_now(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
     wiring = wire(module, recipe)
     if isinstance(wiring, str):
         return wiring
-    if wiring.in_training() is None or not trains_on(backend, wiring.convs[0].weight if wiring.convs else None):
-        return wiring.why_not_now()
+    weight = wiring.convs[0].weight if wiring.convs else None
+    if wiring.in_training() is None or not trains_on(backend, weight):
+        reason = wiring.why_not_now()
+        return reason or (None if weight is None else dispatch.why_eager(backend, weight.device, weight.dtype) or None)
     return wiring.why_not_at_all() or wiring.why_not_trained() or (None if recipe.trains else _OTHER_IN_TRAINING)
 
 
@@ -189,7 +191,7 @@ def decide(
         return None, ""  # eager's own error, or its own meaning
     backend = dispatch.resolve(state.backend, x.device, dtype or x.dtype)
     if backend == "eager":
-        return None, ""
+        return None, dispatch.why_eager(state.backend, x.device, dtype or x.dtype)
     gradients = gradients and (x.requires_grad or wiring.needs_gradients())
     if not (gradients or batch_statistics):
         return Go(backend, wiring, verified), ""

@@ -4,6 +4,9 @@ Nobody can say what error is right, but eager PyTorch's own can be measured: fp6
 if its relative norm error is at most twice eager's plus one rounding of the dtype. Each block is fed the very input that
 eager feeds it, so a report line is about that block alone; the last line is the whole model.
 
+The whole model's errors are measured at its output. A norm of few values is mostly chance, so an output of fewer than 64 is
+computed for the input scaled by several factors, and the errors are those of all these outputs together.
+
 Eager runs in channels_last here, the layout that the fused model computes in. It matters: oneDNN's fp32 channels_last
 convolution (PyTorch's own, fused or not) errs up to 4.5 times as much as its NCHW one on long sums (docs/numerics.md).
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -25,6 +29,9 @@ from . import blocks, stages
 from .ops import tuned
 from .recipe import HostPlan
 from .report import table
+
+# With n values the ratio of two equal errors varies by 1 / sqrt(n), one standard deviation: an eighth, where 2 is the limit.
+_FEWEST_VALUES = 64
 
 
 @dataclass(frozen=True)
@@ -135,17 +142,31 @@ def verify(
         eager_output = model(x)
         hooks.close()
         fused_output = fused(x)
-        oracle_output = copy.deepcopy(model).to(**_oracle_options(x))(_wide(x))
-    outputs = [pytree.tree_leaves(output) for output in (fused_output, eager_output, oracle_output)]
+        oracle = copy.deepcopy(model).to(**_oracle_options(x))
+        outputs = [(fused_output, eager_output, oracle(_wide(x)))]
+        for scaled in _scaled(x, sum(leaf.numel() for leaf in _tensors(eager_output))):
+            outputs.append((fused(scaled.clone()), model(scaled.clone()), oracle(_wide(scaled))))
     fused_flat, eager_flat, oracle_flat = (
-        torch.cat([_wide(t).flatten().cpu() for t in leaves if isinstance(t, Tensor)]) for leaves in outputs
+        torch.cat([_wide(leaf).flatten().cpu() for output in several for leaf in _tensors(output)])
+        for several in zip(*outputs)
     )
-    output = _parity("", "the whole model", fused_flat, eager_flat, oracle_flat, dtype=outputs[1][0].dtype)
+    dtype = _tensors(eager_output)[0].dtype
+    output = _parity("", "the whole model", fused_flat, eager_flat, oracle_flat, dtype=dtype)
     top1 = None
     if isinstance(eager_output, Tensor) and eager_output.dim() == 2 and eager_output.shape[0]:
         top1 = (fused_output.argmax(1) == eager_output.argmax(1)).double().mean().item()
     tf32 = x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.conv.fp32_precision == "tf32"
     return VerifyResult(tuple(results), output, top1, str(x.dtype).removeprefix("torch."), str(x.device), tf32)
+
+
+def _scaled(x: Tensor, values: int) -> Iterator[Tensor]:
+    """x times factors from 1 down to 1/2, until outputs of so many values each are enough; each is rounded in its own way."""
+    for i in range(1, math.ceil(_FEWEST_VALUES / values) if values else 1):
+        yield x * (1 - i / (2 * _FEWEST_VALUES))
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) -> Iterator[Any]:

@@ -50,10 +50,19 @@ def _says_again():
     running._said.clear()
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest's own, which leaves out what -m leaves out
 def pytest_collection_modifyitems(items):
     for item in items:
+        # slow(unless=...): all of a test's parameters are slow but those of which this is true.
+        item.own_markers[:] = [m for m in item.own_markers if not (m.name == "slow" and is_quick(m, item))]
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA GPU here"))
+
+
+def is_quick(marker: pytest.Mark, item: pytest.Item) -> bool:
+    """Whether a marker slow(unless=predicate) leaves an item's parameters in the quick tests."""
+    unless = marker.kwargs.get("unless")
+    return unless is not None and bool(unless(**item.callspec.params))
 
 
 def runnable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:

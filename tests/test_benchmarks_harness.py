@@ -215,6 +215,7 @@ DOCUMENTED = re.findall(r"^    ([a-z][a-z0-9_, ]*?) {2,}", inspect.getdoc(benchm
 FIELDS = {name for names in DOCUMENTED for name in names.split(", ")} | {"device_type"}
 
 
+@pytest.mark.slow(unless=lambda direction: direction == "forward")
 @pytest.mark.parametrize("direction", cases.DIRECTIONS)
 def test_fields_are_the_documented_ones(direction):
     case = Case(Model("d2l_resnet18", 28, c_in=1, batch=2, system=cases.D2L), direction, CPU)
@@ -452,6 +453,7 @@ def test_a_run_writes_what_its_rounds_were(tmp_path):
     assert re.search(line, run.stdout)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(tmp_path):
     run, results = run_and_save(tmp_path, interrupt=True)
     assert run.returncode == pytest.ExitCode.INTERRUPTED
@@ -462,6 +464,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert "Forward, fused across" in run.stdout
 
 
+@pytest.mark.slow
 def test_our_wrong_numbers_and_crashes_fail_a_run_without_times_too(tmp_path):
     run = run_benchmarks(tmp_path, "--benchmark-disable", broken=True)
     assert run.returncode == pytest.ExitCode.TESTS_FAILED

@@ -181,6 +181,7 @@ def wrong(call: dict, **more) -> bool:
     )
 
 
+@pytest.mark.slow(unless=lambda case: case in CASES[::3])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_on_integers(case, device):
     call = chain(case, device)
@@ -190,6 +191,7 @@ def test_exact_on_integers(case, device):
     assert not wrong(chain(case, device, norm=False))
 
 
+@pytest.mark.slow(unless=lambda kind: kind in [*CONFIGS][::4])
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: "-".join(map(str, kind)))
 def test_every_shipped_config_is_exact(kind, device, monkeypatch):
     """One program that walks over several tiles; channels less than the blocks hold, steps of 32 and of 64."""
@@ -204,6 +206,7 @@ def test_every_shipped_config_is_exact(kind, device, monkeypatch):
         assert not wrong(call, config=replace(config, programs_per_sm=1))
 
 
+@pytest.mark.slow(unless=lambda case: case is CASES[0])
 @pytest.mark.parametrize("case", (CASES[0], CASES[3], CASES[8]), ids=str)
 def test_every_vector_and_relu_may_be_left_out(case, device):
     call = chain(case, device)
@@ -455,6 +458,7 @@ def failures(device) -> int:
     return count
 
 
+@pytest.mark.slow(unless=lambda name: name in [*KERNEL_BUGS][:2])
 @pytest.mark.parametrize("name", KERNEL_BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     plant(planted("chain_tma", tmp_path, *KERNEL_BUGS[name]), monkeypatch)
@@ -468,6 +472,7 @@ def test_planted_bug_in_rounding_is_caught(name, tmp_path, device, monkeypatch):
     assert not all(torch.equal(*pair) for pair in zip(run(call), layer_by_layer(call)))
 
 
+@pytest.mark.slow(unless=lambda name: name == next(iter(PLAN_BUGS)))
 @pytest.mark.parametrize("name", PLAN_BUGS)
 def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
     module = planted("chain_tma_plan", tmp_path, *PLAN_BUGS[name])

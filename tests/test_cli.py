@@ -67,6 +67,7 @@ def test_verify_and_its_exit_status(capsys, monkeypatch):
     assert "PARITY FAILS" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_time(capsys):
     assert cli.main(["time", *SMALL, "--image-size", "16", "--num-batches", "11"]) == 0
     text = capsys.readouterr().out

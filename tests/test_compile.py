@@ -44,6 +44,10 @@ BY_NAME = {target.name: target for target in TARGETS}
 
 @pytest.fixture(scope="session")
 def all_records(tmp_path_factory) -> list[dict]:
+    return compiled(tmp_path_factory)
+
+
+def compiled(tmp_path_factory, *options: str) -> list[dict]:
     pytest.importorskip("triton", reason="Triton is not installed")
     if find_cuobjdump() is None:
         pytest.skip("no cuobjdump, neither in Triton's package nor in the PATH: registers and spills can't be read")
@@ -51,7 +55,7 @@ def all_records(tmp_path_factory) -> list[dict]:
     # A function that the interpreter took over can't be compiled.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, str(SCRIPT), "--json", str(file)],
+        [sys.executable, str(SCRIPT), "--json", str(file), *options],
         env=environment,
         capture_output=True,
         text=True,
@@ -285,6 +289,22 @@ def test_an_operand_overwritten_in_its_loop_is_found():
     assert not overwritten_operands(_LOSES_R56.replace("@P1 BRA", "MOV R56, R80 ;\n        /*0240*/ @P1 BRA"))
 
 
+def test_one_configuration_of_each_kernel(tmp_path_factory):
+    """All checks, on Hopper; every configuration, layer and target is what the slow tests compile."""
+    records = compiled(tmp_path_factory, "--quick")
+    found = [complaint for check in CHECKS for complaint in complaints(records, check, TMA_TARGET)]
+    assert not found, "\n".join(["", *found])
+    kernels = {
+        "conv_bias_act",
+        "add_relu",
+        "bn_scale_shift",
+        *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),
+    }
+    own = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
+    assert {r["kernel"] for r in records} == kernels | own and len(records) == len(kernels | own)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", BY_NAME)
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
 def test_every_kernel(check, target, records):
@@ -292,6 +312,7 @@ def test_every_kernel(check, target, records):
     assert not found, "\n".join(["", *found])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", BY_NAME)
 def test_no_configuration_is_left_out(target, records):
     from resnet_kernels.kernels.conv_bias_act import CONFIGS
@@ -335,6 +356,7 @@ def test_no_configuration_is_left_out(target, records):
     assert {r["kernel"] for r in records if r["target"] == target} == kernels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("whole", (True, False), ids=("whole chunks", "ragged"))
 def test_both_loops_and_all_dtypes_are_compiled(whole, records):
     for target in BY_NAME:
@@ -343,6 +365,7 @@ def test_both_loops_and_all_dtypes_are_compiled(whole, records):
         assert {r["constants"]["IN_BOUNDS"] for r in own} == {True, False}, target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("check", "target"), [(does_not_spill, name) for name in PLANTED_TARGETS] + [(fits_shared_memory, "gfx942")]
 )

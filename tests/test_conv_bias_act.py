@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, assert_within_budget, skip_unless_runnable
 
 from resnet_kernels import ops, reference
+from resnet_kernels.ops import onednn
 from resnet_kernels.ops.geometry import Geometry, normalise
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
@@ -122,6 +123,11 @@ def truth(case: Case, x, weight, bias, residual, scale, relu):
     return torch.relu(y) if relu else y
 
 
+@pytest.mark.slow(
+    unless=lambda case, backend, dtype: (
+        backend != "triton" or (dtype == torch.float16 and case.groups == 1) or case.name in ("3x3", "two groups")
+    )
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -139,6 +145,7 @@ def test_exact_on_integers(case, backend, dtype, device):
         assert y.dtype == dtype and y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow(unless=lambda case, backend, dtype: backend != "triton" or case.name == "stage 2 3x3/2")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("case", REAL_LAYERS, ids=str)
@@ -158,12 +165,49 @@ def test_as_accurate_as_eager(case, backend, dtype, device):
     assert_within_budget(y, eager, truth(case, x, weight, bias, residual, scale, True))
 
 
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("batch", (1, 8))
+@pytest.mark.parametrize("terms", (512, 1024, 2048))
+def test_long_sums_on_one_thread_are_as_accurate_as_eager(terms, batch, device, one_thread):
+    """Regression: on a single thread eager's 1x1 convolutions are a GEMM's, three times as accurate as oneDNN's."""
+    case = Case("", batch, terms, 7, 7, 64, (1, 1), padding=0)
+    test_as_accurate_as_eager(case, "auto", torch.float32, device)
+
+
+@pytest.mark.parametrize("threads", (1, 2))
+def test_goes_to_pytorchs_gemm_where_eager_does(threads, one_thread):
+    """PyTorch is asked what eager would run, so a version that decides otherwise is noticed."""
+    torch.set_num_threads(threads)
+    seen = set()
+    for batch in (1, 8, 16):
+        for size in (3, 7, 14):
+            for kernel, stride in ((1, 1), (1, 2), (3, 1)):
+                x, weight = torch.empty(batch, 1024, size, size), torch.empty(8, 1024, kernel, kernel)
+                backend = torch._C._select_conv_backend(x, weight, None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], 1)
+                elsewhere = backend != torch._C._ConvBackend.Mkldnn
+                seen.add(elsewhere)
+                assert onednn.is_for_aten(x.shape, x.dtype, weight.shape, (stride, stride)) == elsewhere, (
+                    x.shape,
+                    kernel,
+                    stride,
+                )
+    assert seen == {True, False}
+
+
 def _configs():
     from resnet_kernels.kernels.conv_bias_act import CONFIGS
 
     return CONFIGS
 
 
+@pytest.mark.slow(unless=lambda index, dtype: dtype == torch.float16)
 @pytest.mark.parametrize("index", range(7))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_every_shipped_config_is_exact(index, dtype, device):
@@ -331,6 +375,7 @@ def test_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(run, leaves)
 
 
+@pytest.mark.slow(unless=lambda backend: backend != "triton")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_torch_library_opcheck(backend, device):
     """Schema, fake implementation, autograd registration and AOT dispatch, by PyTorch's own checker."""

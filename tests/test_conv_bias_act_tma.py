@@ -80,6 +80,7 @@ def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
     return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
 
 
+@pytest.mark.slow(unless=lambda case: case.n < 64 and case.c_out < 256)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
     x, weight, bias, residual, scale = operands(case, FP16, device)
@@ -287,6 +288,7 @@ def test_merged_shortcut_is_exact(merged, device):
     assert torch.equal(y.double().cpu(), expected)
 
 
+@pytest.mark.slow(unless=lambda config: config == WHOLE[0])
 @pytest.mark.parametrize("config", WHOLE, ids=name_of)
 def test_merged_shortcut_is_exact_in_every_config(config, device, monkeypatch):
     """Several tiles a program, the first of them parked: its memory is used again."""
@@ -551,12 +553,14 @@ def plant(where, old, new, tmp_path, monkeypatch) -> None:
             monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
 
 
+@pytest.mark.slow(unless=lambda name: name in [*BUGS][:2])
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     plant(*BUGS[name], tmp_path, monkeypatch)
     assert any(failures(device))
 
 
+@pytest.mark.slow(unless=lambda where: where == KERNEL)
 @pytest.mark.parametrize("where", (KERNEL, PARTS, PLAN))
 def test_nothing_planted_nothing_caught(where, tmp_path, device, monkeypatch):
     plant(where, "import annotations", "import annotations", tmp_path, monkeypatch)

@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from oracle import assert_within_budget, skip_unless_runnable
+from oracle import assert_within_budget, skip_unless_eager_runs, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels import blocks, folding, inference
+from resnet_kernels.ops import dispatch, onednn
 from resnet_kernels.verify import randomise_batch_norms_
 
 IMAGE = (2, 3, 64, 64)
@@ -363,16 +364,69 @@ def test_state_dict_round_trips(model, x):
         close(fresh(x), model(x))
 
 
-def test_half_double_and_to(model, x):
+def test_double_and_back(model, x):
     fused = rk.fuse(model)
     with torch.no_grad():
         fused(x)
         wide = fused.double()
+        with pytest.warns(RuntimeWarning, match='"cpu" backend runs float32 and bfloat16, got torch.float64'):
+            wide(x.double())
         torch.testing.assert_close(wide(x.double()), copy.deepcopy(model).double()(x.double()), rtol=0, atol=0)
+        fused.float()
+        assert ran_fused(fused, x) == 6
+
+
+def test_to_bfloat16(model, x):
+    skip_unless_runnable("cpu", torch.device("cpu"), torch.bfloat16)
+    fused = rk.fuse(model)
+    with torch.no_grad():
+        fused(x)
         fused.to(torch.bfloat16)
         assert fused(x.bfloat16()).dtype == torch.bfloat16 and ran_fused(fused, x.bfloat16()) == 6
         fused.float()
         assert ran_fused(fused, x) == 6
+
+
+@pytest.fixture
+def cpu_without_bfloat16(monkeypatch):
+    """oneDNN refuses to run bfloat16, as it does below AVX-512, whatever this CPU is."""
+    original = onednn.pack_weight
+
+    def refuse(weight, *rest):
+        if weight.dtype == torch.bfloat16:
+            raise RuntimeError("bf16 path needs the cpu support")
+        return original(weight, *rest)
+
+    monkeypatch.setattr(onednn, "pack_weight", refuse)
+    # Any answer from before is of this CPU as it is.
+    caches = dispatch.why_not, onednn.why_not
+    for cache in caches:
+        cache.cache_clear()
+    yield
+    for cache in caches:
+        cache.cache_clear()
+
+
+def test_auto_falls_back_and_says_so_on_a_cpu_without_bfloat16(model, x, cpu_without_bfloat16):
+    skip_unless_eager_runs(torch.device("cpu"), torch.bfloat16)
+    wide = copy.deepcopy(model).bfloat16()
+    fused, x = rk.fuse(wide), x.bfloat16()
+    with (
+        torch.no_grad(),
+        pytest.warns(RuntimeWarning, match='"cpu" backend needs a CPU with bfloat16 support in oneDNN'),
+    ):
+        assert torch.equal(fused(x), wide(x))
+    assert all("needs a CPU with bfloat16 support" in row.reason for row in rk.explain(fused))
+    assert not any(row.reason for row in rk.explain(fused.float()))
+
+
+def test_an_explicit_cpu_backend_raises_on_a_cpu_without_bfloat16(model, x, cpu_without_bfloat16):
+    fused = rk.fuse(copy.deepcopy(model).bfloat16(), backend="cpu")
+    with (
+        torch.no_grad(),
+        pytest.raises(RuntimeError, match=r'backend="cpu" needs a CPU with bfloat16 .* ONEDNN_MAX_CPU'),
+    ):
+        fused(x.bfloat16())
 
 
 def test_meta_and_moved_models_give_eagers_own_error(model, x):
@@ -616,6 +670,7 @@ def test_functional_call_uses_the_given_parameters(model, x):
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16,), ids=str)
 def test_autocast(model, x, dtype):
+    skip_unless_runnable("cpu", torch.device("cpu"), dtype)
     fused = rk.fuse(model)
     with torch.no_grad(), torch.autocast("cpu", dtype):
         y, eager = fused(x), model(x)

@@ -34,6 +34,7 @@ def read(path):
     return values
 
 
+@pytest.mark.slow
 def test_the_whole_session_dry(tmp_path):
     """The command itself, as CI runs it."""
     out = tmp_path / "a directory" / "out"

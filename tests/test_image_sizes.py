@@ -269,7 +269,7 @@ def test_an_image_too_small_for_the_kernel_raises_eagers_error(shape, seen):
 @pytest.mark.parametrize("batch", (1, 2))
 @pytest.mark.parametrize("groups", (1, 2, 32))
 def test_images_are_atens_where_eager_leaves_them_to_it(batch, groups):
-    """PyTorch is asked for its own choice. With one thread it leaves oneDNN for 1x1 kernels at any size, too; we don't."""
+    """PyTorch is asked for its own choice. On one thread: test_conv_bias_act.py."""
     skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
@@ -280,7 +280,7 @@ def test_images_are_atens_where_eager_leaves_them_to_it(batch, groups):
                 backend = torch._C._select_conv_backend(
                     x, weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], groups
                 )  # fmt: skip
-                assert onednn.is_for_aten(x.shape, x.dtype, weight.shape) == ("Mkldnn" not in str(backend))
+                assert onednn.is_for_aten(x.shape, x.dtype, weight.shape, (1, 1)) == ("Mkldnn" not in str(backend))
     finally:
         torch.set_num_threads(threads)
 

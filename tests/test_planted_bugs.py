@@ -62,6 +62,7 @@ def planted(kernel: str, tmp_path, old: str, new: str):
     return module
 
 
+@pytest.mark.slow(unless=lambda name: name in [*BUGS][:3])
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
@@ -121,6 +122,7 @@ def batch_norm_failures(monkeypatch, device) -> int:
     return wrong
 
 
+@pytest.mark.slow(unless=lambda name: name in [*BATCH_NORM_BUGS][:2])
 @pytest.mark.parametrize("name", BATCH_NORM_BUGS)
 def test_planted_bug_in_training_is_caught(name, tmp_path, device, monkeypatch):
     skip_unless_runnable("triton", device, torch.float32)

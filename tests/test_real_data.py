@@ -35,6 +35,7 @@ def test_it_learned_something(trained):
         assert (model(images).argmax(1) == labels).float().mean() > 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ("auto", "cpu", "triton", "eager"))
 def test_same_predictions_on_the_held_out_part(trained, backend, device):
     model, images, _ = trained

@@ -135,7 +135,7 @@ def test_the_same_file_gives_the_same_bytes(few, tmp_path):
 # What is drawn.
 
 
-@pytest.fixture(scope="module", params=("few", "many"))
+@pytest.fixture(scope="module", params=("few", pytest.param("many", marks=pytest.mark.slow)))
 def drawn(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "r.json"
     read = results.read(files.write(path, getattr(files, request.param)()))

@@ -37,6 +37,7 @@ def network(name):
     return dataflow.trace(*built(name))
 
 
+@pytest.mark.slow(unless=lambda name: name in ("resnet18", "resnet50", "resnet_v2_50", "d2l_resnet18"))
 @pytest.mark.parametrize("name", models.BY_NAME)
 def test_flops_are_those_of_torchs_counter(name):
     model, x = built(name)

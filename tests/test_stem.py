@@ -55,6 +55,7 @@ def test_exact_on_integers(size, config, device):
     assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow(unless=lambda config: config == CONFIGS[0])
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
 def test_segments_of_rows_are_exact(config, device, monkeypatch):
     """As on a machine with more processors than strips: the row above a segment is computed again."""
@@ -81,6 +82,7 @@ def test_bfloat16_is_exact(device):
     assert y.dtype == BF16 and torch.equal(y.double().cpu(), expected)
 
 
+@pytest.mark.slow(unless=lambda value, config: value != value and config == CONFIGS[0])
 @pytest.mark.parametrize("config", CONFIGS[::2], ids=label)
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
 def test_nan_and_inf_spread_as_in_eager_and_no_further(value, config, device):
@@ -288,6 +290,7 @@ def failures(device, monkeypatch) -> int:
     return wrong
 
 
+@pytest.mark.slow(unless=lambda name: name in [*KERNEL_BUGS][:2])
 @pytest.mark.parametrize("name", KERNEL_BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     module = planted("stem", tmp_path, *KERNEL_BUGS[name])
@@ -296,6 +299,7 @@ def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     assert failures(device, monkeypatch) > 0
 
 
+@pytest.mark.slow(unless=lambda name: name == next(iter(PLAN_BUGS)))
 @pytest.mark.parametrize("name", PLAN_BUGS)
 def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
     monkeypatch.setattr(stem, "plan", planted("stem_plan", tmp_path, *PLAN_BUGS[name]).plan)

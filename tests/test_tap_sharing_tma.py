@@ -39,6 +39,7 @@ def run(case, x, weight, bias, residual, scale, relu, config=kernel.CONFIGS[0]):
     return kernel.launch(x, weight, bias, residual, scale, SAME, relu, config)
 
 
+@pytest.mark.slow(unless=lambda case, config: config == kernel.CONFIGS[0] or case is CASES[0])
 @pytest.mark.parametrize("config", kernel.CONFIGS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_on_integers(case, config, device, monkeypatch):

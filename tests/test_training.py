@@ -106,6 +106,7 @@ def assert_parity(module, fused, x, rounding=None):
     return ours, eager
 
 
+@pytest.mark.slow(unless=lambda name, dtype: dtype == torch.float32)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_blocks(name, dtype, device, monkeypatch):
@@ -145,6 +146,7 @@ NETS = {
 }
 
 
+@pytest.mark.slow(unless=lambda name, layout: name.startswith("d2l") and layout == CHANNELS_LAST)
 @pytest.mark.parametrize("layout", (CHANNELS_LAST, torch.contiguous_format), ids=str)
 @pytest.mark.parametrize("name", NETS)
 def test_nets(name, layout, device, monkeypatch):
@@ -290,6 +292,7 @@ def test_eval_after_training_sees_the_new_weights(device):
     assert rk.verify(net, fused, x)
 
 
+@pytest.mark.slow
 def test_strided_1x1_of_few_channels(device):
     """oneDNN writes that weight's gradient past its buffer on channels_last data; a contiguous model must not meet that."""
     skip_unless_runnable("triton", device, torch.float32)
@@ -374,20 +377,24 @@ def assert_stays_with_eager(device, wrap=None, **options):
     return fused
 
 
+@pytest.mark.slow
 def test_fifty_steps(device, monkeypatch):
     seen = spy_on_training(monkeypatch)
     assert_stays_with_eager(device)
     assert len(seen) == 100  # the stem and a block, 50 times
 
 
+@pytest.mark.slow
 def test_fifty_steps_under_autocast_and_grad_scaler(device):
     assert_stays_with_eager(device, autocast=torch.bfloat16 if device.type == "cpu" else torch.float16, scaler=True)
 
 
+@pytest.mark.slow
 def test_gradient_accumulation(device):
     assert_stays_with_eager(device, steps=24, accumulate=2)
 
 
+@pytest.mark.slow
 def test_checkpoint(device):
     from torch.utils.checkpoint import checkpoint
 
@@ -490,6 +497,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_distributed_data_parallel(tmp_path):
     """Two gloo processes on the CPU: both ranks end with the same parameters, and with those of eager's run."""
     skip_unless_runnable("triton", torch.device("cpu"), torch.float32)

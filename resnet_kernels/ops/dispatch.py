@@ -24,6 +24,7 @@ from . import launching, tuned
 
 BACKENDS = ("auto", "triton", "cudnn", "cpu", "eager")
 ENVIRONMENT_VARIABLE = "RESNET_KERNELS_BACKEND"
+_PREFERRED = {"cuda": "cudnn", "cpu": "cpu"}
 _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -71,7 +72,7 @@ def as_requested(backend: str) -> str:
 
 def untuned(device: torch.device, dtype: torch.dtype) -> str:
     """The backend of `auto` where no measurement says otherwise: "cudnn", "cpu" or "eager"."""
-    preferred = {"cuda": "cudnn", "cpu": "cpu"}.get(device.type, "eager")
+    preferred = _PREFERRED.get(device.type, "eager")
     if why_not(preferred, device.type, dtype) is not None:
         return "eager"
     if preferred == "cudnn" and (reason := why_not_on("triton", device, dtype)) is not None:
@@ -99,6 +100,17 @@ def why_not_on(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
     """Why a backend can't run a dtype on this very device, as the end of a sentence; None if it can."""
     reason = why_not(backend, device.type, dtype)
     return launching.why_not(device) if reason is None and backend == "triton" else reason
+
+
+def why_eager(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+    """Why `auto` falls back to eager on a device that has a faster backend; "" if it does not."""
+    if requested(backend) != "auto" or device.type not in _PREFERRED or resolve("auto", device, dtype) != "eager":
+        return ""
+    preferred = _PREFERRED[device.type]
+    reason = why_not(preferred, device.type, dtype)
+    if reason is None:
+        preferred, reason = "triton", why_not_on("triton", device, dtype)
+    return f'the "{preferred}" backend {reason}'
 
 
 @functools.cache
