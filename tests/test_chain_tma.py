@@ -58,7 +58,7 @@ CASES = (
     Case("stage 2", 1, 128, 7, 7, 128, 512, 128),
     Case("stage 2 to 3", 1, 128, 7, 7, 128, 512, 256),
     Case("stage 2, first block", 1, 128, 8, 8, 128, 512, 128, shortcut=256, stride=2),
-    Case("a stage of one block", 1, 64, 8, 8, 64, 256, 0, shortcut=64, stride=2),
+    Case("stage 1, strided", 1, 64, 8, 8, 64, 256, 64, shortcut=64, stride=2),
     Case("v2", 2, 64, 6, 6, 64, 256, 64, preact=True),
     Case("v2, first unit", 2, 64, 6, 6, 64, 256, 64, shortcut=64, preact=True),
     Case("v2, last unit", 2, 64, 8, 6, 64, 256, 128, shortcut=SUBSAMPLED, stride=2, preact=True, keep_sum=False),
@@ -387,7 +387,7 @@ def test_kinds_are_the_nets():
 
 BUG_CASES = (
     Case("", 2, 64, 9, 7, 64, 128, 64, preact=True),
-    Case("", 1, 64, 24, 20, 64, 128, 0, shortcut=72, stride=2, padding=(1, 0, 1, 2)),
+    Case("", 1, 64, 24, 20, 64, 128, 64, shortcut=72, stride=2, padding=(1, 0, 1, 2)),
     Case("", 3, 96, 12, 6, 40, 64, 72, shortcut=SUBSAMPLED, stride=2),
     Case("", 1, 32, 6, 6, 32, 64, 8, preact=True, keep_sum=False),
 )

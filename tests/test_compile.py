@@ -298,6 +298,8 @@ def test_one_configuration_of_each_kernel(tmp_path_factory):
         "conv_bias_act",
         "add_relu",
         "bn_scale_shift",
+        EPILOGUE_KERNEL,
+        FOLD_KERNEL,
         *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),
     }
     own = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}

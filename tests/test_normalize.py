@@ -82,7 +82,7 @@ def test_eager_backend_and_other_dtypes(x):
     same(rk.fuse(model, normalize=NORMALIZE, backend="eager"), model, x)
     double = model.double()
     expected = double(normalised(x).double())
-    with torch.no_grad():
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="runs float32 and bfloat16, got torch.float64"):
         torch.testing.assert_close(rk.fuse(double, normalize=NORMALIZE)(x), expected, rtol=1e-5, atol=1e-5)
 
 

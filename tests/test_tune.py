@@ -250,7 +250,11 @@ def test_the_whole_way(small_in_zoo, fake_device, write, monkeypatch, capsys):
             and {"driver", "triton", "cudnn", "commit", "time"} <= measured.keys()
         )
         for row in r["candidates"].values():
-            assert row["error"] <= row["budget"] and row["call"]["p20"] <= row["call"]["median"] <= row["call"]["p80"]
+            assert row["error"] <= row["budget"]
+            if "dropped" in row:
+                assert row["dropped"].endswith("times as long as the fastest at first sight")
+                continue
+            assert row["call"]["p20"] <= row["call"]["median"] <= row["call"]["p80"]
     pointers = {n for r in records for n in r["candidates"]} & {f"pointer {c}" for c in _pointer_configs()}
     assert pointers == {f"pointer {c}" for c in _pointer_configs()}
     # As if it were this device's own, with a winner that the clock would not have chosen here.

@@ -103,14 +103,15 @@ def why_not_on(backend: str, device: torch.device, dtype: torch.dtype) -> str | 
 
 
 def why_eager(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why `auto` falls back to eager on a device that has a faster backend; "" if it does not."""
-    if requested(backend) != "auto" or device.type not in _PREFERRED or resolve("auto", device, dtype) != "eager":
+    """Why `auto` falls back to eager on a device that has a faster backend; "" if it does not.
+
+    Nothing is launched and no table read for that: `fuse` asks, too. Where Triton can't launch, `untuned` says it in a call.
+    """
+    preferred = _PREFERRED.get(device.type)
+    if requested(backend) != "auto" or preferred is None:
         return ""
-    preferred = _PREFERRED[device.type]
     reason = why_not(preferred, device.type, dtype)
-    if reason is None:
-        preferred, reason = "triton", why_not_on("triton", device, dtype)
-    return f'the "{preferred}" backend {reason}'
+    return "" if reason is None else f'the "{preferred}" backend {reason}'
 
 
 @functools.cache
