@@ -197,6 +197,7 @@ def test_exact_on_integers(channels, device):
     assert torch.equal(y, expected)
 
 
+@pytest.mark.slow
 def test_deterministic(device):
     """Bit for bit the same, run after run: all sums have a fixed order."""
     skip_unless_runnable("triton", device, torch.float32)
@@ -266,6 +267,7 @@ def test_second_derivative_is_refused_with_a_reason(device):
         dx.square().sum().backward()
 
 
+@pytest.mark.slow
 def test_opcheck_and_compile(device):
     skip_unless_runnable("triton", device, torch.float32)
     given = vectors(8, device)

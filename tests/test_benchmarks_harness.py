@@ -294,6 +294,7 @@ def test_cases_have_all_systems_at_all_levels():
     assert len({str(case) for case in quick}) == len(quick)
 
 
+@pytest.mark.slow
 def test_subjects_build_and_fuse():
     subjects = [subject for subject in (*cases.BLOCKS, *cases.STAGES) if subject.system != cases.TORCHVISION]
     for subject in subjects:
@@ -433,6 +434,7 @@ def run_and_save(tmp_path, **planted) -> tuple[subprocess.CompletedProcess, dict
     return run, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_its_rounds_were(tmp_path):
     run, results = run_and_save(tmp_path)
     assert run.returncode == 0, run.stdout

@@ -82,6 +82,7 @@ def test_time(capsys):
             assert len(re.findall(row, text, re.M)) == 1
 
 
+@pytest.mark.slow
 def test_time_json_and_its_defaults_on_a_cpu(capsys):
     assert cli.main(["time", "--model", "d2l_resnet18_keras", "--device", "cpu", "--json"]) == 0
     out, err = capsys.readouterr()
@@ -150,6 +151,7 @@ def test_missing_extra_is_named(monkeypatch, capsys):
     assert 'pip install "resnet_kernels[timm]"' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_as_a_process():
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "resnet_kernels", "verify", *SMALL, "--backend", "triton", "--device", "cpu"]

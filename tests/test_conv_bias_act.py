@@ -207,7 +207,7 @@ def _configs():
     return CONFIGS
 
 
-@pytest.mark.slow(unless=lambda index, dtype: dtype == torch.float16)
+@pytest.mark.slow(unless=lambda index, dtype: dtype == torch.float16 and index in (0, 3, 6))
 @pytest.mark.parametrize("index", range(7))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=str)
 def test_every_shipped_config_is_exact(index, dtype, device):

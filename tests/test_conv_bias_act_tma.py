@@ -80,7 +80,7 @@ def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
     return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
 
 
-@pytest.mark.slow(unless=lambda case: case.n < 64 and case.c_out < 256)
+@pytest.mark.slow(unless=lambda case: case.n < 8 and case.c_out < 128)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
     x, weight, bias, residual, scale = operands(case, FP16, device)

@@ -47,6 +47,7 @@ def cheaper(monkeypatch, what):
         monkeypatch.setattr(forms, "_pass_bytes", lambda *_: float("inf") if what == "folding" else 0)
 
 
+@pytest.mark.slow(unless=lambda make, what, layout: layout is CHANNELS_LAST and make in [*STAGES][:2])
 @pytest.mark.parametrize("layout", (CHANNELS_LAST, torch.contiguous_format), ids=("channels_last", "contiguous"))
 @pytest.mark.parametrize("what", ("folding", "a pass"))
 @pytest.mark.parametrize("make", STAGES, ids=lambda f: f.__name__)

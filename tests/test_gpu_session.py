@@ -125,6 +125,7 @@ def test_stopped_in_the_middle(tmp_path, monkeypatch):
     assert read(tmp_path / "written.json")
 
 
+@pytest.mark.slow
 def test_a_commands_children_end_with_it(session, tmp_path):
     starts_one = (
         "import subprocess, time\n"
@@ -156,6 +157,7 @@ def test_the_gpus_tests_are_found():
     assert "test_cli.py" not in names
 
 
+@pytest.mark.slow
 def test_cases_that_are_not_there_are_said(session):
     (result,) = gpu_session._benchmarks(session, 60.0, ["no-such-case"])["cases"].values()
     assert result == "no such case" and read(session.out / "models.json")["benchmarks"] == []

@@ -56,6 +56,7 @@ def _executed(isa: str, *arguments: str) -> list[list[str]]:
     return [line[line.index("exec") + 2 :][:2] for line in lines]
 
 
+@pytest.mark.slow(unless=lambda isa: not isa)
 @pytest.mark.parametrize("isa", ("", "AVX2"), ids=("this CPU", "AVX2"))
 def test_no_reorder_and_no_reference_kernel_at_any_size(isa):
     skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
@@ -65,6 +66,7 @@ def test_no_reorder_and_no_reference_kernel_at_any_size(isa):
     assert not [name for _, name in executed if name.startswith(("ref", "simple"))]
 
 
+@pytest.mark.slow
 def test_planted_bug_layouts_taken_for_the_same_are_seen_as_reorders():
     skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
     assert any(primitive == "reorder" for primitive, _ in _executed("AVX2", "planted"))
@@ -153,6 +155,7 @@ def _bytes(packed):
     return ctypes.string_at(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
 
 
+@pytest.mark.slow(unless=lambda most: most == "_MOST_LAYOUTS")
 @pytest.mark.parametrize("most", ("_MOST_LAYOUTS", "_MOST_SIZES", "_MOST_PROGRAMS"))
 def test_what_is_kept_is_bounded(most, monkeypatch):
     skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)

@@ -52,6 +52,7 @@ def test_candidates_agree_with_fp64(links_of, make, device):
                 assert_within_budget(y, *others, f"{name} of {problem}")
 
 
+@pytest.mark.slow
 def test_a_stem(hopper, device):  # noqa: F811
     net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
     (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))

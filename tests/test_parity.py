@@ -139,6 +139,7 @@ def test_feature_extractor():
             torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_batch_norm_classes_of_other_blocks_are_torchvisions(device):
     """vgg16_bn and mobilenet: no residual block at all, but runs of convolution, BN and ReLU."""
     x = torch.randn(1, 3, 32, 32, device=device)

@@ -65,6 +65,7 @@ def rehearse(tmp_path_factory):
     return run
 
 
+@pytest.mark.slow
 def test_a_networks_launches(rehearse):
     assert rehearse("call", "resnet18") == {"1": RESNET18}
 

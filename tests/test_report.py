@@ -126,6 +126,7 @@ def test_names_are_escaped(tmp_path):
     assert r"a\|b &lt;script&gt;x&lt;/script&gt; &amp; more" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_same_file_gives_the_same_bytes(few, tmp_path):
     assert report(few[0], "--out", tmp_path / "again") == 0
     for path in few[1].iterdir():
@@ -303,6 +304,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(contents, message, tmp_pat
         assert report(*arguments, "--out", tmp_path / "other") == 2 and not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_a_folder_of_others_is_left_alone(few, tmp_path, capsys):
     (tmp_path / "report.html").write_text("<html>mine</html>")
     assert report(few[0], "--out", tmp_path) == 2
@@ -314,6 +316,7 @@ def test_a_folder_of_others_is_left_alone(few, tmp_path, capsys):
     assert capsys.readouterr().err.count("error: --out") == 2
 
 
+@pytest.mark.slow
 def test_an_earlier_report_is_replaced(few, tmp_path):
     out = tmp_path / "out"
     assert report(few[0], "--out", out) == 0

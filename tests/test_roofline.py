@@ -187,6 +187,7 @@ def test_what_differs_from_the_published_limits():
     assert roofline.limit(roofline.per_layer(network("resnet50"), 2), THREE, BATCH) == pytest.approx(46.6e3, rel=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", models.BY_NAME)
 def test_a_larger_kernel_is_never_slower_and_a_roof_never_lifts_a_limit(name):
     net = network(name)

@@ -107,6 +107,7 @@ def test_gradients_reach_input_and_weight():
     assert torch.autograd.gradcheck(lambda v: MaxPool2dSame(3, 2)(conv(v)), (x,))
 
 
+@pytest.mark.slow(unless=lambda backend: backend != "triton")
 @pytest.mark.parametrize("backend", ("auto", "triton"))
 def test_fused_for_each_size_anew(backend, device):
     """The padding depends on the input: what was packed for an even size is wrong for an odd one."""

@@ -290,7 +290,7 @@ def failures(device, monkeypatch) -> int:
     return wrong
 
 
-@pytest.mark.slow(unless=lambda name: name in [*KERNEL_BUGS][:2])
+@pytest.mark.slow(unless=lambda name: name == next(iter(KERNEL_BUGS)))
 @pytest.mark.parametrize("name", KERNEL_BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     module = planted("stem", tmp_path, *KERNEL_BUGS[name])
@@ -306,6 +306,7 @@ def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
     assert failures(device, monkeypatch) > 0
 
 
+@pytest.mark.slow
 def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
     module = planted("stem", tmp_path, "import annotations", "import annotations")
     for function in ("_pack_kernel", "_stem_kernel"):

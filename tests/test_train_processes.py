@@ -54,6 +54,7 @@ def test_two_processes_learn_resume_and_agree(tmp_path):
     torch.testing.assert_close(one["model"], other["model"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_an_error_is_said_once():
     done = torchrun(TINY, *TRAIN, "--batch-size", "33")
     assert done.returncode != 0

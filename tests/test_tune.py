@@ -234,6 +234,7 @@ def tune(arguments, path):
     return status, json.loads(path.read_text()) if path.exists() else None
 
 
+@pytest.mark.slow
 def test_the_whole_way(small_in_zoo, fake_device, write, monkeypatch, capsys):
     """From tune's dry run to a table that a fused model runs by."""
     skip_unless_runnable("triton", CPU, torch.float32)
@@ -300,6 +301,7 @@ def test_what_is_known_is_passed_over_unless_asked_for(small_in_zoo, tmp_path, m
     assert len(json.loads(path.read_text())["records"]) == 2 * first
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(small_in_zoo, tmp_path, monkeypatch, capsys):
     path = tmp_path / "t.json"
     calls, original = [], tuning.measure

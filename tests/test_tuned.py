@@ -390,6 +390,7 @@ def test_a_norm_runs_on_our_kernel_where_it_won(write, monkeypatch, device):
         assert len(launches) == 1
 
 
+@pytest.mark.slow(unless=lambda training, dynamic: training and not dynamic)
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_ops_compile_under_a_table(training, dynamic, write, device):
