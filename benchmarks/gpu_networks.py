@@ -239,9 +239,9 @@ def bn_scale_shift() -> Result:
             layers.append((weight, bias, mean, torch.rand(channels, device=DEVICE).to(dtype) + 0.1, conv_bias))
         layers[1] = (None, None, *layers[1][2:4], None)
         eps = (1e-5, 1e-3, 1e-5)
-        for (weight, bias, mean, var, conv_bias), e, (scale, shift) in zip(
-            layers, eps, kernel.Layers(layers, eps).launch()
-        ):
+        table = kernel.Layers(layers, eps)
+        pairs = table.split(*table.launch())
+        for (weight, bias, mean, var, conv_bias), e, (scale, shift) in zip(layers, eps, pairs):
             one, zero = torch.ones_like(mean), torch.zeros_like(mean)
             weight, bias, conv_bias = one if weight is None else weight, bias if bias is not None else zero, conv_bias
             conv_bias = zero if conv_bias is None else conv_bias

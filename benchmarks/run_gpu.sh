@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One command for a GPU machine: bash benchmarks/run_gpu.sh OUTDIR [BUDGET_SECONDS]
-# Most valuable first, within the budget (540 s unless given); at most 8 files in OUTDIR, each written as soon as there is
+# A GPU session's second act, the numbers (the first, the checks: python -m benchmarks.gpu_checks): bash benchmarks/run_gpu.sh OUTDIR [BUDGET_SECONDS]
+# Most valuable first, within the budget (440 s unless given); at most 8 files in OUTDIR, each written as soon as there is
 # something to say, so that a run may be stopped at any point. Without a GPU it runs dry. See gpu_session.py.
 set -euo pipefail
 if [ $# -lt 1 ] || [ $# -gt 2 ]; then
@@ -10,4 +10,4 @@ fi
 mkdir -p "$1"
 out=$(cd "$1" && pwd)
 cd "$(dirname "$0")/.."
-exec "${PYTHON:-python}" -m benchmarks.gpu_session "$out" --seconds "${2:-540}"
+exec "${PYTHON:-python}" -m benchmarks.gpu_session "$out" --seconds "${2:-440}"

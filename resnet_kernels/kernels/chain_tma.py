@@ -14,7 +14,8 @@ its neighbours. It sums h up as (channels, pixels), both operands multiplied whe
 BLOCK_C channels at a time, and its block, in registers too, is at once a left operand of z's sums.
 
 Cost: reads x (once a tap, from L2), the residual and the weights, writes y and z; eager and the kernels of single
-layers also write and read h, and read y again. Nothing here was measured: it was compiled, and run in the interpreter.
+layers also write and read h, and read y again. On an H200 a chain of
+ResNet-50's stage 1 takes 428 us at batch 256, its layers apart 544; stage 2's gain nothing (docs/decisions.md).
 """
 
 from __future__ import annotations

@@ -197,7 +197,7 @@ def launch(
 ) -> Tensor:
     """Runs a kernel on checked operands; returns y, channels_last. Converts what is not channels_last yet.
 
-    On Hopper that is conv_bias_act_tma's where its predicate lets it (neither has been measured), this file's otherwise
+    On Hopper that is conv_bias_act_tma's where its predicate lets it, this file's otherwise
     and where `config` names one of its tiles.
     """
     if config is None and conv_bias_act_tma.runs_on(x.device):

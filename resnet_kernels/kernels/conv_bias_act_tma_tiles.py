@@ -1,4 +1,7 @@
-"""conv_bias_act_tma.py's tiles as data, and which of them, of which shape, a layer gets. None was chosen by a measurement."""
+"""conv_bias_act_tma.py's tiles as data, and which of them, of which shape, a layer gets.
+
+None was chosen by a measurement; what `tune` finds goes over it.
+"""
 
 from __future__ import annotations
 
