@@ -219,7 +219,7 @@ def tma_layers() -> dict[tuple, str]:
 
 def tma_cases(everything: bool) -> list[Case]:
     """The convolutions that Hopper's kernel takes; what differs only in the box of pixels or in dtype is left out."""
-    from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not
+    from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not, why_not_tile
     from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS
 
     cases = {}
@@ -228,7 +228,7 @@ def tma_cases(everything: bool) -> list[Case]:
         dtypes = ("fp16", "bf16") if everything else ("bf16",)
         for dtype, (batch, tile) in itertools.product(dtypes, [(1, None), *((256, tile) for tile in chosen)]):
             conv = ConvShape((batch, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
-            if why_not(*conv, DTYPES[dtype]) is not None:
+            if why_not(*conv, DTYPES[dtype]) is not None or (tile and why_not_tile(conv, tile)):
                 continue
             if shortcut is not None:
                 shortcut_weight, step, size = shortcut

@@ -59,7 +59,7 @@ def compiled(tmp_path_factory, *options: str) -> list[dict]:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=2400,
     )
     assert run.returncode == 0, f"compile_kernels.py failed:\n{run.stderr[-5000:]}"
     records = json.loads(file.read_text())
