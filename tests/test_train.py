@@ -57,6 +57,8 @@ def test_what_is_printed_and_written(tmp_path, capsys):
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG") and len(list(tmp_path.iterdir())) == 2
 
 
+# Where oneDNN has no bfloat16, evaluation under autocast runs the model's own code, and says so.
+@pytest.mark.filterwarnings("ignore:resnet_kernels. the .cpu. backend needs a CPU with bfloat16:RuntimeWarning")
 @pytest.mark.slow(unless=lambda options: not options)
 @pytest.mark.parametrize("options", [[], ["--optimizer", "sgd", "--no-fused"], ["--amp"]], ids=" ".join)
 def test_resumed_is_bit_for_bit_the_uninterrupted_run(options, tmp_path, capsys):
