@@ -69,7 +69,7 @@ def convolve_as(form: Form, part: Part, values: Values, constants: AllConstants,
     scale, shift, weight = constants[step.out]
     weight = _weight(part, x) if weight is None else weight
     residual = None if step.residual is None or form.broadcasts else values[step.residual]
-    relu, geometry = step.relu and not form.broadcasts, _geometry(part, x)
+    relu, geometry = step.relu and not form.broadcasts, form.geometry
     if form.bare:
         scale = shift = None
     if form.adds is None or form.folds:

@@ -454,18 +454,6 @@ def test_choice_of_tiles():
         assert choose_config(*layer, may_split=True) is expected
 
 
-def test_a_descriptor_keeps_no_memory_and_is_made_once(monkeypatch):
-    """As on a GPU, where an address is all that a descriptor needs of its tensor."""
-    monkeypatch.setattr(conv_bias_act_tma, "is_interpreted", lambda: False)
-    x = torch.zeros(2, 8, 8, 64, dtype=FP16).permute(0, 3, 1, 2)
-    view = plan(ConvShape(tuple(x.shape), W, Geometry(padding=PAD)), True).views["x_desc"]
-    descriptor = conv_bias_act_tma.described(x, view)
-    assert conv_bias_act_tma.described(x, view) is descriptor
-    assert descriptor.base.data_ptr() == x.data_ptr() and not isinstance(descriptor.base, torch.Tensor)
-    assert conv_bias_act_tma.described(x, view._replace(box=(1, 1, 64, 64))) is not descriptor
-    assert conv_bias_act_tma._descriptor.cache_info().maxsize is not None
-
-
 BUG_CASES = (
     Case("", 2, 40, 7, 6, 72),
     Case("", 1, 64, 6, 5, 24, (3, 2), padding=((1, 0), (0, 2))),
