@@ -108,6 +108,13 @@ def test_every_candidate_of_tune(model, batch, dtype, rehearse):
     assert kinds <= tried.keys(), tried
 
 
+@pytest.mark.slow
+def test_a_later_launch_costs_the_host_a_fraction_of_tritons(rehearse):
+    """Seven times less in a quiet process; a third leaves room for a busy one."""
+    microseconds = rehearse("time", "resnet18")
+    assert microseconds["of it launching.py"] < microseconds["Triton in its place"] / 3, microseconds
+
+
 # What each has to be caught by: the command, a module of the kernels, a piece of its source and what is put in its place, and
 # words of the error.
 BUGS = {

@@ -175,9 +175,7 @@ def launch(
         projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
     todo = plan(conv, relu, is_interpreted() and x.dtype == torch.bfloat16, config, projection)
     config = todo.config
-    y = torch.empty(
-        geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    y = torch.empty(todo.y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     x = aligned(x)
     parity = x if "x01_desc" in todo.views else None
     tensors = dict(

@@ -148,9 +148,12 @@ class LaunchPlan:
 
 @dataclass(frozen=True)
 class Plan(LaunchPlan):
-    """max_registers: of a thread, where the compiler might take so many that a program less is resident."""
+    """y_shape: (N, C_out, out_h, out_w). max_registers: of a thread, where the compiler might take so many that a program
+    less is resident.
+    """
 
     config: TmaConfig
+    y_shape: tuple[int, int, int, int]
     max_registers: int | None
 
 
@@ -237,6 +240,7 @@ def plan(
             PARTS=config.parts,
         ),
         config,
+        geometry.out_shape(*conv[:2]),
         # Triton 3.6.0 takes up to 134 for a merged shortcut. Without a shortcut no limit is near.
         128 if shortcut and config.num_warps * config.programs_per_sm == 16 else None,
     )

@@ -116,8 +116,7 @@ class Prepared:
     def launch(self, device: torch.device, tensors: Mapping[str, Tensor | None], addresses: list[int]) -> None:
         """Launches on the current stream; addresses: of all tensors, 0 for one that is not there."""
         if self._function is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
-            self._compiled[self._grid](*self._in_order(tensors))
-            return
+            return self.launch_by_triton(tensors)
         arguments = self._known.copy()
         for place, which in self._pointers:
             arguments[place] = addresses[which]
@@ -129,6 +128,10 @@ class Prepared:
             self._function(*arguments)
         else:
             self._function(*arguments[: self._nested], tuple(arguments[self._nested :]))
+
+    def launch_by_triton(self, tensors: Mapping[str, Tensor | None]) -> None:
+        """The same by the compiled kernel's public launch."""
+        self._compiled[self._grid](*self._in_order(tensors))
 
     def _in_order(self, tensors: Mapping[str, Tensor | None], marks: Mapping[str, Any] | None = None) -> list[Any]:
         """The kernel's arguments, with descriptors; marks go in the places of other tensors."""
