@@ -103,18 +103,21 @@ class Prepared:
         ]
         self._tensors = sorted(places, key=lambda entry: entry[2])
         self._function: Callable[..., Any] | None = None
-        try:
-            self._learn(tensors)
-        except (AttributeError, LookupError, TypeError, ValueError):
-            self._function = None  # a Triton that launches in another way
+        self._has_learned = False
 
     @property
     def is_direct(self) -> bool:
-        """Whether Triton's C function is called, and nothing of Triton's around it."""
+        """Whether launches call Triton's C function, and nothing of Triton's around it; not before there was one."""
         return self._function is not None
 
     def launch(self, device: torch.device, tensors: Mapping[str, Tensor | None], addresses: list[int]) -> None:
         """Launches on the current stream; addresses: of all tensors, 0 for one that is not there."""
+        if not self._has_learned:
+            try:
+                self._learn(tensors)
+            except (AttributeError, LookupError, TypeError, ValueError):
+                pass  # a Triton that launches in another way
+            self._has_learned = True
         if self._function is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
             return self.launch_by_triton(tensors)
         arguments = self._known.copy()
