@@ -168,7 +168,11 @@ def conv_case(config, dtype: str, layer: str, weight_shape, geometry: Geometry, 
 
 def label(config) -> str:
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}" + (
-        f" k{config.split_k}" if getattr(config, "split_k", 1) > 1 else ""
+        f" k{config.split_k}"
+        if getattr(config, "split_k", 1) > 1
+        else " flat"
+        if getattr(config, "flatten", False)
+        else ""
     )
 
 

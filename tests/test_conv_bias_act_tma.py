@@ -464,7 +464,7 @@ BUG_CASES = (
 KERNEL, PARTS, PLAN = "conv_bias_act_tma", "conv_bias_act_tma_parts", "conv_bias_act_tma_plan"
 BUGS = {
     "images of one tile": (KERNEL, "box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
-    "every other tile left out": (KERNEL, "SPLIT_K, tl.num_programs(0))", "SPLIT_K, 2 * tl.num_programs(0))"),
+    "every other tile left out": (KERNEL, "SPLIT_K, tl.num_programs(0),", "SPLIT_K, 2 * tl.num_programs(0),"),
     "dropped residual": (PARTS, "if residual_desc is not None:", "if False:"),
     "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
     "dropped ReLU": (PARTS, "    if RELU:\n", "    if False:\n"),

@@ -83,6 +83,7 @@ def _conv_bias_act_tma_kernel(
     SKEW_W: tl.constexpr,
     SKIP: tl.constexpr,  # taps outside of the image: the box is one pixel of many images
     SPLIT_K: tl.constexpr,  # programs that share a tile's steps
+    FLATTEN: tl.constexpr,  # tiles and their steps are one loop, so that the next tile's loads go on behind this one's
     RELU: tl.constexpr,
     UPCAST: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -95,7 +96,7 @@ def _conv_bias_act_tma_kernel(
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     TILE: tl.constexpr = BLOCK_N * BLOCK_M
     PARKS: tl.constexpr = shortcut_desc is not None and shortcut_scale_ptr is not None
-    for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0)):
+    for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN):
         tile = share // SPLIT_K
         # Channels first: programs of one box of pixels, the larger operand, run at a time.
         channel = tile % tiles_c * BLOCK_N

@@ -230,6 +230,7 @@ def plan(
             # Not with a shortcut: both together spill.
             SKIP=box[1:] == (1, 1) and taps > 1 and not in_pairs and not shortcut,
             SPLIT_K=config.split_k,
+            FLATTEN=config.flatten,
             RELU=relu,
             UPCAST=upcast,
             BOX_N=box[0],
