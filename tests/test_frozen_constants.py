@@ -23,6 +23,7 @@ from resnet_kernels.verify import randomise_batch_norms_
 fixtures = (hopper,)
 CONTIGUOUS = torch.contiguous_format
 STAGES = (bottlenecks, preacts, basic_blocks, d2l)
+QUICK = (test_freeze._train, test_freeze._load, test_freeze._to, test_freeze._refresh)
 
 
 @pytest.fixture(autouse=True)
@@ -66,6 +67,7 @@ def _edited():
     return fused
 
 
+@pytest.mark.slow(unless=lambda make, what: make is basic_blocks or (make is preacts and what == "folding"))
 @pytest.mark.parametrize("what", ("folding", "a pass"))
 @pytest.mark.parametrize("make", STAGES, ids=lambda f: f.__name__)
 def test_constants_are_written_once(make, what, written, monkeypatch):
@@ -101,6 +103,7 @@ def test_on_an_explicit_backend_too(backend, written, monkeypatch):
     assert torch.equal(run(frozen, x), expected) and not written
 
 
+@pytest.mark.slow(unless=lambda make: make in (preacts, Net))
 @pytest.mark.parametrize("make", (*STAGES, Net), ids=lambda f: f.__name__)
 def test_every_launch_takes_the_kept_weight(make, hopper):
     """Under autocast all weights are cast: a launch that reads a live one would see zeros."""
@@ -116,6 +119,7 @@ def test_every_launch_takes_the_kept_weight(make, hopper):
         assert not torch.equal(run(rk.refresh(fused), x), before)
 
 
+@pytest.mark.slow(unless=lambda thaw: thaw in QUICK)
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_thawed_by(thaw):
     fused = _edited()
@@ -126,6 +130,7 @@ def test_thawed_by(thaw):
     assert _is_stale(fused)
 
 
+@pytest.mark.slow(unless=lambda thaw: thaw is test_freeze._refresh)
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_planted_bug_constants_that_always_hold_are_stale(thaw, monkeypatch):
     monkeypatch.setattr(freezing.FrozenCopies, "hold", lambda self: True)
@@ -172,6 +177,7 @@ def test_functional_call_uses_the_given_parameters():
     assert torch.equal(_call(fused), before)
 
 
+@pytest.mark.slow(unless=lambda copied: copied is copy.deepcopy)
 @pytest.mark.parametrize(
     "copied", (copy.deepcopy, test_freeze._pickled, test_freeze._saved), ids=lambda f: f.__name__.strip("_")
 )
