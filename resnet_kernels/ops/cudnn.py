@@ -1,8 +1,8 @@
 """cuDNN's convolutions, with what follows them inside (PyTorch's own two fused ops) or in a Triton pass of its own.
 
 The fused ops have no per-channel scale: it has to be in the weight. A plan (constants.py) brings such weights along, all made
-in one launch a call; a scale that comes here is multiplied into a copy, in three launches. Nothing folded is kept: it could go
-stale unseen.
+in one launch a call, or once if they are frozen; a scale that comes here is multiplied into a copy, in three launches. Nothing
+folded is kept here: it could go stale unseen.
 """
 
 from __future__ import annotations
