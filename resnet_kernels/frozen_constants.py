@@ -1,7 +1,7 @@
 """The constants of a plan of frozen modules: made once, and handed out again until one of the modules thaws.
 
-What constants.py makes in each call, and besides it each weight that a kernel would have to copy: one in another dtype or
-layout. Where a kernel reads the model's own weight, this is that very memory.
+What constants.py makes in each call, and besides it each weight and bias that a kernel would have to copy: one in another
+dtype or layout. Where a kernel reads the model's own weight, this is that very memory.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from .constants import Constants, LiveConstants, folded_bias, scaled_weight
 from .folding import bn_tensors
@@ -80,11 +81,15 @@ class FrozenConstants:
         live = self._live
         found, _ = live.vectors()
         for part, copies in zip(live.layers, kept):
+            out = part.step.out
+            bias, eps = None if part.child is None else part.child.bias, None if part.bn is None else part.bn.eps
             if live.has_vectors(part):
-                bias, eps = None if part.child is None else part.child.bias, None if part.bn is None else part.bn.eps
                 sources = bias, *bn_tensors(part.bn), eps
-                vectors = copies.first(("vectors", _path(part)), sources, lambda vectors=found[part.step.out]: vectors)
-                found[part.step.out] = vectors
+                found[out] = copies.first(("vectors", _path(part)), sources, lambda out=out: found[out])
+            elif bias is not None and out not in live.forms:
+                # In fp32, as kernels of ours take it: in another dtype chain_tma.py would have to copy it.
+                wide = copies.first(("bias", _path(part)), (bias,), partial(_wide, bias))
+                found[out] = Constants(None, wide)
         vectors = dict(found)  # a projection's shift is read by two
         for part, copies in zip(live.layers, kept):
             if not isinstance(part.step, ConvStep):
@@ -124,6 +129,10 @@ class _Made:
             }.values():
                 tensor.record_stream(stream)
             self._streams.add(stream.cuda_stream)
+
+
+def _wide(vector: Tensor) -> Tensor:
+    return vector.detach().float()
 
 
 def _path(part: Part) -> str:

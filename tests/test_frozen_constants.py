@@ -242,6 +242,19 @@ def test_kept_weights_are_as_a_descriptor_takes_them():
         assert constants.weight.is_contiguous(memory_format=CHANNELS_LAST) and constants.weight.data_ptr() % 16 == 0
 
 
+def test_biases_without_a_norm_are_kept_as_a_chain_takes_them(hopper):
+    stage, x = prepared(preacts, FP16)
+    fused = rk.fuse(stage, backend="triton", freeze=True)
+    assert torch.equal(run(fused, x), run(rk.fuse(stage, backend="triton"), x))
+    plan = plan_of(fused)
+    biases = {
+        part.step.out: part.child.bias for part in plan.parts if isinstance(part.child, nn.Conv2d) and part.bn is None
+    }
+    kept = {out: plan.constants.read()[out].shift for out in biases}
+    assert len(kept) == 4 and all(kept[out].dtype == torch.float32 for out in kept)
+    assert all(torch.equal(kept[out], biases[out].float()) for out in kept)
+
+
 def test_frozen_weights_are_folded_at_any_batch():
     """Folding bytes count once, so a pass over the output never saves any."""
     for batch in (1, 256):
