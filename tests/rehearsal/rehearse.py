@@ -131,7 +131,7 @@ def tune(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
         for problem in problems.build(noted, [batch], dtype, device):
             operands = problem.operands()
             for name, run in problem.candidates.items():
-                if name in ("cpu", "eager", "cudnn", "cudnn+add_relu", problems.APART):
+                if name in ("cpu", "eager", "cudnn", problems.APART):
                     continue
                 try:
                     count = launched(lambda run=run, operands=operands: run(*operands))
