@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from . import inference, reading, running, training
 from .models import d2l, resnet_v1, resnet_v2
 from .recipe import CannotRead, Recipe
-from .running import UNKNOWN, FusedState, Go, Known, drop_copies, say_once
+from .running import UNKNOWN, FusedState, Go, Known, drop_copies, say_runs_eager
 
 
 class Fused:
@@ -74,7 +74,7 @@ class FusedBlock(Fused):
         go, reason = (None, "") if state is None else running.decide(self, state.plan, state, x, known)
         if go is None:
             if reason:
-                say_once(reason)
+                say_runs_eager(reason)
             return type(self)._rk_original_class.forward(self, x), UNKNOWN
         return run(state.plan, state, go, x, known)
 
@@ -187,4 +187,4 @@ def _fuse_if_readable(block: nn.Module) -> None:
     try:
         fuse_block_(block)
     except CannotRead as reason:
-        say_once(f"{type(block).__name__} was built unfused: {reason}")
+        say_runs_eager(f"{type(block).__name__} was built unfused: {reason}")

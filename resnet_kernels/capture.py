@@ -5,7 +5,8 @@
 
 What a replay sees. A graph is a list of kernels with the addresses that they had. Those of the weights are the model's own:
 what is derived from them (BN's scale and shift, a weight in another layout, autocast's casts) was computed by kernels, too,
-so a replay computes it anew. Hence values that were edited in place, in any way, are seen. What a graph can't see is Python:
+so a replay computes it anew. Hence values that were edited in place, in any way, are seen; of a model that was fused with
+freeze=True it was computed before the capture, and a thaw has it captured again. What a graph can't see is Python:
 another tensor in the place of a parameter, another module, mode, hook, attribute or setting. Each call looks for these
 (watch.py), while the GPU is at work on the replay, and where it finds one it captures again.
 
@@ -43,7 +44,8 @@ _one_capture = threading.Lock()
 def capture(model: nn.Module, x: Tensor, *, copy: bool = True, max_graphs: int = 8) -> Callable[[Tensor], Any]:
     """Captures a model's inference on x in a CUDA graph; on the CPU, which has none, returns the model itself.
 
-    Gradients are never recorded, as under torch.no_grad(). Values of weights and buffers may be edited in place at any time.
+    Gradients are never recorded, as under torch.no_grad(). Values of weights and buffers may be edited in place at any time,
+    unless the model was fused with freeze=True.
 
     Args:
         model: any module of one tensor, in eval mode, fused or not; all of it on x's device.

@@ -4,6 +4,8 @@ All of it is made in each call from the live tensors, so that nothing can go sta
 writes all scales and shifts (kernels/bn_scale_shift.py), the other all weights that get their scale, or that cuDNN can't read
 as they are (kernels/fold_weights.py). Both are as good in a CUDA graph. Where a kernel can't take a tensor, PyTorch does the
 same.
+
+Of frozen modules it is made once and kept: frozen_constants.py.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from .ops import dispatch
 
 
 class Constants(NamedTuple):
-    """A layer's scale and shift, (C,), and its weight: None stands for the module's own.
+    """A layer's scale and shift, (C,), and its weight: None stands for the module's own, in the dtype of the call.
 
     Without a BN the shift is the convolution's bias. With BN in the weight there is no scale, and the shift is in the weight's
     dtype.
@@ -41,8 +43,7 @@ class LiveConstants:
     """
 
     def __init__(self, parts: list[Part], in_form: dict[int, Form], dtype: torch.dtype):
-        self._dtype = dtype
-        self._forms = in_form
+        self.layers, self.dtype, self.forms = parts, dtype, in_form
         # A projection's bias goes into another layer's, so its place has to be among the shifts.
         added = {form.adds for form in in_form.values() if form.folds}
         self._bare = [part for part in parts if part.bn is None and not _shift_is_read(part, in_form, added)]
@@ -54,21 +55,30 @@ class LiveConstants:
         self.weights: Any = None
         self._copied: list[Part] = []
 
+    def has_vectors(self, part: Part) -> bool:
+        """Whether a scale or a shift is made for a part; if not, a kernel reads the convolution's own bias."""
+        return part not in self._bare
+
     @property
     def tables(self) -> tuple:
         """What the launches read besides the model's own tensors: whoever replays them has to keep it."""
         return self.norms, self.weights
 
     def read(self) -> dict[int, Constants]:
-        """All constants, by the value that each layer makes; the one place where they are made, in each call anew."""
+        """All constants, by the value that each layer makes, in each call anew."""
+        found, flat = self.vectors()
+        if self._on_cudnn:
+            self._copy_weights(found, flat)
+        return found
+
+    def vectors(self) -> tuple[dict[int, Constants], tuple[Tensor, Tensor] | None]:
+        """All constants but weights; and the scales and shifts of all layers as two tensors, if one launch wrote them."""
         found = {part.step.out: Constants(None, part.child.bias) for part in self._bare}
         flat = None
         if self._parts:
             flat, vectors = self._scales_and_shifts()
             found.update((part.step.out, Constants(*pair)) for part, pair in zip(self._parts, vectors))
-        if self._on_cudnn:
-            self._copy_weights(found, flat)
-        return found
+        return found, flat
 
     def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor, Tensor]]]:
         """The scales and shifts of all parts, in one launch: flat, if it was one, and by part."""
@@ -98,12 +108,13 @@ class LiveConstants:
         if self.weights is not None:
             for part, (weight, bias) in zip(self._copied, self.weights.launch(*(flat or (None, None)))):
                 scale, shift, _ = before[part.step.out]
-                folds = self._forms[part.step.out].folds
+                folds = self.forms[part.step.out].folds
                 found[part.step.out] = Constants(None, bias, weight) if folds else Constants(scale, shift, weight)
         for part in self._on_cudnn:
-            form = self._forms[part.step.out]
+            form = self.forms[part.step.out]
             if form.folds and part not in self._copied:
-                found[part.step.out] = _fold_by_pytorch(part, form, before, self._dtype)
+                weight = scaled_weight(part.child.weight, before[part.step.out].scale, self.dtype)
+                found[part.step.out] = Constants(None, folded_bias(part, form, before, self.dtype), weight)
 
     def _table_of_weights(self, by_kernel: bool) -> tuple[Any, list[Part]]:
         """The table of the weights that are copied, and whose they are; (None, []) where there are none."""
@@ -114,9 +125,9 @@ class LiveConstants:
         starts = dict(zip((part.step.out for part in self._parts), self.norms.starts)) if by_kernel else {}
         layers, copied = [], []
         for part in self._on_cudnn:
-            form, weight = self._forms[part.step.out], part.child.weight
+            form, weight = self.forms[part.step.out], part.child.weight
             folds = form.folds and by_kernel
-            if not (folds or (needs_copy(weight, self._dtype) and not form.folds and form.on_cudnn)):
+            if not (folds or (needs_copy(weight, self.dtype) and not form.folds and form.on_cudnn)):
                 continue
             if not fold_weights.takes(weight) or (layers and weight.dtype != layers[0].weight.dtype):
                 continue
@@ -129,7 +140,7 @@ class LiveConstants:
                 )
             )  # fmt: skip
             copied.append(part)
-        return (fold_weights.Table(layers, self._dtype) if layers else None), copied
+        return (fold_weights.Table(layers, self.dtype) if layers else None), copied
 
 
 def _shift_is_read(part: Part, in_form: dict[int, Form], added: set[int | None]) -> bool:
@@ -166,11 +177,18 @@ def _by_pytorch(part: Part) -> tuple[Tensor | None, Tensor | None]:
     return scale_shift(_bias(part), part.bn)
 
 
-def _fold_by_pytorch(part: Part, form: Form, found: dict[int, Constants], dtype: torch.dtype) -> Constants:
-    scale, shift, _ = found[part.step.out]
-    weight = part.child.weight.detach()
+def scaled_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """A weight with its scale in it, as kernels and cuDNN read it: the weight's own memory if it is like that already."""
+    weight = weight.detach()
     weight = weight if scale is None else weight * scale[:, None, None, None]
+    weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
+    # What a TMA descriptor takes; a slice's address need not be a multiple of 16 bytes.
+    return weight if weight.data_ptr() % 16 == 0 else weight.clone(memory_format=torch.channels_last)
+
+
+def folded_bias(part: Part, form: Form, found: dict[int, Constants], dtype: torch.dtype) -> Tensor | None:
+    """The bias of a convolution with its scale in the weight: its shift, and that of the projection that it adds."""
+    shift = found[part.step.out].shift
     if form.adds is not None and (more := found[form.adds].shift) is not None:
         shift = more if shift is None else shift + more
-    shift = None if form.bare or shift is None else shift.to(dtype)
-    return Constants(None, shift, weight.to(dtype).contiguous(memory_format=torch.channels_last))
+    return None if form.bare or shift is None else shift.to(dtype)

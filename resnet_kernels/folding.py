@@ -1,11 +1,11 @@
 """BN as a scale and a shift, and the packed weights that oneDNN wants, with what makes them stale.
 
-On a GPU nothing folded is kept: launches.py reads the live tensors in each call. oneDNN has no per-channel scale, so on
-the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to notice every change of its
-sources. A version counter is not enough: fused optimizers, BN's own running statistics, `p.data.mul_()` and NumPy write
-under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and version, BN's vectors and the
-bias are compared in full, and the weight at 16 samples. Only single weights edited behind PyTorch's back can slip through;
-`resnet_kernels.refresh` is for that.
+On a GPU nothing folded is kept but of a frozen model: launches.py reads the live tensors in each call. oneDNN has no
+per-channel scale, so on the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to
+notice every change of its sources. A version counter is not enough: fused optimizers, BN's own running statistics,
+`p.data.mul_()` and NumPy write under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and
+version, BN's vectors and the bias are compared in full, and the weight at 16 samples. Only single weights edited behind
+PyTorch's back can slip through; `resnet_kernels.refresh` is for that.
 """
 
 from __future__ import annotations

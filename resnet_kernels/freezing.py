@@ -7,12 +7,13 @@ A fused module's copies hang on `FusedState.copies`, an object of its own that `
         copies = freezing.FrozenCopies.of(states, wirings)     # before the weights are read; None if not all are frozen
         ...                                                    # read the weights, write the copies
 
-PackedConv asks for itself, through `FusedState.trusts`.
+So do frozen_constants.py and watch.py. PackedConv asks for itself, through `FusedState.trusts`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -29,14 +30,14 @@ class FrozenCopies:
     """
 
     def __init__(self, states: Sequence[FusedState], wirings: Sequence[Wiring]):
-        self._then = [(state, state.copies) for state in states]
-        self._tensors = [
-            (registry, name, tensor)
-            for wiring in wirings
-            for child in wiring.children
-            for registry in (child._parameters, child._buffers)
-            for name, tensor in registry.items()
-        ]
+        self._states = [*states]
+        # Where each module keeps its copies; what is made of its weights as they are now belongs there.
+        self.of_state = [state.copies for state in states]
+        registries = (r for w in wirings for child in w.children for r in (child._parameters, child._buffers))
+        self._registries = [registry for registry in registries if registry]
+        # Held, so that no other tensor can have the id of one of them.
+        self._tensors = [*chain.from_iterable(map(dict.values, self._registries))]
+        self._ids = [*map(id, self._tensors)]
 
     @classmethod
     def of(cls, states: Sequence[FusedState], wirings: Sequence[Wiring]) -> FrozenCopies | None:
@@ -44,8 +45,10 @@ class FrozenCopies:
         return cls(states, wirings) if all(state.frozen for state in states) else None
 
     def hold(self) -> bool:
-        return all(state.frozen and state.copies is copies for state, copies in self._then) and all(
-            registry.get(name) is tensor for registry, name, tensor in self._tensors
+        return (
+            all(state.frozen and state.copies is copies for state, copies in zip(self._states, self.of_state))
+            # List against list: it is asked in each call.
+            and [*map(id, chain.from_iterable(map(dict.values, self._registries)))] == self._ids
         )
 
 

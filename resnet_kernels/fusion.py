@@ -55,9 +55,9 @@ def fuse(
         backend: "auto", "triton", "cudnn", "cpu" or "eager" (see ops/dispatch.py).
         normalize: (mean, std), a number a channel each, of images in 0..1. The fused model then takes uint8 images, 0..255,
             or floating-point ones in 0..1, (N, C, H, W), and gives what the model gives on ((x / 255) - mean) / std.
-        freeze: a promise that weights and statistics stay as they are in eval mode. They are folded once, and no call compares
-            them with their copies. train(), load_state_dict and .to(), of this model or of one around it, and refresh make
-            the next call fold anew; any other change has to be followed by refresh.
+        freeze: a promise that weights and statistics stay as they are in eval mode. They are folded, cast and laid out once,
+            and no call compares them with their copies. train(), load_state_dict and .to(), of this model or of one around
+            it, and refresh make the next call do so anew; any other change has to be followed by refresh.
 
     Raises:
         TypeError: if model is no nn.Module, or freeze no bool.

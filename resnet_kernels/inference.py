@@ -69,5 +69,5 @@ def _plan(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor) -> Plan:
     if plan is None or not plan.is_of(wirings):
         if len(plans) >= _MOST_PLANS:
             plans.clear()
-        plan = plans[key] = Plan(wirings, recipes, [state.path for state in states], x, gos[0].backend)
+        plan = plans[key] = Plan(wirings, recipes, states, x, gos[0].backend)
     return plan

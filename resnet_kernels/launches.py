@@ -3,7 +3,7 @@
 Steps and live modules go in, and a plan comes out: which steps share a launch (links.py), in which form each convolution runs
 (forms.py), in which order, and what is dead after each. It holds for one shape of the input, and is made anew when the shape,
 a module or a setting of one is another. Before the first launch all BNs become scales and shifts, and part of the weights get
-their scale, from the live tensors (constants.py).
+their scale, from the live tensors (constants.py); of frozen modules that is done once (frozen_constants.py).
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ from . import forms, links, plain, ranges
 from .constants import Constants, LiveConstants
 from .folding import scale_shift
 from .forms import Form
+from .frozen_constants import FrozenConstants
 from .links import Link, Part, Stem, window_of
 from .normalize import Normalize
-from .ops import conv_candidates, cudnn
+from .ops import cudnn
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
+from .running import FusedState
 from .wiring import Wiring
 
 Values = dict[int, Tensor]
@@ -58,7 +60,7 @@ def convolve(part: Part, values: Values, constants: AllConstants, backend: str) 
     # A kernel reads a residual of the output's shape; eager's add broadcasts a smaller one.
     fits = residual is None or residual.shape == geometry.out_shape(x.shape, conv.weight.shape)
     y = torch.ops.resnet_kernels.conv_bias_act.default(
-        x, conv.weight.to(x.dtype), shift, residual if fits else None, scale, *geometry, step.relu and fits, backend
+        x, _weight(part, x, constants), shift, residual if fits else None, scale, *geometry, step.relu and fits, backend
     )  # fmt: skip
     values[step.out] = y if fits else plain.add_broadcast(y, residual, step.relu)
 
@@ -66,17 +68,17 @@ def convolve(part: Part, values: Values, constants: AllConstants, backend: str) 
 def convolve_as(form: Form, part: Part, values: Values, constants: AllConstants, backend: str) -> None:
     """The same, in a form that was chosen beforehand: a candidate by its name, with no questions left."""
     step, x = part.step, values[part.step.x]
-    scale, shift, weight = constants[step.out]
-    weight = _weight(part, x) if weight is None else weight
+    (scale, shift, _), weight = constants[step.out], _weight(part, x, constants)
     residual = None if step.residual is None or form.broadcasts else values[step.residual]
-    relu, geometry = step.relu and not form.broadcasts, form.geometry
     if form.bare:
         scale = shift = None
     if form.adds is None or form.folds:
-        y = conv_candidates.run(form.name, x, weight, shift, residual, scale, geometry, relu)
+        y = form.run(x, weight, shift, residual, scale)
     else:
         own_scale, own_shift, _ = constants[form.adds]
-        y = cudnn.conv_then_epilogue(x, weight, shift, residual, scale, geometry, relu, own_scale, own_shift)
+        y = cudnn.conv_then_epilogue(
+            x, weight, shift, residual, scale, form.geometry, step.relu, own_scale, own_shift
+        )  # fmt: skip
     values[step.out] = plain.add_broadcast(y, values[step.residual], step.relu) if form.broadcasts else y
 
 
@@ -104,10 +106,10 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
     x, x0 = values[step.x], values[projection.x]
     (scale, shift, _), (projection_scale, projection_shift, _) = constants[step.out], constants[projection.out]
     shortcut = kernel.Shortcut(
-        x0, _weight(link.shortcut, x), projection_shift, projection_scale, _geometry(link.shortcut, x0)
+        x0, _weight(link.shortcut, x, constants), projection_shift, projection_scale, _geometry(link.shortcut, x0)
     )
     values[step.out] = kernel.launch(
-        x, _weight(link.conv3, x), shift, None, scale, _geometry(link.conv3, x), step.relu, shortcut=shortcut
+        x, _weight(link.conv3, x, constants), shift, None, scale, _geometry(link.conv3, x), step.relu, shortcut=shortcut
     )
 
 
@@ -118,7 +120,9 @@ def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> 
     x = values[link.conv2.step.x]
 
     def layer(part: Part | None) -> kernel.Layer | None:
-        return None if part is None else kernel.Layer(_weight(part, x), *constants[part.step.out][:2], part.step.relu)
+        if part is None:
+            return None
+        return kernel.Layer(_weight(part, x, constants), *constants[part.step.out][:2], part.step.relu)
 
     if link.shortcut is None:
         residual = values[link.conv3.step.residual]
@@ -139,11 +143,12 @@ def stem_and_pool(link: Stem, values: Values, constants: AllConstants, backend: 
     from .kernels import stem as kernel
 
     x = values[link.conv.step.x]
-    values[link.pool.step.out] = kernel.launch(x, _weight(link.conv, x), *constants[link.conv.step.out][:2])
+    values[link.pool.step.out] = kernel.launch(x, _weight(link.conv, x, constants), *constants[link.conv.step.out][:2])
 
 
-def _weight(part: Part, x: Tensor) -> Tensor:
-    return part.child.weight.to(x.dtype)
+def _weight(part: Part, x: Tensor, constants: AllConstants) -> Tensor:
+    weight = constants[part.step.out].weight
+    return part.child.weight.to(x.dtype) if weight is None else weight
 
 
 def _geometry(part: Part, x: Tensor) -> Geometry:
@@ -176,13 +181,19 @@ class Plan:
     """Launches in the order in which they can run."""
 
     def __init__(
-        self, wirings: Sequence[Wiring], recipes: Sequence[Recipe], paths: Sequence[str], x: Tensor, backend: str
+        self,
+        wirings: Sequence[Wiring],
+        recipes: Sequence[Recipe],
+        states: Sequence[FusedState],
+        x: Tensor,
+        backend: str,
     ):
         self.wirings, self.dtype = wirings, x.dtype
-        self.parts, self.result = parts_of(wirings, recipes, paths)
+        self.parts, self.result = parts_of(wirings, recipes, [state.path for state in states])
         self.settings = [_settings(part) for part in self.parts]
         chosen = links.choose(self.parts, self.result, x, backend)
-        in_form = forms.choose(self.parts, self.result, chosen, x, backend)
+        frozen = all(state.frozen for state in states)
+        in_form = forms.choose(self.parts, self.result, chosen, x, backend, frozen)
         launches = in_order(self.parts, chosen, in_form)
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
         # With the name that profilers show.
@@ -202,6 +213,8 @@ class Plan:
             in_form,
             x.dtype,
         )
+        if frozen:
+            self.constants = FrozenConstants(self.constants, states, wirings, x.device)
 
     def is_of(self, wirings: Sequence[Wiring]) -> bool:
         """Whether these are the modules, with the settings, that it was made for."""
@@ -230,10 +243,11 @@ class Plan:
         what = self.launches[0][1].what
         if len(self.launches) > 1 or not isinstance(what, Stem) or x.dtype not in stem_plan.IMAGE_DTYPES:
             return None
-        scale, shift, _ = self.constants.read()[what.conv.step.out]
+        scale, shift, weight = self.constants.read()[what.conv.step.out]
+        weight = what.conv.child.weight.to(self.dtype) if weight is None else weight
         mean, std = (None, None) if normalize is None else (normalize.mean, normalize.std)
         for _ in ranges.around(self.launches, ""):
-            return stem.launch(x, what.conv.child.weight.to(self.dtype), scale, shift, mean, std)
+            return stem.launch(x, weight, scale, shift, mean, std)
 
 
 def run_traced(recipe: Recipe, wiring: Wiring, x: Tensor, backend: str) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,11 +22,20 @@ class Copies:
     whether copies still hold.
 
     packs: by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, and the number of threads.
+    Both are the CPU's; what a frozen module has elsewhere is reached by `first`.
     """
 
     def __init__(self):
         self.packs: dict[str, PackedConv] = {}
         self.programs: dict[tuple, PackedProgram] = {}
+        self._first: dict[tuple, tuple[tuple, Any]] = {}
+
+    def first(self, key: tuple, sources: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` made of these very sources under this key at first, whatever is in them now."""
+        found = self._first.get(key)
+        if found is None or any(a is not b for a, b in zip(found[0], sources)):
+            found = self._first[key] = sources, make()
+        return found[1]
 
     def pack(self, name: str, pack: PackedConv) -> None:
         """Puts a pack in the place of an older one, which programs have in them."""

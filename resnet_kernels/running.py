@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from .programs import Copies
 from .recipe import CallStep, ConvStep, Recipe
 from .wiring import Wiring, child_at, has_hooks, wire
 
-_said: set[str] = set()
 _call_state = threading.local()
 
 
@@ -97,11 +95,9 @@ def tables_of(model: nn.Module) -> list[Any]:
     return [plan.constants.tables for state in states if state is not None for plan in state.plans.values()]
 
 
-def say_once(reason: str) -> None:
+def say_runs_eager(reason: str) -> None:
     """Warns that a call falls back to eager; once a reason and process."""
-    if reason not in _said:
-        _said.add(reason)
-        warnings.warn(f"resnet_kernels: {reason}; such calls run the model's own PyTorch code", RuntimeWarning, 5)
+    dispatch.say_once(f"{reason}; such calls run the model's own PyTorch code", 6)
 
 
 def has_global_hooks() -> bool:

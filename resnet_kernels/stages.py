@@ -98,7 +98,7 @@ def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
     if tuple(module._modules) != state.plan.names or any(
         module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules
     ):
-        running.say_once(
+        running.say_runs_eager(
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
         )
         return False
@@ -184,7 +184,7 @@ def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Kn
     if go is not None:
         return blocks.run(recipe, state, go, x, known)
     if reason:
-        running.say_once(reason)
+        running.say_runs_eager(reason)
     # One by one, as eager does: hooks fire, training BNs count.
     for path in recipe.modules:
         x = host._modules[path](x)

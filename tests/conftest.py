@@ -30,7 +30,6 @@ if torch.version.cuda is None:
     except RuntimeError:
         pass  # a torchvision that has them
 
-from resnet_kernels import running
 from resnet_kernels.ops import dispatch
 
 
@@ -47,7 +46,7 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _says_again():
     # Each fallback is said once a process; each test is to hear its own.
-    running._said.clear()
+    dispatch._said.clear()
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest's own, which leaves out what -m leaves out

@@ -12,6 +12,7 @@ import weakref
 
 import pytest
 import torch
+from oracle import assert_within_budget
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -464,6 +465,33 @@ def test_gpu_edits_are_seen_and_replacements_captured(backend):
         assert run._watch is not watch
         rk.unfuse_(model)
         torch.testing.assert_close(run(x), model(x))
+
+
+@gpu
+@pytest.mark.parametrize("backend", ("auto", "cudnn", "triton"))
+def test_gpu_a_frozen_models_graph_reads_constants_that_were_made_before(backend):
+    model = rk.fuse(gpu_model("eager"), backend=backend, freeze=True)
+    x = torch.randn(2, 3, 64, 64, device="cuda")
+    with torch.no_grad():
+        run = rk.capture(model, x)
+        watch, before = run._watch, run(x)
+        _assert_is_eagers(before, model, x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            _assert_is_eagers(model(x), model, x)
+        model.layer1[0].bn1.running_var.add_(1)
+        torch.testing.assert_close(run(x), before)
+        assert run._watch is watch
+        rk.refresh(model)
+        noise = [torch.full_like(p, float("nan")) for p in model.parameters()]  # where the dropped constants were
+        after = run(x)
+        _assert_is_eagers(after, model, x)
+        assert run._watch is not watch and not torch.allclose(after, before) and noise
+
+
+def _assert_is_eagers(y, model, x):
+    eager = rk.unfuse_(copy.deepcopy(model))
+    assert_within_budget(y, eager(x), eager.double()(x.double()))
 
 
 @gpu

@@ -166,21 +166,21 @@ def test_an_add_that_broadcasts(what, called, monkeypatch):
     assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
 
 
-def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3):
+def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3, freeze=False):
     """By the name of each step, the forms of a network's plans; nothing is computed."""
     found, original = {}, launches.Plan.__init__
 
-    def init(plan, wirings, recipes, paths, x, backend):
-        original(plan, wirings, recipes, paths, x, backend)
+    def init(plan, *arguments):
+        original(plan, *arguments)
         found.update((name, launch.run.args[0]) for name, launch in plan.launches if hasattr(launch.run, "args"))
 
     with torch.device("meta"):
-        fused = rk.fuse(net().eval().to(dtype, memory_format=layout), backend="auto")
+        fused = rk.fuse(net().eval().to(dtype, memory_format=layout), backend="auto", freeze=freeze)
         x = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=layout)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launches.Plan, "__init__", init)
-        for module in ("constants", "launches"):
-            patch.setattr(f"resnet_kernels.{module}.LiveConstants.read", lambda constants: _Anything())
+        for kind in ("constants.LiveConstants", "frozen_constants.FrozenConstants"):
+            patch.setattr(f"resnet_kernels.{kind}.read", lambda constants: _Anything())
         patch.setattr(launches, "convolve_as", _shape_only)
         run(fused, x)
     return found
@@ -201,7 +201,7 @@ def test_bytes_decide(called):
     """ResNet-50 in bf16: outputs are the larger at batch 256, the weights of the last stages at batch 1."""
     large = forms_of(models.resnet50, 256, torch.bfloat16)
     stem = large["conv1+bn1+relu"]
-    assert len(large) == 53 and stem == forms.Form("cudnn+epilogue", stem.geometry)
+    assert len(large) == 53 and stem == forms.Form("cudnn+epilogue", stem.geometry, stem.run)
     assert all(form.folds for name, form in large.items() if name != "conv1+bn1+relu")
     small = forms_of(models.resnet50, 1, torch.bfloat16)
     folded = {name for name, form in small.items() if form.folds}

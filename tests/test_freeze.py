@@ -222,9 +222,10 @@ def _bias(fused):
     fused[1].conv1.bias = nn.Parameter(torch.ones(32))
 
 
-@pytest.mark.parametrize(
-    "change", (_hook, _bn_mode, _module, _parameter, _eps, _stride, _bias), ids=lambda f: f.__name__
-)
+CHANGES = (_hook, _bn_mode, _module, _parameter, _eps, _stride, _bias)
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:resnet_kernels. in a")
 def test_what_is_looked_at_as_ever(change):
     fused = _frozen()

@@ -29,7 +29,6 @@ def gpu(monkeypatch):
     launched = []
     monkeypatch.setattr("resnet_kernels.kernels.first_launch.launch", launched.append)
     monkeypatch.setattr(launching, "_known", {})
-    monkeypatch.setattr(dispatch, "_said", set())
     dispatch.why_not.cache_clear()
     yield launched
     dispatch.why_not.cache_clear()

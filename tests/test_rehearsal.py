@@ -71,6 +71,13 @@ def test_a_networks_launches(rehearse):
 
 
 @pytest.mark.slow
+def test_a_frozen_networks_launches(rehearse):
+    """In both layouts: none writes scales and shifts."""
+    count = {name: launches for name, launches in RESNET18.items() if name != "_bn_scale_shift_kernel"}
+    assert rehearse("call", "resnet18", "--freeze") == {"1": count}
+
+
+@pytest.mark.slow
 def test_copies_outlive_their_launches(rehearse):
     """Operands in a layout that no kernel reads."""
     assert all(rehearse("copies").values())

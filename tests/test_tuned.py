@@ -246,7 +246,7 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     dispatch.why_not.cache_clear()
     cuda = torch.device("cuda", 0)
     if dispatch.why_not("cudnn", "cuda", torch.bfloat16) is None:
-        first = ["cudnn", "cudnn+add_relu", "cudnn+epilogue"]
+        first = ["cudnn", "cudnn+epilogue"]
     else:
         first = ["eager"]  # a PyTorch without cuDNN
     asked = CONV._replace(c_in=96, weight_shape=(64, 96, 3, 3), residual=True, in_h=8, in_w=8)
@@ -289,6 +289,7 @@ def ran(monkeypatch):
         (None, "cpu"),
         ("cudnn", "cpu"),
         ("tma 128x128x64 w8 s3 p4", "cpu"),
+        ("cudnn+add_relu", "cpu"),  # of a table that an earlier version measured
         ("warp drive", "cpu"),
     ],
 )
@@ -315,20 +316,18 @@ def test_the_environment_goes_over_the_table(write, monkeypatch):
     assert names == ["eager"]
 
 
-@pytest.mark.parametrize("name", ("cudnn+add_relu", "cudnn+epilogue"))
-def test_cudnn_and_a_pass_after_it(name, device):
+def test_cudnn_and_a_pass_after_it(device):
     """The candidates' own arithmetic; nothing in it needs cuDNN but its speed."""
     skip_unless_runnable("triton", device, torch.float32)
     *tensors, geometry, _ = operands(residual=True)
     tensors = [t.to(device) for t in tensors]
     x, weight, bias, residual, scale = tensors
-    calls = [(x, weight, bias, residual, scale, geometry, True)]
-    if name == "cudnn+epilogue":
-        calls += [(x, weight, bias, residual, scale, geometry, False), (x, weight, bias, None, None, geometry, False)]
-        calls += [(x, weight, None, None, None, geometry, relu) for relu in (True, False)]
+    calls = [(x, weight, bias, residual, scale, geometry, relu) for relu in (True, False)]
+    calls.append((x, weight, bias, None, None, geometry, False))
+    calls += [(x, weight, None, None, None, geometry, relu) for relu in (True, False)]
     before = [t.clone() for t in tensors]
     for call in calls:
-        y = conv_candidates.run(name, *call)
+        y = conv_candidates.run("cudnn+epilogue", *call)
         wide = [None if t is None else t.double() for t in call[:5]]
         expected = rk.reference.conv_bias_act(*call)
         assert_within_budget(y, expected, rk.reference.conv_bias_act(*wide, *call[5:]))

@@ -2,7 +2,6 @@
 
 cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table. cudnn is one fused operation
                              where there is a ReLU, on a weight with the scale in it
-cudnn+add_relu               cuDNN's convolution, then one pass for the residual add and the ReLU
 cudnn+epilogue               cuDNN's convolution, then one pass for all that follows; no weight is folded
 pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
 tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
@@ -11,6 +10,7 @@ shared 128x64x32 w4 s2 p4    a tile of kernels/tap_sharing_tma.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ def _pair(values: tuple[int, int]) -> str:
 
 
 # What takes a weight with the scale in it.
-FOLDING = ("cudnn", "cudnn+add_relu")
+FOLDING = ("cudnn",)
 # What runs without a table where a ReLU follows and the weight has its scale in it, or none. "cudnn+epilogue" in this place
 # turns cuDNN's fused operations off wherever no table names them.
 FUSED = "cudnn"
@@ -87,8 +87,7 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
     if names[0] == "cpu":
         names.append("eager")
     if able("cudnn"):
-        others = ["cudnn", "cudnn+add_relu"] if problem.residual and problem.relu else ["cudnn"]
-        others = others if folds(dtype) or not problem.scale else []
+        others = ["cudnn"] if folds(dtype) or not problem.scale else []
         others += ["cudnn+epilogue"] if able("triton") else []
         names += [name for name in others if name not in names]
     if able("triton"):
@@ -149,6 +148,22 @@ def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, de
     return name in candidates(problem, batch, dtype, device)
 
 
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
+def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> Run:
+    """`run` for a known problem: a function of (x, weight, bias, residual, scale), with all decided that can be."""
+    geometry, relu = problem.geometry, problem.relu
+    if name == "triton" or name.startswith("tma "):
+        from ..kernels import conv_bias_act_tma as kernel
+        from ..kernels.conv_bias_act_tma_plan import ConvShape, why_not
+
+        shapes = ConvShape(problem.x_shape(batch), problem.weight_shape, geometry)
+        if name != "triton" or (kernel.runs_on(device) and why_not(*shapes, dtype) is None):
+            return kernel.Bound(shapes, relu, dtype, device, None if name == "triton" else _tiles()[name])
+    return lambda x, weight, bias, residual, scale: run(name, x, weight, bias, residual, scale, geometry, relu)
+
+
 def run(
     name: str,
     x: Tensor,
@@ -175,8 +190,6 @@ def run(
         return conv_bias_act.launch(*operands, None if name == "triton" else _tiles()[name])
     if name == "cudnn":
         y = cudnn.conv_bias_act(*operands)
-    elif name == "cudnn+add_relu":
-        y = cudnn.conv_bias_then_add_relu(x, weight, bias, residual, scale, geometry)
     elif name == "cudnn+epilogue":
         y = cudnn.conv_then_epilogue(*operands)
     elif name == "cpu" and x.shape[0]:

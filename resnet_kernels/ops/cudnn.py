@@ -1,8 +1,8 @@
 """cuDNN's convolutions, with what follows them inside (PyTorch's own two fused ops) or in a Triton pass of its own.
 
 The fused ops have no per-channel scale: it has to be in the weight. A plan (constants.py) brings such weights along, all made
-in one launch a call; a scale that comes here is multiplied into a copy, in three launches. Nothing folded is kept: it could go
-stale unseen.
+in one launch a call, or once if they are frozen; a scale that comes here is multiplied into a copy, in three launches. Nothing
+folded is kept here: it could go stale unseen.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from . import dispatch
 from .geometry import Geometry
 
 
@@ -37,21 +36,6 @@ def conv_bias_act(
         return torch.cudnn_convolution_relu(x, weight, bias, *arguments)
     residual = residual.contiguous(memory_format=torch.channels_last)
     return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *arguments)
-
-
-def conv_bias_then_add_relu(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, scale: Tensor | None, geometry: Geometry
-) -> Tensor:
-    """The same in two steps: cuDNN may have a faster kernel for the convolution where it adds nothing."""
-    x, weight, bias, (stride, padding, dilation, groups) = _operands(x, weight, bias, scale, geometry)
-    y = torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
-    y = y.contiguous(memory_format=torch.channels_last)
-    residual = residual.contiguous(memory_format=torch.channels_last)
-    if y.numel() and dispatch.why_not_on("triton", x.device, x.dtype) is None:
-        from ..kernels import add_relu
-
-        return add_relu.launch(y, residual)
-    return torch.relu_(y.add_(residual))
 
 
 def conv_then_epilogue(

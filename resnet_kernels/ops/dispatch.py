@@ -77,7 +77,7 @@ def untuned(device: torch.device, dtype: torch.dtype) -> str:
         return "eager"
     if preferred == "cudnn" and (reason := why_not_on("triton", device, dtype)) is not None:
         # By ATen operations folding BN takes more launches than it saves, so nothing there is to be gained over eager.
-        _say_once(f'backend="auto" runs PyTorch\'s own operations on {device}: Triton {reason}')
+        say_once(f'backend="auto" runs PyTorch\'s own operations on {device}: Triton {reason}')
         return "eager"
     return preferred
 
@@ -90,10 +90,11 @@ def passes_on_triton(backend: str, device: torch.device, dtype: torch.dtype) -> 
 _said: set[str] = set()
 
 
-def _say_once(text: str) -> None:
+def say_once(text: str, stacklevel: int = 3) -> None:
+    """Warns; once a text and process. stacklevel: of warnings.warn."""
     if text not in _said:
         _said.add(text)
-        warnings.warn(f"resnet_kernels: {text}", RuntimeWarning, 3)
+        warnings.warn(f"resnet_kernels: {text}", RuntimeWarning, stacklevel)
 
 
 def why_not_on(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:

@@ -1,6 +1,7 @@
 """Launches everything that a network would launch on a GPU, on the stand-in; test_rehearsal.py starts it.
 
     python rehearse.py call resnet18 --batch 1 2 256       inference, then the same inside a capture
+    python rehearse.py call resnet18 --freeze              the same of a frozen network
     python rehearse.py train resnet50 --batch 2            a training step
     python rehearse.py copies                              operands in layouts that no kernel reads
     python rehearse.py tune resnet50 --batch 1             every candidate that `tune` would measure there
@@ -57,19 +58,28 @@ def launched(run) -> Counter[str]:
 
 
 def call(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
-    """A second call launches what the first one did; so does one inside a capture, with counters of its own."""
+    """A second call launches what the first one did; so does one inside a capture, with counters of its own.
+
+    A frozen network's first call has constants to write besides, and its captured one reads what earlier ones have written.
+    """
     found = {}
     # A layout that no kernel reads, too: copies of weights and images then have to outlive their launches.
     formats = (torch.contiguous_format, torch.channels_last) if options.batch == [1] else (torch.channels_last,)
     for memory_format in formats:
-        fused = rk.fuse(network(options.model, options.dtype, memory_format).eval(), backend="triton")
+        model = network(options.model, options.dtype, memory_format).eval()
+        fused = rk.fuse(model, backend="triton", freeze=options.freeze)
         with torch.no_grad():
             for batch in options.batch:
                 x = images(batch, options.dtype)
                 first, second = (launched(partial(fused, x)) for _ in range(2))
-                assert first == second, f"a second call launches {second}, the first one {first}"
+                if options.freeze:
+                    assert first > second, f"a frozen network's second call launches {second}, the first one {first}"
+                else:
+                    assert first == second, f"a second call launches {second}, the first one {first}"
                 captured = capture(partial(fused, x), mode)
                 assert captured == second, f"a captured call launches {captured}, an ordinary one {second}"
+                cloned = mode.called["aten.clone.default"]
+                assert not (options.freeze and cloned), f"a frozen network's call copies {cloned} tensors"
                 found[batch] = dict(second)
     return found
 
@@ -122,7 +132,7 @@ def tune(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
         for problem in problems.build(noted, [batch], dtype, device):
             operands = problem.operands()
             for name, run in problem.candidates.items():
-                if name in ("cpu", "eager", "cudnn", "cudnn+add_relu", problems.APART):
+                if name in ("cpu", "eager", "cudnn", problems.APART):
                     continue
                 try:
                     count = launched(lambda run=run, operands=operands: run(*operands))
@@ -192,6 +202,7 @@ def main() -> None:
     parser.add_argument("what", choices=RUNS)
     parser.add_argument("model", choices=sorted(rk.models.BY_NAME), nargs="?")
     parser.add_argument("--batch", type=int, nargs="+", default=[1])
+    parser.add_argument("--freeze", action="store_true")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", type=str)
     options = parser.parse_args()
     options.dtype = DTYPES[options.dtype]
