@@ -64,7 +64,7 @@ def _plan(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor) -> Plan:
     recipes, states, gos = zip(*blocks)
     wirings = [go.wiring for go in gos]
     plans = states[0].plans
-    key = recipes[0].modules, len(blocks), x.shape, x.dtype, gos[0].backend, tuned.generation()
+    key = recipes[0].modules, len(blocks), x.shape, x.dtype, x.device, gos[0].backend, tuned.generation()
     plan = plans.get(key)
     if plan is None or not plan.is_of(wirings):
         if len(plans) >= _MOST_PLANS:
