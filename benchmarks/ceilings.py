@@ -3,10 +3,12 @@
 copy     HBM: a tensor copied into another, reads and writes counted
 matmul   a large product in bf16 (cuBLAS)
 l2       a buffer that fits into L2 read again and again by every multiprocessor, past L1
+l2_tma   the same by TMA, in boxes as large as an operand's of a convolution
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resnet_kernels.timing import Timing, interleave
 
 BLOCK = 4096
+# Pixels and channels of bf16: 16 KiB.
+BOX = (128, 64)
 # Of programs: four for each of an H200's multiprocessors.
 PROGRAMS = 4 * 132
 # Bytes of the buffers read from L2; an H200 has 50 MB in two halves, and a program reads both.
@@ -31,6 +35,16 @@ def _read_kernel(x_ptr, sums_ptr, n_blocks, rounds, BLOCK: tl.constexpr):
     for i in tl.range(0, rounds, loop_unroll_factor=4):
         # Each program starts elsewhere; .cg: not from L1.
         acc += tl.load(x_ptr + (pid + i) % n_blocks * BLOCK + offs, cache_modifier=".cg")
+    tl.store(sums_ptr + pid, tl.sum(acc))
+
+
+@triton.jit
+def _read_by_tma_kernel(desc, sums_ptr, n_boxes, rounds, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    pid = tl.program_id(0)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    # Four boxes on their way: num_stages of the loop itself, or only loads for a product would be.
+    for i in tl.range(0, rounds, num_stages=4):
+        acc += desc.load([(pid + i) % n_boxes * ROWS, 0]).to(tl.float32)
     tl.store(sums_ptr + pid, tl.sum(acc))
 
 
@@ -55,19 +69,30 @@ def matmul(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
     return {"size": n, "tflop_per_s": 2 * n**3 / timing.median / 1e12, **timing.to_dict()}
 
 
-def l2(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
+def l2(device: torch.device, seconds: float, dry: bool, *, by_tma: bool = False) -> dict[str, Any]:
     found = {}
-    for size in (2 * 4 * BLOCK,) if dry else L2_BUFFERS:
-        programs, n_blocks = (2, size // 4 // BLOCK) if dry else (PROGRAMS, size // 4 // BLOCK)
+    rows, columns = BOX
+    # Bytes and elements of what a program reads in a round.
+    block, elements = (2 * rows * columns, rows * columns) if by_tma else (4 * BLOCK, BLOCK)
+    for size in (2 * block,) if dry else L2_BUFFERS:
+        programs, n_blocks = 2 if dry else PROGRAMS, size // block
         rounds = 8 if dry else 1024
-        x, sums = torch.ones(size // 4, device=device), torch.empty(programs, device=device)
+        sums = torch.empty(programs, device=device)
+        if by_tma:
+            x = torch.ones(n_blocks * rows, columns, dtype=torch.bfloat16, device=device)
+            desc = TensorDescriptor.from_tensor(x, [rows, columns])
+        else:
+            x = torch.ones(size // 4, device=device)
 
         def read(x=x, sums=sums, n_blocks=n_blocks, rounds=rounds, programs=programs):
-            _read_kernel[(programs,)](x, sums, n_blocks, rounds, BLOCK=BLOCK, num_warps=8)
+            if by_tma:
+                _read_by_tma_kernel[(programs,)](desc, sums, n_blocks, rounds, ROWS=rows, COLUMNS=columns, num_warps=8)  # noqa: B023
+            else:
+                _read_kernel[(programs,)](x, sums, n_blocks, rounds, BLOCK=BLOCK, num_warps=8)
 
         timing = _time(read, device, seconds / len(L2_BUFFERS), dry)
-        moved = 4 * BLOCK * rounds * programs
-        right = bool((sums == BLOCK * rounds).all())
+        moved = block * rounds * programs
+        right = bool((sums == elements * rounds).all())
         found[str(size)] = {
             "bytes": moved,
             "tb_per_s": moved / timing.median / 1e12,
@@ -81,7 +106,7 @@ def _time(call, device: torch.device, seconds: float, dry: bool) -> Timing:
     return interleave({"": call}, seconds=0 if dry else seconds, device=device)[""]
 
 
-CEILINGS = {"copy": copy, "matmul": matmul, "l2": l2}
+CEILINGS = {"copy": copy, "matmul": matmul, "l2": l2, "l2_tma": partial(l2, by_tma=True)}
 
 
 class View(NamedTuple):

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_session OUTDIR [--seconds 440] [--dry-run]: act 2, every number, most valuable first.
+"""python -m benchmarks.gpu_session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2, every number, most valuable first.
 
     session.json      device, driver, versions, commit; what each section took, and how it ended
     ceilings.json     copy, matmul, L2; which descriptors the driver takes
@@ -7,7 +7,8 @@
     gpu_tests.json    the tests that a GPU runs, one by one, with what time is left
     log.txt           what all of them printed
 
-gpu_checks.py is act 1: what it finds wrong is to be mended before a number is taken.
+gpu_checks.py is act 1: what it finds wrong is to be mended before a number is taken, and what crashed or hung there is not
+tried again: its denied.json.
 
 Each section has a share of the time that is left. Whatever crashes or hangs costs its section alone; a section that is done
 early leaves the rest to those behind it. Without a GPU everything runs dry: on the CPU, in small.
@@ -69,6 +70,7 @@ class Session:
     out: Path
     seconds: float
     dry: bool
+    denied: Path | None = None
     begin: float = field(default_factory=time.monotonic)
     sections: dict[str, dict[str, Any]] = field(default_factory=dict)
     benchmarks: dict[str, Any] = field(default_factory=lambda: {"benchmarks": [], "absent": []})
@@ -171,6 +173,8 @@ def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             output = Path(work) / "output.txt"
             arguments = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", str(path.relative_to(ROOT))]
+            # What is slow under the interpreter is not on a GPU; without -m pytest leaves it out.
+            arguments += ["-m", "not compile_only"]
             ended = session.command(arguments, end - time.monotonic(), output)
             found[path.name] = {"ended": ended, **_read_tests(output.read_text(errors="replace"))}
         session.write("gpu_tests.json", {"files": found})
@@ -202,6 +206,8 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
     """ResNet-50 at 256 and 1 first, then its training, then the other networks at 256."""
     end = time.monotonic() + seconds
     table = ["--output", str(session.out / session.key.file_name), "--samples"]
+    if session.denied is not None:
+        table += ["--without", str(session.denied)]
     runs = (
         (0.6, ["--model", "resnet50", "--batch-size", "256", "1"]),
         (0.5, ["--model", "resnet50", "--batch-size", "256", "--training"]),
@@ -275,12 +281,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, metavar="OUTDIR", help="made if it is not there")
     parser.add_argument("--seconds", type=float, default=440.0, help="for all of it (default: 440)")
+    parser.add_argument("--denied", type=Path, help="act 1's denied.json (default: OUTDIR's, if there is one)")
     parser.add_argument(
         "--dry-run", action="store_true", help="on the CPU, in small; goes without saying if there is no GPU"
     )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
-    session = Session(options.out.resolve(), options.seconds, options.dry_run or not torch.cuda.is_available())
+    denied = options.denied or options.out / "denied.json"
+    if options.denied is not None and not denied.exists():
+        parser.error(f"--denied: there is no file {denied}")
+    session = Session(
+        options.out.resolve(),
+        options.seconds,
+        options.dry_run or not torch.cuda.is_available(),
+        denied.resolve() if denied.exists() else None,
+    )
     # As Ctrl-C: what runs is ended, and what is known is written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Dry, all of them have as little to do.

@@ -13,9 +13,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .folding import bn_tensors, scale_shift
+from .folding import scale_shift
 from .forms import Form, needs_copy
 from .links import Part
 from .ops import dispatch
@@ -48,7 +48,9 @@ class LiveConstants:
         added = {form.adds for form in in_form.values() if form.folds}
         self._bare = [part for part in parts if part.bn is None and not _shift_is_read(part, in_form, added)]
         self._parts = [part for part in parts if part.bn is not None or _shift_is_read(part, in_form, added)]
-        self._on_cudnn = [part for part in parts if part.step.out in in_form]
+        self._on_cudnn = [part for part in parts if part.step.out in in_form and in_form[part.step.out].on_cudnn]
+        # Looked up in each call, past nn.Module's own lookup, which takes ten times as long.
+        self._sources = [source for part in self._parts for source in _sources(part)]
         self.norms: Any = None
         self.weights: Any = None
         self._copied: list[Part] = []
@@ -80,17 +82,18 @@ class LiveConstants:
 
     def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor, Tensor]]]:
         """The scales and shifts of all parts, in one launch: flat, if it was one, and by part."""
-        vectors = [(*bn_tensors(part.bn), _bias(part)) for part in self._parts]
-        eps = tuple(0.0 if part.bn is None else part.bn.eps for part in self._parts)
-        # cuDNN's backend uses the kernel, too, where Triton is there: PyTorch takes six launches a layer.
-        if _on_triton(next(vector for vector in vectors[0] if vector is not None).device):
-            from .kernels import bn_scale_shift
+        tensors = [registry[name] for registry, name in self._sources]
+        eps = tuple([0.0 if part.bn is None else part.bn.eps for part in self._parts])
+        if self.norms is None or not self.norms.are(tensors, eps):
+            before, self.norms = self.norms, None
+            # cuDNN's backend uses the kernel, too, where Triton is there: PyTorch takes six launches a layer.
+            if _on_triton(next(tensor for tensor in tensors if tensor is not None).device):
+                from .kernels import bn_scale_shift
 
-            if self.norms is None or not self.norms.are(vectors, eps):
-                before = self.norms
+                vectors = [tuple(tensors[i : i + 5]) for i in range(0, len(tensors), 5)]
                 self.norms = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
-                # Vectors start elsewhere now.
-                self.weights = self.weights if self.norms is before else None
+            # Vectors start elsewhere now.
+            self.weights = self.weights if self.norms is before else None
         if self.norms is not None:
             flat = self.norms.launch()
             return flat, self.norms.split(*flat)
@@ -145,6 +148,21 @@ def _shift_is_read(part: Part, in_form: dict[int, Form], added: set[int | None])
     form = in_form.get(part.step.out)
     folds = form is not None and form.folds
     return part.bn is None and _bias(part) is not None and (part.step.out in added or folds)
+
+
+def _sources(part: Part) -> list[tuple[dict[str, Any], str]]:
+    """Where a part's (weight, bias, running_mean, running_var, conv_bias) are found in each call."""
+    places = [(part.bn, name) for name in ("weight", "bias", "running_mean", "running_var")] + [(part.child, "bias")]
+    return [_NOTHING if module is None else (_registry(module, name), name) for module, name in places]
+
+
+_NOTHING = ({"nothing": None}, "nothing")
+
+
+def _registry(module: nn.Module, name: str) -> dict[str, Any]:
+    # In a replica (nn.DataParallel) parameters are attributes.
+    registries = (module._parameters, module._buffers, module.__dict__)
+    return next(registry for registry in registries if name in registry)
 
 
 def _bias(part: Part) -> Tensor | None:

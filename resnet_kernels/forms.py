@@ -1,4 +1,4 @@
-"""In which form a plan runs each convolution on cuDNN: what follows it inside, or in a Triton pass of its own.
+"""In which form a plan runs each convolution: on which kernel, and, on cuDNN, what follows it inside or in a pass of its own.
 
 A table's answer goes first. Without one bytes decide, layer by layer: cuDNN's fused operation needs BN's scale in the weight,
 a read and a write of the weight in each call, while a pass of its own reads and writes the output. At batch 256 the outputs
@@ -20,6 +20,7 @@ from torch import Tensor
 from . import links
 from .links import Link, Part, Stem
 from .ops import conv_candidates, dispatch
+from .ops.geometry import Geometry
 from .recipe import ConvStep
 
 
@@ -27,13 +28,15 @@ from .recipe import ConvStep
 class Form:
     """How one convolution runs.
 
-    name: of a candidate (ops/conv_candidates.py). folds: its weight and bias come from the launch that folds all of a plan.
+    name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size.
+    folds: its weight and bias come from the launch that folds all of a plan.
     adds: the projection whose shift, and scale unless it is folded, this one applies; by the value that the projection makes.
     bare: it is such a projection: nothing follows its convolution. broadcasts: its residual is smaller than its output, so
     that eager's own add and ReLU follow.
     """
 
     name: str
+    geometry: Geometry
     folds: bool = False
     adds: int | None = None
     bare: bool = False
@@ -54,11 +57,9 @@ def choose(
         result: the value that the caller gets.
         chosen: the links, by each value that one of their parts makes.
         x: the plan's input.
-        backend: "tuned" decides by a table or by bytes, "cudnn" folds whatever has a BN; for the others there are none.
+        backend: "tuned" decides by a table or by bytes, "cudnn" folds whatever has a BN; for any other it is the form's name.
         frozen: whether folded weights are kept.
     """
-    if backend not in ("cudnn", "tuned"):
-        return {}
     shapes = links.shapes_of(parts, {0: x.shape}, x.dtype)
     found: dict[int, Form] = {}
     untuned: list[Part] = []
@@ -70,15 +71,15 @@ def choose(
         asked = links.conv_problem(part, shapes[part.step.x])
         if broadcasts:
             asked = asked._replace(residual=False, relu=False)
-        name = "cudnn" if backend == "cudnn" else conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)
-        if name is None:
+        name = backend
+        if backend == "tuned" and not (name := conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)):
             untuned.append(part)
             name = _by_bytes(part, asked, shapes, x, frozen)
         folds = name in conv_candidates.FOLDING and part.bn is not None
-        found[step.out] = Form(name, folds, broadcasts=broadcasts)
+        found[step.out] = Form(name, asked.geometry, folds, broadcasts=broadcasts)
     if dispatch.untuned(x.device, x.dtype) == "cudnn":
         for adding, projection in _projections(untuned, parts, result):
-            found.update(_together(adding, projection, found[adding.step.out], shapes, x, frozen))
+            found.update(_together(adding, projection, found, shapes, x, frozen))
     return found
 
 
@@ -111,8 +112,9 @@ def _projections(untuned: list[Part], parts: Sequence[Part], result: int) -> lis
 
 
 def _together(
-    adding: Part, projection: Part, form: Form, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
+    adding: Part, projection: Part, found: dict[int, Form], shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
 ) -> dict[int, Form]:
+    form, bare = found[adding.step.out], found[projection.step.out]
     if form.broadcasts:
         return {}
     asked = links.conv_problem(adding, shapes[adding.step.x])._replace(scale=False)
@@ -125,8 +127,8 @@ def _together(
     )
     name = fused if folds else "cudnn+epilogue"
     return {
-        adding.step.out: Form(name, folds, adds=projection.step.out),
-        projection.step.out: Form("cudnn+epilogue", folds and projection.bn is not None, bare=True),
+        adding.step.out: Form(name, form.geometry, folds, adds=projection.step.out),
+        projection.step.out: Form("cudnn+epilogue", bare.geometry, folds and projection.bn is not None, bare=True),
     }
 
 

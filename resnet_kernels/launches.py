@@ -70,7 +70,7 @@ def convolve_as(form: Form, part: Part, values: Values, constants: AllConstants,
     step, x = part.step, values[part.step.x]
     (scale, shift, _), weight = constants[step.out], _weight(part, x, constants)
     residual = None if step.residual is None or form.broadcasts else values[step.residual]
-    relu, geometry = step.relu and not form.broadcasts, _geometry(part, x)
+    relu, geometry = step.relu and not form.broadcasts, form.geometry
     if form.bare:
         scale = shift = None
     if form.adds is None or form.folds:

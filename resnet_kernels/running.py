@@ -292,12 +292,20 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
 def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
     if not wiring.is_of(owner) or not wiring.is_current() or wiring.why_not_now() is not None:
         return False
+    if not _runs_on_packs(state, wiring):
+        return True
     packs = state.copies.packs
     return all(
         step.conv in packs and state.trusts(packs[step.conv], conv, bn)
         for step, conv, bn in wiring.steps
         if isinstance(step, ConvStep)
     )
+
+
+def _runs_on_packs(state: FusedState, wiring: Wiring) -> bool:
+    """Whether a call may need packed weights, which only oneDNN does."""
+    on_cpu = any(conv.weight.device.type == "cpu" for conv in wiring.convs[:1])
+    return on_cpu and dispatch.requested(state.backend) in ("auto", "cpu")
 
 
 def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor, Known] | None:

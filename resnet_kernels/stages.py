@@ -164,6 +164,7 @@ def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Rec
         if go is None or go.learns:
             break
         together.append((state.plan, state, go))
+        known = Known(backend=(state.backend, go.backend))  # the next one gets what this one makes
         channels = launches.out_channels(state.plan, go.wiring)
         if channels is None:
             break

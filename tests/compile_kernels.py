@@ -168,7 +168,11 @@ def conv_case(config, dtype: str, layer: str, weight_shape, geometry: Geometry, 
 
 def label(config) -> str:
     return f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}" + (
-        f" k{config.split_k}" if getattr(config, "split_k", 1) > 1 else ""
+        f" k{config.split_k}"
+        if getattr(config, "split_k", 1) > 1
+        else " flat"
+        if getattr(config, "flatten", False)
+        else ""
     )
 
 
@@ -236,7 +240,7 @@ def tma_cases(everything: bool) -> list[Case]:
             todo = plan(conv, True, config=tile, shortcut=None if shortcut is None else projection)
             arguments, aligned, constants = specialise(todo.integers)
             # A projection takes the residual's place.
-            views = todo.views if shortcut else todo.views | dict(residual_desc=todo.views["y_desc"])
+            views = {n: view for n, view in todo.views.items() if not shortcut or n != "residual_desc"}
             types = {n: f"tensordesc<{dtype}[{','.join(map(str, view.box))}]>" for n, view in views.items()}
             types |= dict.fromkeys(("scale_ptr", "bias_ptr"), "*fp32")
             if shortcut:
@@ -262,8 +266,7 @@ def sharing_cases() -> list[Case]:
     for config, (channels, size) in itertools.product(CONFIGS, ((64, 56), (256, 14))):
         todo = plan((256, channels, size, size), channels, True, False, config)
         arguments, aligned, constants = specialise(todo.integers)
-        views = todo.views | {f"{name}_residual_desc": todo.views[f"{name}_y_desc"] for name in ("even", "odd")}
-        types = {n: f"tensordesc<bf16[{','.join(map(str, view.box))}]>" for n, view in views.items()}
+        types = {n: f"tensordesc<bf16[{','.join(map(str, view.box))}]>" for n, view in todo.views.items()}
         types |= dict.fromkeys(("scale_ptr", "bias_ptr"), "*fp32") | arguments
         cases.append(
             Case(SHARING_KERNEL, label(config), "bf16", f"3x3 {channels}", config.num_warps, config.num_stages, types,

@@ -68,6 +68,28 @@ def test_usage(tmp_path):
     assert run.returncode == 2 and "usage: " in run.stderr
 
 
+def test_what_act_1_denied_is_not_tuned(tmp_path, monkeypatch):
+    noted = []
+
+    def command(session, arguments, seconds, output=None, **environment):
+        noted.append(arguments)
+        return "done"
+
+    monkeypatch.setattr(gpu_session.Session, "command", command)
+    sections(monkeypatch, tune=gpu_session.tune)
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text("[]")
+    for arguments, expected in (([], None), (["--denied", str(elsewhere)], elsewhere)):
+        assert gpu_session.main([str(tmp_path / "out"), "--dry-run", *arguments]) == 0
+        *_, last = noted
+        assert ("--without" in last) == (expected is not None) and (expected is None or str(expected) in last)
+    beside = tmp_path / "out" / "denied.json"
+    beside.write_text("[]")
+    assert gpu_session.main([str(tmp_path / "out"), "--dry-run"]) == 0 and str(beside) in noted[-1]
+    with pytest.raises(SystemExit):
+        gpu_session.main([str(tmp_path / "out"), "--dry-run", "--denied", str(tmp_path / "nothing.json")])
+
+
 def hangs(session, seconds):
     return {"ended": session.command(["-c", "import time; time.sleep(600)"], 1.0)}
 

@@ -172,7 +172,7 @@ FOLD_BUGS = {
     "scale of another layer": ("scale_ptr + scale_start + offs_o,", "scale_ptr + offs_o,"),
     "scale where there is none": ("tl.where(scale_start < 0, 0, c_out)", "c_out"),
     "the projection's shift left out": ("tl.where(more_start < 0, 0, c_out)", "0"),
-    "swapped scale and shift": ("self._table, self._owners, scale, shift,", "self._table, self._owners, shift, scale,"),
+    "swapped scale and shift": ("scale_ptr=scale, shift_ptr=shift,", "scale_ptr=shift, shift_ptr=scale,"),
     "taps left innermost": ("if inner == n_k:", "if n_k == n_k:"),
     "transposed taps": ("(offs_k % inner) * (n_k // inner) + offs_k // inner", "(offs_k // inner) * inner + offs_k % inner"),
     "ragged tail of taps and channels": ("(offs_k < n_k)[None, :]", "(offs_k < n_k // 4 * 4)[None, :]"),

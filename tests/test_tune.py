@@ -339,6 +339,31 @@ def test_a_lost_gpu_is_noted_and_passed_over(small_in_zoo, tmp_path, monkeypatch
     assert tune(DRY, path)[0] == 0 and len(json.loads(path.read_text())["records"]) > 3
 
 
+def test_denied_candidates_are_left_out(small_in_zoo, tmp_path, monkeypatch, capsys):
+    measured, denied = {}, tmp_path / "denied.json"
+
+    def quick(problem, seconds, samples):
+        measured[problem.key] = {*problem.candidates}
+        return {**entry(problem.key, "cpu", problem.batch), "default": problem.default, "candidates": {}}
+
+    monkeypatch.setattr(tuning, "measure", quick)
+    assert tune(DRY, tmp_path / "all.json")[0] == 0
+    before = dict(measured)
+    first, second, *rest = (key for key in before if key.startswith("conv "))
+    assert all({"cpu", "eager"} <= names for names in before.values())
+    rows = [("eager", None), ("*", first), ("cpu", second)]
+    denied.write_text(json.dumps([{"candidate": name, "problem": key, "why": "hung"} for name, key in rows]))
+    measured.clear()
+    assert tune([*DRY, "--without", str(denied)], tmp_path / "left.json")[0] == 0
+    assert measured.keys() == before.keys()
+    assert measured[first] == {"cpu"}  # the default runs without a table, too
+    assert all(measured[key] == before[key] - {"eager"} for key in (second, *rest))
+    for text in ('{"candidate": 1}', "[{}]", "no JSON"):
+        denied.write_text(text)
+        assert cli.main([*DRY, "--output", str(tmp_path / "t.json"), "--without", str(denied)]) == 2
+        assert "must hold a JSON list" in capsys.readouterr().err
+
+
 def test_the_budget_is_kept(small_in_zoo, tmp_path, capsys):
     path = tmp_path / "t.json"
     assert tune([*DRY, "--seconds", "0"], path) == (0, None)

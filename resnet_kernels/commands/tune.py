@@ -8,8 +8,10 @@ already is passed over, unless --again is given.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,6 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", type=Path, help="the table's file (default: in the user's cache directory)")
     parser.add_argument("--again", action="store_true", help="measure what these versions have measured already, too")
+    parser.add_argument(
+        "--without",
+        type=Path,
+        metavar="FILE",
+        help='candidates to leave out: JSON, a list of {candidate, problem}; "*" is every candidate, null every problem',
+    )
     parser.add_argument("--samples", action="store_true", help="write all samples, and not only medians, p20 and p80")
     parser.add_argument(
         "--dry-run",
@@ -55,11 +63,13 @@ def run(options: argparse.Namespace) -> int:
     before = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
     announce = common.announce(False)
+    denied = set() if options.without is None else _denied(options.without)
     try:
         layers = {}
         for name in options.model:
             announce(f"running {name}")
-            layers |= _problems(options, name, device, _DTYPES[dtype_name])
+            for whole, found in _problems(options, name, device, _DTYPES[dtype_name]).items():
+                layers[whole] = [_left(problem, denied) for problem in found]
         announce("")
         result = autotuner.measure(
             layers,
@@ -96,6 +106,25 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned.DeviceKey]
     if key is None:
         raise ValueError(f"--device must be a CUDA device, got {device}")
     return device, key
+
+
+def _denied(path: Path) -> set[tuple[str, str | None]]:
+    try:
+        return {(row["candidate"], row["problem"]) for row in json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--without: {path} must hold a JSON list of objects with candidate and problem ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _left(problem: Problem, denied: set[tuple[str, str | None]]) -> Problem:
+    """A problem without the candidates that are denied; the default stays, as it runs without a table anyway."""
+    candidates = {
+        name: run
+        for name, run in problem.candidates.items()
+        if name == problem.default or denied.isdisjoint({(name, None), (name, problem.key), ("*", problem.key)})
+    }
+    return replace(problem, candidates=candidates)
 
 
 def _problems(

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import launching
+
 BLOCK_SIZE = 512
 NUM_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
@@ -73,32 +75,35 @@ class Layers:
         first = _one_of(vectors[0])
         self.dtype, self.device = first.dtype, first.device
         self.sizes = [_one_of(layer).numel() for layer in vectors]
-        self.addresses = _addresses(vectors)
+        self.addresses = _addresses([tensor for layer in vectors for tensor in layer])
         self.eps = eps
         self.starts = [sum(self.sizes[:i]) for i in range(len(vectors) + 1)]
         self._pointers, self._starts = (torch.tensor(t, device=self.device) for t in (self.addresses, self.starts))
         self._eps = torch.tensor(self.eps, dtype=torch.float32, device=self.device)
+        # Programs: layers x blocks of BLOCK_SIZE channels, as many as the widest layer has.
+        self._grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))
+        self._prepared: dict = {}
 
-    def are(self, vectors: Sequence[Vectors], eps: tuple[float, ...]) -> bool:
-        """Whether the table is of these."""
-        return self.eps == eps and self.addresses == _addresses(vectors)
+    def are(self, tensors: Sequence[Tensor | None], eps: tuple[float, ...]) -> bool:
+        """Whether the table is of these; tensors: all layers' vectors, one after the other."""
+        return self.eps == eps and self.addresses == _addresses(tensors)
 
     def launch(self) -> tuple[Tensor, Tensor]:
         """Returns the scales and the shifts of all layers, one after the other, in fp32; `split` cuts them."""
-        scale, shift = torch.empty((2, sum(self.sizes)), dtype=torch.float32, device=self.device).unbind()
-        # Programs: layers x blocks of BLOCK_SIZE channels, as many as the widest layer has.
-        grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))
-        with torch.cuda.device_of(scale):
-            _bn_scale_shift_kernel[grid](
-                self._pointers, self._starts, self._eps, scale, shift,
-                DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS,
-                enable_fp_fusion=True,
-            )  # fmt: skip
+        scale, shift = (torch.empty(self.starts[-1], dtype=torch.float32, device=self.device) for _ in range(2))
+        tensors = dict(
+            pointers_ptr=self._pointers, starts_ptr=self._starts, eps_ptr=self._eps, scale_ptr=scale, shift_ptr=shift
+        )
+        launching.launch(
+            _bn_scale_shift_kernel, self._grid, self.device, tensors,
+            dict(DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE), self._prepared,
+            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        )  # fmt: skip
         return scale, shift
 
     def split(self, scale: Tensor, shift: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Views of each layer's scale and shift."""
-        return list(zip(scale.split(self.sizes), shift.split(self.sizes)))
+        return list(zip(scale.split_with_sizes(self.sizes), shift.split_with_sizes(self.sizes)))
 
 
 def takes(vectors: Sequence[Vectors]) -> bool:
@@ -116,6 +121,6 @@ def _one_of(layer: Vectors) -> Tensor:
     return layer[4] if layer[2] is None else layer[2]
 
 
-def _addresses(vectors: Sequence[Vectors]) -> list[int]:
-    """Where each layer's vectors are, 0 for one that is not there."""
-    return [0 if t is None else t.data_ptr() for layer in vectors for t in layer]
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where they are, 0 for one that is not there."""
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

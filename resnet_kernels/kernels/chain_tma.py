@@ -30,7 +30,7 @@ from torch import Tensor
 from ..ops.geometry import Geometry
 from . import launching
 from .chain_tma_plan import BLOCK_VECTORS, ChainConfig, ShortcutShape, plan
-from .conv_bias_act_tma import aligned, described, is_interpreted, multiprocessors
+from .conv_bias_act_tma import aligned, dense, is_interpreted, multiprocessors
 from .conv_bias_act_tma_parts import convolve
 
 
@@ -229,18 +229,15 @@ def launch(
     tensors |= dict(zip(BLOCK_VECTORS, vectors))
     # Kept until the launch: a descriptor doesn't.
     tensors = {name: None if tensor is None else _aligned(tensor) for name, tensor in tensors.items()}
-    descriptors = {
-        name: tensor if tensor is None else described(tensor, todo.views[name]) for name, tensor in tensors.items()
-    }
-    pointers = dict(scale2_ptr=conv2.scale, shift2_ptr=conv2.shift)
-    pointers |= dict(scale1_ptr=next_conv1 and next_conv1.scale, shift1_ptr=next_conv1 and next_conv1.shift)
-    pointers = {name: None if vector is None else vector.contiguous() for name, vector in pointers.items()}
+    tensors |= dict(scale2_ptr=dense(conv2.scale), shift2_ptr=dense(conv2.shift))
+    tensors |= dict(
+        scale1_ptr=dense(next_conv1 and next_conv1.scale), shift1_ptr=dense(next_conv1 and next_conv1.shift)
+    )
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
-    with torch.cuda.device_of(x):
-        launching.launch(
-            _chain_tma_kernel, programs, x.device, descriptors | pointers, todo.integers | todo.constants,
-            todo.prepared, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launching.launch(
+        _chain_tma_kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     return y, z
 
 

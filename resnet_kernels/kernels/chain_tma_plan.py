@@ -5,7 +5,7 @@ The 3x3's views and boxes of pixels are conv_bias_act_tma_plan.py's; all behind 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -13,7 +13,7 @@ import torch
 
 from ..ops.geometry import Geometry
 from . import conv_bias_act_tma_plan as conv
-from .conv_bias_act_tma_plan import ConvShape, View
+from .conv_bias_act_tma_plan import ConvShape, LaunchPlan, View
 from .conv_bias_act_tma_tiles import TmaConfig
 
 
@@ -170,14 +170,8 @@ def choose_config(kind: Kind, c_in: int) -> ChainConfig:
 
 
 @dataclass(frozen=True)
-class ChainPlan:
-    """A launch without its pointers: what depends on shapes only. All by the names of the kernel's arguments."""
-
+class ChainPlan(LaunchPlan):
     config: ChainConfig
-    views: dict[str, View]
-    integers: dict[str, int]
-    constants: dict[str, object]
-    prepared: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)
@@ -234,7 +228,6 @@ def plan(
     views |= dict.fromkeys(BLOCK_VECTORS, vector)
     shared = "KERNEL_H KERNEL_W N_CHUNKS IN_PAIRS SKEW_H SKEW_W UPCAST BOX_N BOX_H BOX_W BLOCK_K".split()
     return ChainPlan(
-        config,
         views,
         {name: front.integers[name] for name in ("n_tiles", "tiles_h", "tiles_w", "lead_h", "lead_w")},
         {name: front.constants[name] for name in shared}
@@ -251,4 +244,5 @@ def plan(
             KEEP_SUM=keep_sum,
             TAIL_STAGES=config.tail_stages,
         ),
+        config,
     )

@@ -17,6 +17,7 @@ and the product is rounded once, at the store.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -24,8 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.geometry import Geometry
-from . import conv_bias_act_tma
+from . import conv_bias_act_tma, launching
 from .conv_bias_act_tma_plan import why_not as why_not_tma
+
+# Plans kept, as conv_bias_act_tma_plan's.
+_CACHED = 512
+_why_not_tma = lru_cache(_CACHED)(why_not_tma)
 
 
 @dataclass(frozen=True)
@@ -201,7 +206,7 @@ def launch(
     and where `config` names one of its tiles.
     """
     if config is None and conv_bias_act_tma.runs_on(x.device):
-        if why_not_tma(x.shape, weight.shape, geometry, x.dtype) is None:
+        if _why_not_tma(x.shape, weight.shape, geometry, x.dtype) is None:
             return conv_bias_act_tma.launch(x, weight, bias, residual, scale, geometry, relu)
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
     batch, c_out = x.shape[0], weight.shape[0]
@@ -223,21 +228,39 @@ def launch(
     bias = None if bias is None else bias.contiguous()
     scale = None if scale is None else scale.contiguous()
 
-    groups = geometry.groups
-    c_in_group, c_out_group = weight.shape[1], c_out // groups
-    n_pixels = batch * out_h * out_w
-    config = config or choose_config(n_pixels, c_in_group, c_out_group, x.dtype)
+    config, grid, fixed, prepared = _plan(
+        x.shape, weight.shape, geometry, relu, x.dtype, allows_tf32(x.dtype), config
+    )  # fmt: skip
+    tensors = dict(x_ptr=x, w_ptr=weight, scale_ptr=scale, bias_ptr=bias, residual_ptr=residual, y_ptr=y)
+    launching.launch(
+        _conv_bias_act_kernel, grid, x.device, tensors, fixed, prepared,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+@lru_cache(_CACHED)
+def _plan(
+    x_shape: tuple[int, ...],
+    weight_shape: tuple[int, ...],
+    geometry: Geometry,
+    relu: bool,
+    dtype: torch.dtype,
+    tf32: bool,
+    config: ConvConfig | None,
+) -> tuple[ConvConfig, tuple[int, int], dict[str, object], dict]:
+    """The tile, the grid, all arguments but tensors, and what launches of them find out. tf32: part of the key alone."""
+    (batch, _, in_h, in_w), (c_out, c_in_group, *kernel), groups = x_shape, weight_shape, geometry.groups
+    out_h, out_w = geometry.out_size((in_h, in_w), kernel)
+    n_pixels, c_out_group = batch * out_h * out_w, c_out // groups
+    config = config or choose_config(n_pixels, c_in_group, c_out_group, dtype)
     # Programs: tiles of pixels x tiles of one group's output channels, then groups.
     grid = (triton.cdiv(n_pixels, config.block_m) * triton.cdiv(c_out_group, config.block_n), groups)
-    with _device_of(x):
-        _conv_bias_act_kernel[grid](
-            x, weight, scale, bias, residual, y,
-            n_pixels, x.shape[2], x.shape[3], out_h, out_w, c_in_group, c_out_group, groups,
-            geometry.padding[0], geometry.padding[2],
-            **constexprs(x.dtype, weight.shape, geometry, relu, config),
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
-    return y
+    integers = dict(
+        n_pixels=n_pixels, in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, c_in=c_in_group, c_out=c_out_group,
+        groups=groups, pad_top=geometry.padding[0], pad_left=geometry.padding[2],
+    )  # fmt: skip
+    return config, grid, integers | constexprs(dtype, weight_shape, geometry, relu, config), {}
 
 
 def constexprs(dtype: torch.dtype, weight_shape, geometry: Geometry, relu: bool, config: ConvConfig) -> dict:
@@ -270,8 +293,3 @@ def allows_tf32(dtype: torch.dtype) -> bool:
 def is_interpreted() -> bool:
     """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1 before triton was imported)."""
     return not isinstance(_conv_bias_act_kernel, triton.JITFunction)
-
-
-def _device_of(x: Tensor):
-    # Triton launches on the current device, which need not be the tensor's.
-    return torch.cuda.device_of(x)

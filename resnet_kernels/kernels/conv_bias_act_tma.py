@@ -29,7 +29,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..ops.geometry import Geometry
 from . import launching
@@ -43,13 +42,9 @@ from .conv_bias_act_tma_parts import (
     park,
     store_part,
 )
-from .conv_bias_act_tma_plan import ConvShape, View, plan
+from .conv_bias_act_tma_plan import ConvShape, plan
 from .conv_bias_act_tma_tiles import TmaConfig
 from .counters import zeros
-
-# Descriptors kept: four a convolution, ResNet-152 has 155.
-_CACHED = 1024
-_OPTIONAL = ("x01_desc", "x10_desc", "x11_desc", "shortcut_desc", "shortcut_w_desc", "residual_desc")
 
 
 @triton.jit
@@ -88,6 +83,7 @@ def _conv_bias_act_tma_kernel(
     SKEW_W: tl.constexpr,
     SKIP: tl.constexpr,  # taps outside of the image: the box is one pixel of many images
     SPLIT_K: tl.constexpr,  # programs that share a tile's steps
+    FLATTEN: tl.constexpr,  # tiles and their steps are one loop, so that the next tile's loads go on behind this one's
     RELU: tl.constexpr,
     UPCAST: tl.constexpr,
     BOX_N: tl.constexpr,
@@ -100,7 +96,7 @@ def _conv_bias_act_tma_kernel(
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     TILE: tl.constexpr = BLOCK_N * BLOCK_M
     PARKS: tl.constexpr = shortcut_desc is not None and shortcut_scale_ptr is not None
-    for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0)):
+    for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN):
         tile = share // SPLIT_K
         # Channels first: programs of one box of pixels, the larger operand, run at a time.
         channel = tile % tiles_c * BLOCK_N
@@ -180,38 +176,33 @@ def launch(
         projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
     todo = plan(conv, relu, is_interpreted() and x.dtype == torch.bfloat16, config, projection)
     config = todo.config
-    y = torch.empty(
-        geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
-    )
+    y = torch.empty(todo.y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     x = aligned(x)
-    # Copies live in local names until the launch: a descriptor keeps no memory, and what is freed is handed out again.
-    tensors = dict(x_desc=x, x01_desc=x, x10_desc=x, x11_desc=x, w_desc=aligned(weight), y_desc=y)
-    vectors = dict(scale_ptr=scale, bias_ptr=bias, shortcut_scale_ptr=None, shortcut_bias_ptr=None)
+    parity = x if "x01_desc" in todo.views else None
+    tensors = dict(
+        x_desc=x, x01_desc=parity, x10_desc=parity, x11_desc=parity, w_desc=aligned(weight), y_desc=y,
+        residual_desc=None if residual is None else aligned(residual), scale_ptr=dense(scale), bias_ptr=dense(bias),
+        shortcut_desc=None, shortcut_w_desc=None, shortcut_scale_ptr=None, shortcut_bias_ptr=None,
+    )  # fmt: skip
     if shortcut is not None:
-        tensors |= dict(shortcut_desc=aligned(shortcut.x), shortcut_w_desc=aligned(shortcut.weight))
-        vectors |= dict(shortcut_scale_ptr=shortcut.scale, shortcut_bias_ptr=shortcut.bias)
-    vectors = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
-    descriptors = {name: described(tensors[name], view) for name, view in todo.views.items()}
-    if residual is not None:
-        residual = aligned(residual)
-        descriptors["residual_desc"] = described(residual, todo.views["y_desc"])
+        tensors |= dict(
+            shortcut_desc=aligned(shortcut.x), shortcut_w_desc=aligned(shortcut.weight),
+            shortcut_scale_ptr=dense(shortcut.scale), shortcut_bias_ptr=dense(shortcut.bias),
+        )  # fmt: skip
     n_tiles, split_k = todo.integers["n_tiles"], config.split_k
     programs = min(n_tiles * split_k, multiprocessors(x.device) * config.programs_per_sm)
     # Per call: the allocator knows which streams and graphs use it.
     parked = counters = None
-    if split_k > 1 or vectors["shortcut_scale_ptr"] is not None:
+    if split_k > 1 or tensors["shortcut_scale_ptr"] is not None:
         tiles = n_tiles * split_k if split_k > 1 else programs
         parked = torch.empty(tiles * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
     if split_k > 1:
         counters = zeros(n_tiles, x.device)
-    with torch.cuda.device_of(x):
-        launching.launch(
-            _conv_bias_act_tma_kernel, programs, x.device,
-            dict.fromkeys(_OPTIONAL) | descriptors | vectors | dict(parked_ptr=parked, counter_ptr=counters),
-            todo.integers | todo.constants, todo.prepared,
-            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    tensors |= dict(parked_ptr=parked, counter_ptr=counters)
+    launching.launch(
+        _conv_bias_act_tma_kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views,
+        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers, enable_fp_fusion=True,
+    )  # fmt: skip
     return y
 
 
@@ -225,42 +216,15 @@ def runs_on(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and _capability(device)[0] == 9
 
 
-class _Address:
-    """As much of a tensor as a descriptor asks for, without keeping its memory."""
-
-    __slots__ = ("address", "dtype")
-
-    def __init__(self, address: int, dtype: torch.dtype):
-        self.address, self.dtype = address, dtype
-
-    def data_ptr(self) -> int:
-        return self.address
-
-
-def described(tensor: Tensor, view: View) -> TensorDescriptor:
-    """A descriptor of a view of a tensor that is dense in memory, and that the caller keeps until the launch."""
-    *layout, offset = view
-    if is_interpreted():
-        # It copies the tensors behind the arguments to and fro.
-        return TensorDescriptor(
-            torch.as_strided(tensor, (1,), (1,), tensor.storage_offset() + offset), *map(list, layout)
-        )
-    return _descriptor(tensor.data_ptr() + offset * tensor.element_size(), tensor.dtype, view)
-
-
-@lru_cache(_CACHED)
-def _descriptor(address: int, dtype: torch.dtype, view: View) -> TensorDescriptor:
-    """A descriptor says where and how large, not what: a freed tensor's is right for whatever lies there next.
-
-    Hence an entry can't go stale; it is made once for the addresses that PyTorch's allocator hands out again and again.
-    """
-    return TensorDescriptor(_Address(address, dtype), *map(list, view[:3]))
-
-
 def aligned(tensor: Tensor) -> Tensor:
     """channels_last, at an address that a descriptor takes: a multiple of 16 bytes, which a slice's need not be."""
     tensor = tensor.contiguous(memory_format=torch.channels_last)
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.channels_last)
+
+
+def dense(vector: Tensor | None) -> Tensor | None:
+    """A vector as a kernel reads it, element beside element."""
+    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
 
 
 @lru_cache

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -127,20 +127,34 @@ class View(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A launch without its pointers: what depends on shapes only.
+class LaunchPlan:
+    """A launch without its tensors: what depends on shapes only, by the names of the kernel's arguments.
 
-    views: by the kernel's argument; integers: its run-time numbers; constants: its compile-time ones.
-    max_registers: of a thread, where the compiler might take so many that a program less is resident.
+    views: of tensors, there or not, that are handed over as descriptors. integers: run-time numbers. constants: compile-time
+        ones.
     prepared: what launches of it found out, see launching.py.
     """
 
-    config: TmaConfig
     views: dict[str, View]
     integers: dict[str, int]
     constants: dict[str, object]
+    prepared: dict = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+
+    @cached_property
+    def fixed(self) -> dict[str, object]:
+        """All that is no tensor."""
+        return self.integers | self.constants
+
+
+@dataclass(frozen=True)
+class Plan(LaunchPlan):
+    """y_shape: (N, C_out, out_h, out_w). max_registers: of a thread, where the compiler might take so many that a program
+    less is resident.
+    """
+
+    config: TmaConfig
+    y_shape: tuple[int, int, int, int]
     max_registers: int | None
-    prepared: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)
@@ -185,12 +199,13 @@ def plan(
         if ragged
         else _dense((c_out, taps * c_in), (config.block_n, config.block_k))
     )
-    views["y_desc"] = _dense((*pixels, c_out), (*first_part(box, config.parts), config.block_n))
+    views["y_desc"] = views["residual_desc"] = _dense(
+        (*pixels, c_out), (*first_part(box, config.parts), config.block_n)
+    )
     if shortcut:
         views["shortcut_desc"] = _pointwise(shortcut, pixels, (*box, config.block_k))
         views["shortcut_w_desc"] = _dense(shortcut.weight[:2], (config.block_n, config.block_k))
     return Plan(
-        config,
         views,
         dict(
             n_tiles=prod(tiles),
@@ -215,6 +230,7 @@ def plan(
             # Not with a shortcut: both together spill.
             SKIP=box[1:] == (1, 1) and taps > 1 and not in_pairs and not shortcut,
             SPLIT_K=config.split_k,
+            FLATTEN=config.flatten,
             RELU=relu,
             UPCAST=upcast,
             BOX_N=box[0],
@@ -224,6 +240,8 @@ def plan(
             BLOCK_K=config.block_k,
             PARTS=config.parts,
         ),
+        config,
+        geometry.out_shape(*conv[:2]),
         # Triton 3.6.0 takes up to 134 for a merged shortcut. Without a shortcut no limit is near.
         128 if shortcut and config.num_warps * config.programs_per_sm == 16 else None,
     )

@@ -15,6 +15,7 @@ class TmaConfig:
 
     parts: the epilogue goes over the tile in so many pieces; programs_per_sm: how many are resident at a time.
     split_k: so many programs share a tile's steps; the last of them adds their sums, in one order, and stores.
+    flatten: the compiler makes one loop of a program's tiles and their steps.
     """
 
     block_m: int
@@ -25,6 +26,7 @@ class TmaConfig:
     parts: int
     programs_per_sm: int
     split_k: int = 1
+    flatten: bool = False
 
     @property
     def fits_four_loops(self) -> bool:
@@ -35,7 +37,7 @@ class TmaConfig:
         """What a measured table calls it: no two of CONFIGS may be called the same."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         split = f" k{self.split_k}" if self.split_k > 1 else ""
-        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}{split}"
+        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}{split}{' flat' if self.flatten else ''}"
 
 
 CONFIGS: tuple[TmaConfig, ...] = (
@@ -56,6 +58,9 @@ CONFIGS: tuple[TmaConfig, ...] = (
     TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1),
     # The same where there are 64 output channels.
     TmaConfig(256, 64, 64, num_warps=4, num_stages=2, parts=4, programs_per_sm=2),
+    # A program alone on its SM that loads the next tile while it stores this one; 3 to 9 registers more. For a table alone.
+    TmaConfig(128, 256, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1, flatten=True),
+    TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1, flatten=True),
 )
 
 # Steps that a share of a split tile has at least: fewer would be spent on filling the pipeline and on adding up.

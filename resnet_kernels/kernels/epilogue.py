@@ -9,16 +9,21 @@ residual's own scale and shift are those of a projection shortcut whose convolut
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from . import launching
 
 # A tile is four 16-byte loads a thread and operand, on 4 warps. Channels that 16 does not divide load one by one: a quarter.
 TILE_BYTES = 8192
 RAGGED_TILE_BYTES = 2048
 MOST_CHANNELS = 128  # of a tile: each row is then 256 bytes of bf16, and few programs share a channel's scale and shift
 NUM_WARPS = 4
+_CACHED = 512
 
 
 @triton.jit
@@ -100,13 +105,21 @@ def launch(
     vectors = [None if v is None else v.contiguous() for v in (scale, shift, residual_scale, residual_shift)]
     y = x if overwrite else torch.empty_like(x)
     if y.numel():
-        rows, channels = x.numel() // x.shape[1], x.shape[1]
-        tile = choose_tile(channels, x.element_size())
-        # Programs: tiles of rows x tiles of channels, in one dimension as there may be more than 65535 of rows.
-        grid = (triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"]),)
-        with torch.cuda.device_of(x):
-            _epilogue_kernel[grid](
-                x, *vectors[:2], residual, *vectors[2:], y, rows, channels,
-                RELU=relu, **tile, num_warps=NUM_WARPS, enable_fp_fusion=True,
-            )  # fmt: skip
+        grid, fixed, prepared = _plan(x.numel() // x.shape[1], x.shape[1], x.element_size(), relu)
+        tensors = dict(
+            x_ptr=x, scale_ptr=vectors[0], shift_ptr=vectors[1], residual_ptr=residual,
+            residual_scale_ptr=vectors[2], residual_shift_ptr=vectors[3], y_ptr=y,
+        )  # fmt: skip
+        launching.launch(
+            _epilogue_kernel, grid, x.device, tensors, fixed, prepared, num_warps=NUM_WARPS, enable_fp_fusion=True
+        )
     return y
+
+
+@lru_cache(_CACHED)
+def _plan(rows: int, channels: int, itemsize: int, relu: bool) -> tuple[tuple[int], dict[str, object], dict]:
+    """The grid, all arguments but tensors, and what launches of them find out."""
+    tile = choose_tile(channels, itemsize)
+    # Programs: tiles of rows x tiles of channels, in one dimension as there may be more than 65535 of rows.
+    programs = triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"])
+    return (programs,), dict(n_rows=rows, n_channels=channels, RELU=relu, **tile), {}

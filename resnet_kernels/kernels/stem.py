@@ -25,12 +25,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .conv_bias_act_tma import described, is_interpreted, multiprocessors
+from . import launching
+from .conv_bias_act_tma import dense, is_interpreted, multiprocessors
 from .stem_plan import BLOCK_C, PACK_BLOCK, PACK_WARPS, Plan, StemConfig, plan
 
 # A window of 8 pixels x 4 channels, and 7 of those: a weight's row.
 _WINDOW = tl.constexpr(32)
 _FILTER = tl.constexpr(7 * 32)
+# Strides of images and weights, and normalisations, whose packing a plan knows.
+_MOST_LAYOUTS = 16
 
 
 @triton.jit
@@ -149,6 +152,10 @@ def _conv_row(
     return even.to(CARRY), odd.to(CARRY)
 
 
+# What lies between its tensors and its constants.
+_PACK_NUMBERS = _pack_kernel.arg_names[4:-3]
+
+
 @triton.jit
 def _max(a, b):
     # propagate_nan: a plain maximum loses NaN, which torch.max_pool2d keeps.
@@ -254,16 +261,18 @@ def launch(
     todo = plan(tuple(x.shape), weight.shape[0], multiprocessors(x.device), config)
     config = todo.config
     y = torch.empty(todo.y_shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
-    with torch.cuda.device_of(x):
-        packed, packed_weight = pack(x, weight, mean, std, todo)
-        # Programs: strips, then segments of their rows, then images.
-        _stem_kernel[(todo.programs,)](
-            described(packed, todo.windows) if config.descriptor else packed, packed_weight,
-            None if scale is None else scale.contiguous(), None if shift is None else shift.contiguous(), y,
-            **todo.integers, BLOCK_W=config.block_w, BLOCK_C=BLOCK_C, DESCRIPTOR=config.descriptor,
-            UPCAST=is_interpreted() and weight.dtype == torch.bfloat16,
-            num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    packed, packed_weight = pack(x, weight, mean, std, todo)
+    tensors = dict(x=packed, w_ptr=packed_weight, scale_ptr=dense(scale), shift_ptr=dense(shift), y_ptr=y)
+    fixed = todo.integers | dict(
+        BLOCK_W=config.block_w, BLOCK_C=BLOCK_C, DESCRIPTOR=config.descriptor,
+        UPCAST=is_interpreted() and weight.dtype == torch.bfloat16,
+    )  # fmt: skip
+    # Programs: strips, then segments of their rows, then images.
+    launching.launch(
+        _stem_kernel, (todo.programs,), x.device, tensors, fixed, todo.prepared,
+        {"x": todo.windows} if config.descriptor else None,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     return y
 
 
@@ -274,10 +283,15 @@ def pack(
     packed = torch.empty(todo.packed_shape, dtype=weight.dtype, device=x.device)
     packed_weight = torch.empty(todo.packed_weight_shape, dtype=weight.dtype, device=x.device)
     statistics = (0.0,) * 6 if mean is None else (*map(float, mean), *map(float, std))
+    numbers = (*todo.pack_integers, *x.stride(), weight.shape[0], *weight.stride(), *statistics)
+    constants = dict(NORMALISE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK)
+    if len(todo.packing) >= _MOST_LAYOUTS:
+        todo.packing.clear()
     # Programs: blocks of pixels, image after image, then blocks of the weight.
-    _pack_kernel[(todo.pack_programs,)](
-        x, packed, weight, packed_weight, *todo.pack_integers, *x.stride(), weight.shape[0], *weight.stride(),
-        *statistics, NORMALISE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK, num_warps=PACK_WARPS,
-        enable_fp_fusion=True,
+    launching.launch(
+        _pack_kernel, (todo.pack_programs,), x.device,
+        dict(x_ptr=x, packed_ptr=packed, w_ptr=weight, packed_w_ptr=packed_weight),
+        dict(zip(_PACK_NUMBERS, numbers, strict=True)) | constants, todo.packing.setdefault((numbers, mean is None), {}),
+        num_warps=PACK_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return packed, packed_weight

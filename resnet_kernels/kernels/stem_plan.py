@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import torch
@@ -95,6 +95,9 @@ class Plan:
     pack_integers: tuple[int, ...]
     programs: int
     integers: dict[str, int]
+    # What launches of the kernel find out, see launching.py; those of packing by what else they depend on.
+    prepared: dict = field(default_factory=dict, compare=False, repr=False)
+    packing: dict[tuple, dict] = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)

@@ -14,7 +14,6 @@ no other layer of ResNet-50. Nothing chooses it but a measured table.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 
@@ -25,9 +24,9 @@ from torch import Tensor
 
 from ..ops.geometry import Geometry
 from . import launching
-from .conv_bias_act_tma import aligned, described, is_interpreted, multiprocessors
+from .conv_bias_act_tma import aligned, dense, is_interpreted, multiprocessors
 from .conv_bias_act_tma_parts import store_part
-from .conv_bias_act_tma_plan import View, first_part
+from .conv_bias_act_tma_plan import LaunchPlan, View, first_part
 from .conv_bias_act_tma_plan import why_not as why_not_by_tap
 from .conv_bias_act_tma_tiles import TmaConfig, cdiv, choose_box
 
@@ -138,20 +137,10 @@ def why_not(
     return None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A launch without its pointers; fields as conv_bias_act_tma_plan.Plan's."""
-
-    views: dict[str, View]
-    integers: dict[str, int]
-    constants: dict[str, object]
-    prepared: dict = field(default_factory=dict, compare=False, repr=False)
-
-
 @lru_cache(_CACHED)
 def plan(
     x_shape: tuple[int, ...], c_out: int, relu: bool, upcast: bool = False, config: TmaConfig = CONFIGS[0]
-) -> Plan:  # fmt: skip
+) -> LaunchPlan:  # fmt: skip
     """Lays out a convolution that `why_not` lets pass; shared by the launcher and the compile-only tests."""
     batch, c_in, height, width = x_shape
     pixels = (batch, height, width // 2)
@@ -165,8 +154,9 @@ def plan(
     views = {"w_desc": View((c_out, 9 * c_in), (9 * c_in, 1), (config.block_n, config.block_k))}
     for odd, name in enumerate(("even", "odd")):
         views[f"{name}_desc"] = columns(c_in, (*box, config.block_k), odd)
-        views[f"{name}_y_desc"] = columns(c_out, (*first_part(box, config.parts), config.block_n), odd)
-    return Plan(
+        part = columns(c_out, (*first_part(box, config.parts), config.block_n), odd)
+        views |= {f"{name}_y_desc": part, f"{name}_residual_desc": part}
+    return LaunchPlan(
         views,
         dict(n_tiles=prod(tiles), tiles_h=tiles[1], tiles_w=tiles[2], tiles_c=tiles[3], c_out=c_out),
         dict(
@@ -191,20 +181,15 @@ def launch(
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
-    x, weight = aligned(x), aligned(weight)
-    tensors = dict(even_desc=x, odd_desc=x, w_desc=weight, even_y_desc=y, odd_y_desc=y)
-    descriptors = {name: described(tensors[name], view) for name, view in todo.views.items()}
-    residual = None if residual is None else aligned(residual)
-    for name in ("even", "odd"):
-        view = todo.views[f"{name}_y_desc"]
-        descriptors[f"{name}_residual_desc"] = None if residual is None else described(residual, view)
-    vectors = dict(scale_ptr=scale, bias_ptr=bias)
-    vectors = {name: None if vector is None else vector.contiguous() for name, vector in vectors.items()}
+    x, residual = aligned(x), None if residual is None else aligned(residual)
+    tensors = dict(
+        even_desc=x, odd_desc=x, w_desc=aligned(weight), even_residual_desc=residual, odd_residual_desc=residual,
+        even_y_desc=y, odd_y_desc=y, scale_ptr=dense(scale), bias_ptr=dense(bias),
+    )  # fmt: skip
     # Programs: tiles of channels, then of pairs of columns, rows and images.
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
-    with torch.cuda.device_of(x):
-        launching.launch(
-            _tap_sharing_tma_kernel, programs, x.device, descriptors | vectors, todo.integers | todo.constants,
-            todo.prepared, num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
-        )  # fmt: skip
+    launching.launch(
+        _tap_sharing_tma_kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
     return y

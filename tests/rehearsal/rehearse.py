@@ -5,9 +5,10 @@
     python rehearse.py train resnet50 --batch 2            a training step
     python rehearse.py copies                              operands in layouts that no kernel reads
     python rehearse.py tune resnet50 --batch 1             every candidate that `tune` would measure there
+    python rehearse.py time resnet50                       the host's time: of a call, and of launches
 
-Prints one line of JSON: launches by kernel and batch. Ends with an error at the first launch that a driver would refuse, or
-that reads memory of a tensor that was freed.
+Prints one line of JSON: launches by kernel and batch, or microseconds. Ends with an error at the first launch that a driver
+would refuse, or that reads memory of a tensor that was freed.
 """
 
 from __future__ import annotations
@@ -147,7 +148,53 @@ def tune(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
     return found
 
 
-RUNS = {"call": call, "train": train, "tune": tune, "copies": copies}
+def host_time(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
+    """Microseconds of the host's, the least of many rounds: `torch.empty` beside them says how fast this host is.
+
+    A launch of a convolution by TMA: all of it, from tensors to the driver; of that what launching.py does, and what Triton
+    does in its place.
+    """
+    from resnet_kernels.kernels import conv_bias_act_tma, launching
+    from resnet_kernels.ops.geometry import Geometry
+
+    layout = dict(dtype=options.dtype, memory_format=torch.channels_last)
+    x, weight, residual = (torch.empty(size, **layout) for size in ((1, 64, 14, 14), (64, 64, 3, 3), (1, 64, 14, 14)))
+    scale, shift, geometry = torch.empty(64), torch.empty(64), Geometry(padding=(1, 1, 1, 1))
+    noted = []
+
+    def note(self, *given):
+        noted.append((self, given))
+        stand_in.unwatched["launch"](self, *given)
+
+    def convolution() -> None:
+        conv_bias_act_tma.launch(x, weight, shift, residual, scale, geometry, True)
+
+    convolution()
+    watched, launching.Prepared.launch = launching.Prepared.launch, note
+    convolution()
+    launching.Prepared.launch = watched
+    ((prepared, given),) = noted
+    fused = rk.fuse(network(options.model or "resnet50", options.dtype).eval(), backend="triton")
+    images = torch.empty(1, 3, 32, 32, **layout)
+    runs = {
+        "torch.empty": lambda: torch.empty(x.shape, **layout),
+        "a convolution": convolution,
+        "of it launching.py": lambda: prepared.launch(*given),
+        "Triton in its place": lambda: prepared.launch_by_triton(given[1]),
+        "a call of the network": lambda: fused(images),
+    }
+    best = dict.fromkeys(runs, float("inf"))
+    with torch.no_grad():
+        for _ in range(300):
+            for name, run in runs.items():
+                for _ in range(4):  # what ran in between has emptied the caches
+                    begin = time.perf_counter()
+                    run()
+                    best[name] = min(best[name], time.perf_counter() - begin)
+    return {name: round(1e6 * seconds, 1) for name, seconds in best.items()}
+
+
+RUNS = {"time": host_time, "call": call, "train": train, "tune": tune, "copies": copies}
 
 
 def main() -> None:
@@ -160,7 +207,7 @@ def main() -> None:
     options = parser.parse_args()
     options.dtype = DTYPES[options.dtype]
     begin = time.perf_counter()
-    with stand_in.Shapes() as mode:
+    with stand_in.nothing_checked() if options.what == "time" else stand_in.Shapes() as mode:
         found = RUNS[options.what](options, mode)
     print(f"{time.perf_counter() - begin:.0f} s, {stand_in.compiled()} kernels compiled", file=sys.stderr)
     print(json.dumps(found))

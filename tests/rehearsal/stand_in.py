@@ -11,13 +11,14 @@ Kernels are compiled as far as shared memory and descriptors need it: what follo
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import re
 import sys
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -144,25 +145,74 @@ def why_not(argument: object) -> str | None:
     return next((f"an address in it {reason}" for reason in reasons if reason), None)
 
 
+def check(kernel: str, arguments: dict[str, object]) -> None:
+    for name, argument in arguments.items():
+        if reason := why_not(argument):
+            raise AssertionError(f"{kernel}: {name}, {reason}")
+
+
+def note(kernel: str, arguments: dict[str, object]) -> None:
+    LAUNCHED[kernel] += 1
+    tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
+    SPANS.append({name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for name, t in tensors.items()})
+
+
+unwatched: dict[str, Callable] = {}
+
+
+@contextlib.contextmanager
+def nothing_checked() -> Iterator[None]:
+    """What remains is what the host does on a GPU: for measuring its time, on tensors of any memory."""
+    from resnet_kernels.kernels import launching
+
+    watched = launching.Prepared.launch, Launcher.__call__
+    launching.Prepared.launch, Launcher.__call__ = unwatched["launch"], driver.CudaLauncher.__call__
+    try:
+        yield
+    finally:
+        launching.Prepared.launch, Launcher.__call__ = watched
+
+
+def watch_later_launches() -> None:
+    """Those that go past Triton's launcher to its C function are checked and counted like the first ones."""
+    from resnet_kernels.kernels import launching
+
+    actual = unwatched["launch"] = launching.Prepared.launch
+
+    def launch(self, device, tensors, addresses):
+        kernel = self._compiled.metadata.name
+        given = [0 if t is None else t.data_ptr() for t in tensors.values()]
+        assert addresses == given, f"{kernel}: launched with other addresses than its tensors'"
+        described = {
+            name: launching._descriptor(t, self._views[name])
+            for name, t in tensors.items()
+            if t is not None and name in self._views
+        }
+        check(kernel, {**tensors, **described})
+        actual(self, device, tensors, addresses)
+        assert self.is_direct, f"{kernel}: Triton's C function was not found"
+        note(kernel, tensors)
+
+    launching.Prepared.launch = launch
+
+
 class Launcher(driver.CudaLauncher):
     """Triton's own, that looks at the arguments first and counts afterwards."""
 
     def __init__(self, src, metadata):
         super().__init__(src, metadata)
-        self.kernel, self.names = metadata.name, src.fn.arg_names
+        self.kernel, self.names, self._own = metadata.name, src.fn.arg_names, self.launch
         _MADE.append(metadata.name)
         assert metadata.enable_fp_fusion, f"{self.kernel}: the launcher leaves enable_fp_fusion to Triton's default"
 
     def __call__(self, *args):
+        if self.launch is not self._own:
+            return super().__call__(*args)  # somebody looks at what would be launched
         # Grid, stream, function, two metadata, two hooks come before the arguments.
         arguments = dict(zip(self.names, args[9:], strict=True))
-        for name, argument in arguments.items():
-            if reason := why_not(argument):
-                raise AssertionError(f"{self.kernel}: {name}, {reason}")
+        check(self.kernel, arguments)
         super().__call__(*args)
-        LAUNCHED[self.kernel] += 1
-        tensors = {name: t for name, t in arguments.items() if isinstance(t, Tensor)}
-        SPANS.append({name: (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for name, t in tensors.items()})
+        note(self.kernel, arguments)
 
 
 class Driver(driver.CudaDriver):
@@ -197,6 +247,7 @@ def install() -> None:
     from resnet_kernels.kernels import chain_tma, conv_bias_act_tma, stem, tap_sharing_tma
     from resnet_kernels.ops import dispatch
 
+    watch_later_launches()
     dispatch._why_not_triton = lambda device_type, dtype: (
         None if dtype in dispatch._TRITON_DTYPES else f"does not run {dtype}"
     )
