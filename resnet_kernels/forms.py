@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from .recipe import ConvStep
 class Form:
     """How one convolution runs.
 
-    name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size.
+    name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size. run: the candidate.
     folds: its weight and bias come from the launch that folds all of a plan.
     adds: the projection whose shift, and scale unless it is folded, this one applies; by the value that the projection makes.
     bare: it is such a projection: nothing follows its convolution. broadcasts: its residual is smaller than its output, so
@@ -37,6 +38,7 @@ class Form:
 
     name: str
     geometry: Geometry
+    run: conv_candidates.Run = field(compare=False, repr=False)
     folds: bool = False
     adds: int | None = None
     bare: bool = False
@@ -76,11 +78,16 @@ def choose(
             untuned.append(part)
             name = _by_bytes(part, asked, shapes, x, frozen)
         folds = name in conv_candidates.FOLDING and part.bn is not None
-        found[step.out] = Form(name, asked.geometry, folds, broadcasts=broadcasts)
+        found[step.out] = _form(name, asked, x, folds=folds, broadcasts=broadcasts)
     if dispatch.untuned(x.device, x.dtype) == "cudnn":
         for adding, projection in _projections(untuned, parts, result):
-            found.update(_together(adding, projection, found, shapes, x, frozen))
+            if not found[adding.step.out].broadcasts:
+                found.update(_together(adding, projection, shapes, x, frozen))
     return found
+
+
+def _form(name: str, asked: conv_candidates.ConvProblem, x: Tensor, **more: Any) -> Form:
+    return Form(name, asked.geometry, conv_candidates.bind(name, asked, x.shape[0], x.dtype, x.device), **more)
 
 
 def _by_bytes(
@@ -112,13 +119,10 @@ def _projections(untuned: list[Part], parts: Sequence[Part], result: int) -> lis
 
 
 def _together(
-    adding: Part, projection: Part, found: dict[int, Form], shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
+    adding: Part, projection: Part, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
 ) -> dict[int, Form]:
-    form, bare = found[adding.step.out], found[projection.step.out]
-    if form.broadcasts:
-        return {}
-    asked = links.conv_problem(adding, shapes[adding.step.x])._replace(scale=False)
-    fused = conv_candidates.untuned(asked, x.dtype, x.device)
+    asked, bare = (links.conv_problem(part, shapes[part.step.x]) for part in (adding, projection))
+    fused = conv_candidates.untuned(asked._replace(scale=False), x.dtype, x.device)
     # Even without a BN: the sum of two biases is made where weights are folded.
     folded = (adding,) if projection.bn is None else (adding, projection)
     folding = sum(_folding_bytes(part, x, frozen) for part in folded)
@@ -127,8 +131,8 @@ def _together(
     )
     name = fused if folds else "cudnn+epilogue"
     return {
-        adding.step.out: Form(name, form.geometry, folds, adds=projection.step.out),
-        projection.step.out: Form("cudnn+epilogue", bare.geometry, folds and projection.bn is not None, bare=True),
+        adding.step.out: _form(name, asked, x, folds=folds, adds=projection.step.out),
+        projection.step.out: _form("cudnn+epilogue", bare, x, folds=folds and projection.bn is not None, bare=True),
     }
 
 

@@ -23,7 +23,7 @@ from .forms import Form
 from .frozen_constants import FrozenConstants
 from .links import Link, Part, Stem, window_of
 from .normalize import Normalize
-from .ops import conv_candidates, cudnn
+from .ops import cudnn
 from .ops.geometry import Geometry
 from .recipe import CallStep, ConvStep, NormStep, Recipe
 from .running import FusedState
@@ -70,14 +70,15 @@ def convolve_as(form: Form, part: Part, values: Values, constants: AllConstants,
     step, x = part.step, values[part.step.x]
     (scale, shift, _), weight = constants[step.out], _weight(part, x, constants)
     residual = None if step.residual is None or form.broadcasts else values[step.residual]
-    relu, geometry = step.relu and not form.broadcasts, form.geometry
     if form.bare:
         scale = shift = None
     if form.adds is None or form.folds:
-        y = conv_candidates.run(form.name, x, weight, shift, residual, scale, geometry, relu)
+        y = form.run(x, weight, shift, residual, scale)
     else:
         own_scale, own_shift, _ = constants[form.adds]
-        y = cudnn.conv_then_epilogue(x, weight, shift, residual, scale, geometry, relu, own_scale, own_shift)
+        y = cudnn.conv_then_epilogue(
+            x, weight, shift, residual, scale, form.geometry, step.relu, own_scale, own_shift
+        )  # fmt: skip
     values[step.out] = plain.add_broadcast(y, values[step.residual], step.relu) if form.broadcasts else y
 
 

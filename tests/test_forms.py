@@ -201,7 +201,7 @@ def test_bytes_decide(called):
     """ResNet-50 in bf16: outputs are the larger at batch 256, the weights of the last stages at batch 1."""
     large = forms_of(models.resnet50, 256, torch.bfloat16)
     stem = large["conv1+bn1+relu"]
-    assert len(large) == 53 and stem == forms.Form("cudnn+epilogue", stem.geometry)
+    assert len(large) == 53 and stem == forms.Form("cudnn+epilogue", stem.geometry, stem.run)
     assert all(form.folds for name, form in large.items() if name != "conv1+bn1+relu")
     small = forms_of(models.resnet50, 1, torch.bfloat16)
     folded = {name for name, form in small.items() if form.folds}

@@ -174,36 +174,79 @@ def launch(
     projection = None
     if shortcut is not None:
         projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
-    todo = plan(conv, relu, is_interpreted() and x.dtype == torch.bfloat16, config, projection)
-    config = todo.config
-    y = torch.empty(todo.y_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    x = aligned(x)
-    parity = x if "x01_desc" in todo.views else None
-    tensors = dict(
-        x_desc=x, x01_desc=parity, x10_desc=parity, x11_desc=parity, w_desc=aligned(weight), y_desc=y,
-        residual_desc=None if residual is None else aligned(residual), scale_ptr=dense(scale), bias_ptr=dense(bias),
-        shortcut_desc=None, shortcut_w_desc=None, shortcut_scale_ptr=None, shortcut_bias_ptr=None,
-    )  # fmt: skip
-    if shortcut is not None:
-        tensors |= dict(
-            shortcut_desc=aligned(shortcut.x), shortcut_w_desc=aligned(shortcut.weight),
-            shortcut_scale_ptr=dense(shortcut.scale), shortcut_bias_ptr=dense(shortcut.bias),
-        )  # fmt: skip
-    n_tiles, split_k = todo.integers["n_tiles"], config.split_k
-    programs = min(n_tiles * split_k, multiprocessors(x.device) * config.programs_per_sm)
-    # Per call: the allocator knows which streams and graphs use it.
-    parked = counters = None
-    if split_k > 1 or tensors["shortcut_scale_ptr"] is not None:
-        tiles = n_tiles * split_k if split_k > 1 else programs
-        parked = torch.empty(tiles * config.block_m * config.block_n, dtype=torch.float32, device=x.device)
-    if split_k > 1:
-        counters = zeros(n_tiles, x.device)
-    tensors |= dict(parked_ptr=parked, counter_ptr=counters)
-    launching.launch(
-        _conv_bias_act_tma_kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views,
-        num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers, enable_fp_fusion=True,
-    )  # fmt: skip
-    return y
+    return Bound(conv, relu, x.dtype, x.device, config, projection)(x, weight, bias, residual, scale, shortcut)
+
+
+class Bound:
+    """`launch` for operands of known shapes: what follows from them is decided here, once.
+
+    Args:
+        conv, projection: shapes that `why_not` and `why_not_merged` let pass; projection: the shortcut's, if there is one.
+        dtype: of the operands. device: where they are.
+    """
+
+    __slots__ = ("counters", "dtype", "grid", "options", "parked", "todo")
+
+    def __init__(
+        self,
+        conv: ConvShape,
+        relu: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        config: TmaConfig | None = None,
+        projection: ConvShape | None = None,
+    ):
+        self.todo = todo = plan(conv, relu, is_interpreted() and dtype == torch.bfloat16, config, projection)
+        self.dtype, config = dtype, todo.config
+        n_tiles, tile = todo.integers["n_tiles"], config.block_m * config.block_n
+        programs = min(n_tiles * config.split_k, multiprocessors(device) * config.programs_per_sm)
+        self.grid = (programs,)
+        # fp32 numbers: each share's sums of each tile, or the sums that a program parks of its tile.
+        self.parked = n_tiles * config.split_k * tile if config.split_k > 1 else programs * tile if projection else 0
+        self.counters = n_tiles if config.split_k > 1 else 0
+        self.options = dict(
+            num_warps=config.num_warps, num_stages=config.num_stages, maxnreg=todo.max_registers, enable_fp_fusion=True
+        )
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        shortcut: Shortcut | None = None,
+    ) -> Tensor:
+        todo, device = self.todo, x.device
+        y = torch.empty(todo.y_shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
+        x = aligned(x)
+        parity = x if "x01_desc" in todo.views else None
+        x0, w0, bias0, scale0, _ = shortcut or (None,) * 5
+        # Per call: the allocator knows which streams and graphs use it.
+        parked = None
+        if self.counters or (self.parked and scale0 is not None):
+            parked = torch.empty(self.parked, dtype=torch.float32, device=device)
+        tensors = dict(
+            x_desc=x,
+            x01_desc=parity,
+            x10_desc=parity,
+            x11_desc=parity,
+            w_desc=aligned(weight),
+            y_desc=y,
+            residual_desc=None if residual is None else aligned(residual),
+            scale_ptr=dense(scale),
+            bias_ptr=dense(bias),
+            shortcut_desc=None if x0 is None else aligned(x0),
+            shortcut_w_desc=None if w0 is None else aligned(w0),
+            shortcut_scale_ptr=dense(scale0),
+            shortcut_bias_ptr=dense(bias0),
+            parked_ptr=parked,
+            counter_ptr=zeros(self.counters, device) if self.counters else None,
+        )
+        launching.launch(
+            _conv_bias_act_tma_kernel, self.grid, device, tensors, todo.fixed, todo.prepared, todo.views, **self.options
+        )
+        return y
 
 
 def is_interpreted() -> bool:

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops.geometry import Geometry
-from .conv_bias_act_tma_tiles import MOST_SHARES, TmaConfig, cdiv, choose_box, choose_config
+from .conv_bias_act_tma_tiles import FULL_MACHINE, MOST_SHARES, TmaConfig, cdiv, choose_box, choose_config
 
 # Coordinates are int32, up to a box past the last pixel.
 _MOST_PIXELS = 2**31 - 1 - 128
@@ -100,11 +100,15 @@ def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
     (batch, _, *in_size), (c_out, _, *kernel), geometry = conv
     if _has_four_loops(conv, config.block_k) and not config.fits_four_loops:
         return "stride 2 of such sizes runs as four loops, and their stages don't fit into shared memory"
-    if config.split_k == 1:
+    if config.split_k == 1 and not config.flatten:
         return None
     if _has_four_loops(conv, config.block_k):
-        return "stride 2 of such sizes runs as four loops, and only one can be split"
+        return (
+            "stride 2 of such sizes runs as four loops, and only one can be split, or be one with that over the tiles"
+        )
     tiles = cdiv(batch * prod(geometry.out_size(in_size, kernel)), config.block_m) * cdiv(c_out, config.block_n)
+    if config.flatten:
+        return None if tiles > FULL_MACHINE else f"{tiles} tiles are one for each program: there is no next one to load"
     return None if tiles * config.split_k <= MOST_SHARES else f"{tiles} tiles fill a machine without being split"
 
 

@@ -66,11 +66,11 @@ CONFIGS: tuple[TmaConfig, ...] = (
 # Steps that a share of a split tile has at least: fewer would be spent on filling the pipeline and on adding up.
 _FEWEST_STEPS = 4
 # An H200's multiprocessors: how many programs a layer should give before its tiles may grow.
-_FULL_MACHINE = 132
+FULL_MACHINE = 132
 
 
 # Shares of split tiles, beyond which they would only wait for each other.
-MOST_SHARES = 2 * _FULL_MACHINE
+MOST_SHARES = 2 * FULL_MACHINE
 
 
 def choose_config(
@@ -86,11 +86,11 @@ def choose_config(
     tiles = cdiv(n_pixels, 128)
     # A program alone on its SM stores while nothing multiplies: worth it only where the loop is long.
     long_loop = taps * cdiv(c_in, wide.block_k) >= 16
-    if not four_loops and long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * _FULL_MACHINE:
+    if not four_loops and long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * FULL_MACHINE:
         return wide
-    if c_out > 64 and tiles * cdiv(c_out, 128) >= _FULL_MACHINE:
+    if c_out > 64 and tiles * cdiv(c_out, 128) >= FULL_MACHINE:
         return large
-    if tiles * cdiv(c_out, 64) >= _FULL_MACHINE:
+    if tiles * cdiv(c_out, 64) >= FULL_MACHINE:
         return tall
     tiles, steps = cdiv(n_pixels, 64) * cdiv(c_out, 64), taps * cdiv(c_in, 64)
     for split in reversed(others) if may_split and not four_loops else ():

@@ -10,6 +10,7 @@ shared 128x64x32 w4 s2 p4    a tile of kernels/tap_sharing_tma.py
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -145,6 +146,22 @@ def choice(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.d
 
 def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     return name in candidates(problem, batch, dtype, device)
+
+
+Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
+
+
+def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> Run:
+    """`run` for a known problem: a function of (x, weight, bias, residual, scale), with all decided that can be."""
+    geometry, relu = problem.geometry, problem.relu
+    if name == "triton" or name.startswith("tma "):
+        from ..kernels import conv_bias_act_tma as kernel
+        from ..kernels.conv_bias_act_tma_plan import ConvShape, why_not
+
+        shapes = ConvShape(problem.x_shape(batch), problem.weight_shape, geometry)
+        if name != "triton" or (kernel.runs_on(device) and why_not(*shapes, dtype) is None):
+            return kernel.Bound(shapes, relu, dtype, device, None if name == "triton" else _tiles()[name])
+    return lambda x, weight, bias, residual, scale: run(name, x, weight, bias, residual, scale, geometry, relu)
 
 
 def run(
