@@ -116,10 +116,10 @@ def check_problem(problem: tuning.Problem, name: str) -> Result:
     record: Result = {"candidates": {}}
     with torch.no_grad():
         operands = own.operands()
-        tuning._check(own, operands, record)
+        tuning.check_candidates(own, operands, record)
         row = record["candidates"][name]
         if "refused" not in row:
-            runs = [tuning._tuple(own.candidates[name](*operands)) for _ in range(2)]
+            runs = [tuning.as_tuple(own.candidates[name](*operands)) for _ in range(2)]
             if not all(torch.equal(a, b) for a, b in zip(*runs)):
                 row["refused"] = "two runs on the same operands differ"
     return row

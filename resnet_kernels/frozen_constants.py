@@ -87,7 +87,7 @@ class FrozenConstants:
                 sources = bias, *bn_tensors(part.bn), eps
                 found[out] = copies.first(("vectors", _path(part)), sources, lambda out=out: found[out])
             elif bias is not None and out not in live.forms:
-                # In fp32, as kernels of ours take it: in another dtype chain_tma.py would have to copy it.
+                # In a link. A chain reads it in fp32, and would have to copy any other.
                 wide = copies.first(("bias", _path(part)), (bias,), partial(_wide, bias))
                 found[out] = Constants(None, wide)
         vectors = dict(found)  # a projection's shift is read by two

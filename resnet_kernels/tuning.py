@@ -100,7 +100,7 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
     with torch.no_grad():
         try:
             operands = problem.operands()
-            _check(problem, operands, record)
+            check_candidates(problem, operands, record)
         except torch.OutOfMemoryError as error:
             record["failed"] = f"{error}"[:500]
             return record
@@ -134,10 +134,14 @@ def fastest(default: str, clocks: list[dict[str, Timing]]) -> str:
     return min(names, key=lambda name: clocks[-1][name].median)
 
 
-def _check(problem: Problem, operands: tuple, record: dict[str, Any]) -> None:
-    """Fills the record's candidates in: error and budget of each, and why it is refused."""
-    truth = _tuple(problem.reference(*operands))
-    eager = _tuple(problem.eager(*operands))
+def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) -> None:
+    """Fills record["candidates"] in: error and budget of each, and why it is refused.
+
+    Raises:
+        DeviceLost: if a candidate has left the GPU in a state in which nothing runs any more.
+    """
+    truth = as_tuple(problem.reference(*operands))
+    eager = as_tuple(problem.eager(*operands))
     rounding = tuned.rounding(problem.dtype, problem.device)
     budgets = [2 * _error(y, oracle) + rounding for y, oracle in zip(eager, truth, strict=True)]
     del eager
@@ -147,7 +151,7 @@ def _check(problem: Problem, operands: tuple, record: dict[str, Any]) -> None:
             for oracle in truth:
                 # The allocator hands the same memory out again: NaN there, and not the last candidate's right values.
                 torch.full_like(oracle, math.nan, dtype=problem.dtype)
-            outputs = _tuple(run(*operands))
+            outputs = as_tuple(run(*operands))
             _synchronise(problem.device)
             row.update(_judge(outputs, truth, budgets, problem.dtype))
         except Exception as error:
@@ -188,7 +192,8 @@ def _error(y: Tensor, oracle: Tensor) -> float:
     return (difference / size) ** 0.5 if size else difference**0.5
 
 
-def _tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """What a callable of a Problem returns, as a tuple also where it is one tensor."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
