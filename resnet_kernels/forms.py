@@ -69,8 +69,8 @@ def choose(
         step = part.step
         if not isinstance(step, ConvStep) or step.out in chosen:
             continue
-        broadcasts = step.residual is not None and tuple(shapes[step.residual]) != tuple(shapes[step.out])
-        asked = links.conv_problem(part, shapes[part.step.x])
+        asked = links.conv_problem(part, shapes[step.x])
+        broadcasts = links.broadcasts(part, shapes)
         if broadcasts:
             asked = asked._replace(residual=False, relu=False)
         name = backend

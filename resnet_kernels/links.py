@@ -231,6 +231,13 @@ def conv_problem(part: Part, x_shape: Sequence[int]) -> ConvProblem:
     )
 
 
+def broadcasts(part: Part, shapes: dict[int, Sequence[int]]) -> bool:
+    """Whether a convolution and the residual that it adds, if it adds one, differ in shape."""
+    x_shape, weight_shape, geometry = _conv_shape(part, shapes)
+    residual = part.step.residual
+    return residual is not None and tuple(shapes[residual]) != geometry.out_shape(x_shape, weight_shape)
+
+
 def _conv_shape(part: Part, shapes: dict[int, Sequence[int]]) -> tuple[tuple, tuple, Geometry]:
     x_shape = tuple(shapes[part.step.x])
     return x_shape, tuple(part.child.weight.shape), Geometry.of_module(part.child, x_shape[2:])
@@ -243,9 +250,8 @@ def why_not(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dt
     if isinstance(link, Stem):
         x_shape, weight_shape, geometry = _conv_shape(link.conv, shapes)
         return stem_plan.why_not(x_shape, dtype, weight_shape, geometry, window_of(link.pool.child), dtype)
-    if link.conv3.step.residual is not None and link.shortcut is None:
-        if tuple(shapes[link.conv3.step.residual]) != tuple(shapes[link.conv3.step.out]):
-            return "the add broadcasts"
+    if link.shortcut is None and broadcasts(link.conv3, shapes):
+        return "the add broadcasts"
 
     def conv_shape(part: Part) -> tuple:
         return _conv_shape(part, shapes)
@@ -271,6 +277,8 @@ def shapes_of(parts: Sequence[Part], inputs: dict[int, Sequence[int]], dtype: to
         if isinstance(step, ConvStep):
             geometry = Geometry.of_module(child, found[step.x][2:])
             found[step.out] = geometry.out_shape(found[step.x], child.weight.shape)
+            if step.residual is not None:  # which may be the larger of the two
+                found[step.out] = tuple(torch.broadcast_shapes(found[step.out], found[step.residual]))
         elif isinstance(step, NormStep):
             found[step.out] = found[step.x]
         elif step.is_module:
