@@ -18,7 +18,11 @@ os.environ.pop("RESNET_KERNELS_BACKEND", None)
 # So would a table that was measured on this machine.
 os.environ["RESNET_KERNELS_CACHE"] = os.devnull
 
+import interpreter
 import pytest
+
+if "TRITON_INTERPRET" in os.environ:
+    interpreter.hurry()
 
 if torch.version.cuda is None:
     # torchvision's wheel from PyPI is built for CUDA builds of torch; on a CPU build it imports once these two exist. (On a
