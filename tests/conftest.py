@@ -18,7 +18,11 @@ os.environ.pop("RESNET_KERNELS_BACKEND", None)
 # So would a table that was measured on this machine.
 os.environ["RESNET_KERNELS_CACHE"] = os.devnull
 
+import interpreter
 import pytest
+
+if "TRITON_INTERPRET" in os.environ:
+    interpreter.hurry()
 
 if torch.version.cuda is None:
     # torchvision's wheel from PyPI is built for CUDA builds of torch; on a CPU build it imports once these two exist. (On a
@@ -49,8 +53,18 @@ def _says_again():
     dispatch._said.clear()
 
 
+# What takes longest, the dearest first: --dist loadfile keeps a file on one worker, and the last one should be a short one.
+DEAREST = ("test_rehearsal",)
+
+
+def pytest_configure(config):
+    # pytest-xdist would start with the files that have most tests.
+    config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest's own, which leaves out what -m leaves out
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: DEAREST.index(item.path.stem) if item.path.stem in DEAREST else len(DEAREST))
     for item in items:
         # slow(unless=...): all of a test's parameters are slow but those of which this is true.
         item.own_markers[:] = [m for m in item.own_markers if not (m.name == "slow" and is_quick(m, item))]

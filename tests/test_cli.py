@@ -15,7 +15,7 @@ from resnet_kernels import __main__ as cli
 from resnet_kernels import folding, models
 from resnet_kernels.commands import time as time_command
 
-SMALL = ["--model", "d2l_resnet18", "--batch-size", "2"]
+SMALL = ["--model", "d2l_resnet18", "--batch-size", "2", "--image-size", "32"]
 
 
 def test_demo(capsys):

@@ -81,7 +81,7 @@ def test_torchvision_dilated_and_frozen(device):
 def test_torchvision_through_the_triton_kernels(device):
     skip_unless_runnable("triton", device, torch.float32)
     resnet = pytest.importorskip("torchvision.models.resnet", reason="needs torchvision")
-    model = randomise_batch_norms_(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=10)).eval().to(device)
+    model = randomise_batch_norms_(resnet.ResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=64)).eval().to(device)
     check(model, torch.randn(1, 3, 32, 32, device=device), 5, backend="triton")
 
 

@@ -80,25 +80,23 @@ def test_a_frozen_networks_launches(rehearse):
 @pytest.mark.slow
 def test_copies_outlive_their_launches(rehearse):
     """Operands in a layout that no kernel reads."""
-    assert all(rehearse("copies").values())
+    found = rehearse("copies")
+    assert found and all(found.values()), found
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ("resnet18", "resnet50", "resnet_v2_50"))
-def test_every_launch_of_a_network(model, rehearse):
+@pytest.mark.parametrize("what", ("call", "train"))
+@pytest.mark.parametrize("model", MOST_LAUNCHES)
+def test_every_launch_of_a_network(model, what, rehearse):
     batches = ("1", "2", "256")
-    found = rehearse("call", model, "--batch", *batches)
+    found = rehearse(what, model, "--batch", *batches)
     assert found.keys() == {*batches}
-    assert all(sum(count.values()) <= MOST_LAUNCHES[model] for count in found.values()), found
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ("resnet18", "resnet50", "resnet_v2_50"))
-def test_every_launch_of_a_training_step(model, rehearse):
-    found = rehearse("train", model, "--batch", "1", "2", "256")
-    # Each BN has three launches forward and three backward.
     for count in found.values():
-        assert len(count) == 6 and len({*count.values()}) == 1, count
+        if what == "call":
+            assert sum(count.values()) <= MOST_LAUNCHES[model], count
+        else:
+            # Each BN has three launches forward and three backward.
+            assert len(count) == 6 and len({*count.values()}) == 1, count
 
 
 @pytest.mark.slow
@@ -112,7 +110,7 @@ def test_every_candidate_of_tune(model, batch, dtype, rehearse):
     kinds = {"triton"} | ({"tma", "shared", "stem"} if dtype == "bf16" else set())
     if "v2" not in model:
         kinds.add("pointer")  # of its first convolution; a pre-activation net's is no layer of ours
-    assert kinds <= tried.keys(), tried
+    assert kinds <= {kind for kind, number in tried.items() if number}, tried
 
 
 @pytest.mark.slow

@@ -474,26 +474,28 @@ _TWO_PROCESSES = """
 import os, sys, torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import interpreter
 import resnet_kernels as rk
 from resnet_kernels.models import d2l
 
-backend, out = sys.argv[1:]
+interpreter.hurry()
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank = dist.get_rank()
-torch.manual_seed(0)
-net = d2l.d2l_resnet18(width=8, num_blocks=(1,)).train()
-if backend != "none":
-    rk.fuse_(net, backend=backend)
-model = torch.nn.parallel.DistributedDataParallel(net)
-optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-for step in range(3):
-    generator = torch.Generator().manual_seed(10 * step + rank)
-    x, labels = torch.randn(4, 1, 16, 16, generator=generator), torch.randint(10, (4,), generator=generator)
-    optimizer.zero_grad()
-    F.cross_entropy(model(x), labels).backward()
-    optimizer.step()
-torch.save(net.state_dict(), os.path.join(out, f"{backend}-{rank}.pt"))
+for backend in ("none", "auto", "triton"):
+    torch.manual_seed(0)
+    net = d2l.d2l_resnet18(width=8, num_blocks=(1,)).train()
+    if backend != "none":
+        rk.fuse_(net, backend=backend)
+    model = torch.nn.parallel.DistributedDataParallel(net)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    for step in range(3):
+        generator = torch.Generator().manual_seed(10 * step + rank)
+        x, labels = torch.randn(4, 1, 16, 16, generator=generator), torch.randint(10, (4,), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    torch.save(net.state_dict(), os.path.join(sys.argv[1], f"{backend}-{rank}.pt"))
 dist.destroy_process_group()
 """
 
@@ -504,17 +506,13 @@ def test_distributed_data_parallel(tmp_path):
     skip_unless_runnable("triton", torch.device("cpu"), torch.float32)
     script = tmp_path / "two.py"
     script.write_text(_TWO_PROCESSES)
-    environment = os.environ | {"PYTHONPATH": str(Path(rk.__file__).parents[1]), "TRITON_INTERPRET": "1"}
-    for backend in ("none", "auto", "triton"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        run = subprocess.run(
-            [*command, str(script), backend, str(tmp_path)],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert run.returncode == 0, run.stderr[-3000:]
+    folders = Path(rk.__file__).parents[1], Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, folders)), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = subprocess.run(
+        [*command, str(script), str(tmp_path)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
     load = lambda backend, rank: torch.load(tmp_path / f"{backend}-{rank}.pt")  # noqa: E731
     for backend in ("auto", "triton"):
         first, second, eager = load(backend, 0), load(backend, 1), load("none", 0)
