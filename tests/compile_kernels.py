@@ -55,6 +55,7 @@ BATCH_NORM_VECTORS = (
 TABLE_LAYERS = {
     64: ((64, 64, 3, 3), (64, 256, 1, 1)),
     128: ((128, 128, 3, 3), (256, 256, 3, 3), (256, 64, 1, 1)),
+    256: ((256, 256, 3, 3), (256, 1024, 1, 1)),
 }
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -228,7 +229,8 @@ def tma_cases(everything: bool) -> list[Case]:
 
     cases = {}
     for (weight_shape, geometry, in_size, shortcut), name in tma_layers().items():
-        chosen = [None, *(c for c in CONFIGS[-2:] if shortcut is None and weight_shape in TABLE_LAYERS[c.block_n])]
+        by_table = [c for c in CONFIGS if c.block_m == 256 or c.flatten]
+        chosen = [None, *(c for c in by_table if shortcut is None and weight_shape in TABLE_LAYERS[c.block_n])]
         dtypes = ("fp16", "bf16") if everything else ("bf16",)
         for dtype, (batch, tile) in itertools.product(dtypes, [(1, None), *((256, tile) for tile in chosen)]):
             conv = ConvShape((batch, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
@@ -745,7 +747,8 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        records = compile_all(one_of_each_kernel() if arguments.quick else jobs(arguments.all))
+        # So few are done before other processes would have started.
+        records = [*map(compile_case, one_of_each_kernel())] if arguments.quick else compile_all(jobs(arguments.all))
     if arguments.json:
         # A constant may be one of Triton's types.
         arguments.json.write_text(json.dumps(records, default=str))
