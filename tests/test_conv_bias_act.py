@@ -67,16 +67,17 @@ CASES = (
 )
 
 
-# Layers of ResNet-18, ResNet-50, ResNeXt-50 and their late-stage sums of K = 2048 and 4608 terms, as they are.
+# Layers of ResNet-18, ResNet-50, ResNeXt-50 and their late-stage sums of K = 2048 and 4608 terms, each sum as it is; of the
+# dearest two a part of the outputs.
 REAL_LAYERS = (
     Case("stem", 1, 3, 64, 64, 64, (7, 7), 2, 3),
     Case("stage 1 3x3", 1, 64, 28, 28, 64),
     Case("stage 2 3x3/2", 1, 128, 28, 28, 128, stride=2),
     Case("stage 3 1x1 up", 1, 256, 14, 14, 1024, (1, 1), padding=0),
     Case("stage 4 1x1 down", 1, 2048, 7, 7, 512, (1, 1), padding=0),
-    Case("stage 4 3x3", 1, 512, 7, 7, 512),
+    Case("stage 4 3x3", 1, 512, 7, 7, 128),
     Case("stage 2 shortcut", 1, 256, 28, 28, 512, (1, 1), 2, 0),
-    Case("ResNeXt 3x3", 1, 128, 14, 14, 128, groups=32),
+    Case("ResNeXt 3x3", 1, 128, 7, 7, 128, groups=32),
 )
 
 
