@@ -175,7 +175,7 @@ def test_another_triton_is_launched_as_in_its_tutorials(stream):
         assert bias is second and (n, block) == (5, 16)
 
 
-def test_launch_hooks_see_every_launch(stream):
+def test_launch_hooks_see_every_launch(stream, monkeypatch):
     kernel, prepared = Kernel(lambda kernel: compiled(False, kernel)), {}
     hook = lambda metadata: None  # noqa: E731
     for hooks in (triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook):
@@ -184,6 +184,10 @@ def test_launch_hooks_see_every_launch(stream):
         launch(kernel, prepared, vector(), None)
         hooks.remove(hook)
     assert len(kernel.asked) == 1 and len(kernel.launched) == 2 and len(kernel.called) == 1
+    for other, launched in ((None, 2), (hook, 3)):  # in the place of a chain
+        monkeypatch.setattr(triton.knobs.runtime, "launch_exit_hook", other)
+        launch(kernel, prepared, vector(), None)
+        assert len(kernel.launched) == launched
 
 
 def test_what_compiles_to_another_kernel_is_asked_for():

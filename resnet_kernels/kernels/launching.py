@@ -1,8 +1,8 @@
 """Launches of one plan, over and over: what Triton finds out and encodes in each `kernel[grid](...)` is kept.
 
-A launch by TMA at batch 1 takes the GPU 5 us, and `kernel[grid](...)` takes the host some ten times that: it looks at fifty
-arguments to find the compiled kernel, encodes a tensor map for each descriptor, and spreads descriptors out into the kernel's
-own arguments. All of it depends on a plan, which never changes, and on where its tensors lie. So here
+At small batches the host is slower than the GPU, and `kernel[grid](...)` is most of its work: it looks at fifty arguments to
+find the compiled kernel, encodes a tensor map for each descriptor, and spreads descriptors out into the kernel's own arguments.
+All of it depends on a plan, which never changes, and on where its tensors lie. So here
 
 - the compiled kernel is kept. Of a tensor Triton's compiler heeds presence, dtype, and whether 16 divides its address.
 - the arguments of Triton's C function are kept, with gaps for addresses, tensor maps and the stream. They are learned from
@@ -118,7 +118,9 @@ class Prepared:
             except (AttributeError, LookupError, TypeError, ValueError):
                 pass  # a Triton that launches in another way
             self._has_learned = True
-        if self._function is None or knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls:
+        enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+        # A chain of hooks, which is there when it is empty, too; or a function in its place.
+        if self._function is None or getattr(enter, "calls", enter) or getattr(leave, "calls", leave):
             return self.launch_by_triton(tensors)
         arguments = self._known.copy()
         for place, which in self._pointers:
