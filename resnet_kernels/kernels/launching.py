@@ -1,7 +1,7 @@
 """Launches of one plan, over and over: what Triton finds out and encodes in each `kernel[grid](...)` is kept.
 
 At small batches the host is slower than the GPU, and `kernel[grid](...)` is most of its work: it looks at fifty arguments to
-find the compiled kernel, encodes a tensor map for each descriptor, and spreads descriptors out into the kernel's own arguments.
+find the compiled kernel, encodes a tensor map for each descriptor, and spreads descriptors out into the kernel's arguments.
 All of it depends on a plan, which never changes, and on where its tensors lie. So here
 
 - the compiled kernel is kept. Of a tensor Triton's compiler heeds presence, dtype, and whether 16 divides its address.
