@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+_GLOO_SECONDS = 0.2
 
 
 class SharedError(ValueError):
@@ -104,7 +106,10 @@ def join(device: str | None) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), size, chosen)
         # A process that ended right after a collective aborted at exit in 3 of 18 runs (torch 2.13, gloo): a worker thread
-        # was still letting go of that collective's tensors (pytorch/pytorch#179291). A barrier has none.
+        # was still letting go of that collective's tensors (pytorch/pytorch#179291). A barrier has none, but gloo has two
+        # worker threads, and on a busy machine the other one may need a while longer; nothing tells when it is done.
         dist.barrier()
+        if chosen.type == "cpu":
+            time.sleep(_GLOO_SECONDS)
     finally:
         dist.destroy_process_group()
