@@ -127,7 +127,7 @@ class LiveConstants:
         for part in self._on_cudnn:
             form, weight = self.forms[part.step.out], part.child.weight
             folds = form.folds and by_kernel
-            if not (folds or (needs_copy(weight, self.dtype) and not form.folds and form.on_cudnn)):
+            if not (folds or (needs_copy(weight, self.dtype) and not form.folds)):
                 continue
             if not fold_weights.takes(weight) or (layers and weight.dtype != layers[0].weight.dtype):
                 continue

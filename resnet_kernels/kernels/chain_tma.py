@@ -227,7 +227,6 @@ def launch(
     )  # fmt: skip
     vectors = (conv3.scale, conv3.shift, *(projection or 4 * (None,))[1:3], *(next_norm or (None, None)))
     tensors |= dict(zip(BLOCK_VECTORS, vectors))
-    # Kept until the launch: a descriptor doesn't.
     tensors = {name: None if tensor is None else _aligned(tensor) for name, tensor in tensors.items()}
     tensors |= dict(scale2_ptr=dense(conv2.scale), shift2_ptr=dense(conv2.shift))
     tensors |= dict(
