@@ -5,14 +5,19 @@ y = relu(x + residual): two reads and one write; eager takes three reads and two
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launching import Launcher
+
 # 1024 elements on 4 warps: 8 fp32 (two 16-byte loads) a thread and operand.
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
+_CACHED = 512
 
 
 @triton.jit
@@ -31,10 +36,12 @@ def launch(x: Tensor, residual: Tensor) -> Tensor:
     """Returns relu(x + residual), in x's layout; both of one shape, dtype, layout and dense."""
     y = torch.empty_like(x)
     if y.numel():
-        # Programs: blocks of BLOCK_SIZE elements, in memory order.
-        grid = (triton.cdiv(y.numel(), BLOCK_SIZE),)
-        with torch.cuda.device_of(x):
-            _add_relu_kernel[grid](
-                x, residual, y, y.numel(), BLOCK_SIZE=BLOCK_SIZE, num_warps=NUM_WARPS, enable_fp_fusion=True
-            )
+        _launcher(y.numel())(x.device, x_ptr=x, residual_ptr=residual, y_ptr=y)
     return y
+
+
+@lru_cache(_CACHED)
+def _launcher(n_elements: int) -> Launcher:
+    # Programs: blocks of BLOCK_SIZE elements, in memory order.
+    grid = (triton.cdiv(n_elements, BLOCK_SIZE),)
+    return Launcher(_add_relu_kernel, grid, dict(n_elements=n_elements, BLOCK_SIZE=BLOCK_SIZE), NUM_WARPS)

@@ -18,12 +18,15 @@ Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1 and section 3.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .launching import Launcher
 
 # A tile is two 16-byte loads for each thread of 8 warps. Channels that 16 does not divide load one by one: a quarter of it.
 TILE_BYTES = 8192
@@ -36,6 +39,7 @@ NUM_WARPS = 8
 MOST_SPLITS = 512
 FINISH_CHANNELS = 8
 FINISH_WARPS = 16
+CACHED = 512  # launchers of a kernel, for as many shapes and settings
 
 
 class Split(NamedTuple):
@@ -247,44 +251,73 @@ def launch(
     x, residual = channels_last(x), channels_last(residual)
     weight, bias = contiguous(weight), contiguous(bias)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
-    split = choose_split(rows, channels, x.element_size())
     y = torch.empty_like(x)
     if training:
-        mean, rstd = _statistics(x, running_mean, running_var, split, momentum, eps)
+        mean, rstd = _statistics(x, running_mean, running_var, momentum, eps)
     else:
         mean, rstd = running_mean.contiguous(), running_var.contiguous()
-    with torch.cuda.device_of(x):
-        _forward_kernel[tiles(split, rows, channels)](
-            x, residual, y, mean, rstd, weight, bias, rows, channels, eps,
-            RELU=relu, VARIANCE=not training, **blocks(split), num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
+    _forward(rows, channels, x.element_size(), eps, relu, not training)(
+        x.device,
+        x_ptr=x,
+        residual_ptr=residual,
+        y_ptr=y,
+        mean_ptr=mean,
+        rstd_ptr=rstd,
+        weight_ptr=weight,
+        bias_ptr=bias,
+    )
     return (y, mean, rstd) if training else (y, None, None)
 
 
 def _statistics(
-    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, split: Split, momentum: float, eps: float
+    x: Tensor, running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor]:
     rows, channels = x.numel() // x.shape[1], x.shape[1]
+    split, sums, finish = _statistics_of(rows, channels, x.element_size(), momentum, eps)
     partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
     # Not halves of one tensor: the outputs of an op share no memory.
     mean, rstd = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
     running = (running_mean, running_var)
     dense = [contiguous(statistic) for statistic in running]
-    with torch.cuda.device_of(x):
-        # Programs: splits of rows x tiles of channels; then tiles of channels.
-        _statistics_kernel[split.count, triton.cdiv(channels, split.block_channels)](
-            x, partial, rows, channels, split.rows,
-            **blocks(split), STAGES=STAGES, num_warps=NUM_WARPS, enable_fp_fusion=True,
-        )  # fmt: skip
-        _finish_statistics_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
-            partial, mean, rstd, *dense, rows, channels, split.rows, split.count, momentum, eps,
-            BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
-            enable_fp_fusion=True,
-        )  # fmt: skip
+    sums(x.device, x_ptr=x, partial_ptr=partial)
+    finish(
+        x.device, partial_ptr=partial, mean_ptr=mean, rstd_ptr=rstd, running_mean_ptr=dense[0], running_var_ptr=dense[1]
+    )
     for statistic, written in zip(running, dense):
         if statistic is not written:
             statistic.copy_(written)
     return mean, rstd
+
+
+@lru_cache(CACHED)
+def _statistics_of(
+    rows: int, channels: int, itemsize: int, momentum: float, eps: float
+) -> tuple[Split, Launcher, Launcher]:
+    split = choose_split(rows, channels, itemsize)
+    sums = Launcher(
+        _statistics_kernel, splits(split, channels),
+        dict(n_rows=rows, n_channels=channels, rows_per_split=split.rows, STAGES=STAGES, **blocks(split)), NUM_WARPS,
+    )  # fmt: skip
+    finish = Launcher(
+        _finish_statistics_kernel, (triton.cdiv(channels, FINISH_CHANNELS),),
+        dict(
+            n_rows=rows, n_channels=channels, rows_per_split=split.rows, n_splits=split.count, momentum=float(momentum),
+            eps=float(eps), BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS,
+        ), FINISH_WARPS,
+    )  # fmt: skip
+    return split, sums, finish
+
+
+@lru_cache(CACHED)
+def _forward(rows: int, channels: int, itemsize: int, eps: float, relu: bool, variance: bool) -> Launcher:
+    split = choose_split(rows, channels, itemsize)
+    fixed = dict(n_rows=rows, n_channels=channels, eps=float(eps), RELU=relu, VARIANCE=variance, **blocks(split))
+    return Launcher(_forward_kernel, tiles(split, rows, channels), fixed, NUM_WARPS)
+
+
+def splits(split: Split, channels: int) -> tuple[int, int]:
+    """Programs of a reduction over data: splits of rows x tiles of channels."""
+    return split.count, triton.cdiv(channels, split.block_channels)
 
 
 def tiles(split: Split, rows: int, channels: int) -> tuple[int, int]:

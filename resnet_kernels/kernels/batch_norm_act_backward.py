@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .batch_norm_act import (
+    CACHED,
     FINISH_CHANNELS,
     FINISH_WARPS,
     MOST_SPLITS,
     NUM_WARPS,
     STAGES,
+    Split,
     _affine,
     _normalised,
     _rstd,
@@ -21,8 +25,10 @@ from .batch_norm_act import (
     channels_last,
     choose_split,
     contiguous,
+    splits,
     tiles,
 )
+from .launching import Launcher
 
 
 @triton.jit
@@ -186,7 +192,7 @@ def launch(
     weight, bias, mean, rstd = (contiguous(vector) for vector in (weight, bias, mean, rstd))
     needs_x, needs_dz, needs_weight, needs_bias = needs
     rows, channels = x.numel() // x.shape[1], x.shape[1]
-    split = choose_split(rows, channels, x.element_size())
+    split, reduce, finish, apply = _launchers(rows, channels, x.element_size(), eps, relu, not training, needs_dz)
     dz = torch.empty_like(x) if needs_dz else None
     dx = torch.empty_like(x) if needs_x else None
     vector = torch.float32 if weight is None else weight.dtype
@@ -195,24 +201,40 @@ def launch(
         for needed in (needs_weight, needs_bias)
     )
     coefficients = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training and needs_x else None
-    common = dict(VARIANCE=not training, num_warps=NUM_WARPS, enable_fp_fusion=True, **blocks(split))
-    with torch.cuda.device_of(x):
-        if any(value is not None for value in (dz, dweight, dbias, coefficients)):
-            partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
-            # Programs: splits of rows x tiles of channels; then tiles of channels.
-            _reduce_kernel[split.count, triton.cdiv(channels, split.block_channels)](
-                dy, x, y, dz, mean, rstd, weight, bias, partial, rows, channels, split.rows, eps,
-                RELU=relu, STAGES=STAGES, **common,
-            )  # fmt: skip
-            _finish_reduce_kernel[triton.cdiv(channels, FINISH_CHANNELS),](
-                partial, rstd, dweight, dbias, coefficients, rows, channels, split.count, eps,
-                VARIANCE=not training, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS, num_warps=FINISH_WARPS,
-                enable_fp_fusion=True,
-            )  # fmt: skip
-        if dx is not None:
-            masked = dz is not None  # ReLU's mask has been applied, and stored
-            _backward_kernel[tiles(split, rows, channels)](
-                dz if masked else dy, x, None if masked else y, dx, mean, rstd, weight, bias, coefficients,
-                rows, channels, eps, RELU=relu and not masked, **common,
-            )  # fmt: skip
+    affine = dict(mean_ptr=mean, rstd_ptr=rstd, weight_ptr=weight, bias_ptr=bias)
+    if any(value is not None for value in (dz, dweight, dbias, coefficients)):
+        partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
+        reduce(x.device, dy_ptr=dy, x_ptr=x, y_ptr=y, dz_ptr=dz, **affine, partial_ptr=partial)
+        finish(
+            x.device, partial_ptr=partial, rstd_ptr=rstd, dweight_ptr=dweight, dbias_ptr=dbias,
+            coefficient_ptr=coefficients,
+        )  # fmt: skip
+    if dx is not None:
+        # Where there is a dz, ReLU's mask has been applied to it.
+        upper, mask = (dy, y) if dz is None else (dz, None)
+        apply(x.device, dy_ptr=upper, x_ptr=x, y_ptr=mask, dx_ptr=dx, **affine, coefficient_ptr=coefficients)
     return dx, dz, dweight, dbias
+
+
+@lru_cache(CACHED)
+def _launchers(
+    rows: int, channels: int, itemsize: int, eps: float, relu: bool, variance: bool, masked: bool
+) -> tuple[Split, Launcher, Launcher, Launcher]:
+    """The split, and the three kernels' launchers; masked: the last one reads dz, not dy."""
+    split = choose_split(rows, channels, itemsize)
+    sizes = dict(n_rows=rows, n_channels=channels, eps=float(eps), VARIANCE=variance)
+    reduce = Launcher(
+        _reduce_kernel, splits(split, channels),
+        dict(sizes, rows_per_split=split.rows, RELU=relu, STAGES=STAGES, **blocks(split)), NUM_WARPS,
+    )  # fmt: skip
+    finish = Launcher(
+        _finish_reduce_kernel, (triton.cdiv(channels, FINISH_CHANNELS),),
+        dict(sizes, n_splits=split.count, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS), FINISH_WARPS,
+    )  # fmt: skip
+    apply = Launcher(
+        _backward_kernel,
+        tiles(split, rows, channels),
+        dict(sizes, RELU=relu and not masked, **blocks(split)),
+        NUM_WARPS,
+    )
+    return split, reduce, finish, apply

@@ -83,6 +83,28 @@ def launch(
         prepared[key] = Prepared(compiled, kernel.arg_names, grid, tensors, fixed, views)
 
 
+class Launcher:
+    """A kernel with all that stays: grid, arguments that are no tensors, options. Called with a device and the tensors.
+
+    Args:
+        kernel, grid, fixed: as `launch` takes them.
+        num_warps: of a program.
+    """
+
+    __slots__ = ("_fixed", "_grid", "_kernel", "_num_warps", "_prepared")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], fixed: Mapping[str, Any], num_warps: int):
+        self._kernel, self._grid, self._fixed, self._num_warps = kernel, grid, fixed, num_warps
+        self._prepared: dict[tuple, Prepared] = {}
+
+    def __call__(self, device: torch.device, **tensors: Tensor | None) -> None:
+        # Triton 3.10 has another default of enable_fp_fusion.
+        launch(
+            self._kernel, self._grid, device, tensors, self._fixed, self._prepared,
+            num_warps=self._num_warps, enable_fp_fusion=True,
+        )  # fmt: skip
+
+
 class Prepared:
     """A compiled kernel with a grid and all arguments but its tensors, of which it knows presence and dtypes."""
 
