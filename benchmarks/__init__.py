@@ -45,6 +45,7 @@ of a group is of the same round), in `extra_info`:
     threads, tf32       PyTorch's CPU threads; whether convolutions of float32 may run in TF32
     parity_error, parity_budget             relative norm error against fp64, and what it may be: twice eager's + one rounding
     parity_failure      "", or of what a peer is over budget: its time is reported all the same (ours has none then)
+    prepare_s, gate_s   seconds that making it ready (copying, compiling, capturing) and comparing it with fp64 took
     p20, p80            seconds
     gflop               1e9 FLOPs of a call, of convolutions and matmuls
     hbm_gb              1e9 bytes that per-layer fusion has to move, null where nothing counts them (forward-backward, but for

@@ -3,7 +3,7 @@
     session.json      device, driver, versions, commit; what each section took, and how it ended
     ceilings.json     copy, matmul, L2; which descriptors the driver takes
     <device>.json     the table of `python -m resnet_kernels tune`, which the sections behind it run by
-    models.json       whole networks against their peers, then training: pytest-benchmark's format
+    models.json       whole networks against their peers, inference and training: pytest-benchmark's format
     gpu_tests.json    the tests that a GPU runs, one by one, with what time is left
     log.txt           what all of them printed
 
@@ -42,23 +42,28 @@ PYTHON = [sys.executable, "-u"]
 
 # Shares of the budget, in the order of what is lost if nothing behind it runs.
 SHARES = {
-    "ceilings": 15,
-    "tune": 180,
-    "models": 190,
-    "training": 50,
+    "ceilings": 12,
+    "tune": 170,
+    "models": 330,
     "gpu_tests": 5,
 }
-# (model, batch, peers): what is quick first, then max-autotune and graphs of torch.compile, which compile for long.
+MOST_SECONDS = 100.0  # of one case
+# (direction, model, batch, peers): what is quick first, then max-autotune and graphs of torch.compile, which compile for long.
 _QUICK = "not compile-max and not compile-graph and not jax"
+_SLOW = "compile-max or compile-graph or jax"
+_STEP = "forward-backward"
 MODELS = (
-    *(("resnet50", batch, _QUICK) for batch in (256, 1)),
-    *((model, 256, _QUICK) for model in ("resnet18", "resnet_v2_50")),
-    ("resnet50", 32, _QUICK),
-    ("resnet152", 256, _QUICK),
-    *(("resnet50", batch, "compile-max or compile-graph or jax") for batch in (256, 1)),
-    *((model, 1, _QUICK) for model in ("resnet18", "resnet_v2_50", "resnet152")),
+    *(("forward", "resnet50", batch, _QUICK) for batch in (256, 1)),
+    (_STEP, "resnet50", 256, _QUICK),
+    *(("forward", model, 256, _QUICK) for model in ("resnet18", "resnet_v2_50")),
+    *(("forward", "resnet50", batch, _SLOW) for batch in (1, 256)),
+    (_STEP, "resnet_v2_50", 256, _QUICK),
+    ("forward", "resnet50", 32, _QUICK),
+    (_STEP, "resnet50", 32, _QUICK),
+    (_STEP, "resnet18", 256, _QUICK),
+    ("forward", "resnet152", 256, _QUICK),
+    *(("forward", model, 1, _QUICK) for model in ("resnet18", "resnet_v2_50", "resnet152")),
 )
-TRAINED = (("resnet50", 256), ("resnet_v2_50", 256), ("resnet18", 256), ("resnet50", 32))
 # What tells a test file that has something for a GPU.
 _FOR_GPUS = re.compile(r"mark\.gpu|skip_unless_runnable\(\s*\"triton\"")
 
@@ -210,8 +215,8 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
         table += ["--without", str(session.denied)]
     runs = (
         (0.6, ["--model", "resnet50", "--batch-size", "256", "1"]),
-        (0.5, ["--model", "resnet50", "--batch-size", "256", "--training"]),
-        (1.0, ["--model", "resnet18", "resnet152", "resnet_v2_50", "--batch-size", "256"]),
+        (0.5, ["--model", "resnet50", "resnet_v2_50", "--batch-size", "256", "--training"]),
+        (1.0, ["--model", "resnet18", "resnet_v2_50", "resnet152", "--batch-size", "256"]),
     )
     if session.dry:
         runs = ((1.0, ["--dry-run", "--model", "d2l_resnet18", "--image-size", "16"]),)
@@ -230,21 +235,12 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
 
 
 def models(session: Session, seconds: float) -> dict[str, Any]:
-    selections = [f"model-forward-{model}-224px-b{batch}-bf16-cuda and ({peers})" for model, batch, peers in MODELS]
-    if session.dry:
-        selections = ["op-forward-add_relu_256-56px-b1-fp32-cpu"]
-    return _benchmarks(session, seconds, selections)
-
-
-def training(session: Session, seconds: float) -> dict[str, Any]:
-    selections = [f"model-forward-backward-{model}-224px-b{batch}-bf16-cuda" for model, batch in TRAINED]
-    if session.dry:
-        selections = ["op-forward-backward-add_relu_256-56px-b1-fp32-cpu"]
-    return _benchmarks(session, seconds, selections)
-
-
-def _benchmarks(session: Session, seconds: float, selections: list[str]) -> dict[str, Any]:
     """Cases of `pytest benchmarks`, one after the other, added to models.json as they come."""
+    selections = [
+        f"model-{what}-{model}-224px-b{batch}-bf16-cuda and ({peers})" for what, model, batch, peers in MODELS
+    ]
+    if session.dry:
+        selections = [f"op-{what}-add_relu_256-56px-b1-fp32-cpu" for what in ("forward", _STEP)]
     end, whole = time.monotonic() + seconds, session.benchmarks
     ended: dict[str, str] = {}
     for selection in selections:
@@ -256,7 +252,7 @@ def _benchmarks(session: Session, seconds: float, selections: list[str]) -> dict
             written = Path(work) / "benchmarks.json"
             arguments = ["-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", selection]
             arguments += [f"--benchmark-json={written}", f"--benchmark-max-time={0.2 if session.dry else 1}"]
-            ended[selection] = session.command(arguments + ([] if session.dry else ["--full"]), left)
+            ended[selection] = session.command(arguments + ([] if session.dry else ["--full"]), min(left, MOST_SECONDS))
             # pytest's 5: nothing has that name.
             ended[selection] = {"failed (5)": "no such case"}.get(ended[selection], ended[selection])
             if written.exists() and written.stat().st_size:
@@ -272,7 +268,6 @@ SECTIONS: dict[str, Callable[[Session, float], dict[str, Any]]] = {
     **{name: in_a_process(name) for name in ("ceilings",)},
     "tune": tune,
     "models": models,
-    "training": training,
     "gpu_tests": gpu_tests,
 }
 

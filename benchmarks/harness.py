@@ -7,6 +7,7 @@ cost ours the row, too; a peer keeps its time, and its failure stands beside it.
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -43,7 +44,11 @@ class Absent:
 
 @dataclass(frozen=True)
 class Measured:
-    """A contender's row in a case. timing: None if nothing was to be timed. line: the slim text's. info: extra_info."""
+    """A contender's row in a case.
+
+    timing: None if nothing was to be timed. line: the slim text's. info: extra_info; without a time, what making ready and
+    the gate took.
+    """
 
     case: str
     contender: str
@@ -100,9 +105,10 @@ def measure(
     shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
     work, machine = figures.work(workload), figures.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
-        gate, runner = rows[name].gate, runners[name]
+        (gate, seconds), runner = (rows[name].gate, rows[name].info), runners[name]
         line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
         info = {
+            **seconds,
             **shared,
             **_of_contender(by_name[name], gate),
             **figures.of_time(work, machine, case.batch, timing.median),
@@ -121,13 +127,16 @@ def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Mea
     reason = contender.why_absent(workload.case)
     if reason:
         return None, Absent(case, name, reason)
+    start = time.perf_counter()
     try:
         runner = contender.prepare(workload)
+        prepared = time.perf_counter()
         gate = contender.gate(workload, runner)
     except Exception as error:
         return None, Absent.crashed(case, name, error)
     # A wrong result of ours is worth no time. A peer's rounding is not ours to fix.
-    return (None if contender.ours and gate.failure else runner), Measured(case, name, gate)
+    seconds = {"prepare_s": prepared - start, "gate_s": time.perf_counter() - prepared}
+    return (None if contender.ours and gate.failure else runner), Measured(case, name, gate, info=seconds)
 
 
 def _interleaved(

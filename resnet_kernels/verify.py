@@ -98,6 +98,17 @@ class VerifyResult:
         return f"{table(head, cells)}\n{verdict}{agreement} ({self.dtype}, {self.device}, TF32 {tf32})"
 
 
+@contextlib.contextmanager
+def unsearched() -> Iterator[None]:
+    """Lets cuDNN take its first algorithm: with `benchmark` on it would try each, in fp64, for results that are read once."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 def verify(
     model: nn.Module, fused: nn.Module, x: Tensor, *, progress: Callable[[str], None] | None = None
 ) -> VerifyResult:
@@ -130,7 +141,10 @@ def verify(
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
     def compare(path: str, steps: str, source: Tensor, eager: Tensor, run_fused: Callable, oracle: Callable) -> None:
-        results.append(_parity(path, steps, run_fused(source.clone()), eager, oracle(_wide(source))))
+        fused_output = run_fused(source.clone())
+        with unsearched():
+            truth = oracle(_wide(source))
+        results.append(_parity(path, steps, fused_output, eager, truth))
         if progress is not None:
             progress(path)
 
@@ -143,9 +157,12 @@ def verify(
         hooks.close()
         fused_output = fused(x)
         oracle = copy.deepcopy(model).to(**_oracle_options(x))
-        outputs = [(fused_output, eager_output, oracle(_wide(x)))]
+        with unsearched():
+            outputs = [(fused_output, eager_output, oracle(_wide(x)))]
         for scaled in _scaled(x, sum(leaf.numel() for leaf in _tensors(eager_output))):
-            outputs.append((fused(scaled.clone()), model(scaled.clone()), oracle(_wide(scaled))))
+            both = fused(scaled.clone()), model(scaled.clone())
+            with unsearched():
+                outputs.append((*both, oracle(_wide(scaled))))
     fused_flat, eager_flat, oracle_flat = (
         torch.cat([_wide(leaf).flatten().cpu() for output in several for leaf in _tensors(output)])
         for several in zip(*outputs)
