@@ -67,26 +67,28 @@ class Eager(Contender):
 
 
 class Fused(Contender):
-    """rk.fuse, or the op alone, on a backend."""
+    """rk.fuse, or the op alone, on a backend; with freeze, models whose weights are promised to stay."""
 
     ours = True
     package = "resnet_kernels"
 
-    def __init__(self, name: str, backend: str):
-        self.name, self.backend = name, backend
-        self.label = f"resnet_kernels ({backend})"
-        self.settings = f'rk.fuse(model, backend="{backend}"), channels_last'
+    def __init__(self, name: str, backend: str, freeze: bool = False):
+        self.name, self.backend, self.freeze = name, backend, freeze
+        self.label = f"resnet_kernels ({backend}{', frozen' * freeze})"
+        self.settings = f'rk.fuse(model, backend="{backend}"{", freeze=True" * freeze}), channels_last'
 
     @property
     def version(self) -> str:
         return f"resnet_kernels {rk.__version__}"
 
     def covers(self, case, full):
+        if self.freeze and not (full and case.level == "model" and not case.backward):
+            return False
         # "auto" has none of the Triton kernels until a table shows that they win.
-        return self.backend == "auto" or case.device == "cuda"
+        return (self.backend == "auto" and not self.freeze) or case.device == "cuda"
 
     def prepare(self, workload):
-        return ModuleRunner(fused_module(workload, self.backend), workload.case.backward)
+        return ModuleRunner(fused_module(workload, self.backend, self.freeze), workload.case.backward)
 
     def gate(self, workload, runner):
         case = workload.case
@@ -107,26 +109,32 @@ class Fused(Contender):
 class FusedGraph(Contender):
     """rk.capture of the fused model: what a user of CUDA graphs gets from us."""
 
-    name, label, ours, package = "fused-graph", "resnet_kernels (CUDA graph)", True, "resnet_kernels"
-    settings = 'rk.capture(rk.fuse(model, backend="auto"), x)'
+    ours, package = True, "resnet_kernels"
+
+    def __init__(self, name: str, freeze: bool = False):
+        self.name, self.freeze = name, freeze
+        self.label = f"resnet_kernels (CUDA graph{', frozen' * freeze})"
+        self.settings = f'rk.capture(rk.fuse(model, backend="auto"{", freeze=True" * freeze}), x)'
 
     @property
     def version(self) -> str:
         return f"resnet_kernels {rk.__version__}"
 
     def covers(self, case, full):
+        if self.freeze and not (full and case.level == "model"):
+            return False
         return case.device == "cuda" and case.level != "op" and not case.backward
 
     def prepare(self, workload):
         with torch.no_grad():
-            run = rk.capture(fused_module(workload, "auto"), *workload.operands.inputs)
+            run = rk.capture(fused_module(workload, "auto", self.freeze), *workload.operands.inputs)
         return ForeignRunner(run, lambda x: x, lambda y: y)
 
 
-def fused_module(workload: Workload, backend: str) -> torch.nn.Module:
+def fused_module(workload: Workload, backend: str, freeze: bool = False) -> torch.nn.Module:
     """A workload's module on the kernels of a backend; the eager one is left as it is."""
     if workload.case.level != "op":
-        return rk.fuse(workload.eager, backend=backend)
+        return rk.fuse(workload.eager, backend=backend, freeze=freeze)
     fused = copy.deepcopy(workload.eager)
     fused.backend = backend
     return fused

@@ -57,6 +57,29 @@ def inference(name: str, batch: int, size: int, backend: str, dtype: torch.dtype
 
 
 @torch.no_grad()
+def frozen(name: str, batch: int, size: int, backend: str) -> Result:
+    """A frozen network errs as another does; its graph gives its bits; after refresh it runs on new weights."""
+    model, x = _model(name, batch, size, BF16)
+    fused = rk.fuse(model, backend=backend, freeze=True)
+    row = _judge(fused(x), model, x)
+    run = rk.capture(fused, x)
+    if not torch.equal(fused(x), fused(x)) or not torch.equal(run(x), fused(x)):
+        row["refused"] = f"two calls, or a call and a replay, differ; {row}"
+    for module in (model, fused):
+        for parameter in module.parameters():
+            parameter.data.mul_(1.01)
+    rk.refresh(fused)
+    if "refused" in row:
+        return row
+    for y in (fused(x), run(x)):
+        row = _judge(y, model, x)
+        if "refused" in row:
+            row["refused"] += ", after new weights and refresh"
+            break
+    return row
+
+
+@torch.no_grad()
 def captured(name: str, batch: int, size: int, backend: str) -> Result:
     model, x = _model(name, batch, size, BF16)
     fused = rk.fuse(model, backend=backend)
@@ -136,7 +159,7 @@ def jobs() -> Iterator[tuple[str, list[Any]]]:
             checks = [(f"{name} {backend} {b}x{s}", partial(inference, name, b, s, backend)) for b, s in SIZES]
             yield job(checks[0])
             yield job(checks[1], (f"{name} {backend} captured", partial(captured, name, 1, 224, backend)))
-            yield job(checks[2])
+            yield job(checks[2], (f"{name} {backend} frozen", partial(frozen, name, 2, 224, backend)))
     yield job(
         *(
             (f"{name} {backend} {str(dtype)[6:]}", partial(inference, name, 4, size, backend, dtype))

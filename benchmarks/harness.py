@@ -24,7 +24,15 @@ from .parity import Gate
 from .peers import LEAD_IN_SECONDS, PEERS
 from .workload import Operands, Runner, Workload
 
-CONTENDERS: tuple[Contender, ...] = (Eager(), Fused("fused", "auto"), Fused("triton", "triton"), FusedGraph(), *PEERS)
+CONTENDERS: tuple[Contender, ...] = (
+    Eager(),
+    Fused("fused", "auto"),
+    Fused("triton", "triton"),
+    Fused("frozen", "auto", freeze=True),
+    FusedGraph("fused-graph"),
+    FusedGraph("frozen-graph", freeze=True),
+    *PEERS,
+)
 
 
 @dataclass(frozen=True)
