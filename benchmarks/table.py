@@ -25,12 +25,14 @@ _HEAD = (
     "eager ms",
     "fused ms",
     "captured ms",
+    "captured, frozen ms",
     "times eager's speed",
     "fastest peer",
     "its ms",
     "faster of ours, times its speed",
     "error / budget",
 )
+_CAPTURED = ("fused-graph", "frozen-graph")
 _DIRECTIONS = {"forward": "inference", "forward-backward": "training step"}
 _COSTS = {
     "import_s": ("`import resnet_kernels` after `import torch`", "s"),
@@ -98,14 +100,14 @@ def _is_shown(case: CaseResults, measured: Results) -> bool:
 def _row(case: CaseResults) -> tuple[str, ...]:
     fused, peer = case.contenders["fused"], case.best_peer()
     # A CUDA graph of the fused model (rk.capture) is compared with peers that are graphs, too.
-    ours = [name for name in ("fused", "fused-graph") if name in case.contenders]
+    ours = [name for name in ("fused", "frozen", *_CAPTURED) if name in case.contenders]
     best = min(ours, key=lambda name: case.contenders[name].median)
     return (
         f"{case.subject} {case.size}px {case.dtype}",
         str(case.batch),
         _ms(case, "eager"),
         _ms(case, "fused"),
-        _ms(case, "fused-graph") if "fused-graph" in case.contenders else "",
+        *(_ms(case, name) if name in case.contenders else "" for name in _CAPTURED),
         f"{case.speed('fused', 'eager'):.2f}",
         peer + (" (over the error budget)" if case.contenders[peer].parity_failure else ""),
         _ms(case, peer),
@@ -125,7 +127,8 @@ def costs_table(path: Path) -> str:
 
 
 def _ms(case: CaseResults, contender: str) -> str:
-    return f"{1e3 * case.contenders[contender].median:.1f}"
+    milliseconds = 1e3 * case.contenders[contender].median
+    return f"{milliseconds:.2f}" if milliseconds < 1 else f"{milliseconds:.1f}"
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import threading
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -96,9 +97,9 @@ class Table:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half-written: beside it first, then in its place."""
+    """Writes a file that is never seen half-written: beside it first, then in its place. Threads may write the same one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)

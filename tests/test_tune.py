@@ -5,6 +5,7 @@ import json
 import math
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -414,6 +415,14 @@ def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
         assert path.read_text() == "before" and len(list(path.parent.iterdir())) == 1
     tables.write_whole(path, "after")
     assert path.read_text() == "after"
+
+
+def test_threads_write_one_file(tmp_path):
+    """Each from a file of its own beside it: shared, the second one's was gone when it was to take its place."""
+    path = tmp_path / "file.json"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: tables.write_whole(path, f"{i}" * 100_000), range(8)))
+    assert path.read_text() in [f"{i}" * 100_000 for i in range(8)] and list(tmp_path.iterdir()) == [path]
 
 
 def test_the_names_of_the_candidates_lead_back_to_them(device):
