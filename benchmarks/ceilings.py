@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from resnet_kernels.timing import Timing, interleave
+from resnet_kernels.perf.timing import Timing, interleave
 
 BLOCK = 4096
 # Pixels and channels of bf16: 16 KiB.

@@ -6,8 +6,8 @@ from collections import defaultdict
 
 import pytest
 
-from resnet_kernels.report import table
-from resnet_kernels.timing import Timing
+from resnet_kernels.fusion.text_table import table
+from resnet_kernels.perf.timing import Timing
 
 from .harness import Absent, Measured
 

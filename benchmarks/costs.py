@@ -43,8 +43,8 @@ def check_milliseconds() -> float:
     import torch
 
     import resnet_kernels as rk
-    from resnet_kernels.freezing import frozen_states
-    from resnet_kernels.timing import interleave
+    from resnet_kernels.perf.timing import interleave
+    from resnet_kernels.runtime.freezing import frozen_states
 
     torch.set_num_threads(2)
     model = rk.fuse(rk.models.resnet50().eval().to(memory_format=torch.channels_last), freeze=True)

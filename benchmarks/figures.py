@@ -11,8 +11,10 @@ import subprocess
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_kernels import dataflow, profiling, roofline
-from resnet_kernels.roofline import Kernel, Machine
+from resnet_kernels.perf import profiling
+from resnet_kernels.perf.roofline import bounds as roofline_bounds
+from resnet_kernels.perf.roofline import network
+from resnet_kernels.perf.roofline.bounds import Kernel, Machine
 
 from .cases import AddRelu, BatchNormAct, Case, Conv
 from .workload import ModuleRunner, Workload
@@ -88,7 +90,7 @@ def work(workload: Workload) -> list[Kernel]:
             y = workload.eager(*operands.inputs)
         elements = sum(t.numel() for t in (*operands.inputs, workload.eager.weight, y))
         return [Kernel(subject.name, _counted_flops(workload), elements * x.element_size(), 0)]
-    return roofline.per_layer(dataflow.trace(workload.eager, x), x.element_size())
+    return roofline_bounds.per_layer(network.trace(workload.eager, x), x.element_size())
 
 
 def _counted_flops(workload: Workload) -> int:

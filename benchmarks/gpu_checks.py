@@ -33,12 +33,12 @@ from typing import Any
 
 import torch
 
-from resnet_kernels import problems, tuning
-from resnet_kernels.links import StemProblem
+from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
-from resnet_kernels.ops.geometry import Geometry
+from resnet_kernels.perf.tuning import autotuner, problems
+from resnet_kernels.runtime.gpu.multi_layer import StemProblem
 
 from . import gpu_jobs
 
@@ -110,16 +110,16 @@ PORTABLE_ONLY = {
 DRY = {"3x3 ragged, residual": (_conv(24, (5, 6), 16, 3, residual=True, **_PAD1), 2)}
 
 
-def check_problem(problem: tuning.Problem, name: str) -> Result:
+def check_problem(problem: autotuner.Problem, name: str) -> Result:
     """One candidate of a problem against fp64, in poisoned memory, twice."""
     own = replace(problem, candidates={name: problem.candidates[name]})
     record: Result = {"candidates": {}}
     with torch.no_grad():
         operands = own.operands()
-        tuning.check_candidates(own, operands, record)
+        autotuner.check_candidates(own, operands, record)
         row = record["candidates"][name]
         if "refused" not in row:
-            runs = [tuning.as_tuple(own.candidates[name](*operands)) for _ in range(2)]
+            runs = [autotuner.as_tuple(own.candidates[name](*operands)) for _ in range(2)]
             if not all(torch.equal(a, b) for a, b in zip(*runs)):
                 row["refused"] = "two runs on the same operands differ"
     return row
@@ -299,7 +299,7 @@ def _child(job: Job, at: int, writer: int) -> int:
         except Exception as error:
             result = {"refused": f"{type(error).__name__}: {error}"[:800], "where": traceback.format_exc()[-1500:]}
             # After an illegal access nothing runs in this process any more: the parent goes on in a new one.
-            lost = isinstance(error, (tuning.DeviceLost, torch.AcceleratorError))
+            lost = isinstance(error, (autotuner.DeviceLost, torch.AcceleratorError))
         if lost:
             say({"check": check.name, **result})
             return 3

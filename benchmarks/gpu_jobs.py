@@ -15,12 +15,13 @@ from unittest import mock
 
 import torch
 
-from resnet_kernels import links, problems
-from resnet_kernels.commands import common
-from resnet_kernels.links import LinkProblem, StemProblem
+from resnet_kernels.cli import arguments
+from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
-from resnet_kernels.ops.geometry import Geometry
+from resnet_kernels.perf.tuning import problems
+from resnet_kernels.runtime.gpu import multi_layer
+from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
 
 # (network, image size). The small sizes leave every tile ragged; 224 is what is timed.
 INFERENCE = (
@@ -47,10 +48,10 @@ class Noted(NamedTuple):
 def note(network: str, image_size: int, training: bool) -> Noted:
     """Runs a network once on the CPU as if it were a Hopper GPU, and notes what it asks."""
     torch.manual_seed(0)
-    model = common.build(network).to(torch.float16, memory_format=torch.channels_last).eval()
-    x = common.image_batch(model, 2, image_size)
+    model = arguments.build(network).to(torch.float16, memory_format=torch.channels_last).eval()
+    x = arguments.image_batch(model, 2, image_size)
     # A link is looked for only where its kernels run.
-    with mock.patch.object(links, "takes_links", lambda device: True):
+    with mock.patch.object(multi_layer, "takes_links", lambda device: True):
         return Noted(network, image_size, training, problems.note(model, x, training=training))
 
 

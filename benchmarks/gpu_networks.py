@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 import resnet_kernels as rk
-from resnet_kernels.commands import common
-from resnet_kernels.ops import tuned
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.cli import arguments as cli_arguments
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.ops import tuned_table
 
 Result = dict[str, Any]
 # Not asked of CUDA: the parent, which forks, must not touch it.
@@ -32,8 +32,10 @@ def _error(y: Tensor, truth: Tensor) -> float:
 
 def _model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = randomise_batch_norms_(common.build(name)).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
-    return model, common.image_batch(model, batch, size)
+    model = (
+        randomise_batch_norms_(cli_arguments.build(name)).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
+    )
+    return model, cli_arguments.image_batch(model, batch, size)
 
 
 def _judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
@@ -41,7 +43,7 @@ def _judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
     truth = copy.deepcopy(model).double()(x.double())
     eager, ours = _error(model(x), truth), _error(y, truth)
     row = {"error": ours, "eager": eager}
-    if not ours <= 2 * eager + tuned.rounding(y.dtype, y.device):
+    if not ours <= 2 * eager + tuned_table.rounding(y.dtype, y.device):
         row["refused"] = f"errs by {ours:.2e}, eager by {eager:.2e}"
     return row
 
@@ -323,8 +325,8 @@ def small_checks() -> dict[str, Callable[[], Result]]:
 @torch.no_grad()
 def _launch(what: str) -> None:
     """Launches one kernel, without a reference: under compute-sanitizer everything is slow."""
-    from resnet_kernels.kernels import chain_tma, conv_bias_act_tma, conv_bias_act_tma_tiles, stem
-    from resnet_kernels.ops.geometry import Geometry
+    from resnet_kernels.kernels.geometry import Geometry
+    from resnet_kernels.kernels.sm90 import chain, conv, conv_tiles, stem
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(DEVICE, BF16, memory_format=torch.channels_last)
@@ -332,28 +334,26 @@ def _launch(what: str) -> None:
     padded = Geometry(padding=(1, 1, 1, 1))
     for _ in range(2):
         if what == "split":
-            for config in conv_bias_act_tma_tiles.CONFIGS:
+            for config in conv_tiles.CONFIGS:
                 if config.split_k > 1:
-                    conv_bias_act_tma.launch(
-                        draw(2, 512, 7, 7), draw(512, 512, 3, 3), None, None, None, padded, True, config
-                    )
+                    conv.launch(draw(2, 512, 7, 7), draw(512, 512, 3, 3), None, None, None, padded, True, config)
         elif what == "stem":
             for config in stem_configs():
                 stem.launch(torch.randn(2, 3, 75, 75, device=DEVICE), draw(64, 3, 7, 7), None, None, config=config)
         else:
             layers = [
-                chain_tma.Layer(draw(*shape), None, None, True)
+                chain.Layer(draw(*shape), None, None, True)
                 for shape in ((64, 64, 3, 3), (256, 64, 1, 1), (64, 256, 1, 1))
             ]
-            chain_tma.launch(draw(3, 64, 13, 13), layers[0], padded, layers[1], draw(3, 256, 13, 13), None, layers[2])
+            chain.launch(draw(3, 64, 13, 13), layers[0], padded, layers[1], draw(3, 256, 13, 13), None, layers[2])
         torch.cuda.synchronize()
     print(f"{what}: done")
 
 
 def stem_configs():
-    from resnet_kernels.kernels import stem_plan
+    from resnet_kernels.kernels.sm90 import stem_layout
 
-    return stem_plan.CONFIGS
+    return stem_layout.CONFIGS
 
 
 if __name__ == "__main__":

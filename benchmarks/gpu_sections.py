@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 
-from resnet_kernels import problems, tables, tuning
-from resnet_kernels.ops import tuned
-from resnet_kernels.tables import write_whole
+from resnet_kernels.ops import tuned_table
+from resnet_kernels.perf.tuning import autotuner, problems, table_file
+from resnet_kernels.perf.tuning.table_file import write_whole
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -50,7 +50,7 @@ def compile_candidate(asked: Hashable, batch: int, name: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1)
-def _built(asked: Hashable, batch: int) -> tuple[tuning.Problem, tuple]:
+def _built(asked: Hashable, batch: int) -> tuple[autotuner.Problem, tuple]:
     (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, torch.device("cuda", 0))
     return built, built.operands()
 
@@ -87,8 +87,8 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry_run else "cuda:0")
-    key = tables.no_device() if options.dry_run else tuned.device_key(device)
-    header = {"device": key._asdict(), "dry_run": options.dry_run, "environment": tables.environment(device)}
+    key = table_file.no_device() if options.dry_run else tuned_table.device_key(device)
+    header = {"device": key._asdict(), "dry_run": options.dry_run, "environment": table_file.environment(device)}
     if not options.dry_run:
         torch.backends.cudnn.benchmark = True
 

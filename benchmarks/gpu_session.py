@@ -33,9 +33,9 @@ from typing import Any
 
 import torch
 
-from resnet_kernels import tables
-from resnet_kernels.ops import tuned
-from resnet_kernels.tables import write_whole
+from resnet_kernels.ops import tuned_table
+from resnet_kernels.perf.tuning import table_file
+from resnet_kernels.perf.tuning.table_file import write_whole
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHON = [sys.executable, "-u"]
@@ -83,15 +83,15 @@ class Session:
 
     def __post_init__(self):
         self.device = torch.device("cpu" if self.dry else "cuda:0")
-        self.key = tables.no_device() if self.dry else tuned.device_key(self.device)
+        self.key = table_file.no_device() if self.dry else tuned_table.device_key(self.device)
         self.header = {
             "device": self.key._asdict(),
             "dry_run": self.dry,
-            "environment": tables.environment(self.device),
+            "environment": table_file.environment(self.device),
         }
         self.log = (self.out / "log.txt").open("a")
         # Later sections run by the table that was measured here.
-        self.environment = {**os.environ, tuned.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
+        self.environment = {**os.environ, tuned_table.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
         self.environment.pop("TRITON_INTERPRET", None)
         if self.dry:
             # Threads that wait for one another, spinning, on a machine that others use, too.

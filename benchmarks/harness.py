@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from resnet_kernels.timing import Timing, interleave, ratios, summary_line
+from resnet_kernels.perf.timing import Timing, interleave, ratios, summary_line
 
 from . import figures
 from .cases import Case

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 import resnet_kernels as rk
-from resnet_kernels.timing import interleave, ratio
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.perf.timing import interleave, ratio
 
 from .parity import compare
 

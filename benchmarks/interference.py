@@ -12,8 +12,8 @@ import copy
 
 import torch
 
-from resnet_kernels.report import table
-from resnet_kernels.timing import interleave, ratio, ratios
+from resnet_kernels.fusion.text_table import table
+from resnet_kernels.perf.timing import interleave, ratio, ratios
 
 from .cases import Case, Model, Platform
 from .harness import CONTENDERS

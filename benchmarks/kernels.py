@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from resnet_kernels import dataflow, profiling
-from resnet_kernels.profiling import RangeTime
+from resnet_kernels.perf import profiling
+from resnet_kernels.perf.profiling import RangeTime
+from resnet_kernels.perf.roofline import network
 
 from .contenders import Contender
 from .workload import ModuleRunner, Runner, Workload
@@ -25,7 +26,7 @@ def kernels(contender: Contender, runner: Runner, workload: Workload) -> list[di
     if model is None:
         return [_row(time.range, time.call, "", time.name, time.kind, time.backward, time.seconds) for time in times]
     x = workload.operands.inputs[0]
-    rows = profiling.by_range(times, dataflow.trace(workload.eager, x), x.element_size())
+    rows = profiling.by_range(times, network.trace(workload.eager, x), x.element_size())
     return [
         _row(row.range, row.call, row.layer, _names(row), row.kind, row.backward, row.seconds, row.least)
         for row in rows

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_kernels.ops import tuned
+from resnet_kernels.ops import tuned_table
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def compare(
 
     dtype: the working dtype, whose rounding is allowed on top of eager's own error; the tensors may be wider.
     """
-    rounding = tuned.rounding(dtype, tensors[0].device)
+    rounding = tuned_table.rounding(dtype, tensors[0].device)
     whole = torch.stack([truth.norm() for truth in oracle]).norm().item()
     gates = []
     for name, tensor, reference, truth in zip(names, tensors, eager, oracle, strict=True):

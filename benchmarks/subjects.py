@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_kernels as rk
+from resnet_kernels.kernels.geometry import normalise
 from resnet_kernels.models import d2l, resnet_v1, resnet_v2
-from resnet_kernels.ops.geometry import normalise
-from resnet_kernels.reference import pad_if_asymmetric
+from resnet_kernels.ops.reference import pad_if_asymmetric
 
 from . import cases
 from .cases import AddRelu, Block, Conv, Model, Stage

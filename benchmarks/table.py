@@ -13,9 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from resnet_kernels import results
-from resnet_kernels.commands.sections import LEVELS, outcomes
-from resnet_kernels.results import CaseResults, Results
+from resnet_kernels.cli.report.sections import LEVELS, outcomes
+from resnet_kernels.perf import results
+from resnet_kernels.perf.results import CaseResults, Results
 
 RESULTS = Path(__file__).parent / "results"
 

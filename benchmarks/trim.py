@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from resnet_kernels.tables import write_whole
+from resnet_kernels.perf.tuning.table_file import write_whole
 
 _DIGITS = 6
 _LONGEST_NAME = 60

@@ -16,7 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from resnet_kernels.verify import randomise_batch_norms_, unsearched
+from resnet_kernels.fusion.verify import unsearched
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 
 from .cases import Case, Conv
 from .parity import Gate, compare

@@ -34,8 +34,8 @@ import torch
 from torch import nn
 
 from resnet_kernels import models
+from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models.d2l import Residual
-from resnet_kernels.ops.geometry import Geometry
 
 KIB = 1024
 WORKERS = 2
@@ -224,8 +224,8 @@ def tma_layers() -> dict[tuple, str]:
 
 def tma_cases(everything: bool) -> list[Case]:
     """The convolutions that Hopper's kernel takes; what differs only in the box of pixels or in dtype is left out."""
-    from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not, why_not_tile
-    from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS
+    from resnet_kernels.kernels.sm90.conv_layout import ConvShape, plan, why_not, why_not_tile
+    from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
 
     cases = {}
     for (weight_shape, geometry, in_size, shortcut), name in tma_layers().items():
@@ -262,7 +262,7 @@ def tma_cases(everything: bool) -> list[Case]:
 
 def sharing_cases() -> list[Case]:
     """The 3x3 that shares its loads, every tile in stage 1 and in stage 3 of ResNet-50, the heaviest epilogue."""
-    from resnet_kernels.kernels.tap_sharing_tma import CONFIGS, plan
+    from resnet_kernels.kernels.sm90.tap_sharing import CONFIGS, plan
 
     cases = []
     for config, (channels, size) in itertools.product(CONFIGS, ((64, 56), (256, 14))):
@@ -282,7 +282,7 @@ def chain_cases(everything: bool) -> list[Case]:
 
     Without `everything` one of each kind, and one of each thing that leads to another loop.
     """
-    from resnet_kernels.kernels.chain_tma_plan import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
+    from resnet_kernels.kernels.sm90.chain_layout import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
 
     cases = {}
     names = _kernel(CHAIN_KERNEL).arg_names
@@ -337,20 +337,20 @@ def stem_label(config) -> str:
 
 def stem_cases() -> list[Case]:
     """Hopper's stem in all its strips, and what packs its image."""
-    from resnet_kernels.kernels import stem_plan
+    from resnet_kernels.kernels.sm90 import stem_layout
 
     cases = {}
     # One image, full strips, several odd ones.
     sizes = ((1, 224, 64), (256, 224, 64), (8, 301, 48))
-    for dtype, (batch, size, c_out), config in itertools.product(("fp16", "bf16"), sizes, stem_plan.CONFIGS):
-        todo = stem_plan.plan((batch, 3, size, size), c_out, 132, config)
+    for dtype, (batch, size, c_out), config in itertools.product(("fp16", "bf16"), sizes, stem_layout.CONFIGS):
+        todo = stem_layout.plan((batch, 3, size, size), c_out, 132, config)
         arguments, aligned, constants = specialise(todo.integers)
         types = dict.fromkeys(("w_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32")
         types["x"] = (
             f"tensordesc<{dtype}[{','.join(map(str, todo.windows.box))}]>" if config.descriptor else "*" + dtype
         )
         constants |= dict(
-            BLOCK_W=config.block_w, BLOCK_C=stem_plan.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
+            BLOCK_W=config.block_w, BLOCK_C=stem_layout.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
         )  # fmt: skip
         case = Case(
             STEM_KERNEL, stem_label(config), dtype, f"{batch} x {size} x {size} to {c_out}", config.num_warps,
@@ -361,11 +361,11 @@ def stem_cases() -> list[Case]:
     for image, normalise in (("fp32", False), ("bf16", True), ("u8", True)):
         types = dict(x_ptr="*" + image, packed_ptr="*bf16", w_ptr="*bf16", packed_w_ptr="*bf16")
         types |= {name: "fp32" for name in names if name.startswith(("mean", "std"))}
-        given = dict(NORMALISE=normalise, UNIT=image == "u8", BLOCK=stem_plan.PACK_BLOCK)
+        given = dict(NORMALISE=normalise, UNIT=image == "u8", BLOCK=stem_layout.PACK_BLOCK)
         types |= {name: "i32" for name in names if name not in types | given}
         layer = f"from {image}{', normalised' if normalise else ''}"
         cases[layer] = Case(
-            STEM_PACK_KERNEL, str(stem_plan.PACK_BLOCK), "bf16", layer, stem_plan.PACK_WARPS, 3, types, (), given
+            STEM_PACK_KERNEL, str(stem_layout.PACK_BLOCK), "bf16", layer, stem_layout.PACK_WARPS, 3, types, (), given
         )  # fmt: skip
     return list(cases.values())
 
@@ -542,24 +542,22 @@ def _kernel(name: str):
         batch_norm_act,
         batch_norm_act_backward,
         bn_scale_shift,
-        chain_tma,
         conv_bias_act,
-        conv_bias_act_tma,
         epilogue,
         fold_weights,
-        stem,
-        tap_sharing_tma,
     )
+    from resnet_kernels.kernels.sm90 import chain, stem, tap_sharing
+    from resnet_kernels.kernels.sm90 import conv as sm90_conv
 
     if name.startswith("batch_norm_act "):
         kernel = f"_{name.split()[1]}_kernel"
         return getattr(batch_norm_act, kernel, None) or getattr(batch_norm_act_backward, kernel)
     return {
         "conv_bias_act": conv_bias_act._conv_bias_act_kernel,
-        TMA_KERNEL: conv_bias_act_tma._conv_bias_act_tma_kernel,
-        CHAIN_KERNEL: chain_tma._chain_tma_kernel,
+        TMA_KERNEL: sm90_conv._conv_bias_act_tma_kernel,
+        CHAIN_KERNEL: chain._chain_tma_kernel,
         STEM_KERNEL: stem._stem_kernel,
-        SHARING_KERNEL: tap_sharing_tma._tap_sharing_tma_kernel,
+        SHARING_KERNEL: tap_sharing._tap_sharing_tma_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         EPILOGUE_KERNEL: epilogue._epilogue_kernel,
         FOLD_KERNEL: fold_weights._fold_weights_kernel,

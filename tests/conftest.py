@@ -34,7 +34,7 @@ if torch.version.cuda is None:
     except RuntimeError:
         pass  # a torchvision that has them
 
-from resnet_kernels.ops import dispatch
+from resnet_kernels.ops import backends
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +50,7 @@ def _seeded():
 @pytest.fixture(autouse=True)
 def _says_again():
     # Each fallback is said once a process; each test is to hear its own.
-    dispatch._said.clear()
+    backends._said.clear()
 
 
 # What takes longest, the dearest first: --dist loadfile keeps a file on one worker, and the last one should be a short one.
@@ -84,5 +84,5 @@ def is_quick(marker: pytest.Mark, item: pytest.Item) -> bool:
 
 def runnable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend can't be tested here, None if it can."""
-    reason = dispatch.why_not(backend, device_type, dtype)
+    reason = backends.why_not(backend, device_type, dtype)
     return None if reason is None else f"{backend} {reason}"

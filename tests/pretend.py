@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from resnet_kernels.ops import dispatch
+from resnet_kernels.ops import backends
 
 _conv2d = torch.conv2d
 
@@ -31,7 +31,7 @@ def nvidia(monkeypatch) -> list[str]:
         return lambda *arguments: (called.append(name), function(*arguments))[1]
 
     monkeypatch.setattr(
-        dispatch, "untuned", lambda device, dtype: "cudnn" if dtype in dispatch._TRITON_DTYPES else "eager"
+        backends, "untuned", lambda device, dtype: "cudnn" if dtype in backends._TRITON_DTYPES else "eager"
     )
     monkeypatch.setattr(torch, "cudnn_convolution_relu", noted("fused", fused_convolution))
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", noted("fused add", cudnn_add_relu))

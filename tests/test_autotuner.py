@@ -14,9 +14,12 @@ from test_tuned import CONV, CPU, KEY, fake_device, ran, record, small_model, ta
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import autotuner, links, running, timing, tuning
-from resnet_kernels.ops import conv_candidates, tuned
-from resnet_kernels.watch import Watch
+from resnet_kernels.ops import conv_candidates, tuned_table
+from resnet_kernels.perf import timing
+from resnet_kernels.perf.tuning import autotuner, tune_model
+from resnet_kernels.runtime import eligibility
+from resnet_kernels.runtime.gpu import multi_layer
+from resnet_kernels.runtime.model_snapshot import Watch
 
 TILE = "pointer 64x16x16 w2 s3"
 
@@ -27,9 +30,9 @@ def quick(monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
     tiles = conv_candidates._tiles()
     monkeypatch.setattr(conv_candidates, "_tiles", lambda: {TILE: tiles[TILE]})
-    monkeypatch.setattr(autotuner, "SECONDS_EACH", 1e-9)
+    monkeypatch.setattr(tune_model, "SECONDS_EACH", 1e-9)
     monkeypatch.setattr(timing, "_WARM_UP_ROUNDS", 0)
-    monkeypatch.setattr(tuning, "interleave", partial(timing.interleave, min_rounds=1))
+    monkeypatch.setattr(autotuner, "interleave", partial(timing.interleave, min_rounds=1))
 
 
 @pytest.fixture
@@ -42,10 +45,10 @@ def won(monkeypatch):
         names = list(problem.candidates)
         rows = {name: {"call": {"median": 2e-6}} for name in names}
         rows[names[-1]] = {"call": {"median": 1e-6}}
-        found = {"default": problem.default, "candidates": rows, "measured": {**autotuner.tables.versions()}}
-        return {**record(problem.key, names[-1], problem.batch, tuned.dtype_name(problem.dtype)), **found}
+        found = {"default": problem.default, "candidates": rows, "measured": {**tune_model.table_file.versions()}}
+        return {**record(problem.key, names[-1], problem.batch, tuned_table.dtype_name(problem.dtype)), **found}
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(autotuner, "measure", measure)
     return measured
 
 
@@ -82,9 +85,9 @@ def assert_untouched(model, before):
 
 def test_a_model_is_measured_and_runs_by_it_at_once(fake_device, quick, monkeypatch, device):  # noqa: F811
     skip_unless_runnable("triton", device, torch.float32)
-    monkeypatch.setattr(tuning, "fastest", lambda default, clocks: TILE if TILE in clocks[-1] else default)
+    monkeypatch.setattr(autotuner, "fastest", lambda default, clocks: TILE if TILE in clocks[-1] else default)
     # The interpreter would be left out at first sight.
-    monkeypatch.setattr(tuning, "glance", lambda call, device: 1.0)
+    monkeypatch.setattr(autotuner, "glance", lambda call, device: 1.0)
     model, x = small_model(), images()
     fused = rk.fuse(model)
     assert "by a measured table" not in str(rk.explain(fused))
@@ -155,7 +158,7 @@ def test_plans_and_captured_graphs_of_another_table_are_made_anew(write):  # noq
         kept, watch = plans(), Watch(fused)
         fused(x)
         assert all(map(operator.is_, plans(), kept)) and watch.is_current()
-        tuned.forget()
+        tuned_table.forget()
         assert not watch.is_current()
         fused(x)
     assert len(plans()) == 2 * len(kept) > 0
@@ -172,14 +175,14 @@ def test_plans_and_captured_graphs_of_another_table_are_made_anew(write):  # noq
     ids=("no blocks", "not fused", "another backend", "on the CPU"),
 )
 def test_nothing_to_tune(make, reason, tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv(tuned.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuned_table.CACHE_VARIABLE, str(tmp_path))
     model, x = make(), images()
-    before, generation = everything(model), tuned.generation()
+    before, generation = everything(model), tuned_table.generation()
     result = rk.tune(model, x, seconds=1)
     assert str(result).startswith("nothing to tune: ") and reason in str(result)
     assert capsys.readouterr().err.strip() == str(result)
     assert not result.layers and result.path is None and not list(tmp_path.iterdir())
-    assert tuned.generation() == generation
+    assert tuned_table.generation() == generation
     assert_untouched(model, before)
     rk.tune(model, x, progress=False)
     assert not capsys.readouterr().err
@@ -255,7 +258,7 @@ def test_a_file_that_is_no_table_of_this_device_stays(fake_device, won):  # noqa
 
 
 def test_nowhere_to_put_the_table(fake_device, won, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(tuned, "cache_directory", lambda: None)
+    monkeypatch.setattr(tuned_table, "cache_directory", lambda: None)
     with pytest.raises(ValueError, match="there is no home directory to put the table in: set RESNET_KERNELS_CACHE"):
         rk.tune(rk.fuse(small_model()), images(), progress=False)
     assert not won
@@ -282,15 +285,15 @@ def test_progress_with_tqdm_is_a_bar(fake_device, won, capsys):  # noqa: F811
 def test_what_the_time_did_not_suffice_for_is_left(fake_device, won, monkeypatch):  # noqa: F811
     fused, x = rk.fuse(small_model()), images()
     clock = [0.0]
-    monkeypatch.setattr(autotuner.time, "perf_counter", lambda: clock[0])
-    original, shares = tuning.measure, []
+    monkeypatch.setattr(tune_model.time, "perf_counter", lambda: clock[0])
+    original, shares = autotuner.measure, []
 
     def slow(problem, seconds, samples=False):
         shares.append(seconds)
         clock[0] += 4.0
         return original(problem, seconds, samples)
 
-    monkeypatch.setattr(tuning, "measure", slow)
+    monkeypatch.setattr(autotuner, "measure", slow)
     result = rk.tune(fused, x, seconds=10, progress=False)
     total = len(result) + result.left
     assert len(result) == 3 and f"{total - 3} were left when the time was up: tuning again goes on" in str(result)
@@ -303,26 +306,26 @@ def test_what_the_time_did_not_suffice_for_is_left(fake_device, won, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "what", (KeyboardInterrupt(), tuning.DeviceLost("tile x: illegal address", record("lost", None)))
+    "what", (KeyboardInterrupt(), autotuner.DeviceLost("tile x: illegal address", record("lost", None)))
 )
 def test_whoever_stops_it_keeps_what_was_measured(what, fake_device, won, monkeypatch):  # noqa: F811
-    fused, x, original = rk.fuse(small_model()), images(), tuning.measure
+    fused, x, original = rk.fuse(small_model()), images(), autotuner.measure
 
     def stopped(problem, seconds, samples=False):
         if len(won) == 2:
             raise what
         return original(problem, seconds, samples)
 
-    monkeypatch.setattr(tuning, "measure", stopped)
+    monkeypatch.setattr(autotuner, "measure", stopped)
     before = everything(fused)
-    lost = isinstance(what, tuning.DeviceLost)
+    lost = isinstance(what, autotuner.DeviceLost)
     with pytest.raises(
         RuntimeError if lost else KeyboardInterrupt, match="it is noted in .*passed over" if lost else None
     ):
         rk.tune(fused, x, progress=False)
     assert_untouched(fused, before)
     assert len(written(fake_device)["records"]) == 2 + lost
-    assert tuned.choice(won[0].key, 2, torch.float32, CPU) == list(won[0].candidates)[-1]
+    assert tuned_table.choice(won[0].key, 2, torch.float32, CPU) == list(won[0].candidates)[-1]
 
 
 def test_training(fake_device, won):  # noqa: F811
@@ -346,7 +349,7 @@ def test_training(fake_device, won):  # noqa: F811
     (whole,) = (r for r in written(fake_device)["records"] if r["key"].startswith("training "))
     size = sum(p.numel() for p in model.parameters())
     assert whole["key"] == f"training Net of {size} parameters 3x16x16" and whole["winner"] == "triton"
-    assert running.trains_on("auto", x)
+    assert eligibility.trains_on("auto", x)
     # An eval-mode model may be tuned for training, too, and stays in eval mode.
     rk.tune(fused.eval(), x, training=True, progress=False)
     assert not any(m.training for m in fused.modules())
@@ -383,7 +386,7 @@ def test_an_unknown_candidate_is_ignored_with_one_warning(winner, write):  # noq
     write(table(record(CONV, winner, 256), record(other, winner, 256)))
 
     def ask(problem, batch=3):
-        return tuned.choice(problem, batch, torch.float32, CPU, conv_candidates._can_run)
+        return tuned_table.choice(problem, batch, torch.float32, CPU, conv_candidates._can_run)
 
     with pytest.warns(RuntimeWarning, match=f"names '{re.escape(winner)}' for \"conv 8x6x5.*can't run here") as warned:
         assert ask(CONV) is None and ask(other) is None and ask(CONV, 256) is None
@@ -394,12 +397,12 @@ def test_a_winner_of_another_batch_that_does_not_fit_here_is_no_warning(write): 
     write(table(record(CONV, "split", 1)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tuned.choice(CONV, 7, torch.float32, CPU, lambda name, problem, batch, *_: batch == 1) is None
+        assert tuned_table.choice(CONV, 7, torch.float32, CPU, lambda name, problem, batch, *_: batch == 1) is None
 
 
 def test_names_of_links():
-    asked = links.LinkProblem(CONV, None, CONV, False, CONV)
+    asked = multi_layer.LinkProblem(CONV, None, CONV, False, CONV)
     names = ("apart", "conv2+conv3", "conv2+conv3+conv1", "shortcut+conv3", "conv2+conv1", "conv9", "")
-    assert [links._is_known(name, asked) for name in names] == [True, True, True, False, False, False, False]
-    stem = links.StemProblem(CONV, (3, 2, 1, 1, False))
-    assert [links._is_known(name, stem) for name in ("apart", "conv+pool", "pool")] == [True, True, False]
+    assert [multi_layer._is_known(name, asked) for name in names] == [True, True, True, False, False, False, False]
+    stem = multi_layer.StemProblem(CONV, (3, 2, 1, 1, False))
+    assert [multi_layer._is_known(name, stem) for name in ("apart", "conv+pool", "pool")] == [True, True, False]

@@ -8,8 +8,7 @@ from oracle import DTYPES, assert_within_budget, error, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import reference
-from resnet_kernels.ops import batch_norm_act
+from resnet_kernels.ops import batch_norm_act, reference
 
 SHAPES = (
     (2, 16, 5, 7),

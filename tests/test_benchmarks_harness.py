@@ -23,8 +23,8 @@ from benchmarks.contenders import Contender, Eager, Fused, fused_module
 from benchmarks.harness import Absent, in_rotation, measure
 from benchmarks.test_benchmarks import Replay
 from benchmarks.workload import ForeignRunner, ModuleRunner, Workload, copies_beyond
-from resnet_kernels.roofline import Kernel, Machine
-from resnet_kernels.timing import Timing, interleave
+from resnet_kernels.perf.roofline.bounds import Kernel, Machine
+from resnet_kernels.perf.timing import Timing, interleave
 
 ROOT = Path(__file__).parent.parent
 
@@ -378,7 +378,7 @@ torch.set_num_threads(1)
 from benchmarks import cases, figures, harness
 from benchmarks.cases import Block, Case, Platform
 from benchmarks.contenders import Contender
-from resnet_kernels.roofline import Machine
+from resnet_kernels.perf.roofline.bounds import Machine
 
 class Missing(Contender):
     name = label = "missing"

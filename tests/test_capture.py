@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_kernels as rk
 from resnet_kernels.models import resnet_v1
 
-capture = importlib.import_module("resnet_kernels.capture")
+capture = importlib.import_module("resnet_kernels.runtime.cuda_graph")
 
 
 class Recorder:

@@ -7,14 +7,15 @@ import torch
 from oracle import assert_within_budget, skip_unless_runnable
 from test_planted_bugs import planted
 
-from resnet_kernels.ops.geometry import Geometry
+from resnet_kernels.kernels.geometry import Geometry
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_kernels.kernels import chain_tma, conv_bias_act_tma
-from resnet_kernels.kernels.chain_tma import Layer, Shortcut
-from resnet_kernels.kernels.chain_tma_plan import CONFIGS, Kind, ShortcutShape, choose_config, kind_of, why_not
-from resnet_kernels.kernels.conv_bias_act_tma_tiles import TmaConfig
+from resnet_kernels.kernels.sm90 import chain as sm90_chain
+from resnet_kernels.kernels.sm90 import conv as sm90_conv
+from resnet_kernels.kernels.sm90.chain import Layer, Shortcut
+from resnet_kernels.kernels.sm90.chain_layout import CONFIGS, Kind, ShortcutShape, choose_config, kind_of, why_not
+from resnet_kernels.kernels.sm90.conv_tiles import TmaConfig
 
 FP16 = torch.float16
 IDENTITY, SUBSAMPLED = "identity", "subsampled"
@@ -75,7 +76,7 @@ CASES = (
 @pytest.fixture(autouse=True)
 def _runnable_with_nan_outputs(device):
     skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not conv_bias_act_tma.runs_on(device):
+    if device.type == "cuda" and not sm90_conv.runs_on(device):
         pytest.skip("needs compute capability 9")
     # PyTorch then fills what torch.empty gives with NaN: an output that nothing is stored to can't be right by chance.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -168,7 +169,7 @@ def kind_of_call(call: dict) -> Kind:
 
 def run(call: dict, **more):
     assert why_not(*shapes(call)) is None
-    return chain_tma.launch(**call, **more)
+    return sm90_chain.launch(**call, **more)
 
 
 def wrong(call: dict, **more) -> bool:
@@ -195,7 +196,7 @@ def test_exact_on_integers(case, device):
 @pytest.mark.parametrize("kind", CONFIGS, ids=lambda kind: "-".join(map(str, kind)))
 def test_every_shipped_config_is_exact(kind, device, monkeypatch):
     """One program that walks over several tiles; channels less than the blocks hold, steps of 32 and of 64."""
-    monkeypatch.setattr(chain_tma, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(sm90_chain, "multiprocessors", lambda device: 1)
     for c_in, less in ((64, 0), (32, 8)):
         sizes = [n and n - less for n in kind]
         case = Case("", 2, c_in, 10, 8, sizes[0], 128, sizes[1], sizes[2] or IDENTITY)
@@ -241,9 +242,7 @@ def layer_by_layer(call: dict) -> tuple:
 
     def conv(x, layer, geometry, residual=None, block_k=64):
         config = replace(tile, block_k=block_k)
-        return conv_bias_act_tma.launch(
-            x, layer.weight, layer.shift, residual, layer.scale, geometry, layer.relu, config
-        )
+        return sm90_conv.launch(x, layer.weight, layer.shift, residual, layer.scale, geometry, layer.relu, config)
 
     hidden = conv(call["x"], call["conv2"], call["geometry"])
     y = conv(hidden, call["conv3"], Geometry(), call["residual"])
@@ -461,13 +460,13 @@ def failures(device) -> int:
 @pytest.mark.slow(unless=lambda name: name in [*KERNEL_BUGS][:2])
 @pytest.mark.parametrize("name", KERNEL_BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
-    plant(planted("chain_tma", tmp_path, *KERNEL_BUGS[name]), monkeypatch)
+    plant(planted("sm90.chain", tmp_path, *KERNEL_BUGS[name]), monkeypatch)
     assert failures(device) > 0
 
 
 @pytest.mark.parametrize("name", ROUNDING_BUGS)
 def test_planted_bug_in_rounding_is_caught(name, tmp_path, device, monkeypatch):
-    plant(planted("chain_tma", tmp_path, *ROUNDING_BUGS[name]), monkeypatch)
+    plant(planted("sm90.chain", tmp_path, *ROUNDING_BUGS[name]), monkeypatch)
     call = chain(CASES[8], device, real=True)
     assert not all(torch.equal(*pair) for pair in zip(run(call), layer_by_layer(call)))
 
@@ -475,18 +474,18 @@ def test_planted_bug_in_rounding_is_caught(name, tmp_path, device, monkeypatch):
 @pytest.mark.slow(unless=lambda name: name == next(iter(PLAN_BUGS)))
 @pytest.mark.parametrize("name", PLAN_BUGS)
 def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
-    module = planted("chain_tma_plan", tmp_path, *PLAN_BUGS[name])
-    monkeypatch.setattr(chain_tma, "plan", module.plan)
+    module = planted("sm90.chain_layout", tmp_path, *PLAN_BUGS[name])
+    monkeypatch.setattr(sm90_chain, "plan", module.plan)
     assert failures(device) > 0
 
 
 def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
-    plant(planted("chain_tma", tmp_path, "import annotations", "import annotations"), monkeypatch)
-    module = planted("chain_tma_plan", tmp_path, "import annotations", "import annotations")
-    monkeypatch.setattr(chain_tma, "plan", module.plan)
+    plant(planted("sm90.chain", tmp_path, "import annotations", "import annotations"), monkeypatch)
+    module = planted("sm90.chain_layout", tmp_path, "import annotations", "import annotations")
+    monkeypatch.setattr(sm90_chain, "plan", module.plan)
     assert failures(device) == 0
 
 
 def plant(module, monkeypatch) -> None:
     """Puts a module's kernel in the place of the right one."""
-    monkeypatch.setattr(chain_tma, "_chain_tma_kernel", module._chain_tma_kernel)
+    monkeypatch.setattr(sm90_chain, "_chain_tma_kernel", module._chain_tma_kernel)

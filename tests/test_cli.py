@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from resnet_kernels import __main__ as cli
-from resnet_kernels import folding, models
-from resnet_kernels.commands import time as time_command
+from resnet_kernels import models
+from resnet_kernels.cli import main as cli
+from resnet_kernels.cli import time as time_command
+from resnet_kernels.runtime.cpu import packed_conv
 
 SMALL = ["--model", "d2l_resnet18", "--batch-size", "2", "--image-size", "32"]
 
@@ -55,13 +56,13 @@ def test_explain_timm(capsys):
 def test_verify_and_its_exit_status(capsys, monkeypatch):
     assert cli.main(["verify", *SMALL]) == 0
     assert "parity holds" in capsys.readouterr().out
-    original = folding.PackedConv.__init__
+    original = packed_conv.PackedConv.__init__
 
     def faulty(self, *arguments):
         original(self, *arguments)
         self.bias = self.bias + 0.01
 
-    monkeypatch.setattr(folding.PackedConv, "__init__", faulty)
+    monkeypatch.setattr(packed_conv.PackedConv, "__init__", faulty)
     for command in (["verify", *SMALL, "--json"], ["verify", *SMALL], ["demo", *SMALL], ["time", *SMALL]):
         assert cli.main(command) == 1
     assert "PARITY FAILS" in capsys.readouterr().out

@@ -163,7 +163,7 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
     """Both operands and the residual come, and the output goes, by descriptor; only scale and bias are read by pointer."""
     if record["kernel"] != TMA_KERNEL:
         return None
-    from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS
+    from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
 
     constants = record["constants"]
     ranks = {4, 5 if constants["IN_PAIRS"] else 4, 3 if constants["RAGGED"] else 2}
@@ -183,7 +183,7 @@ def chains_by_tma(record: dict, target: Target) -> str | None:
     """Tensors and the vectors of y's channels travel by descriptor; h's and z's are read by pointer, once a tile."""
     if record["kernel"] != CHAIN_KERNEL:
         return None
-    from resnet_kernels.kernels.chain_tma_plan import CONFIGS
+    from resnet_kernels.kernels.sm90.chain_layout import CONFIGS
 
     ranks = {1, 2, 4, 5 if record["constants"]["IN_PAIRS"] else 4}
     expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
@@ -198,7 +198,7 @@ def shares_by_tma(record: dict, target: Target) -> str | None:
     """All tensors travel by descriptor, and both operands are multiplied where they land."""
     if record["kernel"] != SHARING_KERNEL:
         return None
-    from resnet_kernels.kernels.tap_sharing_tma import CONFIGS
+    from resnet_kernels.kernels.sm90.tap_sharing import CONFIGS
 
     if record["tma"] != ["UTMALDG.2D", "UTMALDG.4D", "UTMASTG.4D"] or record["copy_bytes"]:
         return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes"
@@ -213,7 +213,7 @@ def stem_windows_stream(record: dict, target: Target) -> str | None:
     """Windows and weights come ahead of time, into shared memory, from where both are multiplied."""
     if record["kernel"] != STEM_KERNEL:
         return None
-    from resnet_kernels.kernels.stem_plan import CONFIGS
+    from resnet_kernels.kernels.sm90.stem_layout import CONFIGS
 
     if record["loads_in_loop"] or record["operand_in_registers"]:
         return f"{record['loads_in_loop']} loads wait for their data, or an operand takes the way through registers"
@@ -322,7 +322,7 @@ def test_no_configuration_is_left_out(target, records):
     compiled = {r["config"] for r in records if r["kernel"] == "conv_bias_act" and r["target"] == target}
     assert compiled == {label(config) for config in CONFIGS}
     if target == TMA_TARGET:
-        from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS as TMA_CONFIGS
+        from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS as TMA_CONFIGS
 
         own = [r for r in records if r["kernel"] == TMA_KERNEL]
         assert {r["config"] for r in own} == {label(config) for config in TMA_CONFIGS}
@@ -331,7 +331,7 @@ def test_no_configuration_is_left_out(target, records):
         assert not [name for name, has in forms.items() if not any(has(r["constants"]) for r in own)]
         parities = [r["constants"]["SKIP"] for r in own if "x11_desc" in r["arguments"]]
         assert {*parities} == {True, False}
-        from resnet_kernels.kernels.chain_tma_plan import CONFIGS as CHAIN_CONFIGS
+        from resnet_kernels.kernels.sm90.chain_layout import CONFIGS as CHAIN_CONFIGS
 
         chains = [r for r in records if r["kernel"] == CHAIN_KERNEL]
         assert {r["config"] for r in chains} == {chain_label(*of) for of in CHAIN_CONFIGS.items()}
@@ -339,8 +339,8 @@ def test_no_configuration_is_left_out(target, records):
             (r["constants"]["BLOCK_K"], r["constants"]["IN_PAIRS"], "norm_scale_desc" in r["arguments"]) for r in chains
         }
         assert seen == set(itertools.product((32, 64), (False, True), (False, True)))
-        from resnet_kernels.kernels.stem_plan import CONFIGS as STEM_CONFIGS
-        from resnet_kernels.kernels.tap_sharing_tma import CONFIGS as SHARING_CONFIGS
+        from resnet_kernels.kernels.sm90.stem_layout import CONFIGS as STEM_CONFIGS
+        from resnet_kernels.kernels.sm90.tap_sharing import CONFIGS as SHARING_CONFIGS
 
         own = {r["config"] for r in records if r["kernel"] == SHARING_KERNEL}
         assert own == {label(config) for config in SHARING_CONFIGS}

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import DTYPES, assert_within_budget, skip_unless_runnable
 
-from resnet_kernels import ops, reference
-from resnet_kernels.ops import onednn
-from resnet_kernels.ops.geometry import Geometry, normalise
+from resnet_kernels import ops
+from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.ops import onednn, reference
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
 
@@ -438,31 +438,31 @@ def test_environment_variable_goes_over_the_argument(monkeypatch, device):
 
 
 def test_triton_on_cpu_tensors_names_the_interpreter(monkeypatch):
-    from resnet_kernels.ops import dispatch
+    from resnet_kernels.ops import backends
 
     kernels = pytest.importorskip("resnet_kernels.kernels.conv_bias_act", reason="needs triton")
     monkeypatch.setattr(kernels, "is_interpreted", lambda: False)
-    dispatch.why_not.cache_clear()
+    backends.why_not.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
             ops.conv_bias_act(torch.ones(1, 4, 4, 4), torch.ones(4, 4, 1, 1), backend="triton")
     finally:
-        dispatch.why_not.cache_clear()
+        backends.why_not.cache_clear()
 
 
 def test_absent_triton_is_named(monkeypatch):
     import importlib.util
 
-    from resnet_kernels.ops import dispatch
+    from resnet_kernels.ops import backends
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    dispatch.why_not.cache_clear()
+    backends.why_not.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="package triton, which is not installed"):
             ops.conv_bias_act(torch.ones(1, 4, 4, 4), torch.ones(4, 4, 1, 1), backend="triton")
         assert ops.conv_bias_act(torch.ones(1, 4, 4, 4), torch.ones(4, 4, 1, 1)).shape == (1, 4, 4, 4)
     finally:
-        dispatch.why_not.cache_clear()
+        backends.why_not.cache_clear()
 
 
 X, W = torch.ones(2, 8, 6, 6), torch.ones(4, 8, 3, 3)

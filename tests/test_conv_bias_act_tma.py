@@ -10,13 +10,15 @@ from test_conv_bias_act import Case, operands, truth
 from test_planted_bugs import planted
 
 from resnet_kernels import ops
-from resnet_kernels.ops.geometry import Geometry, normalise
+from resnet_kernels.kernels.geometry import Geometry, normalise
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma, counters
-from resnet_kernels.kernels.conv_bias_act_tma_plan import ConvShape, plan, why_not, why_not_merged
-from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS, choose_box, choose_config
+from resnet_kernels.kernels import conv_bias_act
+from resnet_kernels.kernels.sm90 import conv as sm90_conv
+from resnet_kernels.kernels.sm90 import split_k_counters
+from resnet_kernels.kernels.sm90.conv_layout import ConvShape, plan, why_not, why_not_merged
+from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS, choose_box, choose_config
 
 WHOLE, SPLIT = ([config for config in CONFIGS if (config.split_k > 1) is split] for split in (False, True))
 
@@ -64,14 +66,14 @@ CASES = (
 @pytest.fixture(autouse=True)
 def _runnable_with_nan_outputs(device):
     skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not conv_bias_act_tma.runs_on(device):
+    if device.type == "cuda" and not sm90_conv.runs_on(device):
         pytest.skip("needs compute capability 9")
     # PyTorch then fills what torch.empty gives with NaN: an output that nothing is stored to can't be right by chance.
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
     # A planted bug may leave what is no zero.
-    counters._of_stream.cache_clear()
+    split_k_counters._of_stream.cache_clear()
 
 
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
@@ -87,7 +89,7 @@ def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
     for use in ((bias, residual, scale, True), (None, None, None, False)):
         expected = truth(case, x, weight, *use)
         assert expected.abs().max() <= 2048, "the test's own sums must be exact"
-        y = run(conv_bias_act_tma, case, x, weight, *use)
+        y = run(sm90_conv, case, x, weight, *use)
         assert torch.equal(y.double().cpu(), expected)
         assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
         smallest = conv_bias_act.CONFIGS[3]
@@ -101,7 +103,7 @@ def name_of(config) -> str:
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
 def test_every_shipped_config_is_exact(config, device, monkeypatch):
     """Ragged in every axis, several tiles a program; 64 input channels for stride 2 in pairs."""
-    monkeypatch.setattr(conv_bias_act_tma, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(sm90_conv, "multiprocessors", lambda device: 1)
     config = replace(config, programs_per_sm=1)
     for case in (
         Case("", 2, 40, 7, 7, 72),
@@ -111,7 +113,7 @@ def test_every_shipped_config_is_exact(config, device, monkeypatch):
         Case("", 1, 64, 7, 7, 24, (1, 1), 2, 0),
     ):
         x, weight, bias, residual, scale = operands(case, FP16, device)
-        y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True, config)
+        y = run(sm90_conv, case, x, weight, bias, residual, scale, True, config)
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
 
@@ -121,10 +123,10 @@ def test_every_epilogue_is_exact(device):
     for given in itertools.product((True, False), repeat=3):
         use = [vector if is_given else None for vector, is_given in zip(vectors, given)]
         for relu in (True, False):
-            y = run(conv_bias_act_tma, case, x, weight, *use, relu)
+            y = run(sm90_conv, case, x, weight, *use, relu)
             assert torch.equal(y.double().cpu(), truth(case, x, weight, *use, relu))
     half = [vector.half() for vector in vectors]
-    y = run(conv_bias_act_tma, case, x, weight, *half, True)
+    y = run(sm90_conv, case, x, weight, *half, True)
     assert torch.equal(y.double().cpu(), truth(case, x, weight, *vectors, True))
 
 
@@ -134,33 +136,33 @@ def test_few_pixels_and_a_long_loop_are_split(device):
     assert plan(ConvShape((1, 256, 7, 7), (64, 256, 3, 3), Geometry(padding=PAD)), True).config in SPLIT
     for _ in range(3):
         x, weight, bias, residual, scale = operands(case, FP16, device)
-        y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True)
+        y = run(sm90_conv, case, x, weight, bias, residual, scale, True)
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
-        assert not counters.zeros(10, device).any()
+        assert not split_k_counters.zeros(10, device).any()
 
 
 def test_counters_are_not_shared_by_what_may_run_at_a_time(monkeypatch, device):
     def address(stream):
-        monkeypatch.setattr(counters, "_stream", lambda _: stream)
-        return counters.zeros(8, device).data_ptr()
+        monkeypatch.setattr(split_k_counters, "_stream", lambda _: stream)
+        return split_k_counters.zeros(8, device).data_ptr()
 
     streams = {stream: address(stream) for stream in (1, 2)}
     assert streams[1] != streams[2] and address(1) == streams[1]
-    assert not counters.zeros(counters._PER_STREAM + 1, device).any()
+    assert not split_k_counters.zeros(split_k_counters._PER_STREAM + 1, device).any()
     # Captured launches: none has another's, nor a stream's, until the block is spent.
-    monkeypatch.setattr(counters, "_is_capturing", lambda _: True)
-    monkeypatch.setitem(counters._LEFT, device, torch.zeros(20, dtype=torch.int32, device=device))
-    kept = [counters.zeros(8, device) for _ in range(3)]
+    monkeypatch.setattr(split_k_counters, "_is_capturing", lambda _: True)
+    monkeypatch.setitem(split_k_counters._LEFT, device, torch.zeros(20, dtype=torch.int32, device=device))
+    kept = [split_k_counters.zeros(8, device) for _ in range(3)]
     taken = [tensor.data_ptr() for tensor in kept]
     assert len({*taken, *streams.values()}) == 5 and taken[1] - taken[0] == 32
-    monkeypatch.delitem(counters._LEFT, device)
-    assert not counters.zeros(8, device).any()
+    monkeypatch.delitem(split_k_counters._LEFT, device)
+    assert not split_k_counters.zeros(8, device).any()
 
 
 @pytest.mark.parametrize("case", (Case("3x3", 1, 128, 7, 7, 64), Case("3x3/2", 1, 64, 8, 8, 64, stride=2)), ids=str)
 def test_as_accurate_as_eager(case, device):
     x, weight, bias, residual, scale = operands(case, FP16, device, real=True)
-    y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True)
+    y = run(sm90_conv, case, x, weight, bias, residual, scale, True)
     z = torch.conv2d(x, weight, None, case.stride, case.padding)
     zero, one = torch.zeros_like(scale), torch.ones_like(scale)
     eager = torch.relu(torch.batch_norm(z, scale, bias, zero, one, False, 0.0, 0.0, False) + residual)
@@ -170,7 +172,7 @@ def test_as_accurate_as_eager(case, device):
 def test_bf16_in_the_interpreter_is_upcast(device):
     case = Case("", 1, 32, 6, 6, 32)
     x, weight, bias, residual, scale = operands(case, torch.bfloat16, device)
-    y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True)
+    y = run(sm90_conv, case, x, weight, bias, residual, scale, True)
     assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
 
@@ -179,12 +181,12 @@ def test_nan_stays_nan_and_inf_stays_inf(device):
     weight = torch.randn(16, 24, 1, 1).abs().to(device, FP16)
     case = Case("", 1, 24, 6, 6, 16, (1, 1), padding=0)
     x[0, 3, 2, 2], x[0, 5, 4, 4] = float("nan"), float("inf")
-    y = run(conv_bias_act_tma, case, x, weight, None, None, None, True)
+    y = run(sm90_conv, case, x, weight, None, None, None, True)
     assert y[0, :, 2, 2].isnan().all() and y.isnan().sum() == 16
     assert y[0, :, 4, 4].isposinf().all() and y.isinf().sum() == 16
     residual = torch.zeros_like(y)
     residual[0, 0, 0, 0] = float("nan")
-    y = run(conv_bias_act_tma, case, x, weight, None, residual, None, True)
+    y = run(sm90_conv, case, x, weight, None, residual, None, True)
     assert y[0, 0, 0, 0].isnan() and y.isnan().sum() == 17
 
 
@@ -195,7 +197,7 @@ def test_an_image_does_not_see_its_neighbours(stride, size, device):
     x = torch.full((3, 32, size, size), float("nan"), device=device, dtype=FP16)
     x[1] = 1.0
     case = Case("", 3, 32, size, size, 16, stride=stride)
-    y = run(conv_bias_act_tma, case, x, torch.ones(16, 32, 3, 3, device=device, dtype=FP16), None, None, None, True)
+    y = run(sm90_conv, case, x, torch.ones(16, 32, 3, 3, device=device, dtype=FP16), None, None, None, True)
     assert y[1].isfinite().all() and y[[0, 2]].isnan().all()
 
 
@@ -211,7 +213,7 @@ def test_layouts_and_addresses_do_not_matter(device):
     assert shifted.data_ptr() % 16 and shifted.is_contiguous(memory_format=torch.channels_last)
     strided_bias = torch.stack([bias, bias], 1)[:, 0]
     for image in (x, x.contiguous(memory_format=torch.channels_last), wide[..., ::2], shifted):
-        y = run(conv_bias_act_tma, case, image, weight, strided_bias, residual, scale, True)
+        y = run(sm90_conv, case, image, weight, strided_bias, residual, scale, True)
         assert torch.equal(y.double().cpu(), expected)
 
 
@@ -268,9 +270,9 @@ def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=F
     geometries = [normalise(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
     shapes = [ConvShape(t.shape, w.shape, g) for t, w, g in zip((x, x0), (weight, weight0), geometries)]
     assert why_not_merged(*shapes, x.dtype) is None
-    y = conv_bias_act_tma.launch(
+    y = sm90_conv.launch(
         x, weight, bias, added, scale, geometries[0], relu, config,
-        conv_bias_act_tma.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
+        sm90_conv.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
     )  # fmt: skip
     expected = truth(merged.conv, x, weight, bias, added, scale, False)
     expected = expected + truth(merged.shortcut, x0, weight0, bias0, None, scale0, False)
@@ -292,7 +294,7 @@ def test_merged_shortcut_is_exact(merged, device):
 @pytest.mark.parametrize("config", WHOLE, ids=name_of)
 def test_merged_shortcut_is_exact_in_every_config(config, device, monkeypatch):
     """Several tiles a program, the first of them parked: its memory is used again."""
-    monkeypatch.setattr(conv_bias_act_tma, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(sm90_conv, "multiprocessors", lambda device: 1)
     config = replace(config, programs_per_sm=1)
     for merged in (MERGED[0], MERGED[3]):
         conv, shortcut = merged_operands(merged, device)
@@ -396,10 +398,10 @@ def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
 
     def launch(*arguments):
         taken.append(arguments[0].shape[0])
-        return conv_bias_act_tma.launch(*arguments)
+        return sm90_conv.launch(*arguments)
 
     stand_in = type("module", (), dict(launch=staticmethod(launch), runs_on=staticmethod(lambda device: True)))
-    monkeypatch.setattr(conv_bias_act, "conv_bias_act_tma", stand_in)
+    monkeypatch.setattr(conv_bias_act, "conv", stand_in)
     for case, expected in (
         (CASES[0], [2]),
         (Case("", 2, 64, 7, 7, 64, stride=2), [2]),
@@ -417,9 +419,9 @@ def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
 
 def test_it_runs_on_compute_capability_9_alone(monkeypatch):
     for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
-        monkeypatch.setattr(conv_bias_act_tma, "_capability", lambda device, value=capability: value)
-        assert conv_bias_act_tma.runs_on(torch.device("cuda", 0)) is (expected and torch.version.hip is None)
-    assert not conv_bias_act_tma.runs_on(torch.device("cpu"))
+        monkeypatch.setattr(sm90_conv, "_capability", lambda device, value=capability: value)
+        assert sm90_conv.runs_on(torch.device("cuda", 0)) is (expected and torch.version.hip is None)
+    assert not sm90_conv.runs_on(torch.device("cpu"))
 
 
 def test_boxes_waste_nothing_where_they_need_not():
@@ -461,7 +463,7 @@ BUG_CASES = (
     Case("", 2, 40, 5, 7, 24, stride=2, padding=((1, 0), (0, 1))),
     Case("", 64, 16, 3, 3, 8, padding=((1, 1), (2, 0))),
 )
-KERNEL, PARTS, PLAN = "conv_bias_act_tma", "conv_bias_act_tma_parts", "conv_bias_act_tma_plan"
+KERNEL, PARTS, PLAN = "sm90.conv", "sm90.conv_device", "sm90.conv_layout"
 BUGS = {
     "images of one tile": (KERNEL, "box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
     "every other tile left out": (KERNEL, "SPLIT_K, tl.num_programs(0),", "SPLIT_K, 2 * tl.num_programs(0),"),
@@ -525,7 +527,7 @@ def failures(device):
         if config.split_k > 1 and case.stride == 2:
             continue
         x, weight, bias, residual, scale = operands(case, FP16, device)
-        y = run(conv_bias_act_tma, case, x, weight, bias, residual, scale, True, config)
+        y = run(sm90_conv, case, x, weight, bias, residual, scale, True, config)
         yield not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
 
@@ -534,11 +536,11 @@ def plant(where, old, new, tmp_path, monkeypatch) -> None:
     module = planted(where, tmp_path, old, new)
     if where == KERNEL:
         monkeypatch.setattr(module, "multiprocessors", lambda device: 1)
-        monkeypatch.setattr(conv_bias_act_tma, "launch", module.launch)
+        monkeypatch.setattr(sm90_conv, "launch", module.launch)
         return
-    for name in vars(module).keys() & vars(conv_bias_act_tma).keys():
-        if getattr(module, name) is not getattr(conv_bias_act_tma, name) and not name.startswith("__"):
-            monkeypatch.setattr(conv_bias_act_tma, name, getattr(module, name))
+    for name in vars(module).keys() & vars(sm90_conv).keys():
+        if getattr(module, name) is not getattr(sm90_conv, name) and not name.startswith("__"):
+            monkeypatch.setattr(sm90_conv, name, getattr(module, name))
 
 
 @pytest.mark.slow(unless=lambda name: name in [*BUGS][:2])

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from resnet_kernels import counting, forms, models, reference, roofline
-from resnet_kernels.commands import common
-from resnet_kernels.ops import cudnn
+from resnet_kernels import models
+from resnet_kernels.cli import arguments
+from resnet_kernels.ops import cudnn, reference
+from resnet_kernels.perf.roofline import bounds, counting
+from resnet_kernels.runtime.gpu import forms
 
 pytest.importorskip("triton", reason="needs triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -21,13 +23,13 @@ CASES += [("resnet152", 1, BF16), ("resnet152", 256, FP32)]  # ResNet-50's layer
 def network(name, batch, dtype):
     with torch.device("meta"):
         model = models.BY_NAME[name]().eval()
-        x = common.image_batch(model, batch, common.image_size(name)).to(dtype)
+        x = arguments.image_batch(model, batch, arguments.image_size(name)).to(dtype)
     return model, x
 
 
 def never_slower(model, x) -> list[str]:
     """What `auto` has more of than eager: nothing."""
-    machine = roofline.h200(DTYPE_NAMES[x.dtype]).without_l2()
+    machine = bounds.h200(DTYPE_NAMES[x.dtype]).without_l2()
     # Eager's biases, that PyTorch adds in launches of their own, don't count here: it has to hold without them, too.
     eager = [kernel for kernel in counting.count(model, x) if kernel.name != counting.BIAS]
     auto = counting.count(model, x, "auto")
@@ -60,9 +62,9 @@ def test_eager_is_what_dataflow_sees():
     kernels = counting.count(model, x)
     # 20 convolutions and their BNs, 17 ReLUs, 8 adds, two pools, one product.
     assert len(kernels) == 20 + 20 + 17 + 8 + 2 + 1
-    from resnet_kernels import dataflow
+    from resnet_kernels.perf.roofline import network as roofline_network
 
-    operations = roofline.eager(dataflow.trace(model, x), 2)
+    operations = bounds.eager(roofline_network.trace(model, x), 2)
     assert sum(kernel.flops for kernel in kernels) == sum(kernel.flops for kernel in operations)
     # Beside it BN's vectors and the indices of the max-pool, 8 bytes each.
     indices = 8 * 4 * 64 * 56 * 56

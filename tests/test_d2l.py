@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import resnet_kernels as rk
 from resnet_kernels.models import Residual, d2l_resnet18, d2l_resnet18_keras, print_shapes, resnet_block
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 
 SIZES = [(32, 32), (33, 33), (28, 28), (31, 38)]
 

@@ -7,8 +7,9 @@ from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import folding, reference
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.ops import reference
+from resnet_kernels.runtime.cpu import packed_conv
 
 
 @pytest.mark.parametrize("affine", (True, False))
@@ -194,7 +195,7 @@ def test_refresh_sees_a_single_weight_written_behind_pytorch():
 
 def test_planted_bug_a_pack_that_is_never_checked_is_stale(monkeypatch):
     """The staleness tests above can fail."""
-    monkeypatch.setattr(folding.PackedConv, "is_unchanged", lambda *arguments: True)
+    monkeypatch.setattr(packed_conv.PackedConv, "is_unchanged", lambda *arguments: True)
     with pytest.raises(AssertionError):
         test_never_stale(_data_mul, torch.no_grad)
 

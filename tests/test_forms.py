@@ -10,9 +10,11 @@ from test_launches import CHANNELS_LAST, basic_blocks, bottlenecks, preacts, run
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import forms, launches, models
+from resnet_kernels import models
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import conv_candidates
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.runtime.gpu import forms
+from resnet_kernels.runtime.gpu import plan as gpu_plan
 
 FP16 = torch.float16
 
@@ -168,7 +170,7 @@ def test_an_add_that_broadcasts(what, called, monkeypatch):
 
 def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3, freeze=False):
     """By the name of each step, the forms of a network's plans; nothing is computed."""
-    found, original = {}, launches.Plan.__init__
+    found, original = {}, gpu_plan.Plan.__init__
 
     def init(plan, *arguments):
         original(plan, *arguments)
@@ -178,10 +180,10 @@ def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3, free
         fused = rk.fuse(net().eval().to(dtype, memory_format=layout), backend="auto", freeze=freeze)
         x = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=layout)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launches.Plan, "__init__", init)
+        patch.setattr(gpu_plan.Plan, "__init__", init)
         for kind in ("constants.LiveConstants", "frozen_constants.FrozenConstants"):
-            patch.setattr(f"resnet_kernels.{kind}.read", lambda constants: _Anything())
-        patch.setattr(launches, "convolve_as", _shape_only)
+            patch.setattr(f"resnet_kernels.runtime.gpu.{kind}.read", lambda constants: _Anything())
+        patch.setattr(gpu_plan, "convolve_as", _shape_only)
         run(fused, x)
     return found
 
@@ -193,7 +195,7 @@ class _Anything(dict):
 
 def _shape_only(form, part, values, constants, backend):
     x = values[part.step.x]
-    shape = launches._geometry(part, x).out_shape(x.shape, part.child.weight.shape)
+    shape = gpu_plan._geometry(part, x).out_shape(x.shape, part.child.weight.shape)
     values[part.step.out] = torch.empty(shape, dtype=x.dtype, device="meta").contiguous(memory_format=CHANNELS_LAST)
 
 

@@ -14,10 +14,11 @@ from test_capture import Recorder
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import folding, freezing
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.runtime import freezing
+from resnet_kernels.runtime.cpu import packed_conv
 
-capture = importlib.import_module("resnet_kernels.capture")
+capture = importlib.import_module("resnet_kernels.runtime.cuda_graph")
 
 
 @pytest.fixture(autouse=True)
@@ -86,7 +87,7 @@ def test_weights_are_not_compared(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("weights were compared")
 
-    monkeypatch.setattr(folding.PackedConv, "is_unchanged", refuse)
+    monkeypatch.setattr(packed_conv.PackedConv, "is_unchanged", refuse)
     _call(fused)
     with pytest.raises(AssertionError, match="compared"):
         _call(rk.fuse(_model(), backend="cpu"))
@@ -178,9 +179,9 @@ def test_thawed_by(thaw):
 
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_planted_bug_copies_that_are_never_dropped_are_stale(thaw, monkeypatch):
-    monkeypatch.setattr("resnet_kernels.running.FusedState.drop_copies", lambda self: None)
+    monkeypatch.setattr("resnet_kernels.runtime.eligibility.FusedState.drop_copies", lambda self: None)
     # .to() and assigning put other tensors in place, which would be seen by themselves.
-    monkeypatch.setattr(folding.PackedConv, "is_of", lambda *arguments: True)
+    monkeypatch.setattr(packed_conv.PackedConv, "is_of", lambda *arguments: True)
     with pytest.raises(AssertionError):
         test_thawed_by(thaw)
 

@@ -16,9 +16,11 @@ from test_launches import CHANNELS_LAST, FP16, Net, basic_blocks, bottlenecks, h
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import freezing, frozen_constants, models, running
-from resnet_kernels.constants import Constants
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels import models
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.runtime import eligibility, freezing
+from resnet_kernels.runtime.gpu import frozen_constants
+from resnet_kernels.runtime.gpu.constants import Constants
 
 fixtures = (hopper,)
 CONTIGUOUS = torch.contiguous_format
@@ -47,7 +49,7 @@ def written(monkeypatch):
 
     noted(bn_scale_shift.Layers, "launch", "vectors")
     noted(fold_weights.Table, "launch", "weights")
-    noted(importlib.import_module("resnet_kernels.constants"), "scaled_weight", "weight")
+    noted(importlib.import_module("resnet_kernels.runtime.gpu.constants"), "scaled_weight", "weight")
     noted(frozen_constants, "scaled_weight", "weight")
     return seen
 
@@ -74,7 +76,7 @@ def test_constants_are_written_once(make, what, written, monkeypatch):
     """With the same result, to the bit, as those that are written in each call."""
     stage, x = prepared(make, layout=CONTIGUOUS)
     # These are copied anyway, and frozen ones kept, so folding would cost nothing.
-    monkeypatch.setattr("resnet_kernels.forms._folding_bytes", lambda *_: 1)
+    monkeypatch.setattr("resnet_kernels.runtime.gpu.forms._folding_bytes", lambda *_: 1)
     cheaper(monkeypatch, what)
     live, frozen = rk.fuse(stage), rk.fuse(stage, freeze=True)
     expected = run(live, x)
@@ -91,10 +93,10 @@ def test_constants_are_written_once(make, what, written, monkeypatch):
 @pytest.mark.parametrize("backend", ("triton", "cudnn"))
 def test_on_an_explicit_backend_too(backend, written, monkeypatch):
     if backend == "cudnn":
-        from resnet_kernels.ops import dispatch
+        from resnet_kernels.ops import backends
 
-        original = dispatch.why_not
-        monkeypatch.setattr(dispatch, "why_not", lambda name, *rest: None if name == "cudnn" else original(name, *rest))
+        original = backends.why_not
+        monkeypatch.setattr(backends, "why_not", lambda name, *rest: None if name == "cudnn" else original(name, *rest))
     stage, x = prepared(basic_blocks)
     expected = run(rk.fuse(stage, backend=backend), x)
     frozen = rk.fuse(stage, backend=backend, freeze=True)
@@ -134,7 +136,7 @@ def test_thawed_by(thaw):
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_planted_bug_constants_that_always_hold_are_stale(thaw, monkeypatch):
     monkeypatch.setattr(freezing.FrozenCopies, "hold", lambda self: True)
-    monkeypatch.setattr(running.FusedState, "drop_copies", lambda self: None)
+    monkeypatch.setattr(eligibility.FusedState, "drop_copies", lambda self: None)
     with pytest.raises(AssertionError):
         test_thawed_by(thaw)
 
@@ -317,9 +319,9 @@ def test_a_capture_reads_what_was_made_before_and_keeps_it(capturing, written):
     capturing.append(True)
     written.clear()
     assert torch.equal(_call(fused), before) and not written
-    tables = running.tables_of(fused)
+    tables = eligibility.tables_of(fused)
     rk.refresh(fused)
-    assert not running.tables_of(fused)
+    assert not eligibility.tables_of(fused)
     kept = {id(t) for _, made in tables for constants in made.constants.values() for t in constants if t is not None}
     assert constants <= kept
 

@@ -14,9 +14,10 @@ from oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import folding, programs
+from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import onednn
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.runtime.cpu import packed_conv, program
 
 # What oneDNN runs in the second call at each size, which is where a weight in the wrong layout is reordered again.
 LOGGED = """
@@ -114,8 +115,8 @@ def test_sizes_in_turns_pack_nothing_anew(monkeypatch):
         raise AssertionError("something was packed or planned again")
 
     for module, name in (
-        (onednn, "pack_weight"), (folding.PackedConv, "__init__"), (folding.PackedConv, "_folded"),
-        (programs.PackedProgram, "__init__"),
+        (onednn, "pack_weight"), (packed_conv.PackedConv, "__init__"), (packed_conv.PackedConv, "_folded"),
+        (program.PackedProgram, "__init__"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, refuse)
     _assert_eagers(fused, model, inputs + inputs[::-1])
@@ -128,7 +129,7 @@ def test_sizes_of_one_layout_share_a_copy():
     _assert_eagers(fused, model, inputs)
     for pack in _packs(fused):
         weights = {id(sized.weight) for sized in pack._sizes.values()}
-        assert len(pack._sizes) == len(inputs) and len(weights) == len(pack._weights) <= folding._MOST_LAYOUTS
+        assert len(pack._sizes) == len(inputs) and len(weights) == len(pack._weights) <= packed_conv._MOST_LAYOUTS
         layouts = [onednn.layout(weight) for weight in pack._weights.values() if weight.is_mkldnn]
         assert len(set(layouts)) == len(layouts) < len(inputs)
 
@@ -139,10 +140,10 @@ def test_a_layout_is_told_by_its_bytes():
     found = {}
     for size in (*range(8, 64, 3), *range(8, 64, 3)):
         weight, shape = torch.randn(64, 64, 3, 3), torch.Size((1, 64, size, size))
-        packed = onednn.pack_weight(weight, rk.ops.geometry.Geometry(padding=(1, 1, 1, 1)), shape)
+        packed = onednn.pack_weight(weight, Geometry(padding=(1, 1, 1, 1)), shape)
         assert torch.equal(packed.to_dense(), weight)
         # One weight, so one layout has one order of bytes.
-        ones = onednn.pack_weight(torch.arange(weight.numel()).view_as(weight).float(), rk.ops.geometry.Geometry(
+        ones = onednn.pack_weight(torch.arange(weight.numel()).view_as(weight).float(), Geometry(
             padding=(1, 1, 1, 1)), shape)  # fmt: skip
         raw = _bytes(ones)
         assert found.setdefault(onednn.layout(packed), raw) == raw
@@ -159,7 +160,7 @@ def _bytes(packed):
 @pytest.mark.parametrize("most", ("_MOST_LAYOUTS", "_MOST_SIZES", "_MOST_PROGRAMS"))
 def test_what_is_kept_is_bounded(most, monkeypatch):
     skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(programs if most == "_MOST_PROGRAMS" else folding, most, 1)
+    monkeypatch.setattr(program if most == "_MOST_PROGRAMS" else packed_conv, most, 1)
     model, inputs = _net(), _inputs()
     fused = rk.fuse(model, backend="cpu")
     before = _kept()
@@ -218,7 +219,7 @@ def test_sizes_packed_in_either_mode():
 
 def test_another_number_of_threads_is_another_problem():
     threads = torch.get_num_threads()
-    geometry, shape = rk.ops.geometry.Geometry(), torch.Size((1, 64, 56, 56))
+    geometry, shape = Geometry(), torch.Size((1, 64, 56, 56))
     try:
         torch.set_num_threads(1)
         one = onednn.problem(torch.Size((64, 64, 1, 1)), torch.float32, geometry, shape)

@@ -9,8 +9,8 @@ from oracle import assert_within_budget
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import launches
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.runtime.gpu import plan as gpu_plan
 
 pytestmark = pytest.mark.skipif(
     runnable("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32) is not None,
@@ -38,12 +38,12 @@ def plans(monkeypatch):
     """How many blocks each plan that is made holds."""
     made = []
 
-    class Spy(launches.Plan):
+    class Spy(gpu_plan.Plan):
         def __init__(self, wirings, *rest):
             made.append(len(wirings))
             super().__init__(wirings, *rest)
 
-    monkeypatch.setattr("resnet_kernels.inference.Plan", Spy)
+    monkeypatch.setattr("resnet_kernels.runtime.inference.Plan", Spy)
     return made
 
 
@@ -121,7 +121,7 @@ def test_a_kept_plan_sees_changes(stage, x, change):
 
 
 def test_plans_are_of_a_shape_and_few(stage, device, plans, monkeypatch):
-    monkeypatch.setattr("resnet_kernels.inference._MOST_PLANS", 3)
+    monkeypatch.setattr("resnet_kernels.runtime.inference._MOST_PLANS", 3)
     fused = rk.fuse(stage, backend="triton")
     for size in (4, 5, 6, 7, 8):
         x = torch.randn(1, 16, size, size, device=device).to(memory_format=CHANNELS_LAST)
@@ -164,32 +164,32 @@ FP16 = torch.float16
 @pytest.fixture
 def hopper(monkeypatch):
     """A machine of compute capability 9, or the interpreter in its place."""
-    from resnet_kernels.kernels import conv_bias_act_tma
+    from resnet_kernels.kernels.sm90 import conv
 
-    if not (torch.cuda.is_available() and conv_bias_act_tma.runs_on(torch.device("cuda"))):
+    if not (torch.cuda.is_available() and conv.runs_on(torch.device("cuda"))):
         if torch.cuda.is_available():
             pytest.skip("needs compute capability 9")
-        monkeypatch.setattr(conv_bias_act_tma, "runs_on", lambda device: True)
+        monkeypatch.setattr(conv, "runs_on", lambda device: True)
 
 
 @pytest.fixture
 def ran(monkeypatch):
     """The launches of each call, by the text that profilers show."""
-    seen, original = [], launches.Plan.run
+    seen, original = [], gpu_plan.Plan.run
 
     def run(plan, *rest):
         seen.extend(name for name, _ in plan.launches)
         return original(plan, *rest)
 
-    images = launches.Plan.run_images
+    images = gpu_plan.Plan.run_images
 
     def run_images(plan, *rest):
         y = images(plan, *rest)
         seen.extend(name for name, _ in plan.launches if y is not None)
         return y
 
-    monkeypatch.setattr(launches.Plan, "run", run)
-    monkeypatch.setattr(launches.Plan, "run_images", run_images)
+    monkeypatch.setattr(gpu_plan.Plan, "run", run)
+    monkeypatch.setattr(gpu_plan.Plan, "run_images", run_images)
     return seen
 
 

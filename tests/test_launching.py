@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_kernels as rk
-from resnet_kernels.ops import dispatch, launching
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.ops import backends, triton_check
 
 pytest.importorskip("triton", reason="needs triton")
 CUDA = torch.device("cuda", 0)
@@ -28,10 +28,10 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     launched = []
     monkeypatch.setattr("resnet_kernels.kernels.first_launch.launch", launched.append)
-    monkeypatch.setattr(launching, "_known", {})
-    dispatch.why_not.cache_clear()
+    monkeypatch.setattr(triton_check, "_known", {})
+    backends.why_not.cache_clear()
     yield launched
-    dispatch.why_not.cache_clear()
+    backends.why_not.cache_clear()
 
 
 def fails_with(monkeypatch, error):
@@ -43,11 +43,11 @@ def fails_with(monkeypatch, error):
 
 def test_asked_once_a_device(gpu):
     for _ in range(3):
-        assert dispatch.resolve("auto", CUDA, torch.bfloat16) == "tuned"
-        assert dispatch.untuned(CUDA, torch.float16) == "cudnn"
-    assert dispatch.resolve("triton", CUDA, torch.float32) == "triton"
+        assert backends.resolve("auto", CUDA, torch.bfloat16) == "tuned"
+        assert backends.untuned(CUDA, torch.float16) == "cudnn"
+    assert backends.resolve("triton", CUDA, torch.float32) == "triton"
     assert gpu == [CUDA]
-    dispatch.resolve("auto", torch.device("cuda", 1), torch.float32)
+    backends.resolve("auto", torch.device("cuda", 1), torch.float32)
     assert gpu == [CUDA, torch.device("cuda", 1)]
 
 
@@ -71,41 +71,41 @@ def test_auto_runs_pytorchs_own_operations_and_says_so_once(what, gpu, monkeypat
         fails_with(monkeypatch, error)
     with pytest.warns(RuntimeWarning, match=f"PyTorch's own operations on cuda:0: Triton {reason}") as said:
         for dtype in (torch.float32, torch.bfloat16):
-            assert dispatch.resolve("auto", CUDA, dtype) == "eager"
+            assert backends.resolve("auto", CUDA, dtype) == "eager"
     assert len(said) == 1 and not gpu
     with pytest.raises(RuntimeError, match=f'backend="triton" {reason}'):
-        dispatch.resolve("triton", CUDA, torch.float32)
+        backends.resolve("triton", CUDA, torch.float32)
     # It needs no Triton.
-    assert dispatch.resolve("cudnn", CUDA, torch.float32) == "cudnn"
+    assert backends.resolve("cudnn", CUDA, torch.float32) == "cudnn"
 
 
 def test_a_table_does_not_help(gpu, monkeypatch):
     fails_with(monkeypatch, RuntimeError("no"))
-    monkeypatch.setattr("resnet_kernels.ops.tuned.covers", lambda device, dtype: True)
+    monkeypatch.setattr("resnet_kernels.ops.tuned_table.covers", lambda device, dtype: True)
     with pytest.warns(RuntimeWarning, match="Triton can't launch here"):
-        assert dispatch.resolve("auto", CUDA, torch.float32) == "eager"
+        assert backends.resolve("auto", CUDA, torch.float32) == "eager"
 
 
 def test_not_asked_where_nobody_could_answer(gpu, monkeypatch):
     """In a capture, under a mode as fake tensors have one, without a GPU, on other devices; a later call asks."""
     for device in ("cpu", "meta", "mps"):
-        assert launching.why_not(torch.device(device)) is None
+        assert triton_check.why_not(torch.device(device)) is None
     with TorchDispatchMode():
-        assert launching.why_not(CUDA) is None
+        assert triton_check.why_not(CUDA) is None
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert launching.why_not(CUDA) is None
+        assert triton_check.why_not(CUDA) is None
         patch.setattr(torch.cuda, "is_available", lambda: False)
-        assert launching.why_not(CUDA) is None
+        assert triton_check.why_not(CUDA) is None
     assert not gpu
-    assert launching.why_not(CUDA) is None and gpu == [CUDA]
+    assert triton_check.why_not(CUDA) is None and gpu == [CUDA]
 
 
 def test_a_fused_model_runs_its_own_code(monkeypatch):
     """The whole way, with the CPU in a GPU's place."""
     block = nn.Sequential(randomise_batch_norms_(rk.models.resnet_v1.BasicBlock(8, 8))).eval()
     fused, x = rk.fuse(block), torch.randn(1, 8, 5, 5)
-    monkeypatch.setattr(dispatch, "untuned", lambda device, dtype: "eager")
+    monkeypatch.setattr(backends, "untuned", lambda device, dtype: "eager")
     with torch.no_grad():
         assert torch.equal(fused(x), block(x))
 
@@ -115,8 +115,8 @@ def test_the_first_launch(device):
 
     if (reason := runnable("triton", device.type, torch.float32)) or device.type != "cuda":
         pytest.skip(reason or "needs a GPU")
-    launching._known.clear()
-    assert launching.why_not(torch.device("cuda", torch.cuda.current_device())) is None
+    triton_check._known.clear()
+    assert triton_check.why_not(torch.device("cuda", torch.cuda.current_device())) is None
 
 
 IN_A_SLIM_CONTAINER = """
@@ -126,11 +126,11 @@ IN_A_SLIM_CONTAINER = """
     torch.cuda.is_current_stream_capturing = lambda: False
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.backends.cudnn.is_available = lambda: True
-    from resnet_kernels.ops import dispatch, tuned
-    tuned.device_key = lambda device: None
+    from resnet_kernels.ops import backends, tuned_table
+    tuned_table.device_key = lambda device: None
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        print([dispatch.resolve("auto", torch.device("cuda", 0), torch.float16) for _ in range(2)])
+        print([backends.resolve("auto", torch.device("cuda", 0), torch.float16) for _ in range(2)])
     print([str(warning.message) for warning in said if "resnet_kernels" in str(warning.message)])
 """
 

@@ -10,8 +10,9 @@ from test_tuned import fake_device, record, table, write  # noqa: F401, fixtures
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import launches, problems, tuning
-from resnet_kernels.links import LinkProblem, StemProblem
+from resnet_kernels.perf.tuning import autotuner, problems
+from resnet_kernels.runtime.gpu import plan
+from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
 
 FP16 = torch.float16
 
@@ -59,22 +60,22 @@ def test_a_stem(hopper, device):  # noqa: F811
     assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
     problem = problems.stem_problem(asked, 2, FP16, device)
     assert list(problem.candidates) == ["apart", "conv+pool"]
-    assert not any("refused" in row for row in tuning.measure(problem, 0.01)["candidates"].values())
+    assert not any("refused" in row for row in autotuner.measure(problem, 0.01)["candidates"].values())
 
 
 def test_a_wrong_launch_can_not_win(links_of, device, monkeypatch):
     asked = links_of(bottlenecks)[-1]
     problem = problems.link_problem(asked, 2, FP16, device)
-    result = tuning.measure(problem, 0.01)
+    result = autotuner.measure(problem, 0.01)
     assert result["winner"] in problem.candidates and not any("refused" in r for r in result["candidates"].values())
-    original = launches.chain
+    original = plan.chain
 
     def wrong(link, values, *rest):
         original(link, values, *rest)
         values[link.conv3.step.out] *= 1.01
 
-    monkeypatch.setattr(launches, "chain", wrong)
-    result = tuning.measure(problem, 0.01)
+    monkeypatch.setattr(plan, "chain", wrong)
+    result = autotuner.measure(problem, 0.01)
     assert result["winner"] == "apart" and "errs by" in result["candidates"]["conv2+conv3"]["refused"]
 
 

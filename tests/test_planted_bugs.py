@@ -10,7 +10,7 @@ import torch
 from oracle import skip_unless_runnable
 from test_conv_bias_act import Case, operands, truth
 
-from resnet_kernels.ops.geometry import normalise
+from resnet_kernels.kernels.geometry import normalise
 
 CASES = (
     Case("", 2, 16, 7, 6, 24),
@@ -50,12 +50,13 @@ def failures(kernel, device) -> int:
 
 
 def planted(kernel: str, tmp_path, old: str, new: str):
-    """A kernel's module, with a piece of its source replaced."""
-    source = inspect.getsource(importlib.import_module(f"resnet_kernels.kernels.{kernel}"))
+    """A module of kernels/ ("epilogue", "sm90.stem"), with a piece of its source replaced."""
+    room, _, name = f"resnet_kernels.kernels.{kernel}".rpartition(".")
+    source = inspect.getsource(importlib.import_module(f"{room}.{name}"))
     assert old in source, f"the kernel no longer has {old!r}: plant this bug anew"
-    path = tmp_path / f"planted_{kernel}.py"
+    path = tmp_path / f"planted_{name}.py"
     path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"resnet_kernels.kernels.planted_{kernel}", path)
+    spec = importlib.util.spec_from_file_location(f"{room}.planted_{name}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -10,12 +10,14 @@ from torch import nn
 from torch.autograd import DeviceType
 
 import resnet_kernels as rk
-from resnet_kernels import __main__ as cli
-from resnet_kernels import dataflow, profiling, ranges, roofline
-from resnet_kernels.commands import profile as profile_command
+from resnet_kernels.cli import main as cli
+from resnet_kernels.cli import profile as profile_command
 from resnet_kernels.models import resnet_v1, resnet_v2
-from resnet_kernels.ops import dispatch
-from resnet_kernels.profiling import KernelTime
+from resnet_kernels.ops import backends
+from resnet_kernels.perf import profiling
+from resnet_kernels.perf.profiling import KernelTime
+from resnet_kernels.perf.roofline import bounds, network
+from resnet_kernels.runtime import profiler_ranges
 
 X = torch.randn(2, 3, 32, 32)
 
@@ -33,17 +35,17 @@ def forward(model, x=X):
 
 
 def rows_of(model, call, x=X):
-    return profiling.by_range(profiling.profile(call, model, steps=1, warm_up=1), dataflow.trace(model, x), 4)
+    return profiling.by_range(profiling.profile(call, model, steps=1, warm_up=1), network.trace(model, x), 4)
 
 
 def test_eager_ranges_are_the_operations_of_the_network():
     model = small()
     rows = rows_of(model, forward(model))
-    net = dataflow.trace(model, X)
+    net = network.trace(model, X)
     known = [row for row in rows if row.least is not None]
     assert [row.range for row in known][:4] == ["conv1", "bn1", "relu", "maxpool"]
     # Not one operation is missing or counted twice.
-    eager = roofline.eager(net, 4)
+    eager = bounds.eager(net, 4)
     for what in ("flops", "hbm_bytes"):
         assert sum(getattr(row.least, what) for row in known) == sum(getattr(kernel, what) for kernel in eager)
     assert [(row.call, row.layer) for row in rows if row.range == "layer2.0.relu"] == [
@@ -67,7 +69,7 @@ def test_fused_ranges_are_steps_and_stay_fused():
     ):
         assert [kernel.name.rstrip("_") for kernel in known[step].kernels] == ["mkldnn::_convolution_pointwise"], step
     assert known["layer2.0.downsample.0+downsample.1"].layer == "layer2.0.downsample.0+1"
-    expected = roofline.per_layer(dataflow.trace(model, X), 4)
+    expected = bounds.per_layer(network.trace(model, X), 4)
     assert sum(row.least.flops for row in known.values()) == sum(kernel.flops for kernel in expected)
     assert sum(row.least.hbm_bytes for row in known.values()) == sum(kernel.hbm_bytes for kernel in expected)
 
@@ -108,7 +110,7 @@ def test_a_backward_is_of_its_forwards_ranges(fused):
 
 def test_training_of_a_fused_step_knows_no_least_of_its_rest():
     model = rk.fuse(resnet_v1.BasicBlock(4, 4), backend="triton").train()
-    reason = dispatch.why_not("triton", X.device.type, X.dtype)
+    reason = backends.why_not("triton", X.device.type, X.dtype)
     if reason is not None:
         pytest.skip(f"triton {reason}")
     x = torch.randn(2, 4, 8, 8)
@@ -131,7 +133,7 @@ def test_what_runs_is_what_runs_without_a_profiler():
 def test_ceilings_are_rates():
     machine = profiling.ceilings(torch.device("cpu"), torch.float32)
     assert 1e8 < machine.flops_per_s < 1e16 and 1e7 < machine.hbm_bytes_per_s < 1e14
-    assert machine.bound(roofline.Kernel("", 0, 0, 10**18)) == (0, "FLOP")  # L2 was not measured
+    assert machine.bound(bounds.Kernel("", 0, 0, 10**18)) == (0, "FLOP")  # L2 was not measured
 
 
 def test_module_calls_are_as_before_even_after_an_error():
@@ -155,13 +157,13 @@ def test_somebodys_own_profiler_sees_the_steps_of_a_fused_model():
 
 def test_without_a_profiler_steps_are_handed_on():
     steps = [("a",), ("b",)]
-    assert ranges.around(steps, "path") is steps
+    assert profiler_ranges.around(steps, "path") is steps
 
 
 def test_a_range_ends_with_an_error_inside():
     with torch.profiler.profile() as profiler:
         with pytest.raises(ZeroDivisionError):
-            for _ in ranges.around([("a",)], "m"):
+            for _ in profiler_ranges.around([("a",)], "m"):
                 raise ZeroDivisionError
         torch.ones(2).add_(1)
     add = next(event for event in profiler.events() if event.name == "aten::add_")
@@ -364,7 +366,7 @@ def test_an_h200_is_compared_with_an_h200(monkeypatch):
     images = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
     monkeypatch.setattr(profiling, "ceilings", lambda *_: "measured")
-    assert profile_command._machine(images) == (roofline.h200("bf16"), "of an H200")
+    assert profile_command._machine(images) == (bounds.h200("bf16"), "of an H200")
     images.dtype = torch.float64
     assert profile_command._machine(images)[0] == "measured"
     images.dtype = torch.bfloat16

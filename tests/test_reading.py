@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from resnet_kernels import models, reading
-from resnet_kernels.blocks import fuse_block_
-from resnet_kernels.recipe import CannotRead
+from resnet_kernels import models
+from resnet_kernels.graph import reader
+from resnet_kernels.graph.recipe import CannotRead
+from resnet_kernels.runtime.fused_block import fuse_block_
 
 
 def recipe(module):
-    return str(reading.read(module).recipe())
+    return str(reader.read(module).recipe())
 
 
 class Block(nn.Module):
@@ -156,7 +157,7 @@ def test_training_only_branches_are_not_what_is_read():
 
 
 def test_dead_values_are_freed_where_they_are_used_last():
-    steps = reading.read(models.resnet50().layer1[0]).recipe().steps
+    steps = reader.read(models.resnet50().layer1[0]).recipe().steps
     assert [step.frees for step in steps] == [(), (1,), (0,), (2, 3)]
     assert [step.overwrites_residual for step in steps] == [False, False, False, True]
 
@@ -178,7 +179,7 @@ def test_host_plan_takes_only_runs_that_nobody_else_sees():
             z = self.bn3(self.conv3(z))
             return self.head(F.relu(z).mean((2, 3)))
 
-    plan = reading.read(Net()).host_plan()
+    plan = reader.read(Net()).host_plan()
     assert {name: str(run) for name, run in plan.runs.items()} == {"conv1": "conv1+bn1+relu", "conv3": "conv3+bn3"}
     assert plan.absorbed == ("bn1", "relu", "bn3")
 
@@ -188,5 +189,5 @@ def test_host_plan_leaves_a_relu_alone_that_is_called_twice():
         def forward(self, x):
             return torch.sigmoid(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))))
 
-    plan = reading.read(Net()).host_plan()
+    plan = reader.read(Net()).host_plan()
     assert [str(run) for run in plan.runs.values()] == ["conv1+bn1", "conv2+bn2"]

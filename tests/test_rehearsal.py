@@ -114,16 +114,16 @@ BUGS = {
         "other addresses than its tensors'",
     ),
     "a view leaves its tensor": (
-        "copies", "tap_sharing_tma", "sides, odd * channels)", "sides, 2 * odd * channels)", "leaves its tensor by 128 bytes",
+        "copies", "sm90/tap_sharing", "sides, odd * channels)", "sides, 2 * odd * channels)", "leaves its tensor by 128 bytes",
     ),
     "a stride that no descriptor takes": (
-        "copies", "tap_sharing_tma", "2 * channels, 1)", "2 * channels + 4, 1)", "multiples of 16|16-byte aligned",
+        "copies", "sm90/tap_sharing", "2 * channels, 1)", "2 * channels + 4, 1)", "multiples of 16|16-byte aligned",
     ),
     "an empty grid": (
-        "copies", "conv_bias_act_tma", "programs = min(n_tiles", "programs = min(0 * n_tiles", "AssertionError",
+        "copies", "sm90/conv", "programs = min(n_tiles", "programs = min(0 * n_tiles", "AssertionError",
     ),
     "more shared memory than there is": (
-        "copies", "conv_bias_act_tma", "num_stages=config.num_stages", "num_stages=16", "shared memory",
+        "copies", "sm90/conv", "num_stages=config.num_stages", "num_stages=16", "shared memory",
     ),
     "a table of freed vectors": (
         "call resnet18", "bn_scale_shift", "tensor.data_ptr() for", "tensor.clone().data_ptr() for",

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import results_files as files
 
-from resnet_kernels import __main__ as cli
-from resnet_kernels import results
-from resnet_kernels.commands import plots, sections
-from resnet_kernels.results import Ceilings
+from resnet_kernels.cli import main as cli
+from resnet_kernels.cli.report import plots, sections
+from resnet_kernels.perf import results
+from resnet_kernels.perf.results import Ceilings
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import resnet_kernels as rk
 from resnet_kernels.models import Block, PreactBottleneck, ResNetV2, resnet_v2_block
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 
 UNITS = {
     "resnet_v2_50": (3, 4, 6, 3),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import results_files as files
 
-from resnet_kernels import regressions, results
-from resnet_kernels.results import ResultsError
+from resnet_kernels.perf import regressions, results
+from resnet_kernels.perf.results import ResultsError
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json"))
 OLDEST = Path(__file__).parent / "data" / "results_schema_0.json"

@@ -11,16 +11,18 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import resnet_kernels as rk
-from resnet_kernels import __main__ as cli
-from resnet_kernels import dataflow, grouping, models, roofline
-from resnet_kernels.roofline import Kernel, Machine, Tiling
+from resnet_kernels import models
+from resnet_kernels.cli import main as cli
+from resnet_kernels.perf.roofline import bounds, kernel_groups
+from resnet_kernels.perf.roofline import network as roofline_network
+from resnet_kernels.perf.roofline.bounds import Kernel, Machine, Tiling
 
 BATCH = 256
-H200 = roofline.h200()
+H200 = bounds.h200()
 
 
 def trace(model, *shape):
-    return dataflow.trace(model, torch.empty(shape, device="meta"))
+    return roofline_network.trace(model, torch.empty(shape, device="meta"))
 
 
 @functools.cache
@@ -34,7 +36,7 @@ def built(name):
 
 @functools.cache
 def network(name):
-    return dataflow.trace(*built(name))
+    return roofline_network.trace(*built(name))
 
 
 @pytest.mark.slow(unless=lambda name: name in ("resnet18", "resnet50", "resnet_v2_50", "d2l_resnet18"))
@@ -46,10 +48,10 @@ def test_flops_are_those_of_torchs_counter(name):
         copy.deepcopy(model)(x)
     net = network(name)
     for kernels in (
-        roofline.eager(net, 2),
-        roofline.per_layer(net, 2),
-        roofline.chained(net, 2),
-        roofline.compute(net),
+        bounds.eager(net, 2),
+        bounds.per_layer(net, 2),
+        bounds.chained(net, 2),
+        bounds.compute(net),
     ):
         assert sum(kernel.flops for kernel in kernels) == counter.get_total_flops() > 0
 
@@ -59,17 +61,17 @@ def test_1x1_by_hand():
     pixels = 2 * 8 * 8
     hbm = 64 * pixels + 256 * pixels + 64 * 256
     l2 = 2 * pixels * 64 + 64 * 256  # two tiles of 128 channels read the pixels, one tile of 128 pixels the weight
-    assert roofline.eager(net, 2) == [Kernel("conv", 2 * pixels * 64 * 256, 2 * hbm, 2 * l2)]
-    assert roofline.eager(net, 4, Tiling(block_n=256))[0].l2_bytes == 4 * (pixels * 64 + 64 * 256)
+    assert bounds.eager(net, 2) == [Kernel("conv", 2 * pixels * 64 * 256, 2 * hbm, 2 * l2)]
+    assert bounds.eager(net, 4, Tiling(block_n=256))[0].l2_bytes == 4 * (pixels * 64 + 64 * 256)
 
 
 def test_strided_1x1_passes_over_pixels():
-    (kernel,) = roofline.eager(trace(nn.Conv2d(64, 128, 1, 2, bias=False), 1, 64, 7, 9), 2)
+    (kernel,) = bounds.eager(trace(nn.Conv2d(64, 128, 1, 2, bias=False), 1, 64, 7, 9), 2)
     assert kernel.hbm_bytes == 2 * (64 * 4 * 5 + 128 * 4 * 5 + 64 * 128)
 
 
 def test_3x3_with_residual_by_hand():
-    first, second = roofline.per_layer(trace(models.resnet_v1.BasicBlock(64, 64), 2, 64, 8, 8), 2)
+    first, second = bounds.per_layer(trace(models.resnet_v1.BasicBlock(64, 64), 2, 64, 8, 8), 2)
     assert (first.name, second.name) == ("conv1+bn1+relu", "conv2+bn2+add+relu")
     image, weight = 64 * 2 * 8 * 8, 9 * 64 * 64
     assert first.hbm_bytes == 2 * (2 * image + weight)
@@ -79,7 +81,7 @@ def test_3x3_with_residual_by_hand():
 
 
 def test_eager_3x3_with_residual_by_hand():
-    kernels = roofline.eager(trace(models.resnet_v1.BasicBlock(64, 64), 2, 64, 8, 8), 2)
+    kernels = bounds.eager(trace(models.resnet_v1.BasicBlock(64, 64), 2, 64, 8, 8), 2)
     assert [kernel.name for kernel in kernels] == ["conv1", "bn1", "relu", "conv2", "bn2", "add", "relu"]
     image, weight = 64 * 2 * 8 * 8, 9 * 64 * 64
     passes = [2 * image + weight, 2 * image, 2 * image, 2 * image + weight, 2 * image, 3 * image, 2 * image]
@@ -88,12 +90,12 @@ def test_eager_3x3_with_residual_by_hand():
 
 def test_stem_by_hand():
     net = trace(built("resnet50")[0], 1, 3, 224, 224)
-    stem, pool = roofline.per_layer(net, 2)[:2]
+    stem, pool = bounds.per_layer(net, 2)[:2]
     image, map_, pooled, weight = 3 * 224 * 224, 64 * 112 * 112, 64 * 56 * 56, 64 * 3 * 49
     assert (stem.name, pool.name) == ("conv1+bn1+relu", "maxpool")
     assert stem.hbm_bytes == 2 * (image + map_ + weight) and pool.hbm_bytes == 2 * (map_ + pooled)
     assert stem.l2_bytes == 2 * (112 * 112 * 147 + 98 * weight)  # 12544 pixels are 98 tiles
-    both = roofline.per_layer(net, 2, stem_with_pool=True)[0]
+    both = bounds.per_layer(net, 2, stem_with_pool=True)[0]
     assert both.name == "conv1+bn1+relu -> maxpool"
     assert both.hbm_bytes == 2 * (image + pooled + weight) and both.l2_bytes == stem.l2_bytes
 
@@ -103,20 +105,20 @@ def test_chain_by_hand():
     net = trace(nn.Sequential(block(256, 64), block(256, 64)), 4, 256, 8, 8)
     names = ["0.conv1+bn1+relu", "0.conv2+bn2+relu -> conv3+bn3+add+relu -> 1.conv1+bn1+relu"]
     names.append("1.conv2+bn2+relu -> conv3+bn3+add+relu")
-    kernels = roofline.chained(net, 2)
+    kernels = bounds.chained(net, 2)
     assert [kernel.name for kernel in kernels] == names
     narrow, wide, weights = 64 * 256, 256 * 256, (9 * 64 * 64, 64 * 256, 256 * 64)
     # In: conv1's output and the residual. Out: the sum, which the next add needs, and the next conv1's output.
     assert kernels[1].hbm_bytes == 2 * (narrow + wide + wide + narrow + sum(weights))
     # 256 pixels are two tiles; between the products a tile stays in shared memory.
     assert kernels[1].l2_bytes == 2 * (9 * narrow + 2 * sum(weights))
-    assert len(roofline.chained(net, 2, max_width=32)) == len(roofline.per_layer(net, 2)) == 6
+    assert len(bounds.chained(net, 2, max_width=32)) == len(bounds.per_layer(net, 2)) == 6
 
 
 def test_merged_shortcut_by_hand():
     shortcut = nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
     net = trace(models.resnet_v1.BasicBlock(64, 128, 2, shortcut), 2, 64, 16, 16)
-    kernels = roofline.per_layer(net, 2, merged_shortcut=True)
+    kernels = bounds.per_layer(net, 2, merged_shortcut=True)
     assert [kernel.name for kernel in kernels] == ["conv1+bn1+relu", "downsample.0+1 -> conv2+bn2+add+relu"]
     map_, weights = 128 * 2 * 8 * 8, 64 * 128 + 9 * 128 * 128
     assert kernels[1].hbm_bytes == 2 * (64 * 2 * 8 * 8 + 2 * map_ + weights)
@@ -128,22 +130,22 @@ def test_tap_sharing_by_hand():
     weight = 9 * 128 * 128
     for columns, loads in ((1, 18), (2, 12), (4, 9)):
         # Each of three rows: columns + 2 tiles of 128 pixels for `columns` tiles of output, of which 256 pixels are two.
-        (kernel,) = roofline.eager(net, 2, Tiling(columns=columns))
+        (kernel,) = bounds.eager(net, 2, Tiling(columns=columns))
         assert kernel.l2_bytes == 2 * (loads * 128 * 128 + (2 if columns == 1 else 1) * weight)
     strided = trace(nn.Conv2d(128, 128, 3, 2, 1, bias=False), 4, 128, 8, 8)
-    assert roofline.eager(strided, 2, Tiling(columns=2)) == roofline.eager(strided, 2)
+    assert bounds.eager(strided, 2, Tiling(columns=2)) == bounds.eager(strided, 2)
 
 
 def test_rates_that_the_tiles_need():
     """TB/s from L2 at 790 TFLOP/s; source: the project's notes on kernels, "the third roof"."""
     net = trace(nn.Conv2d(512, 512, 3, 1, 1, bias=False), 64, 512, 16, 16)
     for tiling, expected in ((Tiling(), 12.3), (Tiling(block_n=256), 9.3), (Tiling(columns=2), 7.2)):
-        (kernel,) = roofline.eager(net, 2, tiling)
+        (kernel,) = bounds.eager(net, 2, tiling)
         assert kernel.l2_bytes / kernel.flops * 790 == pytest.approx(expected, rel=0.01)
 
 
 def test_grouped_convolution_reads_its_pixels_once():
-    (kernel,) = roofline.eager(trace(nn.Conv2d(256, 256, 3, 1, 1, groups=64, bias=False), 2, 256, 8, 8), 2)
+    (kernel,) = bounds.eager(trace(nn.Conv2d(256, 256, 3, 1, 1, groups=64, bias=False), 2, 256, 8, 8), 2)
     weight = 9 * 4 * 256
     assert kernel.flops == 2 * 128 * weight and kernel.l2_bytes == 2 * (9 * 256 * 128 + weight)
 
@@ -155,36 +157,36 @@ WIDE, SHARED = Tiling(block_n=256), Tiling(block_n=256, columns=2)
 @pytest.mark.parametrize(
     "name, kernels, machine, published",
     [
-        ("resnet50", roofline.eager, TWO, 24e3),
-        ("resnet50", roofline.per_layer, TWO, 60e3),
-        ("resnet50", functools.partial(roofline.per_layer, merged_shortcut=True), TWO, 65e3),
-        ("resnet50", functools.partial(roofline.per_layer, stem_with_pool=True), TWO, 63e3),
-        ("resnet50", functools.partial(roofline.per_layer, stem_with_pool=True, merged_shortcut=True), TWO, 67e3),
-        ("resnet50", functools.partial(roofline.chained, across_stages=True), TWO, 83e3),
-        ("resnet50", functools.partial(roofline.chained, across_stages=True, merged_shortcut=True), TWO, 89e3),
-        ("resnet50", lambda net, _: roofline.compute(net), TWO, 97e3),
-        ("resnet50", functools.partial(roofline.per_layer, tiling=WIDE), THREE, 52e3),
-        ("resnet50", functools.partial(roofline.per_layer, tiling=SHARED), THREE, 56e3),
-        ("resnet50", functools.partial(roofline.chained, max_width=128), THREE, 59e3),
-        ("resnet18", roofline.per_layer, TWO, 189e3),
-        ("resnet18", lambda net, _: roofline.compute(net), TWO, 218e3),
-        ("resnet18", functools.partial(roofline.per_layer, tiling=Tiling(128, 256, columns=4)), THREE, 177e3),
-        ("resnet152", roofline.per_layer, TWO, 25.4e3),
-        ("resnet152", lambda net, _: roofline.compute(net), TWO, 34.3e3),
+        ("resnet50", bounds.eager, TWO, 24e3),
+        ("resnet50", bounds.per_layer, TWO, 60e3),
+        ("resnet50", functools.partial(bounds.per_layer, merged_shortcut=True), TWO, 65e3),
+        ("resnet50", functools.partial(bounds.per_layer, stem_with_pool=True), TWO, 63e3),
+        ("resnet50", functools.partial(bounds.per_layer, stem_with_pool=True, merged_shortcut=True), TWO, 67e3),
+        ("resnet50", functools.partial(bounds.chained, across_stages=True), TWO, 83e3),
+        ("resnet50", functools.partial(bounds.chained, across_stages=True, merged_shortcut=True), TWO, 89e3),
+        ("resnet50", lambda net, _: bounds.compute(net), TWO, 97e3),
+        ("resnet50", functools.partial(bounds.per_layer, tiling=WIDE), THREE, 52e3),
+        ("resnet50", functools.partial(bounds.per_layer, tiling=SHARED), THREE, 56e3),
+        ("resnet50", functools.partial(bounds.chained, max_width=128), THREE, 59e3),
+        ("resnet18", bounds.per_layer, TWO, 189e3),
+        ("resnet18", lambda net, _: bounds.compute(net), TWO, 218e3),
+        ("resnet18", functools.partial(bounds.per_layer, tiling=Tiling(128, 256, columns=4)), THREE, 177e3),
+        ("resnet152", bounds.per_layer, TWO, 25.4e3),
+        ("resnet152", lambda net, _: bounds.compute(net), TWO, 34.3e3),
     ],
 )
 def test_published_limits(name, kernels, machine, published):
     """Source: the project's notes on kernels, section 2: H200, bf16, 224x224, batch 256, in images/s."""
-    assert roofline.limit(kernels(network(name), 2), machine, BATCH) == pytest.approx(published, rel=0.03)
+    assert bounds.limit(kernels(network(name), 2), machine, BATCH) == pytest.approx(published, rel=0.03)
 
 
 def test_what_differs_from_the_published_limits():
     """As the docstring says: chains within a stage, and ResNet-18 without tap sharing."""
-    assert roofline.limit(roofline.chained(network("resnet50"), 2), TWO, BATCH) == pytest.approx(80.2e3, rel=0.001)
-    assert roofline.limit(roofline.per_layer(network("resnet18"), 2, WIDE), THREE, BATCH) == pytest.approx(
+    assert bounds.limit(bounds.chained(network("resnet50"), 2), TWO, BATCH) == pytest.approx(80.2e3, rel=0.001)
+    assert bounds.limit(bounds.per_layer(network("resnet18"), 2, WIDE), THREE, BATCH) == pytest.approx(
         125.7e3, rel=0.001
     )
-    assert roofline.limit(roofline.per_layer(network("resnet50"), 2), THREE, BATCH) == pytest.approx(46.6e3, rel=0.001)
+    assert bounds.limit(bounds.per_layer(network("resnet50"), 2), THREE, BATCH) == pytest.approx(46.6e3, rel=0.001)
 
 
 @pytest.mark.slow
@@ -194,21 +196,21 @@ def test_a_larger_kernel_is_never_slower_and_a_roof_never_lifts_a_limit(name):
     limits = []
     for tiling in (Tiling(), Tiling(block_n=256, columns=2)):
         executions = (
-            roofline.eager(net, 2, tiling),
-            roofline.per_layer(net, 2, tiling),
-            roofline.chained(net, 2, tiling),
-            roofline.chained(net, 2, tiling, across_stages=True, merged_shortcut=True),
-            roofline.compute(net),
+            bounds.eager(net, 2, tiling),
+            bounds.per_layer(net, 2, tiling),
+            bounds.chained(net, 2, tiling),
+            bounds.chained(net, 2, tiling, across_stages=True, merged_shortcut=True),
+            bounds.compute(net),
         )
         for machine in (TWO, THREE):
-            limits.append([roofline.limit(kernels, machine, BATCH) for kernels in executions])
+            limits.append([bounds.limit(kernels, machine, BATCH) for kernels in executions])
             assert limits[-1] == sorted(limits[-1])
         assert all(three <= two for two, three in zip(*limits[-2:]))
 
 
 @pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnext50_32x4d", "resnet_v2_50", "d2l_resnet18_keras"))
 def test_per_layer_is_what_fuse_does(name):
-    groups = grouping.layers(network(name))
+    groups = kernel_groups.layers(network(name))
 
     def texts(path):
         prefix = f"{path}." if path else ""
@@ -231,8 +233,8 @@ def test_per_layer_is_what_fuse_does(name):
 @pytest.mark.parametrize("name", models.BY_NAME)
 def test_kernels_are_in_an_order_in_which_they_can_run(name):
     net = network(name)
-    groups = grouping.merge_shortcuts(grouping.merge_pools(grouping.layers(net), net), net)
-    for order in (grouping.layers(net), groups, grouping.chain(groups, net, True, None)):
+    groups = kernel_groups.merge_shortcuts(kernel_groups.merge_pools(kernel_groups.layers(net), net), net)
+    for order in (kernel_groups.layers(net), groups, kernel_groups.chain(groups, net, True, None)):
         made = {0}
         for group in order:
             for operation in group.operations:
@@ -242,7 +244,7 @@ def test_kernels_are_in_an_order_in_which_they_can_run(name):
 
 
 def test_a_chain_takes_a_norm_that_comes_first():
-    names = [kernel.name for kernel in roofline.chained(network("resnet_v2_50"), 2)]
+    names = [kernel.name for kernel in bounds.chained(network("resnet_v2_50"), 2)]
     chain = "block1.unit_1.conv2+bn2+relu -> conv3+add+block1.unit_2.preact+relu -> conv1+bn1+relu"
     assert chain in names and "block1.unit_3.conv2+bn2+relu -> conv3+add" in names
 
@@ -253,13 +255,13 @@ def test_bound():
     assert machine.bound(Kernel("", 400, 50, 40)) == (5.0, "HBM")
     assert machine.bound(Kernel("", 400, 50, 120)) == (6.0, "L2")
     assert machine.without_l2() == Machine(100.0, 10.0, math.inf)
-    assert roofline.limit([Kernel("", 400, 30, 40), Kernel("", 0, 10, 0)], machine, 10) == 2.0
+    assert bounds.limit([Kernel("", 400, 30, 40), Kernel("", 0, 10, 0)], machine, 10) == 2.0
 
 
 def test_trace_leaves_the_model_alone():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Dropout()).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    net = dataflow.trace(model, torch.randn(2, 3, 8, 8))
+    net = roofline_network.trace(model, torch.randn(2, 3, 8, 8))
     assert [operation.kind for operation in net.operations] == ["conv", "bn", "relu"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.training and not any(module._forward_hooks for module in model.modules())
@@ -271,7 +273,7 @@ def test_errors():
     with pytest.raises(ValueError, match="a convolution or a linear layer, got a ReLU"):
         trace(nn.ReLU(), 1, 3, 8, 8)
     with pytest.raises(ValueError, match="dtype must be one of bf16, fp16, fp32, got 'int8'"):
-        roofline.h200("int8")
+        bounds.h200("int8")
 
 
 def test_command(capsys):
@@ -301,10 +303,10 @@ def test_command_json_and_rates(capsys):
     values = json.loads(capsys.readouterr().out)
     assert values["assumed"] == {"flop_tflops": 100, "hbm_tbps": 2, "l2_tbps": 5} and values["image_size"] == 28
     machine = Machine(100e12, 2e12, 5e12)
-    kernels = roofline.per_layer(network("d2l_resnet18"), 4)
+    kernels = bounds.per_layer(network("d2l_resnet18"), 4)
     entry = values["executions"]["per-layer"]
-    assert entry["img_per_s"]["flop_hbm_l2"] == pytest.approx(roofline.limit(kernels, machine, BATCH))
-    assert entry["img_per_s"]["flop_hbm"] == pytest.approx(roofline.limit(kernels, machine.without_l2(), BATCH))
+    assert entry["img_per_s"]["flop_hbm_l2"] == pytest.approx(bounds.limit(kernels, machine, BATCH))
+    assert entry["img_per_s"]["flop_hbm"] == pytest.approx(bounds.limit(kernels, machine.without_l2(), BATCH))
     assert [kernel["hbm_bytes"] for kernel in entry["kernels"]] == [kernel.hbm_bytes for kernel in kernels]
     assert {kernel["bound_by"] for kernel in entry["kernels"]} <= {"FLOP", "HBM", "L2"}
     assert {"eager", "per-layer", "chained", "compute"} <= set(values["executions"])

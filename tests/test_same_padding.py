@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import resnet_kernels as rk
 from resnet_kernels.models import Conv2dSame, MaxPool2dSame
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.models.same_padding import same_padding
-from resnet_kernels.verify import randomise_batch_norms_
 
 # Even kernels at stride 1 are those whose odd row ceil_mode would not add.
 CASES = [

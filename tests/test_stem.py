@@ -10,12 +10,12 @@ from oracle import assert_within_budget
 from test_conv_bias_act_tma import _runnable_with_nan_outputs  # noqa: F401  (a fixture for every test)
 from test_planted_bugs import planted
 
-from resnet_kernels.ops.geometry import Geometry
+from resnet_kernels.kernels.geometry import Geometry
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_kernels.kernels import stem
-from resnet_kernels.kernels.stem_plan import CONFIGS, GEOMETRY, POOL, choose_config, plan, split_rows, why_not
+from resnet_kernels.kernels.sm90 import stem
+from resnet_kernels.kernels.sm90.stem_layout import CONFIGS, GEOMETRY, POOL, choose_config, plan, split_rows, why_not
 
 FP16, BF16 = torch.float16, torch.bfloat16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -293,7 +293,7 @@ def failures(device, monkeypatch) -> int:
 @pytest.mark.slow(unless=lambda name: name == next(iter(KERNEL_BUGS)))
 @pytest.mark.parametrize("name", KERNEL_BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
-    module = planted("stem", tmp_path, *KERNEL_BUGS[name])
+    module = planted("sm90.stem", tmp_path, *KERNEL_BUGS[name])
     for function in ("_pack_kernel", "_stem_kernel"):
         monkeypatch.setattr(stem, function, getattr(module, function))
     assert failures(device, monkeypatch) > 0
@@ -302,14 +302,16 @@ def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
 @pytest.mark.slow(unless=lambda name: name == next(iter(PLAN_BUGS)))
 @pytest.mark.parametrize("name", PLAN_BUGS)
 def test_planted_bug_in_the_plan_is_caught(name, tmp_path, device, monkeypatch):
-    monkeypatch.setattr(stem, "plan", planted("stem_plan", tmp_path, *PLAN_BUGS[name]).plan)
+    monkeypatch.setattr(stem, "plan", planted("sm90.stem_layout", tmp_path, *PLAN_BUGS[name]).plan)
     assert failures(device, monkeypatch) > 0
 
 
 @pytest.mark.slow
 def test_nothing_planted_nothing_caught(tmp_path, device, monkeypatch):
-    module = planted("stem", tmp_path, "import annotations", "import annotations")
+    module = planted("sm90.stem", tmp_path, "import annotations", "import annotations")
     for function in ("_pack_kernel", "_stem_kernel"):
         monkeypatch.setattr(stem, function, getattr(module, function))
-    monkeypatch.setattr(stem, "plan", planted("stem_plan", tmp_path, "import annotations", "import annotations").plan)
+    monkeypatch.setattr(
+        stem, "plan", planted("sm90.stem_layout", tmp_path, "import annotations", "import annotations").plan
+    )
     assert failures(device, monkeypatch) == 0

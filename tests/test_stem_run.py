@@ -7,7 +7,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels import models
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 
 
 class Net(nn.Module):
@@ -158,10 +158,10 @@ def test_training_is_eager_s_on_both_backends(x):
 def launches(monkeypatch):
     """The calls of the stem kernel, on a CPU that passes for Hopper."""
     pytest.importorskip("triton")
-    from resnet_kernels.kernels import conv_bias_act_tma, stem
+    from resnet_kernels.kernels.sm90 import conv, stem
 
     calls, launch = [], stem.launch
-    monkeypatch.setattr(conv_bias_act_tma, "runs_on", lambda device: True)
+    monkeypatch.setattr(conv, "runs_on", lambda device: True)
     monkeypatch.setattr(stem, "launch", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
     return calls
 

@@ -9,9 +9,9 @@ from oracle import assert_within_budget, skip_unless_runnable
 from test_conv_bias_act import Case, operands, truth
 from test_planted_bugs import planted
 
-from resnet_kernels.kernels import conv_bias_act_tma
-from resnet_kernels.kernels import tap_sharing_tma as kernel
-from resnet_kernels.ops.geometry import Geometry
+from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.sm90 import conv
+from resnet_kernels.kernels.sm90 import tap_sharing as kernel
 
 FP16 = torch.float16
 SAME = Geometry(padding=(1, 1, 1, 1))
@@ -27,7 +27,7 @@ CASES = (
 @pytest.fixture(autouse=True)
 def _runnable_with_nan_outputs(device):
     skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not conv_bias_act_tma.runs_on(device):
+    if device.type == "cuda" and not conv.runs_on(device):
         pytest.skip("needs compute capability 9")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
@@ -126,13 +126,13 @@ def failures(module, device) -> int:
 
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device):
-    module = planted("tap_sharing_tma", tmp_path, *BUGS[name])
+    module = planted("sm90.tap_sharing", tmp_path, *BUGS[name])
     module.multiprocessors = lambda device: 1
     assert failures(module, device) > 0
 
 
 def test_nothing_planted_nothing_caught(tmp_path, device):
-    module = planted("tap_sharing_tma", tmp_path, "if (reason", "if (reason")
+    module = planted("sm90.tap_sharing", tmp_path, "if (reason", "if (reason")
     module.multiprocessors = lambda device: 1
     assert failures(module, device) == 0
 
@@ -140,7 +140,7 @@ def test_nothing_planted_nothing_caught(tmp_path, device):
 def test_a_table_can_choose_it(device, monkeypatch):
     from resnet_kernels.ops import conv_candidates
 
-    monkeypatch.setattr(conv_bias_act_tma, "runs_on", lambda device: True)
+    monkeypatch.setattr(conv, "runs_on", lambda device: True)
     case = CASES[0]
     x, weight, bias, residual, scale = operands(case, FP16, device)
     asked = conv_candidates.ConvProblem(64, 8, 12, tuple(weight.shape), SAME, True, True, True, True)

@@ -3,13 +3,14 @@
 import pytest
 import torch
 
-from resnet_kernels.ops.geometry import Geometry
+from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops.library import is_dense
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_kernels.kernels import chain_tma, conv_bias_act_tma, launching, stem, stem_plan, tap_sharing_tma
-from resnet_kernels.kernels.conv_bias_act_tma_tiles import CONFIGS
+from resnet_kernels.kernels import launching
+from resnet_kernels.kernels.sm90 import chain, conv, stem, stem_layout, tap_sharing
+from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
 
 FP16 = torch.float16
 SAME = Geometry(padding=(1, 1, 1, 1))
@@ -29,34 +30,32 @@ def convolution(residual: bool, split: int = 1, projection: bool = False) -> Non
     config = next(c for c in CONFIGS if c.split_k == split)
     shortcut = None
     if projection:
-        shortcut = conv_bias_act_tma.Shortcut(
-            copied(2, 64, 8, 8), copied(64, 64, 1, 1), vector(64), vector(64), POINTWISE
-        )
-    conv_bias_act_tma.launch(
+        shortcut = conv.Shortcut(copied(2, 64, 8, 8), copied(64, 64, 1, 1), vector(64), vector(64), POINTWISE)
+    conv.launch(
         copied(2, 128, 8, 8), copied(64, 128, 3, 3), vector(64), copied(2, 64, 8, 8) if residual else None, vector(64),
         SAME, True, config, shortcut,
     )  # fmt: skip
 
 
 def shared_taps() -> None:
-    tap_sharing_tma.launch(
+    tap_sharing.launch(
         copied(2, 64, 8, 8), copied(64, 64, 3, 3), vector(64), copied(2, 64, 8, 8), vector(64), SAME, True
     )
 
 
 def chained(projection: bool) -> None:
-    layer = lambda *shape, relu=True: chain_tma.Layer(copied(*shape), vector(shape[0]), vector(shape[0]), relu)  # noqa: E731
+    layer = lambda *shape, relu=True: chain.Layer(copied(*shape), vector(shape[0]), vector(shape[0]), relu)  # noqa: E731
     residual = copied(2, 256, 8, 8)
     if projection:
-        residual = chain_tma.Shortcut(copied(2, 64, 8, 8), layer(256, 64, 1, 1, relu=False), POINTWISE)
-    chain_tma.launch(
+        residual = chain.Shortcut(copied(2, 64, 8, 8), layer(256, 64, 1, 1, relu=False), POINTWISE)
+    chain.launch(
         copied(2, 64, 8, 8), layer(64, 64, 3, 3), SAME, layer(256, 64, 1, 1), residual,
         (vector(256), vector(256)), layer(64, 256, 1, 1),
     )  # fmt: skip
 
 
 def stem_and_pool() -> None:
-    config = next(c for c in stem_plan.CONFIGS if c.descriptor)
+    config = next(c for c in stem_layout.CONFIGS if c.descriptor)
     stem.launch(copied(2, 3, 32, 32), copied(64, 3, 7, 7), vector(64), vector(64), config=config)
 
 

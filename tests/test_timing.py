@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import resnet_kernels as rk
-from resnet_kernels import timing as timing_module
-from resnet_kernels.timing import Timing, interleave, ratio, ratios, summary_line, time_run, time_runs
+from resnet_kernels.perf import timing as timing_module
+from resnet_kernels.perf.timing import Timing, interleave, ratio, ratios, summary_line, time_run, time_runs
 
 WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?: "
 NOTHING = {"a": lambda: None}

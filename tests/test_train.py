@@ -13,9 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import resnet_kernels as rk
-from resnet_kernels import __main__ as cli
-from resnet_kernels.commands import checkpoint, data, training
-from resnet_kernels.commands import train as command
+from resnet_kernels.cli import main as cli
+from resnet_kernels.cli.train import checkpoint, command, data, loop
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytestmark = pytest.mark.usefixtures("tiny_in_zoo")
@@ -100,7 +99,7 @@ def test_seed_and_order():
     images = data.load("digits", "", 0.2)
     sampler = torch.utils.data.DistributedSampler(images.train, 1, 0, seed=3)
     for size in (32, 383, 1149, 1150, 5000):  # 1150 = 3 * 383 + 1 = 1149 + 1
-        batches = training.Batches(sampler, size)
+        batches = loop.Batches(sampler, size)
         assert sorted(torch.cat(list(batches)).tolist()) == list(range(1150))
         assert len(list(batches)) == len(batches) and min(map(len, batches)) > 1
 
@@ -108,22 +107,20 @@ def test_seed_and_order():
 def test_loss_of_probabilities_is_keras():
     logits, labels = torch.randn(16, 10, dtype=torch.float64, requires_grad=True), torch.randint(10, (16,))
     plain, keras = nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity(), nn.Softmax(1))
-    losses = [training.loss_function(m)(m(logits), labels) for m in (plain, keras)]
+    losses = [loop.loss_function(m)(m(logits), labels) for m in (plain, keras)]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
     sure = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    loss = training.loss_function(keras)(sure, torch.tensor([1]))
+    loss = loop.loss_function(keras)(sure, torch.tensor([1]))
     torch.testing.assert_close(loss, torch.tensor(1e-7).log().neg())
     # A fused model ends in the same Softmax.
     block = rk.fuse(nn.Sequential(*tiny(10, 1), nn.Softmax(1)))
-    assert (
-        training.loss_function(block) is not F.cross_entropy and training.loss_function(block[:-1]) is F.cross_entropy
-    )
+    assert loop.loss_function(block) is not F.cross_entropy and loop.loss_function(block[:-1]) is F.cross_entropy
 
 
 @pytest.mark.slow
 def test_stopped_in_an_epoch_keeps_the_last_one(tmp_path, monkeypatch, capsys):
-    evaluate, calls = training.Training.evaluate, []
+    evaluate, calls = loop.Training.evaluate, []
 
     def stop_in_the_third(self, part):
         calls.append(part)
@@ -132,7 +129,7 @@ def test_stopped_in_an_epoch_keeps_the_last_one(tmp_path, monkeypatch, capsys):
         return evaluate(self, part)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.Training, "evaluate", stop_in_the_third)
+        patch.setattr(loop.Training, "evaluate", stop_in_the_third)
         assert train(tmp_path / "stopped", "--epochs", "4") == 130
     assert f"{tmp_path / 'stopped' / 'checkpoint.pt'} holds epoch 2: add --resume" in capsys.readouterr().err
     assert train(tmp_path / "stopped", "--epochs", "4", "--resume") == 0

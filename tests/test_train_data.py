@@ -12,8 +12,8 @@ import torch
 from tiny import TRAIN, tiny_in_zoo  # noqa: F401 (a fixture)
 
 import resnet_kernels as rk
-from resnet_kernels import __main__ as cli
-from resnet_kernels.commands import checkpoint, data, presets
+from resnet_kernels.cli import main as cli
+from resnet_kernels.cli.train import checkpoint, data, presets
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytestmark = pytest.mark.usefixtures("tiny_in_zoo")

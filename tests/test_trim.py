@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks import table
 from benchmarks.trim import trimmed, trimmed_table
-from resnet_kernels import results
+from resnet_kernels.perf import results
 
 RESULTS = Path(table.RESULTS)
 

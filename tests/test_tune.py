@@ -1,4 +1,4 @@
-"""tuning.py, problems.py, tables.py and the tune command: right before fast, whole files, nothing by itself."""
+"""autotuner.py, problems.py, table_file.py and the tune command: right before fast, whole files, nothing by itself."""
 
 import functools
 import json
@@ -18,13 +18,14 @@ from test_tuned import write as write
 from tiny import tiny
 
 import resnet_kernels as rk
-from resnet_kernels import __main__ as cli
-from resnet_kernels import autotuner, problems, tables, timing, tuning
-from resnet_kernels.ops import conv_candidates, tuned
+from resnet_kernels.cli import main as cli
+from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.ops import conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
-from resnet_kernels.ops.geometry import Geometry
-from resnet_kernels.timing import Timing
+from resnet_kernels.perf import timing
+from resnet_kernels.perf.timing import Timing
+from resnet_kernels.perf.tuning import autotuner, problems, table_file, tune_model
 
 CPU = torch.device("cpu")
 NAME = "small"
@@ -36,14 +37,14 @@ DRY = ["tune", "--dry-run", "--model", NAME, "--image-size", "8"]
 def small_in_zoo(monkeypatch):
     monkeypatch.setitem(rk.models.BY_NAME, NAME, lambda: tiny(10, 3))
     # As few rounds as there may be: the interpreter is slow.
-    monkeypatch.setattr(autotuner, "SECONDS_EACH", 1e-9)
+    monkeypatch.setattr(tune_model, "SECONDS_EACH", 1e-9)
     monkeypatch.setattr(timing, "_WARM_UP_ROUNDS", 0)
-    monkeypatch.setattr(tuning, "interleave", functools.partial(timing.interleave, min_rounds=1))
+    monkeypatch.setattr(autotuner, "interleave", functools.partial(timing.interleave, min_rounds=1))
 
 
 def problem(candidates, default="right", dtype=torch.float32):
     """y = x / 3 for 2 images, by whatever the candidates do."""
-    return tuning.Problem(
+    return autotuner.Problem(
         key="third",
         batch=2,
         dtype=dtype,
@@ -93,7 +94,7 @@ WRONG = {
 def test_a_wrong_candidate_cannot_win(name):
     change, reason = WRONG[name]
     wrong = planted(change)
-    record = tuning.measure(problem({"right": right, "wrong": wrong}), 0.0)
+    record = autotuner.measure(problem({"right": right, "wrong": wrong}), 0.0)
     assert record["winner"] == "right"
     assert re.search(reason, record["candidates"]["wrong"]["refused"])
     assert "call" not in record["candidates"]["wrong"]  # not even timed
@@ -101,33 +102,33 @@ def test_a_wrong_candidate_cannot_win(name):
 
 
 def test_the_faster_right_one_wins():
-    record = tuning.measure(problem({"right": right, "fast": lambda x: x / 3}), 0.0, samples=True)
+    record = autotuner.measure(problem({"right": right, "fast": lambda x: x / 3}), 0.0, samples=True)
     assert record["winner"] == "fast"
     fast = record["candidates"]["fast"]
     assert fast["error"] == record["candidates"]["right"]["error"] <= fast["budget"]
     assert len(fast["call"]["samples"]) == fast["call"]["rounds"] == 5
-    assert "samples" not in tuning.measure(problem({"right": right}), 0.0)["candidates"]["right"]["call"]
+    assert "samples" not in autotuner.measure(problem({"right": right}), 0.0)["candidates"]["right"]["call"]
 
 
 def test_a_wrong_default_does_not_run():
     wrong = planted(lambda y: y + 1)
-    record = tuning.measure(problem({"right": wrong, "slow": right}), 0.0)
+    record = autotuner.measure(problem({"right": wrong, "slow": right}), 0.0)
     assert record["winner"] == "slow"
-    assert tuning.measure(problem({"right": wrong}), 0.0)["winner"] is None
+    assert autotuner.measure(problem({"right": wrong}), 0.0)["winner"] is None
 
 
 def test_no_budget_where_eager_overflows():
     whole = problem({"right": lambda x: x * math.inf}, dtype=torch.float16)
-    overflows = tuning.Problem(**{**vars(whole), "eager": lambda x: x * 1e5})
-    assert "refused" in tuning.measure(overflows, 0.0)["candidates"]["right"]
+    overflows = autotuner.Problem(**{**vars(whole), "eager": lambda x: x * 1e5})
+    assert "refused" in autotuner.measure(overflows, 0.0)["candidates"]["right"]
 
 
 def test_what_does_not_fit_is_no_error():
     def too_large(x):
         raise torch.OutOfMemoryError("256 GiB")
 
-    whole = tuning.Problem(**{**vars(problem({"right": right})), "reference": too_large})
-    record = tuning.measure(whole, 0.0)
+    whole = autotuner.Problem(**{**vars(problem({"right": right})), "reference": too_large})
+    record = autotuner.measure(whole, 0.0)
     assert record["winner"] is None and "256 GiB" in record["failed"]
 
 
@@ -137,19 +138,19 @@ def timings(**seconds):
 
 def test_the_winner_beats_the_default_by_every_clock():
     graph = timings(cudnn=(2, 2), ours=(1, 1), other=(1.5, 1.5))
-    assert tuning.fastest("cudnn", [timings(cudnn=(5, 5), ours=(6, 6), other=(4, 4)), graph]) == "other"
-    assert tuning.fastest("cudnn", [timings(cudnn=(5, 5), ours=(4, 4), other=(4, 4)), graph]) == "ours"
-    assert tuning.fastest("cudnn", [timings(cudnn=(5, 5), ours=(6, 6), other=(7, 7)), graph]) == "cudnn"
-    assert tuning.fastest("cudnn", [graph]) == "ours"
+    assert autotuner.fastest("cudnn", [timings(cudnn=(5, 5), ours=(6, 6), other=(4, 4)), graph]) == "other"
+    assert autotuner.fastest("cudnn", [timings(cudnn=(5, 5), ours=(4, 4), other=(4, 4)), graph]) == "ours"
+    assert autotuner.fastest("cudnn", [timings(cudnn=(5, 5), ours=(6, 6), other=(7, 7)), graph]) == "cudnn"
+    assert autotuner.fastest("cudnn", [graph]) == "ours"
     # Slower round against round, if not by the median.
-    assert tuning.fastest("a", [timings(a=(1, 1, 9, 9, 9), b=(8, 8, 8, 9.5, 9.5))]) == "a"
+    assert autotuner.fastest("a", [timings(a=(1, 1, 9, 9, 9), b=(8, 8, 8, 9.5, 9.5))]) == "a"
 
 
 def test_what_was_right_before_does_not_pass_for_what_is_written_now(monkeypatch):
     filled = []
     original = torch.full_like
     monkeypatch.setattr(torch, "full_like", lambda *a, **o: (filled.append(a[1]), original(*a, **o))[1])
-    tuning.measure(problem({"right": right, "other": right}), 0.0)
+    autotuner.measure(problem({"right": right, "other": right}), 0.0)
     assert len(filled) == 2 and all(map(math.isnan, filled))
 
 
@@ -163,13 +164,13 @@ def test_a_convolutions_problem(dtype):
     x, _, bias, residual, scale = operands = built.operands()
     assert x.shape == (5, 8, 6, 5) and residual.shape == (5, 16, 3, 2) and bias.dtype == scale.dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(operands, built.operands()))
-    wide = rk.reference.conv_bias_act(*(t.double() for t in operands), CONV.geometry)
+    wide = reference.conv_bias_act(*(t.double() for t in operands), CONV.geometry)
     truth = built.reference(*operands)
     assert truth.dtype == (torch.float64 if dtype == torch.float32 else torch.float32)
     assert torch.equal(truth, wide.to(truth.dtype))
     assert built.flops == 2 * 5 * 16 * 3 * 2 * 8 * 9
     assert built.bytes == dtype.itemsize * (5 * 8 * 30 + 16 * 8 * 9 + 2 * 5 * 16 * 6)
-    record = tuning.measure(built, 0.0)
+    record = autotuner.measure(built, 0.0)
     assert not any("refused" in row for row in record["candidates"].values()), record
 
 
@@ -178,11 +179,11 @@ def test_the_reference_goes_piece_by_piece(monkeypatch):
     operands = built.operands()
     whole = built.reference(*operands)
     monkeypatch.setattr(problems, "_REFERENCE", 500)  # two images of 240
-    monkeypatch.setattr(tuning, "_COMPARED", 200)  # two outputs of 96
+    monkeypatch.setattr(autotuner, "_COMPARED", 200)  # two outputs of 96
     assert torch.equal(built.reference(*operands), whole)
     off = whole + 1
     expected = ((off - whole).norm() / whole.norm()).item()
-    assert tuning._error(off, whole) == pytest.approx(expected)
+    assert autotuner._error(off, whole) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("training", (False, True))
@@ -194,7 +195,7 @@ def test_a_norms_problem(training, residual, device):
     results = results if training else (results,)
     assert len(results) == (4 + residual if training else 1)
     skip_unless_runnable("triton", device, torch.float32)
-    record = tuning.measure(built, 0.0)
+    record = autotuner.measure(built, 0.0)
     rows = record["candidates"]
     assert list(rows) == ["eager", "triton"] and not any("refused" in row for row in rows.values()), record
 
@@ -242,7 +243,7 @@ def test_the_whole_way(small_in_zoo, fake_device, write, monkeypatch, capsys):
     path = fake_device / "dry.json"
     status, values = tune(DRY, path)
     assert status == 0 and "a dry run on the CPU" in capsys.readouterr().out
-    assert values["device"] == tables.no_device()._asdict() and values["schema"] == 1
+    assert values["device"] == table_file.no_device()._asdict() and values["schema"] == 1
     records = values["records"]
     assert records and all(r["winner"] in r["candidates"] and r["dtype"] == "fp32" for r in records)
     for r in records:
@@ -287,17 +288,17 @@ def test_what_is_known_is_passed_over_unless_asked_for(small_in_zoo, tmp_path, m
             **entry(problem.key, "cpu", problem.batch),
             "default": "cpu",
             "candidates": {},
-            "measured": tables.versions(),
+            "measured": table_file.versions(),
         }
 
-    monkeypatch.setattr(tuning, "measure", quick)
+    monkeypatch.setattr(autotuner, "measure", quick)
     assert tune(DRY, path)[0] == 0
     first = len(measured)
     assert tune(DRY, path)[0] == 0 and len(measured) == first > 3
     assert f"0 problems measured, {first} known already" in capsys.readouterr().out
     assert tune([*DRY, "--again"], path)[0] == 0 and len(measured) == 2 * first
     assert tune([*DRY, "--batch-size", "2", "3"], path)[0] == 0 and len(measured) == 3 * first
-    monkeypatch.setattr(tables, "versions", lambda: {"torch": "another"})
+    monkeypatch.setattr(table_file, "versions", lambda: {"torch": "another"})
     assert tune(DRY, path)[0] == 0 and len(measured) == 4 * first
     assert len(json.loads(path.read_text())["records"]) == 2 * first
 
@@ -305,7 +306,7 @@ def test_what_is_known_is_passed_over_unless_asked_for(small_in_zoo, tmp_path, m
 @pytest.mark.slow
 def test_ctrl_c_keeps_what_was_measured(small_in_zoo, tmp_path, monkeypatch, capsys):
     path = tmp_path / "t.json"
-    calls, original = [], tuning.measure
+    calls, original = [], autotuner.measure
 
     def interrupted(*arguments, **options):
         calls.append(arguments)
@@ -313,7 +314,7 @@ def test_ctrl_c_keeps_what_was_measured(small_in_zoo, tmp_path, monkeypatch, cap
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(tuning, "measure", interrupted)
+    monkeypatch.setattr(autotuner, "measure", interrupted)
     precision = torch.backends.cudnn.conv.fp32_precision
     status, values = tune(DRY, path)
     assert status == 130 and len(values["records"]) == 2 and "stopped" in capsys.readouterr().out
@@ -327,13 +328,13 @@ def test_a_lost_gpu_is_noted_and_passed_over(small_in_zoo, tmp_path, monkeypatch
 
     def measure(problem, seconds, samples):
         record = {**entry(problem.key, None, problem.batch), "default": "cpu", "candidates": {"x": {"refused": "r"}}}
-        record["measured"] = tables.versions()
+        record["measured"] = table_file.versions()
         if not lost:
             lost.append(problem.key)
-            raise tuning.DeviceLost("x on the first: illegal address", record)
+            raise autotuner.DeviceLost("x on the first: illegal address", record)
         return record
 
-    monkeypatch.setattr(tuning, "measure", measure)
+    monkeypatch.setattr(autotuner, "measure", measure)
     status, values = tune(DRY, path)
     assert status == 2 and [r["key"] for r in values["records"]] == lost
     assert "illegal address" in capsys.readouterr().err
@@ -347,7 +348,7 @@ def test_denied_candidates_are_left_out(small_in_zoo, tmp_path, monkeypatch, cap
         measured[problem.key] = {*problem.candidates}
         return {**entry(problem.key, "cpu", problem.batch), "default": problem.default, "candidates": {}}
 
-    monkeypatch.setattr(tuning, "measure", quick)
+    monkeypatch.setattr(autotuner, "measure", quick)
     assert tune(DRY, tmp_path / "all.json")[0] == 0
     before = dict(measured)
     first, second, *rest = (key for key in before if key.startswith("conv "))
@@ -390,7 +391,7 @@ def test_training(small_in_zoo, tmp_path):
 )
 def test_errors(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv(tuned.CACHE_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuned_table.CACHE_VARIABLE, str(tmp_path))
     assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -406,14 +407,14 @@ def test_a_file_that_is_no_table_of_this_device_is_not_written_over(small_in_zoo
 
 def test_a_file_is_whole_or_as_before(tmp_path, monkeypatch):
     path = tmp_path / "deeper" / "t.json"
-    tables.write_whole(path, "before")
+    table_file.write_whole(path, "before")
     for failing in ("replace", "getpid"):
         with monkeypatch.context() as patch:
-            patch.setattr(tables.os, failing, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+            patch.setattr(table_file.os, failing, lambda *_: (_ for _ in ()).throw(OSError("disk full")))
             with pytest.raises(OSError, match="disk full"):
-                tables.write_whole(path, "after")
+                table_file.write_whole(path, "after")
         assert path.read_text() == "before" and len(list(path.parent.iterdir())) == 1
-    tables.write_whole(path, "after")
+    table_file.write_whole(path, "after")
     assert path.read_text() == "after"
 
 
@@ -421,7 +422,7 @@ def test_threads_write_one_file(tmp_path):
     """Each from a file of its own beside it: shared, the second one's was gone when it was to take its place."""
     path = tmp_path / "file.json"
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda i: tables.write_whole(path, f"{i}" * 100_000), range(8)))
+        list(pool.map(lambda i: table_file.write_whole(path, f"{i}" * 100_000), range(8)))
     assert path.read_text() in [f"{i}" * 100_000 for i in range(8)] and list(tmp_path.iterdir()) == [path]
 
 
@@ -433,4 +434,4 @@ def test_the_names_of_the_candidates_lead_back_to_them(device):
     truth = built.reference(*operands)
     assert len(names) >= 9
     for name in names:
-        assert tuning._error(built.candidates[name](*operands), truth) < 1e-5, name
+        assert autotuner._error(built.candidates[name](*operands), truth) < 1e-5, name

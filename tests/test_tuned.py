@@ -1,4 +1,4 @@
-"""ops/tuned.py and what asks it: tables are found, merged, distrusted, obeyed. The CPU plays a device that has tables."""
+"""ops/tuned_table.py and what asks it: tables are found, merged, distrusted, obeyed. The CPU plays a device with tables."""
 
 import contextlib
 import json
@@ -14,14 +14,14 @@ from oracle import assert_within_budget, skip_unless_runnable
 from tiny import tiny
 
 import resnet_kernels as rk
-from resnet_kernels import running
-from resnet_kernels.ops import conv_candidates, dispatch, tuned
+from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.ops import backends, conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
-from resnet_kernels.ops.geometry import Geometry
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.runtime import eligibility
 
-KEY = tuned.DeviceKey("Fake GPU 1", "9.0")
+KEY = tuned_table.DeviceKey("Fake GPU 1", "9.0")
 CPU = torch.device("cpu")
 CONV = ConvProblem(8, 6, 5, (16, 8, 3, 3), Geometry((1, 1), (1, 1, 1, 1)), True, True, False, True)
 
@@ -31,7 +31,7 @@ def record(key, winner, batch=256, dtype="fp32"):
 
 
 def table(*records, **changes):
-    return json.dumps({"schema": tuned.SCHEMA, "device": KEY._asdict(), "records": list(records), **changes})
+    return json.dumps({"schema": tuned_table.SCHEMA, "device": KEY._asdict(), "records": list(records), **changes})
 
 
 @pytest.fixture
@@ -39,28 +39,28 @@ def fake_device(monkeypatch, tmp_path):
     """CPU tensors are on a device that may have tables: the package's in package/, the user's in cache/."""
     for name in ("package", "cache"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(tuned, "device_key", lambda device: KEY)
-    monkeypatch.setattr(tuned, "PACKAGE_DIRECTORY", tmp_path / "package")
-    monkeypatch.setenv(tuned.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned_table, "device_key", lambda device: KEY)
+    monkeypatch.setattr(tuned_table, "PACKAGE_DIRECTORY", tmp_path / "package")
+    monkeypatch.setenv(tuned_table.CACHE_VARIABLE, str(tmp_path / "cache"))
     precision = torch.backends.cudnn.conv.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = "ieee"
-    tuned.forget()
+    tuned_table.forget()
     yield tmp_path
     torch.backends.cudnn.conv.fp32_precision = precision
-    tuned.forget()
+    tuned_table.forget()
 
 
 @pytest.fixture
 def write(fake_device):
     def write(text, where="cache"):
         (fake_device / where / KEY.file_name).write_text(text)
-        tuned.forget()
+        tuned_table.forget()
 
     return write
 
 
 def choose(key="k", batch=256, dtype=torch.float32):
-    return tuned.choice(key, batch, dtype, CPU)
+    return tuned_table.choice(key, batch, dtype, CPU)
 
 
 def test_the_keys_are_readable():
@@ -68,18 +68,20 @@ def test_the_keys_are_readable():
     odd = CONV._replace(geometry=Geometry((2, 1), (0, 1, 2, 3), (1, 2), 4), scale=False, residual=True, relu=False)
     assert str(odd) == "conv 8x6x5->16 3x3/2,1 p0,1,2,3 d1,2 g4 bias residual"
     assert str(NormProblem(64, 7, 5, True, True, True)) == "norm 64x7x5 residual relu training"
-    assert tuned.DeviceKey("NVIDIA H200", "9.0").file_name == "nvidia-h200-sm90.json"
+    assert tuned_table.DeviceKey("NVIDIA H200", "9.0").file_name == "nvidia-h200-sm90.json"
 
 
 def test_no_table_no_answer(fake_device):
-    assert choose() is None and not tuned.covers(CPU, torch.float32) and not tuned.trains(CPU, torch.float32)
-    assert dispatch.resolve("auto", CPU, torch.float32) == "cpu"
+    assert (
+        choose() is None and not tuned_table.covers(CPU, torch.float32) and not tuned_table.trains(CPU, torch.float32)
+    )
+    assert backends.resolve("auto", CPU, torch.float32) == "cpu"
 
 
 def test_a_device_without_tables_has_no_files_read(monkeypatch):
-    tuned.forget()
-    monkeypatch.setattr(tuned, "read", lambda *_: pytest.fail("a file was looked for"))
-    assert not tuned.covers(CPU, torch.float32) and not tuned.trains(CPU, torch.float32)
+    tuned_table.forget()
+    monkeypatch.setattr(tuned_table, "read", lambda *_: pytest.fail("a file was looked for"))
+    assert not tuned_table.covers(CPU, torch.float32) and not tuned_table.trains(CPU, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -109,8 +111,8 @@ def test_problems_of_two_kinds_that_are_equal_do_not_mix(write):
 def test_a_fake_tensor_on_a_gpu_that_is_not_here():
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    tuned.forget()
-    assert not tuned.covers(torch.device("cuda", 0), torch.float32)
+    tuned_table.forget()
+    assert not tuned_table.covers(torch.device("cuda", 0), torch.float32)
 
 
 def test_the_tables_are_in_the_package(monkeypatch):
@@ -140,14 +142,14 @@ def test_each_dtype_has_its_own_records_and_tf32_is_one(write):
     assert (choose(), choose(dtype=torch.bfloat16), choose(dtype=torch.float16)) == ("ieee", "half", None)
     torch.backends.cudnn.conv.fp32_precision = "tf32"
     assert choose() == "rounded"
-    assert dispatch.resolve("auto", CPU, torch.float16) != "tuned"
+    assert backends.resolve("auto", CPU, torch.float16) != "tuned"
 
 
 def test_files_are_read_once(write, monkeypatch):
     write(table(record("k", "own")))
     reads = []
-    original = tuned.read
-    monkeypatch.setattr(tuned, "read", lambda *a: (reads.append(a), original(*a))[1])
+    original = tuned_table.read
+    monkeypatch.setattr(tuned_table, "read", lambda *a: (reads.append(a), original(*a))[1])
     assert choose() == choose(batch=3) == "own" and choose("unknown") is None
     assert len(reads) == 2  # the package's and the user's
 
@@ -174,7 +176,7 @@ def test_a_bad_table_is_ignored_with_one_warning(text, reason, write):
     write(text)
     with pytest.warns(RuntimeWarning, match=f"cache.*is ignored: {reason}") as warned:
         assert choose() == "package"
-        assert choose("other") is None and tuned.covers(CPU, torch.float32)
+        assert choose("other") is None and tuned_table.covers(CPU, torch.float32)
     assert len(warned) == 1
 
 
@@ -198,22 +200,22 @@ def test_any_cache_directory_will_do(place, fake_device, monkeypatch):
     elif place == "read-only":
         directory.mkdir()
         directory.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    monkeypatch.setenv(tuned.CACHE_VARIABLE, str(directory))
-    tuned.forget()
+    monkeypatch.setenv(tuned_table.CACHE_VARIABLE, str(directory))
+    tuned_table.forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert choose() is None
 
 
 def test_where_the_cache_is(monkeypatch):
-    monkeypatch.setenv(tuned.CACHE_VARIABLE, "given")
-    assert str(tuned.cache_directory()) == "given"
-    monkeypatch.delenv(tuned.CACHE_VARIABLE)
+    monkeypatch.setenv(tuned_table.CACHE_VARIABLE, "given")
+    assert str(tuned_table.cache_directory()) == "given"
+    monkeypatch.delenv(tuned_table.CACHE_VARIABLE)
     monkeypatch.setenv("XDG_CACHE_HOME", "xdg")
-    assert str(tuned.cache_directory()) == os.path.join("xdg", "resnet_kernels")
+    assert str(tuned_table.cache_directory()) == os.path.join("xdg", "resnet_kernels")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(tuned.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    assert tuned.cache_directory() is None
+    monkeypatch.setattr(tuned_table.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert tuned_table.cache_directory() is None
 
 
 def test_tuned_is_no_name_for_a_user():
@@ -229,23 +231,22 @@ def test_tuned_is_no_name_for_a_user():
 
 def test_candidates_have_names_of_their_own():
     pytest.importorskip("triton", reason="needs triton")
-    from resnet_kernels.kernels import conv_bias_act, conv_bias_act_tma_tiles, tap_sharing_tma
+    from resnet_kernels.kernels import conv_bias_act
+    from resnet_kernels.kernels.sm90 import conv_tiles, tap_sharing
 
     tiles = conv_candidates._tiles()
-    assert len(tiles) == sum(
-        map(len, (conv_bias_act.CONFIGS, conv_bias_act_tma_tiles.CONFIGS, tap_sharing_tma.CONFIGS))
-    )
+    assert len(tiles) == sum(map(len, (conv_bias_act.CONFIGS, conv_tiles.CONFIGS, tap_sharing.CONFIGS)))
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
 
 
 def test_hopper_is_offered_what_fits(monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
-    from resnet_kernels.kernels import conv_bias_act_tma
+    from resnet_kernels.kernels.sm90 import conv
 
-    monkeypatch.setattr(conv_bias_act_tma, "runs_on", lambda device: True)
-    dispatch.why_not.cache_clear()
+    monkeypatch.setattr(conv, "runs_on", lambda device: True)
+    backends.why_not.cache_clear()
     cuda = torch.device("cuda", 0)
-    if dispatch.why_not("cudnn", "cuda", torch.bfloat16) is None:
+    if backends.why_not("cudnn", "cuda", torch.bfloat16) is None:
         first = ["cudnn", "cudnn+epilogue"]
     else:
         first = ["eager"]  # a PyTorch without cuDNN
@@ -303,8 +304,8 @@ def test_the_winner_runs_and_what_cannot_run_does_not(winner, runs, write, monke
     with ran(monkeypatch) as names:
         y = rk.ops.conv_bias_act(x, weight, bias, scale=scale, padding=1)
     assert names == [runs]
-    wide = rk.reference.conv_bias_act(*(t.double() for t in (x, weight, bias)), None, scale.double(), geometry)
-    assert_within_budget(y, rk.reference.conv_bias_act(x, weight, bias, None, scale, geometry), wide)
+    wide = reference.conv_bias_act(*(t.double() for t in (x, weight, bias)), None, scale.double(), geometry)
+    assert_within_budget(y, reference.conv_bias_act(x, weight, bias, None, scale, geometry), wide)
 
 
 def test_the_environment_goes_over_the_table(write, monkeypatch):
@@ -329,8 +330,8 @@ def test_cudnn_and_a_pass_after_it(device):
     for call in calls:
         y = conv_candidates.run("cudnn+epilogue", *call)
         wide = [None if t is None else t.double() for t in call[:5]]
-        expected = rk.reference.conv_bias_act(*call)
-        assert_within_budget(y, expected, rk.reference.conv_bias_act(*wide, *call[5:]))
+        expected = reference.conv_bias_act(*call)
+        assert_within_budget(y, expected, reference.conv_bias_act(*wide, *call[5:]))
         assert y.is_contiguous(memory_format=torch.channels_last)
     assert all(map(torch.equal, before, tensors))
 
@@ -423,9 +424,13 @@ TRAINED = "training tiny 3x16x16"
 def test_auto_trains_where_all_measurements_say_so(winners, wins, write):
     write(table(record("k", "triton"), *(record(f"{TRAINED} {i}", winner) for i, winner in enumerate(winners))))
     x = torch.randn(2, 3, 16, 16)
-    assert tuned.trains(CPU, torch.float32) is wins and not tuned.trains(CPU, torch.bfloat16)
-    assert running.trains_on("auto", x) is wins
-    assert running.trains_on("triton", None) and not running.trains_on("cpu", x) and not running.trains_on("auto", None)
+    assert tuned_table.trains(CPU, torch.float32) is wins and not tuned_table.trains(CPU, torch.bfloat16)
+    assert eligibility.trains_on("auto", x) is wins
+    assert (
+        eligibility.trains_on("triton", None)
+        and not eligibility.trains_on("cpu", x)
+        and not eligibility.trains_on("auto", None)
+    )
 
 
 def test_training_on_a_table_is_eagers(write, monkeypatch, device):
@@ -461,8 +466,8 @@ def test_training_on_a_table_is_eagers(write, monkeypatch, device):
 
 
 def test_noting(fake_device):
-    with tuned.noting() as noted:
-        assert dispatch.resolve("auto", CPU, torch.float32) == "tuned" and running.trains_on("auto", torch.ones(1))
+    with tuned_table.noting() as noted:
+        assert backends.resolve("auto", CPU, torch.float32) == "tuned" and eligibility.trains_on("auto", torch.ones(1))
         assert choose("k", 2) is None and choose("k", 2) is None and choose("other", 2) is None
     assert noted == [("k", 2), ("k", 2), ("other", 2)]
-    assert dispatch.resolve("auto", CPU, torch.float32) == "cpu"
+    assert backends.resolve("auto", CPU, torch.float32) == "cpu"

@@ -9,8 +9,9 @@ from oracle import skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels import folding, running
-from resnet_kernels.verify import randomise_batch_norms_
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.runtime import eligibility
+from resnet_kernels.runtime.cpu import packed_conv
 
 
 @pytest.fixture
@@ -41,14 +42,14 @@ def test_names_the_first_block_over_budget(model, x, path, monkeypatch):
     """A fault of one part in ten thousand, in one layer."""
     fused = rk.fuse(model)
     target = fused.conv1 if path == "conv1" else fused.layer2[1].conv2
-    original = folding.PackedConv.__init__
+    original = packed_conv.PackedConv.__init__
 
     def faulty(self, conv, bn, x):
         original(self, conv, bn, x)
         if conv is target:
             self.bias = self.bias * (1 + 1e-4)
 
-    monkeypatch.setattr(folding.PackedConv, "__init__", faulty)
+    monkeypatch.setattr(packed_conv.PackedConv, "__init__", faulty)
     result = rk.verify(model, fused, x)
     assert not result and result.first_over_budget.path == path
     assert f"PARITY FAILS, first at {path}" in str(result)
@@ -59,8 +60,8 @@ def test_sees_lost_and_new_nan(model, x, monkeypatch):
     x[0, 0, 5, 5] = float("nan")
     fused = rk.fuse(model)
     assert rk.verify(model, fused, x), "NaN stays NaN"
-    monkeypatch.setattr(running.onednn, "_SAFE", float("inf"))
-    monkeypatch.setattr(running.onednn, "bound", lambda x, known: 0.0)
+    monkeypatch.setattr(eligibility.onednn, "_SAFE", float("inf"))
+    monkeypatch.setattr(eligibility.onednn, "bound", lambda x, known: 0.0)
     result = rk.verify(model, rk.fuse(model), x)
     assert not result and result.first_over_budget.lost > 0, "oneDNN's own ReLU would turn NaN into 0"
 

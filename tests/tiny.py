@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import resnet_kernels as rk
-from resnet_kernels import __main__ as cli
+from resnet_kernels.cli import main as cli
 
 NAME = "tiny"
 # Of a process of its own: one thread, and the package that the tests run on, installed or not.

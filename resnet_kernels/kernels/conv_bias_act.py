@@ -24,9 +24,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.geometry import Geometry
-from . import conv_bias_act_tma, launching
-from .conv_bias_act_tma_plan import why_not as why_not_tma
+from . import launching
+from .geometry import Geometry
+from .sm90 import conv
+from .sm90.conv_layout import why_not as why_not_tma
 
 # Plans kept, as conv_bias_act_tma_plan's.
 _CACHED = 512
@@ -202,12 +203,12 @@ def launch(
 ) -> Tensor:
     """Runs a kernel on checked operands; returns y, channels_last. Converts what is not channels_last yet.
 
-    On Hopper that is conv_bias_act_tma's where its predicate lets it, this file's otherwise
+    On Hopper that is sm90/conv.py's where its predicate lets it, this file's otherwise
     and where `config` names one of its tiles.
     """
-    if config is None and conv_bias_act_tma.runs_on(x.device):
+    if config is None and conv.runs_on(x.device):
         if _why_not_tma(x.shape, weight.shape, geometry, x.dtype) is None:
-            return conv_bias_act_tma.launch(x, weight, bias, residual, scale, geometry, relu)
+            return conv.launch(x, weight, bias, residual, scale, geometry, relu)
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
     batch, c_out = x.shape[0], weight.shape[0]
     y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""The smallest launch: shows whether Triton can launch on a device at all. Reasons and use: ops/launching.py."""
+"""The smallest launch: shows whether Triton can launch on a device at all. Reasons and use: ops/triton_check.py."""
 
 from __future__ import annotations
 

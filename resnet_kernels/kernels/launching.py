@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -27,11 +27,17 @@ from torch import Tensor
 from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-if TYPE_CHECKING:
-    from .conv_bias_act_tma_plan import View
-
 # Tensor maps kept for one argument of a plan: a caching allocator hands out few addresses, in turn.
 _MOST_MAPS = 256
+
+
+class View(NamedTuple):
+    """A tensor as a descriptor sees it, in elements; it begins at `offset`."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    offset: int = 0
 
 
 def launch(

@@ -1,4 +1,4 @@
-"""Fused operations on tensors. Each takes `backend=`; see dispatch.py for which one runs."""
+"""Fused operations on tensors. Each takes `backend=`; see backends.py for which one runs."""
 
 from .add_relu import add_relu
 from .batch_norm_act import batch_norm_act

@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import backends
 from .library import LIBRARY, is_dense
 
 LIBRARY.define("add_relu(Tensor x, Tensor residual, str backend) -> Tensor")
 
 
 def _add_relu(x, residual, backend):
-    backend = dispatch.resolve(backend, x.device, x.dtype)
-    if backend == "triton" or dispatch.passes_on_triton(backend, x.device, x.dtype):
+    backend = backends.resolve(backend, x.device, x.dtype)
+    if backend == "triton" or backends.passes_on_triton(backend, x.device, x.dtype):
         from ..kernels import add_relu as kernel
 
         return kernel.launch(x, residual)
@@ -54,7 +54,7 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = "auto") -> Tensor:
 
     Source: He et al. 2016 (arXiv:1512.03385), figure 2.
     """
-    dispatch.check_name(backend)
+    backends.check_name(backend)
     for name, value in (("x", x), ("residual", residual)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

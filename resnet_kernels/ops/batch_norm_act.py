@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import reference
-from . import dispatch, tuned
+from . import backends, reference, tuned_table
 from .library import LIBRARY
 
 LIBRARY.define(
@@ -52,20 +51,22 @@ class NormProblem(NamedTuple):
 
 
 def _can_run(name: str, problem: NormProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return name in ("triton", "eager") and dispatch.why_not_on(name, device, dtype) is None
+    return name in ("triton", "eager") and backends.why_not_on(name, device, dtype) is None
 
 
 def untuned(problem: NormProblem, dtype: torch.dtype, device: torch.device) -> str:
     """The name of what runs a problem without a table: in inference one Triton pass replaces PyTorch's two or three."""
-    return "eager" if problem.training or not dispatch.passes_on_triton("tuned", device, dtype) else "triton"
+    return "eager" if problem.training or not backends.passes_on_triton("tuned", device, dtype) else "triton"
 
 
 def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
-    backend = dispatch.resolve(backend, x.device, x.dtype)
+    backend = backends.resolve(backend, x.device, x.dtype)
     if backend == "tuned" and all(type(size) is int for size in x.shape):
         # Under a compiler's tracing sizes may be symbols, which no table has: those stay PyTorch's.
         problem = NormProblem(*x.shape[1:], residual is not None, relu, learns)
-        backend = tuned.choice(problem, x.shape[0], x.dtype, x.device, _can_run) or untuned(problem, x.dtype, x.device)
+        backend = tuned_table.choice(problem, x.shape[0], x.dtype, x.device, _can_run) or untuned(
+            problem, x.dtype, x.device
+        )
     return backend == "triton" and x.numel() > 0
 
 
@@ -203,7 +204,7 @@ def batch_norm_act(
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2; He et al. 2016 (arXiv:1512.03385), figure 2.
     """
-    dispatch.check_name(backend)
+    backends.check_name(backend)
     _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
     return torch.ops.resnet_kernels.batch_norm_act.default(
         x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, bool(relu), backend

@@ -10,9 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import conv_candidates, dispatch, onednn
-from .geometry import Geometry, IntOrPair, Padding, check_operands, normalise
+from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalise
+from . import backends, conv_candidates, onednn, reference
 from .library import LIBRARY, autocast_dtype
 
 LIBRARY.define(
@@ -23,7 +22,7 @@ LIBRARY.define(
 
 def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
     # Resolved here and not by the caller, so that torch.compile sees one op whatever the machine has.
-    name = dispatch.resolve(backend, x.device, x.dtype)
+    name = backends.resolve(backend, x.device, x.dtype)
     operands = (
         x,
         weight,
@@ -128,7 +127,7 @@ def conv_bias_act(
     Source: He et al. 2016 (arXiv:1512.03385), figure 2 and 5; BN as a scale and a shift: Ioffe and Szegedy 2015.
     """
     geometry = normalise(stride, padding, dilation, groups)
-    dispatch.check_name(backend)
+    backends.check_name(backend)
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
         x, weight, residual = (
             t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, weight, residual)

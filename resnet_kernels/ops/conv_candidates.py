@@ -4,8 +4,8 @@ cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is
                              where there is a ReLU, on a weight with the scale in it
 cudnn+epilogue               cuDNN's convolution, then one pass for all that follows; no weight is folded
 pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
-tma 128x64x64 w4 s4 p2       a tile of kernels/conv_bias_act_tma.py, with the parts of its epilogue
-shared 128x64x32 w4 s2 p4    a tile of kernels/tap_sharing_tma.py
+tma 128x64x64 w4 s4 p2       a tile of kernels/sm90/conv.py, with the parts of its epilogue
+shared 128x64x32 w4 s2 p4    a tile of kernels/sm90/tap_sharing.py
 """
 
 from __future__ import annotations
@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import reference
-from . import cudnn, dispatch, onednn, tuned
-from .geometry import Geometry
+from ..kernels.geometry import Geometry
+from . import backends, cudnn, onednn, reference, tuned_table
 
 
 class ConvProblem(NamedTuple):
@@ -64,7 +63,7 @@ FUSED = "cudnn"
 
 def untuned(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> str:
     """The name of what runs a problem without a table; a caller with folded weights has asked for one without a scale."""
-    name = dispatch.untuned(device, dtype)
+    name = backends.untuned(device, dtype)
     if name != "cudnn":
         return name
     return FUSED if problem.relu and not problem.scale and not is_slow_when_fused(problem) else "cudnn+epilogue"
@@ -82,7 +81,7 @@ def folds(dtype: torch.dtype) -> bool:
 
 def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> list[str]:
     """The names of what can run a problem here; the first is what runs without a table."""
-    able = lambda backend: dispatch.why_not_on(backend, device, dtype) is None  # noqa: E731
+    able = lambda backend: backends.why_not_on(backend, device, dtype) is None  # noqa: E731
     names = [untuned(problem, dtype, device)]
     if names[0] == "cpu":
         names.append("eager")
@@ -100,25 +99,27 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 @cache
 def _tiles() -> dict[str, Any]:
-    from ..kernels import conv_bias_act, conv_bias_act_tma_tiles, tap_sharing_tma
+    from ..kernels import conv_bias_act
+    from ..kernels.sm90 import conv_tiles, tap_sharing
 
     tiles = {f"pointer {config}": config for config in conv_bias_act.CONFIGS}
-    tiles |= {f"tma {config}": config for config in conv_bias_act_tma_tiles.CONFIGS}
-    return tiles | {f"shared {config}": config for config in tap_sharing_tma.CONFIGS}
+    tiles |= {f"tma {config}": config for config in conv_tiles.CONFIGS}
+    return tiles | {f"shared {config}": config for config in tap_sharing.CONFIGS}
 
 
 def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     if name.startswith("pointer "):
         return True
-    from ..kernels import conv_bias_act_tma, conv_bias_act_tma_plan, tap_sharing_tma
+    from ..kernels.sm90 import conv as sm90_conv
+    from ..kernels.sm90 import conv_layout, tap_sharing
 
-    conv = conv_bias_act_tma_plan.ConvShape(problem.x_shape(batch), problem.weight_shape, problem.geometry)
+    conv = conv_layout.ConvShape(problem.x_shape(batch), problem.weight_shape, problem.geometry)
     if name.startswith("shared "):
-        return conv_bias_act_tma.runs_on(device) and tap_sharing_tma.why_not(*conv, dtype) is None
+        return sm90_conv.runs_on(device) and tap_sharing.why_not(*conv, dtype) is None
     return (
-        conv_bias_act_tma.runs_on(device)
-        and conv_bias_act_tma_plan.why_not(*conv, dtype) is None
-        and conv_bias_act_tma_plan.why_not_tile(conv, tile) is None
+        sm90_conv.runs_on(device)
+        and conv_layout.why_not(*conv, dtype) is None
+        and conv_layout.why_not_tile(conv, tile) is None
     )
 
 
@@ -141,7 +142,7 @@ def winner(
 
 def choice(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """The name of what a table says is fastest here; None without an answer that can run."""
-    return tuned.choice(problem, batch, dtype, device, _can_run)
+    return tuned_table.choice(problem, batch, dtype, device, _can_run)
 
 
 def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -155,8 +156,8 @@ def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device
     """`run` for a known problem: a function of (x, weight, bias, residual, scale), with all decided that can be."""
     geometry, relu = problem.geometry, problem.relu
     if name == "triton" or name.startswith("tma "):
-        from ..kernels import conv_bias_act_tma as kernel
-        from ..kernels.conv_bias_act_tma_plan import ConvShape, why_not
+        from ..kernels.sm90 import conv as kernel
+        from ..kernels.sm90.conv_layout import ConvShape, why_not
 
         shapes = ConvShape(problem.x_shape(batch), problem.weight_shape, geometry)
         if name != "triton" or (kernel.runs_on(device) and why_not(*shapes, dtype) is None):
@@ -177,13 +178,13 @@ def run(
     """relu(conv(x, weight) * scale + bias + residual) by the candidate of that name; channels_last."""
     operands = (x, weight, bias, residual, scale, geometry, relu)
     if name.startswith("tma "):
-        from ..kernels import conv_bias_act_tma
+        from ..kernels.sm90 import conv as sm90_conv
 
-        return conv_bias_act_tma.launch(*operands, _tiles()[name])
+        return sm90_conv.launch(*operands, _tiles()[name])
     if name.startswith("shared "):
-        from ..kernels import tap_sharing_tma
+        from ..kernels.sm90 import tap_sharing
 
-        return tap_sharing_tma.launch(*operands, _tiles()[name])
+        return tap_sharing.launch(*operands, _tiles()[name])
     if name == "triton" or name.startswith("pointer "):
         from ..kernels import conv_bias_act
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from .geometry import Geometry
+from ..kernels.geometry import Geometry
+from . import reference
 
 
 def conv_bias_act(

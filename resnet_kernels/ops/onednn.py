@@ -15,8 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .. import reference
-from .geometry import Geometry
+from ..kernels.geometry import Geometry
+from . import reference
 
 # fp32 and bfloat16 end at 3.4e38; a decade is left for rounding.
 _SAFE = 1e37

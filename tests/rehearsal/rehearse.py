@@ -32,8 +32,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 stand_in.install()
 
 import resnet_kernels as rk  # noqa: E402
-from resnet_kernels import problems  # noqa: E402
-from resnet_kernels.kernels import counters, stem, stem_plan  # noqa: E402
+from resnet_kernels.kernels.sm90 import split_k_counters, stem, stem_layout  # noqa: E402
+from resnet_kernels.perf.tuning import problems  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZE = 224
@@ -86,13 +86,13 @@ def call(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
 
 def capture(run: Callable[[], object], mode: stand_in.Shapes) -> Counter[str]:
     """The launches of a captured call, which may not copy anything from the host."""
-    counters._is_capturing = lambda device: True
+    split_k_counters._is_capturing = lambda device: True
     mode.called.clear()
     stand_in.SPANS.clear()
     try:
         count = launched(run)
     finally:
-        counters._is_capturing = lambda device: False
+        split_k_counters._is_capturing = lambda device: False
     copied = mode.called["aten.lift_fresh.default"]
     assert not copied, f"{copied} tensors are made from host memory inside a capture"
     # A replay may run beside another launch, so nobody else may have its counters.
@@ -140,7 +140,7 @@ def tune(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
                     raise RuntimeError(f"{name} on {problem}: {error}") from error
                 assert count, f"{name} on {problem} launches nothing"
                 tried[name.split()[0]] += 1
-        for config in stem_plan.CONFIGS:
+        for config in stem_layout.CONFIGS:
             weight = torch.empty(64, 3, 7, 7, dtype=dtype)
             x = images(batch, dtype)
             tried["stem"] += bool(launched(lambda x=x, w=weight, c=config: stem.launch(x, w, None, None, config=c)))
@@ -154,8 +154,9 @@ def host_time(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
     A launch of a convolution by TMA: all of it, from tensors to the driver; of that what launching.py does, and what Triton
     does in its place.
     """
-    from resnet_kernels.kernels import conv_bias_act_tma, launching
-    from resnet_kernels.ops.geometry import Geometry
+    from resnet_kernels.kernels import launching
+    from resnet_kernels.kernels.geometry import Geometry
+    from resnet_kernels.kernels.sm90 import conv
 
     layout = dict(dtype=options.dtype, memory_format=torch.channels_last)
     x, weight, residual = (torch.empty(size, **layout) for size in ((1, 64, 14, 14), (64, 64, 3, 3), (1, 64, 14, 14)))
@@ -167,7 +168,7 @@ def host_time(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
         stand_in.unwatched["launch"](self, *given)
 
     def convolution() -> None:
-        conv_bias_act_tma.launch(x, weight, shift, residual, scale, geometry, True)
+        conv.launch(x, weight, shift, residual, scale, geometry, True)
 
     convolution()
     watched, launching.Prepared.launch = launching.Prepared.launch, note

@@ -271,21 +271,21 @@ def install() -> None:
     compiler.CUDABackend.make_cubin = lambda self, src, metadata, options, capability: _NOT_MADE.encode()
     triton.runtime.driver.set_active(Driver())
 
-    from resnet_kernels import running
-    from resnet_kernels.kernels import chain_tma, conv_bias_act_tma, stem, tap_sharing_tma
-    from resnet_kernels.ops import dispatch
+    from resnet_kernels.kernels.sm90 import chain, conv, stem, tap_sharing
+    from resnet_kernels.ops import backends
+    from resnet_kernels.runtime import eligibility
 
     watch_later_launches()
-    dispatch._why_not_triton = lambda device_type, dtype: (
-        None if dtype in dispatch._TRITON_DTYPES else f"does not run {dtype}"
+    backends._why_not_triton = lambda device_type, dtype: (
+        None if dtype in backends._TRITON_DTYPES else f"does not run {dtype}"
     )
-    dispatch.why_not.cache_clear()
-    conv_bias_act_tma.runs_on = lambda device: True
-    for module in (conv_bias_act_tma, chain_tma, stem, tap_sharing_tma):
+    backends.why_not.cache_clear()
+    conv.runs_on = lambda device: True
+    for module in (conv, chain, stem, tap_sharing):
         assert not module.is_interpreted(), "TRITON_INTERPRET must not be set"
         module.multiprocessors = lambda device: 132
     # Shapes is a mode in which a fused model would run eager.
-    running.is_ordinary = lambda x: type(x) in (Tensor, torch.nn.Parameter)
+    eligibility.is_ordinary = lambda x: type(x) in (Tensor, torch.nn.Parameter)
 
 
 def launches_that_reached_the_driver() -> int:

@@ -1,0 +1,85 @@
+"""The commands demo, explain and verify: what is fused, whether it is the same model, how fast it is here."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+from torch import Tensor, nn
+
+import resnet_kernels as rk
+
+from ..fusion.text_table import table
+from ..perf import timing
+from . import arguments
+
+
+def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
+    return arguments.image_batch(model, options.batch_size, options.image_size or arguments.image_size(options.model))
+
+
+def explain(options: argparse.Namespace) -> int:
+    report = rk.explain(arguments.model_for(options), backend=options.backend)
+    print(report.to_json(indent=2) if options.json else report)
+    return 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    model = arguments.model_for(options)
+    announce = arguments.announce(options.json)
+    x = _image_batch(options, model)
+    result = rk.verify(model, rk.fuse(model, backend=options.backend), x, progress=lambda p: announce(f"verifying {p}"))
+    announce("")
+    print(result.to_json(indent=2) if options.json else result)
+    return 0 if result else 1
+
+
+def demo(options: argparse.Namespace) -> int:
+    model = arguments.model_for(options)
+    announce = arguments.announce(options.json)
+    x = _image_batch(options, model)
+    announce("fusing")
+    fused = rk.fuse(model, backend=options.backend)
+    report = rk.explain(fused)
+    result = rk.verify(model, fused, x, progress=lambda path: announce(f"verifying {path}"))
+    announce("")
+    if not options.json:
+        print(f"{arguments.machine(x)}\n\n1. What was fused\n\n{report}\n\n2. Is it the same model?\n\n{result}\n")
+    if not result:
+        if options.json:
+            print(json.dumps({"machine": arguments.machine(x), "verify": json.loads(result.to_json())}, indent=2))
+        return 1
+    with torch.inference_mode():
+        timings = timing.interleave(
+            {"eager channels_last": lambda: model(x), "fused": lambda: fused(x)},
+            seconds=options.seconds,
+            device=x.device,
+            progress=lambda rounds, spent: announce(f"timing, round {rounds}, {spent:.0f} of {options.seconds:.0f} s"),
+        )
+    announce("")
+    eager = timings["eager channels_last"]
+    if options.json:
+        values = {
+            "machine": arguments.machine(x),
+            "report": json.loads(report.to_json()),
+            "verify": json.loads(result.to_json()),
+        }
+        values["timings"] = {name: t.to_dict() for name, t in timings.items()}
+        values["speedup"] = timing.ratio(eager, timings["fused"])
+        print(json.dumps(values, indent=2))
+        return 0
+    rows = [
+        (
+            name,
+            *(f"{1e3 * value:.2f}" for value in (t.median, t.p20, t.p80)),
+            f"{x.shape[0] / t.median:.1f}",
+            f"{timing.ratio(eager, t):.2f}x",
+        )
+        for name, t in timings.items()
+    ]
+    head = ("forward", "median ms", "p20", "p80", "img/s", "against eager")
+    print(
+        f"3. How fast is it here? (batch {x.shape[0]}, {x.shape[2]}x{x.shape[3]}, interleaved)\n\n{table(head, rows)}"
+    )
+    return 0

@@ -1,0 +1,65 @@
+"""python -m resnet_kernels {demo, explain, verify, time, profile, train, tune, roofline, report}
+
+    demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
+    explain   what would be fused, and why the rest would not
+    verify    parity, layer by layer, against fp64
+    time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
+    profile   where a network's time goes on this machine, kernel by kernel, as a share of the roofline; a Chrome trace
+    train     train a network of the zoo on real data; see train/command.py
+    tune      measure what is fastest on this GPU, for backend="auto" to use; see tune.py
+    roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
+    report    a page with plots of what `pytest benchmarks` measured, and what changed against an older file
+
+Exit status: 0, or 1 where parity fails or a report finds something slower, or 2 for a wrong argument or file, or 130 when
+training or tuning was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from . import demo, profile, roofline, time, tune
+from .arguments import add_model_arguments, positive
+from .report import command as report
+from .train import command as train
+
+# The commands with a module of their own: HELP, add_arguments(parser), which sets `run`.
+MODULES = {
+    "time": time,
+    "profile": profile,
+    "train": train,
+    "tune": tune,
+    "roofline": roofline,
+    "report": report,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, TypeError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m resnet_kernels", description="Residual networks on fused kernels.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for run, help_text in (
+        (demo.demo, "fuse a network, show what was fused, prove parity, time it against eager"),
+        (demo.explain, "what would be fused, and why the rest would not"),
+        (demo.verify, "parity, layer by layer, against fp64"),
+    ):
+        command = commands.add_parser(run.__name__, help=help_text, description=help_text)
+        command.set_defaults(run=run)
+        add_model_arguments(command)
+        if run is not demo.explain:
+            command.add_argument("--batch-size", type=positive, default=1 if run is demo.demo else 2)
+            command.add_argument("--image-size", type=positive, help="default: 224, and 28 for d2l")
+        if run is demo.demo:
+            command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
+    for name, module in MODULES.items():
+        module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
+    return parser

@@ -1,0 +1,1 @@
+"""The command `report`: a results file as a page with plots."""

@@ -1,0 +1,122 @@
+"""python -m resnet_kernels report RESULTS.json [--against OLD.json] --out DIR: a results file as a page with plots.
+
+Writes report.html, which holds all in itself, and report.md with plot-*.png beside it. Nothing is written before all is made,
+and no file that an earlier report didn't write is touched.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import tempfile
+from pathlib import Path
+
+from ...fusion.text_table import table
+from ...perf import regressions, results
+from . import page, plots, sections
+
+HELP = "a page with plots of a file of pytest benchmarks --benchmark-json, and what changed against an older one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument(
+        "results", type=Path, metavar="RESULTS.json", help="what pytest benchmarks --benchmark-json wrote"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="for report.html, report.md and its plots"
+    )
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="OLD.json",
+        help="an older file of the same machine: prints what became slower or faster, exits with 1 if something of ours "
+        "became slower",
+    )
+    parser.add_argument(
+        "--margin",
+        type=_share,
+        default=regressions.MARGIN,
+        help=f"the change that is noise between two runs at least, as a share (default: {regressions.MARGIN})",
+    )
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, got {text}")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError('matplotlib is needed for the plots: pip install "resnet_kernels[report]"')
+    new = results.read(options.results)
+    comparison = None
+    if options.against:
+        comparison = regressions.compare(new, results.read(options.against), options.margin)
+    _check_out(options.out)
+    parts = sections.sections(new)
+    if comparison:
+        parts.insert(0, page.against(comparison))
+    _write(options.out, _files(new, parts))
+    print(f"wrote {options.out / 'report.html'} and {options.out / 'report.md'}")
+    if comparison is None:
+        return 0
+    print(f"\n{_changes(comparison)}")
+    return 1 if comparison.of_ours("slower") else 0
+
+
+def _files(new: results.Results, parts: list) -> dict[str, bytes]:
+    """Everything that is written, by name."""
+    figures = [[part.figure for part in section.parts] for section in parts]
+    images = [[figure and plots.save(figure, "svg") for figure in row] for row in figures]
+    files = {
+        page.file_name(section, index): plots.save(figure, "png")
+        for section, row in zip(parts, figures)
+        for index, figure in enumerate(row)
+        if figure
+    }
+    files["report.md"] = page.to_markdown(new, parts).encode()
+    files["report.html"] = page.to_html(new, parts, images).encode()
+    return files
+
+
+def _check_out(out: Path) -> None:
+    """Raises ValueError unless the folder is new, empty, or an earlier report's."""
+    try:
+        if not out.exists() or not any(out.iterdir()):
+            return
+        earlier = out / "report.html"
+        if earlier.is_file() and f'content="{page.GENERATOR}' in earlier.read_text(errors="replace"):
+            return
+    except OSError as error:
+        raise ValueError(f"--out {out} can't be used: {error.strerror}") from error
+    raise ValueError(f"--out {out} is not empty and holds no earlier report: name another folder")
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    """All into a folder beside, then one rename a file; plots that an earlier report had and this has not are removed."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
+            for name, contents in files.items():
+                (Path(folder) / name).write_bytes(contents)
+            for name in files:
+                os.replace(Path(folder) / name, out / name)
+        for stale in out.glob("plot-*.png"):
+            if stale.name not in files:
+                stale.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} can't be written: {error.strerror}") from error
+
+
+def _changes(comparison: regressions.Comparison) -> str:
+    section = page.against(comparison)
+    [part] = section.parts
+    rows = [row for row in part.rows if row[0] != "within noise"]
+    ours = [len(comparison.of_ours(verdict)) for verdict in ("slower", "faster", "within noise")]
+    lines = [*page.describe(comparison), "", *([table(part.head, rows), ""] if rows else [])]
+    lines.append("ours: {} slower, {} faster, {} within noise".format(*ours))
+    return "\n".join(lines)

@@ -1,0 +1,313 @@
+"""The report's figures: each function takes plain data and returns a matplotlib Figure; `save` writes one as bytes.
+
+Colours are Okabe and Ito's, which colour-blind eyes tell apart; markers, line styles and hatches do in grey print. No number
+stands in colour alone, and the page has each figure's numbers as a table, too.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...perf.results import Ceilings
+
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, YELLOW = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442",
+)  # fmt: skip
+GREY = "#999999"
+
+# Yellow last: it is pale on white.
+_COLOURS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
+_MARKERS = "osD^vPX<>ph"
+_LINES = ("-", "--", "-.", ":")
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
+_WIDTH = 9.5  # inches, of every figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A contender's images a second at each batch size, in the order of the batches."""
+
+    contender: str
+    batches: Sequence[int]
+    img_per_s: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """How many times the best peer's speed ours has on a case."""
+
+    label: str
+    speed: float
+    peer: str
+
+
+@dataclass(frozen=True)
+class Point:
+    """A kernel on the roofline: FLOPs a byte, FLOP/s, and its share of the contender's time."""
+
+    kind: str
+    intensity: float
+    flops_per_s: float
+    share: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A bar of parts: group is what several bars stand together for, parts maps kinds to milliseconds."""
+
+    group: str
+    label: str
+    parts: Mapping[str, float]
+
+
+def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str]):
+    """Images a second against the batch size: a panel a network, a line a contender; styles follow `contenders`' order."""
+    figure, grid = _panels(len(panels), 3.2)
+    ranges = [[value for curve in curves for value in curve.img_per_s] for curves in panels.values()]
+    # From 0 where the batch matters little; else small batches would all lie on the ground.
+    logarithmic = any(max(values) > 8 * min(values) for values in ranges)
+    handles = {}
+    for axes, (title, curves), values in zip(grid, panels.items(), ranges):
+        for curve in curves:
+            [handles[curve.contender]] = axes.plot(
+                curve.batches, curve.img_per_s, ms=6, **_line_style(contenders, curve.contender)
+            )
+        batches = sorted({batch for curve in curves for batch in curve.batches})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(batches, [str(batch) for batch in batches])
+        axes.minorticks_off()
+        axes.set(xlabel="batch size (images)", ylabel="images / s" + (" (log scale)" if logarithmic else ""))
+        if logarithmic:
+            axes.set_yscale("log")
+            _log_axis(axes.yaxis, min(values), max(values))
+        else:
+            axes.set_ylim(0, 1.1 * max(values))
+        axes.set_title(title, fontsize=10)
+        axes.grid(alpha=0.3)
+    ordered = [name for name in contenders if name in handles]
+    figure.legend([handles[name] for name in ordered], ordered, loc="outside upper center", ncols=6, frameon=False)
+    return figure
+
+
+def best_peer(bars: Sequence[Bar]):
+    """Bars around 1, the greatest win on top; a loss has another colour, a hatch and a word."""
+    ordered = sorted(bars, key=lambda bar: -bar.speed)
+    figure = _figure(0.27 * len(ordered) + 1.3)
+    axes = figure.subplots()
+    # Distance on the axis is a ratio: twice as fast is as far from 1 as half as fast.
+    values, texts = [math.log2(bar.speed) for bar in ordered], []
+    for y, (bar, value) in enumerate(zip(ordered, values)):
+        verdict = outcome(bar.speed)
+        colour, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GREY, "")}[verdict]
+        axes.barh(y, value, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        text = f"{bar.speed:.2f}x {bar.peer} ({verdict})"
+        texts.append(text)
+        side = 1 if value >= 0 else -1
+        axes.annotate(
+            text, (value, y), (4 * side, 0), textcoords="offset points", va="center", fontsize=8,
+            ha="left" if side > 0 else "right",
+        )  # fmt: skip
+    axes.axvline(0, color=BLACK, linewidth=1)
+    axes.set_yticks(range(len(ordered)), [bar.label for bar in ordered], fontsize=8)
+    axes.set_ylim(len(ordered) - 0.4, -0.6)
+    # Room outside of the bars for the texts: inches, 0.075 a letter, in units of the axis.
+    # An axis of at least 1/1.2 to 1.2, or a loss of 1% would fill the page.
+    left, right = (max(math.log2(1.2), *(side * value for value in values)) for side in (-1, 1))
+    widths = [
+        0.075 * max((len(t) for t, v in zip(texts, values) if (v < 0) == losses), default=0) + 0.2 for losses in (1, 0)
+    ]
+    inches = _WIDTH - 0.075 * max(len(bar.label) for bar in ordered) - 0.5
+    unit = (left + right) / (inches - sum(widths))
+    left, right = left + unit * widths[0], right + unit * widths[1]
+    axes.set_xlim(-left, right)
+    ticks = _ratio_ticks(-left, right, 0.4 * unit)
+    axes.set_xticks([math.log2(t) for t in ticks], [f"{t:g}" for t in ticks])
+    axes.set_xlabel("times the best peer's speed (log scale): right of 1 fused is faster, left of 1 slower", fontsize=9)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    return figure
+
+
+def outcome(speed: float) -> str:
+    """A ratio's word: what is written as 1.00 is level."""
+    text = f"{speed:.2f}"
+    return "level" if text == "1.00" else "faster" if speed > 1 else "slower"
+
+
+def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None):
+    """Kernels under the machine's ceilings: a panel a contender, a marker a kernel, its area the share of the time."""
+    figure, grid = _panels(len(panels), 4.0)
+    kinds = list(dict.fromkeys(point.kind for points in panels.values() for point in points))
+    handles = {}
+    for axes, (title, points) in zip(grid, panels.items()):
+        for kind in kinds:
+            mine = [point for point in points if point.kind == kind]
+            index = kinds.index(kind)
+            handles[kind] = axes.scatter(
+                [point.intensity for point in mine], [point.flops_per_s for point in mine],
+                s=[20 + 1200 * point.share for point in mine], marker=_MARKERS[index % len(_MARKERS)],
+                facecolor=_fill(index), edgecolor=BLACK, linewidth=0.5, alpha=0.65, label=kind,
+            )  # fmt: skip
+        axes.set(xscale="log", yscale="log")
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("FLOP / byte (log scale)")
+        axes.grid(alpha=0.3)
+        _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings)
+    legend = figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([50])
+    return figure
+
+
+def _draw_ceilings(axes, points: Sequence[Point], ceilings: Ceilings | None) -> None:
+    left = min(point.intensity for point in points) / 2
+    right = max(point.intensity for point in points) * 2
+    bottom = min(point.flops_per_s for point in points) / 2
+    top = max(point.flops_per_s for point in points) * 2
+    compute = ceilings.flops_per_s if ceilings and ceilings.flops_per_s else math.inf
+    memory = ceilings.bytes_per_s if ceilings and ceilings.bytes_per_s else math.inf
+    if compute < math.inf:
+        top = max(top, 2.5 * compute)
+        start = left if memory == math.inf else compute / memory
+        right = max(right, 4 * start)
+        axes.plot([start, right], [compute, compute], color=BLACK, linewidth=1.5)
+        axes.annotate(
+            _unit(compute, "FLOP/s"), (right, compute), (-4, 4), textcoords="offset points", ha="right", fontsize=8
+        )
+    if memory < math.inf:
+        end = min(right, compute / memory)
+        axes.plot([left, end], [memory * left, memory * end], color=BLACK, linewidth=1.5, linestyle="--")
+        top = max(top, 2 * memory * end)
+        bottom = min(bottom, memory * left)
+        middle = math.sqrt(left * end)
+        # On the line's upper left: a line that rises to the right doesn't cross it there.
+        axes.annotate(
+            _unit(memory, "B/s"), (middle, memory * middle), (-5, 3), textcoords="offset points", ha="right", fontsize=8
+        )
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    _log_axis(axes.xaxis, left, right)
+    _log_axis(axes.yaxis, bottom, top, "FLOP/s")
+
+
+def stacks(bars: Sequence[Stack], xlabel: str):
+    """Stacked bars, lying, bars of one group together; a kind has the same colour and hatch everywhere, a total at its end."""
+    kinds = list(dict.fromkeys(kind for bar in bars for kind in bar.parts))
+    groups = list(dict.fromkeys(bar.group for bar in bars))
+    figure = _figure(0.3 * len(bars) + 0.22 * len(groups) + 1.4)
+    axes = figure.subplots()
+    totals = [sum(bar.parts.values()) for bar in bars]
+    y, ticks, previous = 0.0, [], None
+    for bar, total in zip(bars, totals):
+        if bar.group != previous:
+            y += 0.7 if previous is not None else 0
+            axes.annotate(
+                bar.group, (0, y), (-70, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                ha="right", va="center", fontsize=9, fontweight="bold",
+            )  # fmt: skip
+            previous = bar.group
+        start = 0.0
+        for kind, milliseconds in sorted(bar.parts.items(), key=lambda part: kinds.index(part[0])):
+            index = kinds.index(kind)
+            axes.barh(
+                y, milliseconds, left=start, height=0.8, color=_fill(index), hatch=_HATCHES[index % len(_HATCHES)],
+                edgecolor="white", linewidth=0.5, label=kind,
+            )  # fmt: skip
+            start += milliseconds
+        axes.annotate(number(total), (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
+        ticks.append(y)
+        y += 1
+    axes.set_yticks(ticks, [bar.label for bar in bars], fontsize=8)
+    axes.set_ylim(y - 0.3, -0.7)
+    axes.set_xlim(0, 1.1 * max(totals))
+    axes.set_xlabel(xlabel)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels())))
+    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
+    return figure
+
+
+def save(figure, kind: str) -> bytes:
+    """The figure as "png" or "svg", the same bytes for the same figure."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "resnet_kernels"}):
+        figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _figure(height: float):
+    # A figure of its own, not pyplot's: no window, and no backend is switched for whoever imported us.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(count: int, height: float):
+    """A figure with that many axes, two a row, each so many inches high."""
+    columns = min(count, 2)
+    rows = math.ceil(count / columns)
+    figure = _figure(height * rows + 0.6)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
+
+
+def _line_style(contenders: Sequence[str], name: str) -> dict:
+    index = contenders.index(name)
+    # The second time round the colours the markers are hollow, and other ones.
+    again = index // len(_COLOURS)
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[(index + again) % len(_LINES)],
+        "markerfacecolor": "white" if again else None,
+        "linewidth": 2.5 if name == "fused" else 1.3,
+    }
+
+
+def _fill(index: int) -> str:
+    return _COLOURS[1:][index % (len(_COLOURS) - 1)]
+
+
+def number(value: float) -> str:
+    """Three digits that count, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _unit(value: float, unit: str) -> str:
+    """1.5e12, "FLOP/s" as 1.5 TFLOP/s."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= factor:
+            return f"{number(value / factor)} {prefix}{unit}"
+    return f"{number(value)} {unit}"
+
+
+def _log_axis(axis, low: float, high: float, unit: str = "") -> None:
+    """Ticks at 1, 2, 5, or at powers of ten where that would be too many; written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value, unit) if unit else number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _ratio_ticks(low: float, high: float, apart: float) -> list[float]:
+    """Ratios to write at an axis of their logarithms to base 2: the roundest first, as many as are so far apart."""
+    ticks = [1.0]
+    for tick in (
+        0.5, 2, 0.2, 5, 0.1, 10, 0.05, 20, 0.02, 50, 0.01, 100,
+        1.5, 0.75, 1.25, 0.8, 1.1, 0.9, 0.7, 0.6, 0.4, 0.3, 3, 4, 1.75,
+    ):  # fmt: skip
+        if low < math.log2(tick) < high and all(abs(math.log2(tick / other)) >= apart for other in ticks):
+            ticks.append(tick)
+    return ticks

@@ -1,0 +1,215 @@
+"""python -m resnet_kernels roofline: how fast a network could be at most, kernel by kernel, on a machine of given rates.
+
+Nothing is run but shapes, so it needs no GPU; the rates are assumptions, an H200's unless given. See ../roofline.py for how
+FLOPs and bytes are counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..fusion.text_table import table
+from ..perf.roofline import bounds, counting, network
+from ..perf.roofline.bounds import Kernel, Machine, Tiling
+from . import arguments
+
+HELP = "the limit on a network's speed by FLOPs, HBM bytes and L2 bytes, for an assumed machine; needs no GPU"
+
+_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_WAYS = """\
+eager, auto and triton are counted: the model runs on the meta device, and what it launches is recorded (counting.py).
+auto is what runs without a table of measurements. torch.compile goes by a rule for what it fuses. The time is a limit
+by FLOP and HBM, launch by launch. FLOPs of triton's launches are not known one by one: its time is among the limits above."""
+_EXECUTIONS = ("eager", "per-layer", "chained", "compute")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    arguments.add_model_name(parser, "resnet50")
+    parser.add_argument("--batch-size", type=arguments.positive, default=256, help="default: 256")
+    parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
+    parser.add_argument("--dtype", choices=tuple(_ITEMSIZES), default="bf16", help="default: bf16")
+    h200 = bounds.h200()
+    for name, what, default in (
+        ("--flop-tflops", "TFLOP/s", f"{h200.flops_per_s / 1e12:g}, and half of it for fp32, as TF32"),
+        ("--hbm-tbps", "TB/s from and to HBM", f"{h200.hbm_bytes_per_s / 1e12:g}"),
+        ("--l2-tbps", "TB/s from L2 to shared memory", f"{h200.l2_bytes_per_s / 1e12:g}"),
+    ):
+        parser.add_argument(name, type=_rate, help=f"{what} to assume (default: an H200's, {default})")
+    tiling = Tiling()
+    parser.add_argument(
+        "--block-n",
+        type=arguments.positive,
+        default=tiling.block_n,
+        help=f"output channels of a tile, {tiling.block_m} pixels high, in layers of more than 64 (default: {tiling.block_n})",
+    )
+    parser.add_argument(
+        "--execution", choices=_EXECUTIONS, default="per-layer", help="whose kernels to list (default: per-layer)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object, with every execution's kernels")
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
+    return value
+
+
+def run(options: argparse.Namespace) -> int:
+    options.image_size = options.image_size or arguments.image_size(options.model)
+    model = _build(options.model)
+    with torch.device("meta"):
+        x = arguments.image_batch(model, options.batch_size, options.image_size)
+    net = network.trace(model, x)
+    machine = _machine(options)
+    executions = _executions(net, _ITEMSIZES[options.dtype], options.block_n)
+    ways = _ways(model, x.to(_DTYPES[options.dtype]), executions)
+    if options.json:
+        print(json.dumps(_values(options, machine, executions, ways), indent=2))
+        return 0
+    flops = sum(kernel.flops for kernel in executions["compute"]) / options.batch_size
+    size = f"{options.image_size}x{options.image_size}"
+    print(
+        f"{options.model}: batch {options.batch_size}, {size}, {options.dtype}, {flops / 1e9:.3f} GFLOP an image\n"
+        f"{_assumptions(options, machine)}\n\n"
+        f"Kernels, {options.execution}\n\n{_kernel_table(executions[options.execution], machine)}\n\n"
+        f"Limits\n\n{_limit_table(executions, machine, options.batch_size)}\n\n"
+        f"Launches\n\n{_way_table(ways, machine)}\n\n{_WAYS}"
+    )
+    return 0
+
+
+def _build(name: str) -> nn.Module:
+    """The model by its name, without memory or initial weights where its constructor can do without."""
+    try:
+        with torch.device("meta"):
+            return arguments.build(name)
+    except (RuntimeError, NotImplementedError):
+        return arguments.build(name)  # it reads a number of a tensor that it made
+
+
+def _machine(options: argparse.Namespace) -> Machine:
+    default = bounds.h200(options.dtype)
+    given = (options.flop_tflops, options.hbm_tbps, options.l2_tbps)
+    defaults = (default.flops_per_s, default.hbm_bytes_per_s, default.l2_bytes_per_s)
+    return Machine(*(rate if value is None else value * 1e12 for value, rate in zip(given, defaults)))
+
+
+def _executions(net: network.Network, itemsize: int, block_n: int) -> dict[str, list[Kernel]]:
+    tiling, shared = Tiling(block_n=block_n), Tiling(block_n=block_n, columns=2)
+    return {
+        "eager": bounds.eager(net, itemsize, tiling),
+        "torch.compile": bounds.compiled(net, itemsize, tiling),
+        "per-layer": bounds.per_layer(net, itemsize, tiling),
+        "per-layer, merged shortcut": bounds.per_layer(net, itemsize, tiling, merged_shortcut=True),
+        "per-layer, stem + max-pool": bounds.per_layer(net, itemsize, tiling, stem_with_pool=True),
+        "per-layer, tap sharing": bounds.per_layer(net, itemsize, shared),
+        "chained": bounds.chained(net, itemsize, tiling),
+        "chained, merged shortcut": bounds.chained(net, itemsize, tiling, merged_shortcut=True),
+        "chained, across stages": bounds.chained(net, itemsize, tiling, across_stages=True),
+        "chained, across stages, merged shortcut": bounds.chained(
+            net, itemsize, tiling, across_stages=True, merged_shortcut=True
+        ),
+        "chained, width <= 128": bounds.chained(net, itemsize, tiling, max_width=128),
+        "compute": bounds.compute(net),
+    }
+
+
+def _ways(model: nn.Module, x: Tensor, executions: dict[str, list[Kernel]]) -> dict[str, list[Kernel]]:
+    """The launches of each way of running the model; without Triton those of eager and torch.compile alone."""
+    ways = {"eager": counting.count(model, x), "torch.compile": executions["torch.compile"]}
+    with contextlib.suppress(RuntimeError):
+        ways |= {backend: counting.count(model, x, backend) for backend in ("auto", "triton")}
+    return ways
+
+
+def _seconds(way: str, kernels: list[Kernel], machine: Machine) -> float | None:
+    """The least time of all launches by FLOP and HBM; None where FLOPs are not known launch by launch."""
+    return None if way == "triton" else sum(machine.without_l2().bound(kernel)[0] for kernel in kernels)
+
+
+def _way_table(ways: dict[str, list[Kernel]], machine: Machine) -> str:
+    rows = []
+    for way, kernels in ways.items():
+        seconds = _seconds(way, kernels, machine)
+        moved = sum(kernel.hbm_bytes for kernel in kernels)
+        rows.append((way, str(len(kernels)), f"{moved / 1e6:.1f}", "" if seconds is None else f"{1e6 * seconds:.1f}"))
+    return table(("way of running", "launches", "HBM MB", "at least us"), rows)
+
+
+def _assumptions(options: argparse.Namespace, machine: Machine) -> str:
+    tf32 = " as TF32" if options.dtype == "fp32" and options.flop_tflops is None else ""
+    rates = (
+        (options.flop_tflops, f"{machine.flops_per_s / 1e12:g} TFLOP/s{tf32}"),
+        (options.hbm_tbps, f"{machine.hbm_bytes_per_s / 1e12:g} TB/s from and to HBM"),
+        (options.l2_tbps, f"{machine.l2_bytes_per_s / 1e12:g} TB/s from L2 to shared memory"),
+    )
+    tiles = f"{Tiling().block_m}x{options.block_n}, {Tiling().block_m}x64 where a layer has at most 64 output channels"
+    return "\n".join(
+        (
+            "Assumptions of the model, not measurements of this machine:",
+            *(f"  {rate} ({'an H200' if given is None else 'as given'})" for given, rate in rates),
+            f"  tiles of {tiles}",
+        )
+    )
+
+
+def _kernel_table(kernels: list[Kernel], machine: Machine) -> str:
+    rows = []
+    for kernel in kernels:
+        seconds, roof = machine.bound(kernel)
+        sizes = (f"{kernel.flops / 1e9:.2f}", f"{kernel.hbm_bytes / 1e6:.1f}", f"{kernel.l2_bytes / 1e6:.1f}")
+        rows.append((kernel.name, *sizes, f"{1e6 * seconds:.1f}", roof))
+    return table(("kernel", "GFLOP", "HBM MB", "L2 MB", "at least us", "bound by"), rows)
+
+
+def _limit_table(executions: dict[str, list[Kernel]], machine: Machine, batch_size: int) -> str:
+    rows = [
+        (name, str(len(kernels)), *(f"{limit:.0f}" for limit in _limits(kernels, machine, batch_size).values()))
+        for name, kernels in executions.items()
+    ]
+    return table(("execution", "kernels", "img/s by FLOP and HBM", "img/s by FLOP, HBM and L2"), rows)
+
+
+def _limits(kernels: list[Kernel], machine: Machine, batch_size: int) -> dict[str, float]:
+    return {
+        "flop_hbm": bounds.limit(kernels, machine.without_l2(), batch_size),
+        "flop_hbm_l2": bounds.limit(kernels, machine, batch_size),
+    }
+
+
+def _values(
+    options: argparse.Namespace,
+    machine: Machine,
+    executions: dict[str, list[Kernel]],
+    ways: dict[str, list[Kernel]],
+) -> dict:
+    values = {key: getattr(options, key) for key in ("model", "batch_size", "image_size", "dtype", "block_n")}
+    rates = (machine.flops_per_s, machine.hbm_bytes_per_s, machine.l2_bytes_per_s)
+    values["assumed"] = dict(zip(("flop_tflops", "hbm_tbps", "l2_tbps"), (rate / 1e12 for rate in rates)))
+    values["executions"] = {
+        name: {
+            "img_per_s": _limits(kernels, machine, options.batch_size),
+            "kernels": [
+                {**vars(kernel), **dict(zip(("seconds", "bound_by"), machine.bound(kernel)))} for kernel in kernels
+            ],
+        }
+        for name, kernels in executions.items()
+    }
+    values["ways"] = {
+        way: {
+            "launches": len(kernels),
+            "hbm_bytes": sum(kernel.hbm_bytes for kernel in kernels),
+            "seconds": _seconds(way, kernels, machine),
+        }
+        for way, kernels in ways.items()
+    }
+    return values

@@ -1,0 +1,1 @@
+"""The command `train`: a network of the zoo on real data."""

@@ -1,0 +1,142 @@
+"""python -m resnet_kernels tune: measures what is fastest on this very GPU, and writes it where `auto` finds it.
+
+What rk.tune does for a model of the user's, for models by name: each distinct problem (a convolution with its epilogue, a BN
+with add and ReLU, ...) at each batch size. A run that was stopped goes on where it was: what these versions have measured
+already is passed over, unless --again is given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from ..ops import tuned_table
+from ..perf.tuning import problems, table_file, tune_model
+from ..perf.tuning.autotuner import Problem
+from . import arguments
+
+HELP = "measure what is fastest on this GPU, for backend=auto to use"
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+_BATCHES, _DRY_BATCHES = (256, 1), (2,)
+_DRY_IMAGE_SIZE = 32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(run=run)
+    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default: resnet50")
+    parser.add_argument("--batch-size", nargs="+", type=arguments.positive, metavar="N", help="default: 256 1")
+    parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
+    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="tf32: float32 that may round to it (default: bf16)")
+    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument("--training", action="store_true", help="measure training's BN, add and ReLU, not inference")
+    parser.add_argument(
+        "--seconds", type=float, help=f"for all of it (default: {tune_model.SECONDS_EACH:g} a problem, for timing)"
+    )
+    parser.add_argument("--output", type=Path, help="the table's file (default: in the user's cache directory)")
+    parser.add_argument("--again", action="store_true", help="measure what these versions have measured already, too")
+    parser.add_argument(
+        "--without",
+        type=Path,
+        metavar="FILE",
+        help='candidates to leave out: JSON, a list of {candidate, problem}; "*" is every candidate, null every problem',
+    )
+    parser.add_argument("--samples", action="store_true", help="write all samples, and not only medians, p20 and p80")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="the same on the CPU, on small images, into --output: no table for any GPU",
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    deadline = None if options.seconds is None else time.perf_counter() + options.seconds
+    device, key = _device(options)
+    file = table_file.Table(options.output or tune_model.default_path(key), key)
+    dtype_name = options.dtype or ("fp32" if options.dry_run else "bf16")
+    before = torch.backends.cudnn.conv.fp32_precision
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
+    announce = arguments.announce(False)
+    denied = set() if options.without is None else _denied(options.without)
+    try:
+        layers = {}
+        for name in options.model:
+            announce(f"running {name}")
+            for whole, found in _problems(options, name, device, _DTYPES[dtype_name]).items():
+                layers[whole] = [_left(problem, denied) for problem in found]
+        announce("")
+        result = tune_model.measure(
+            layers,
+            file,
+            training=options.training,
+            deadline=deadline,
+            again=options.again,
+            samples=options.samples,
+            progress=sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        announce("")
+        print(f"stopped; what was measured is in {file.path}")
+        return 130
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
+    print(result)
+    if options.dry_run:
+        print("a dry run on the CPU: nothing will use it")
+    return 0
+
+
+def _device(options: argparse.Namespace) -> tuple[torch.device, tuned_table.DeviceKey]:
+    if options.dry_run:
+        if options.output is None:
+            raise ValueError("--dry-run needs --output FILE: what it writes is no table for any GPU")
+        return torch.device("cpu"), table_file.no_device()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("tune measures a GPU, and PyTorch sees none here; --dry-run --output FILE tries it on the CPU")
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+    key = tuned_table.device_key(device)
+    if key is None:
+        raise ValueError(f"--device must be a CUDA device, got {device}")
+    return device, key
+
+
+def _denied(path: Path) -> set[tuple[str, str | None]]:
+    try:
+        return {(row["candidate"], row["problem"]) for row in json.loads(path.read_text(encoding="utf-8"))}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"--without: {path} must hold a JSON list of objects with candidate and problem ({type(error).__name__}: {error})"
+        ) from None
+
+
+def _left(problem: Problem, denied: set[tuple[str, str | None]]) -> Problem:
+    """A problem without the candidates that are denied; the default stays, as it runs without a table anyway."""
+    candidates = {
+        name: run
+        for name, run in problem.candidates.items()
+        if name == problem.default or denied.isdisjoint({(name, None), (name, problem.key), ("*", problem.key)})
+    }
+    return replace(problem, candidates=candidates)
+
+
+def _problems(
+    options: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype
+) -> dict[str, list[Problem]]:
+    """A model's problems at each batch size, by its name with its images' shape."""
+    torch.manual_seed(0)
+    model = arguments.build(name).to(device, dtype, memory_format=torch.channels_last).eval()
+    x = arguments.image_batch(
+        model, 2, options.image_size or (_DRY_IMAGE_SIZE if options.dry_run else arguments.image_size(name))
+    )
+    noted = problems.note(model, x, training=options.training)
+    batches = options.batch_size or (_DRY_BATCHES if options.dry_run else _BATCHES)
+    whole = f"{name} {'x'.join(map(str, x.shape[1:]))}"
+    return {whole: problems.build(noted, dict.fromkeys(batches), dtype, device)}

@@ -1,0 +1,1 @@
+"""The user's verbs: fuse, unfuse, explain, refresh, verify."""

@@ -1,0 +1,281 @@
+"""What conv.py's kernel does with a tile: multiply and add, park sums, add them up, store.
+
+Sums lie channels by pixels, [BLOCK_N, BLOCK_M] fp32 in registers: Triton takes a reshaped left operand through registers, a
+right one from where TMA left it.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Beyond 2**32 one of two scales is too small to be factored out: its own sums, so much larger, might overflow.
+_MOST_RATIO = tl.constexpr(2.0**32)
+
+
+@triton.jit
+def multiply_add(
+    acc,
+    x_desc,
+    w_desc,
+    n,
+    h,  # the input's row (pair of rows if IN_PAIRS) that the box's first row sees through the first tap
+    w,
+    channel,
+    in_h,
+    in_w,
+    part,
+    SPLIT_K: tl.constexpr,
+    ROWS: tl.constexpr,  # of taps in this loop
+    COLUMNS: tl.constexpr,
+    FIRST_R: tl.constexpr,  # its first tap in the weight, and the step from one to the next
+    FIRST_S: tl.constexpr,
+    TAP_STEP: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    N_CHUNKS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    SKEW_H: tl.constexpr,
+    SKEW_W: tl.constexpr,
+    SKIP: tl.constexpr,  # leave taps outside of the image away: the box is one pixel of many images
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """acc + x * w over a rectangle of taps and all input channels, or the part-th of SPLIT_K of these steps."""
+    BLOCK_N: tl.constexpr = acc.shape[0]
+    BLOCK_M: tl.constexpr = acc.shape[1]
+    if SKIP:
+        skipped_r = tl.maximum(-h, 0)
+        skipped_s = tl.maximum(-w, 0)
+        columns = tl.maximum(tl.minimum(in_w - w, COLUMNS) - skipped_s, 0)
+        steps = tl.maximum(tl.minimum(in_h - h, ROWS) - skipped_r, 0) * columns * N_CHUNKS
+    else:
+        skipped_r = 0
+        skipped_s = 0
+        columns = COLUMNS
+        steps = ROWS * COLUMNS * N_CHUNKS
+    for k in range(steps * part // SPLIT_K, steps * (part + 1) // SPLIT_K):
+        tap = k // N_CHUNKS
+        chunk = k % N_CHUNKS
+        c = chunk * BLOCK_K
+        r = tap // columns + skipped_r
+        s = tap % columns + skipped_s
+        tap = (FIRST_R + r * TAP_STEP) * KERNEL_W + FIRST_S + s * TAP_STEP
+        if IN_PAIRS:
+            # Counted from an even row at or above the first tap, so that no remainder is taken of a negative number.
+            r += SKEW_H
+            s += SKEW_W
+            column = s % 2 * (N_CHUNKS * BLOCK_K)
+            x = x_desc.load([n, h + r // 2, r % 2, w + s // 2, column + c])
+        else:
+            x = x_desc.load([n, h + r, w + s, c])
+        x = x.reshape(BLOCK_M, BLOCK_K)
+        if RAGGED:
+            weight = w_desc.load([channel, tap, c]).reshape(BLOCK_N, BLOCK_K)
+        else:
+            weight = w_desc.load([channel, tap * (N_CHUNKS * BLOCK_K) + c])
+        if UPCAST:
+            x = x.to(tl.float32)
+            weight = weight.to(tl.float32)
+        acc = tl.dot(weight, x.T, acc)
+    return acc
+
+
+@triton.jit
+def _multiply_add_parity(
+    acc,
+    x_desc,  # every second row and column of x, from PARITY_H and PARITY_W on
+    w_desc,
+    n,
+    h,
+    w,
+    channel,
+    in_h,
+    in_w,
+    PARITY_H: tl.constexpr,
+    PARITY_W: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    N_CHUNKS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    SKEW_H: tl.constexpr,
+    SKEW_W: tl.constexpr,
+    SKIP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    FIRST_R: tl.constexpr = (SKEW_H + PARITY_H) % 2
+    FIRST_S: tl.constexpr = (SKEW_W + PARITY_W) % 2
+    ROWS: tl.constexpr = (KERNEL_H - FIRST_R + 1) // 2
+    COLUMNS: tl.constexpr = (KERNEL_W - FIRST_S + 1) // 2
+    if ROWS * COLUMNS > 0:
+        acc = multiply_add(
+            acc, x_desc, w_desc, n, h + SKEW_H * (1 - PARITY_H), w + SKEW_W * (1 - PARITY_W), channel,
+            (in_h + 1 - PARITY_H) // 2, (in_w + 1 - PARITY_W) // 2, 0, 1,
+            ROWS, COLUMNS, FIRST_R, FIRST_S, 2, KERNEL_W, N_CHUNKS, RAGGED, False, 0, 0, SKIP, UPCAST, BLOCK_K,
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def convolve(
+    x_descs,  # of x, or of its four parities; three of them are None then
+    w_desc,
+    n,
+    h,
+    w,
+    channel,
+    in_h,
+    in_w,
+    part,
+    SPLIT_K: tl.constexpr,
+    KERNEL_H: tl.constexpr,
+    KERNEL_W: tl.constexpr,
+    N_CHUNKS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    IN_PAIRS: tl.constexpr,
+    SKEW_H: tl.constexpr,
+    SKEW_W: tl.constexpr,
+    SKIP: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A box's sums. Of all four parities: stride 2 as four convolutions of stride 1, each with every second tap."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    if x_descs[1] is None:
+        acc = multiply_add(
+            acc, x_descs[0], w_desc, n, h, w, channel, in_h, in_w, part, SPLIT_K,
+            KERNEL_H, KERNEL_W, 0, 0, 1, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_K,
+        )  # fmt: skip
+    else:
+        for parity in tl.static_range(4):
+            acc = _multiply_add_parity(
+                acc, x_descs[parity], w_desc, n, h, w, channel, in_h, in_w,
+                parity // 2, parity % 2, KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_K,
+            )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def _parked_ptrs(
+    parked_ptr, n_channels: tl.constexpr, n_pixels: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    channel = tl.arange(0, n_channels)
+    pixel = FIRST + tl.arange(0, n_pixels)
+    return parked_ptr + channel[:, None] * BLOCK_M + pixel[None, :]
+
+
+@triton.jit
+def park(acc, parked_ptr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr):
+    if PARTS == 1:
+        tl.store(_parked_ptrs(parked_ptr, acc.shape[0], acc.shape[1], FIRST, BLOCK_M), acc)
+    else:
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        park(left, parked_ptr, FIRST, BLOCK_M, PARTS // 2)
+        park(right, parked_ptr, FIRST + HALF, BLOCK_M, PARTS // 2)
+
+
+@triton.jit
+def arrives_last(acc, parked_ptr, counter_ptr, share, SPLIT_K: tl.constexpr, PARTS: tl.constexpr):
+    """Parks a share's sums; whether the other shares of its tile have all been parked. Then the counter is zero again."""
+    park(acc, parked_ptr + share * (acc.shape[0] * acc.shape[1]), 0, acc.shape[1], PARTS)
+    # Every thread has parked before one of them says so.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(counter_ptr + share // SPLIT_K, 1, sem="acq_rel") == SPLIT_K - 1
+    if is_last:
+        tl.store(counter_ptr + share // SPLIT_K, 0)
+    return is_last
+
+
+@triton.jit
+def add_up(parked_ptr, N_SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The sum of parked tiles that lie one behind the other, always in this order."""
+    acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    for i in range(N_SUMS):
+        # .cg: other multiprocessors wrote them, and this one's own cache would not know.
+        acc += tl.load(
+            _parked_ptrs(parked_ptr + i * (BLOCK_N * BLOCK_M), BLOCK_N, BLOCK_M, 0, BLOCK_M), cache_modifier=".cg"
+        )  # fmt: skip
+    return acc
+
+
+@triton.jit
+def load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.constexpr):
+    """The factors of a merged tile's two sums."""
+    offs_c = channel + tl.arange(0, BLOCK_N)
+    scale = tl.full((BLOCK_N,), 1.0, tl.float32)
+    shortcut_scale = scale
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_c, mask=offs_c < c_out, other=1.0).to(tl.float32)
+    if shortcut_scale_ptr is not None:
+        shortcut_scale = tl.load(shortcut_scale_ptr + offs_c, mask=offs_c < c_out, other=1.0).to(tl.float32)
+    return scale, shortcut_scale
+
+
+@triton.jit
+def must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.constexpr):
+    """Whether some channel's scale / shortcut_scale won't do: one is inf or NaN, or the other much smaller."""
+    scale, shortcut_scale = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
+    ratio = tl.div_rn(scale, shortcut_scale)
+    size = tl.abs(ratio)
+    # NaN fails every comparison.
+    will_do = ((size >= 1 / _MOST_RATIO) & (size <= _MOST_RATIO)) | ((scale == 0) & (ratio == 0))
+    return tl.min(will_do.to(tl.int32), 0) == 0
+
+
+@triton.jit
+def store_part(
+    acc,  # (BLOCK_N channels, pixels of the part)
+    scale_ptr,
+    bias_ptr,
+    shortcut_bias_ptr,
+    parked_ptr,
+    residual_desc,
+    y_desc,
+    c_out,
+    n,
+    h,
+    w,
+    channel,
+    RELU: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BOX_H: tl.constexpr,
+    BOX_W: tl.constexpr,
+    FIRST: tl.constexpr,  # the part's first pixel in the box
+    PARTS: tl.constexpr,
+):
+    """The epilogue, in so many pieces."""
+    if PARTS == 1:
+        offs_c = channel + tl.arange(0, acc.shape[0])
+        mask_c = offs_c < c_out
+        if scale_ptr is not None:
+            acc *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
+        if parked_ptr is not None:
+            acc += tl.load(_parked_ptrs(parked_ptr, acc.shape[0], acc.shape[1], FIRST, BLOCK_M))
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
+        if shortcut_bias_ptr is not None:
+            acc += tl.load(shortcut_bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
+        at = [n + FIRST // (BOX_H * BOX_W), h + FIRST // BOX_W % BOX_H, w + FIRST % BOX_W, channel]
+        acc = acc.T
+        if residual_desc is not None:
+            acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
+        if RELU:
+            # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
+            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
+    else:
+        # In parts the residual takes less shared memory: at 128x128 104 KiB instead of 128, and two programs fit on an SM.
+        HALF: tl.constexpr = acc.shape[1] // 2
+        left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
+        store_part(
+            left, scale_ptr, bias_ptr, shortcut_bias_ptr, parked_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+            RELU, BLOCK_M, BOX_H, BOX_W, FIRST, PARTS // 2,
+        )  # fmt: skip
+        store_part(
+            right, scale_ptr, bias_ptr, shortcut_bias_ptr, parked_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+            RELU, BLOCK_M, BOX_H, BOX_W, FIRST + HALF, PARTS // 2,
+        )  # fmt: skip

@@ -1,0 +1,297 @@
+"""The stem of a ResNet in one kernel: max_pool(relu(conv7x7/2(x) * scale + shift)), 3x3/2, after one pass that packs.
+
+Packing: the image, of any dtype and layout and normalised if asked to, becomes rows of pixels of four channels (the fourth
+and the padding zero) in the compute dtype. A 7x7/2 window is then, row by row, 7 pixels x 4 channels = 28 neighbours in
+memory, taken as 32; the next window begins 16 bytes on. The 29th to 32nd are the next pixel's: read as zeros, as their
+weights are, or its inf and NaN would spread (0 * inf is NaN).
+
+Convolution and pool: a program owns a strip of pooled columns and walks down their rows. Channels multiply windows, even
+and odd columns of the convolution apart, so that the pool's vertical maximum is elementwise, the row above carried along;
+its horizontal one is elementwise too but for the left neighbour's odd column, one exchange a pooled row. BN comes before
+the maximum (its scale may be negative), ReLU behind it. No row of the convolution ever reaches memory.
+
+Cost: x once, the packed image twice (8 bytes a pixel), y once: at 224x224 in bf16 1.5 MB an image, where eager moves 10. From
+L2 come 7 rows of 64 bytes for each pixel of the convolution.
+On an H200 it takes 0.65 ms for 256 images of 224x224 in bf16, convolution and pool apart 2.1 ms. Registers, shared memory:
+tests/compile_kernels.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import launching
+from .conv import dense, is_interpreted, multiprocessors
+from .stem_layout import BLOCK_C, PACK_BLOCK, PACK_WARPS, Plan, StemConfig, plan
+
+# A window of 8 pixels x 4 channels, and 7 of those: a weight's row.
+_WINDOW = tl.constexpr(32)
+_FILTER = tl.constexpr(7 * 32)
+# Strides of images and weights, and normalisations, whose packing a plan knows.
+_MOST_LAYOUTS = 16
+
+
+@triton.jit
+def _channel(x_ptr, mask, mean, std, NORMALISE: tl.constexpr, UNIT: tl.constexpr):
+    v = tl.load(x_ptr, mask=mask, other=0).to(tl.float32)
+    if NORMALISE:
+        # PyTorch's own three roundings: a plain division is only near.
+        if UNIT:
+            v = tl.div_rn(v, tl.zeros_like(v) + 255.0)
+        v = tl.div_rn(v - mean, tl.zeros_like(v) + std)
+    # The padding is zero after normalising.
+    return tl.where(mask, v, 0.0)
+
+
+@triton.jit
+def _pack_kernel(
+    x_ptr,  # (n, 3, in_h, in_w), any strides
+    packed_ptr,  # (n, packed_h, packed_w, 4)
+    w_ptr,  # (c_out, 3, 7, 7), any strides
+    packed_w_ptr,  # (BLOCK_C, 7, 8, 4)
+    image_programs,
+    blocks_per_image,
+    in_h,
+    in_w,
+    packed_h,
+    packed_w,
+    stride_n,
+    stride_c,
+    stride_h,
+    stride_w,
+    c_out,
+    stride_o,
+    stride_i,
+    stride_r,
+    stride_s,
+    mean0,
+    mean1,
+    mean2,
+    std0,
+    std1,
+    std2,
+    NORMALISE: tl.constexpr,
+    UNIT: tl.constexpr,  # 0 to 255 stand for 0 to 1
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    offs = tl.arange(0, BLOCK)
+    if program < image_programs:
+        # int64: 10,000 packed images pass 2**31 elements.
+        image = (program // blocks_per_image).to(tl.int64)
+        pixel = program % blocks_per_image * BLOCK + offs
+        h = pixel // packed_w - 3
+        column = pixel % packed_w - 3
+        inside = (h >= 0) & (h < in_h) & (column >= 0) & (column < in_w)
+        at = x_ptr + image * stride_n + (h.to(tl.int64) * stride_h + column * stride_w)
+        red = _channel(at, inside, mean0, std0, NORMALISE, UNIT)
+        green = _channel(at + stride_c, inside, mean1, std1, NORMALISE, UNIT)
+        blue = _channel(at + 2 * stride_c, inside, mean2, std2, NORMALISE, UNIT)
+        packed = tl.join(tl.join(red, blue), tl.join(green, tl.zeros_like(green)))
+        to = packed_ptr + image * (packed_h * packed_w * 4)
+        offs_p = pixel[:, None, None] * 4 + tl.arange(0, 2)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
+        tl.store(to + offs_p, packed.to(packed_ptr.dtype.element_ty), mask=(pixel < packed_h * packed_w)[:, None, None])
+    else:
+        offs += (program - image_programs) * BLOCK
+        channel = offs // _FILTER
+        r = offs // _WINDOW % 7
+        s = offs // 4 % 8
+        c = offs % 4
+        mask = (channel < c_out) & (s < 7) & (c < 3)
+        w = w_ptr + channel * stride_o + c * stride_i + r * stride_r + s * stride_s
+        tl.store(packed_w_ptr + offs, tl.load(w, mask=mask, other=0))
+
+
+@triton.jit
+def _conv_row(
+    x,  # (n, packed_h, 2, pairs, 28) described, or pointers to (BLOCK_W, 32): row 0, even columns
+    w,  # pointers to (BLOCK_C, 32)
+    scale,
+    shift,
+    n,
+    column,
+    h,
+    out_h,
+    packed_w,
+    BLOCK_W: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+    CARRY: tl.constexpr,
+):
+    """Row h of the convolution with BN: even columns and odd ones, (BLOCK_C, BLOCK_W) each."""
+    even = tl.zeros((w.shape[0], BLOCK_W), dtype=tl.float32)
+    odd = tl.zeros((w.shape[0], BLOCK_W), dtype=tl.float32)
+    # Beyond the image's first and last row stands the row next to it, which the same pooling window holds anyway.
+    top = 2 * tl.minimum(tl.maximum(h, 0), out_h - 1)
+    for r in range(7):
+        weight = tl.load(w + r * _WINDOW)
+        if DESCRIPTOR:
+            x_even = x.load([n, top + r, 0, column, 0]).reshape(BLOCK_W, _WINDOW)
+            x_odd = x.load([n, top + r, 1, column, 0]).reshape(BLOCK_W, _WINDOW)
+        else:
+            # The eighth pixel: zero, or its inf and NaN would spread through weights of zero.
+            seven = (tl.arange(0, _WINDOW) < 28)[None, :]
+            x_even = tl.load(x + (top + r) * (packed_w * 4), mask=seven, other=0.0)
+            x_odd = tl.load(x + ((top + r) * (packed_w * 4) + 8), mask=seven, other=0.0)
+        if UPCAST:
+            weight, x_even, x_odd = weight.to(tl.float32), x_even.to(tl.float32), x_odd.to(tl.float32)
+        even = tl.dot(weight, x_even.T, even)
+        odd = tl.dot(weight, x_odd.T, odd)
+    if scale is not None:
+        even *= scale[:, None]
+        odd *= scale[:, None]
+    if shift is not None:
+        even += shift[:, None]
+        odd += shift[:, None]
+    # Rounded before the maximum, which is the same as behind it: half the registers to carry.
+    return even.to(CARRY), odd.to(CARRY)
+
+
+# What lies between its tensors and its constants.
+_PACK_NUMBERS = _pack_kernel.arg_names[4:-3]
+
+
+@triton.jit
+def _max(a, b):
+    # propagate_nan: a plain maximum loses NaN, which torch.max_pool2d keeps.
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _stem_kernel(
+    x,  # the packed image: (n, packed_h, packed_w, 4), or if DESCRIPTOR (n, packed_h, 2, pairs, 28) described
+    w_ptr,  # (BLOCK_C, 7, 8, 4)
+    scale_ptr,  # (c_out,) or None
+    shift_ptr,  # (c_out,) or None
+    y_ptr,  # (n, pooled_h, pooled_w, c_out)
+    packed_h,
+    packed_w,
+    out_h,  # of the convolution
+    out_w,
+    pooled_h,
+    pooled_w,
+    pairs,  # pairs of an even and an odd column
+    c_out,
+    tiles_w,
+    segments,
+    rows,  # pooled rows of a segment
+    BLOCK_W: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    CARRY: tl.constexpr = tl.float32 if UPCAST else y_ptr.dtype.element_ty
+    program = tl.program_id(0)
+    offs_c = tl.arange(0, BLOCK_C)
+    # Strips overlap by a column: only the first one stores its first.
+    column = program % tiles_w * (BLOCK_W - 1)
+    program //= tiles_w
+    first = program % segments * rows
+    n = program // segments
+    lane = tl.arange(0, BLOCK_W)
+    j = column + lane
+    w = w_ptr + offs_c[:, None] * _FILTER + tl.arange(0, _WINDOW)[None, :]
+    if DESCRIPTOR:
+        windows = x
+    else:
+        # Lanes past the end read the last one's pixels.
+        image = x + n.to(tl.int64) * packed_h * packed_w * 4
+        windows = image + tl.minimum(j, pairs - 1)[:, None] * 16 + tl.arange(0, _WINDOW)[None, :]
+    scale = None
+    shift = None
+    if scale_ptr is not None:
+        scale = tl.load(scale_ptr + offs_c, mask=offs_c < c_out, other=0.0).to(tl.float32)
+    if shift_ptr is not None:
+        shift = tl.load(shift_ptr + offs_c, mask=offs_c < c_out, other=0.0).to(tl.float32)
+    # The first lane has its own: of the first column's window, or not stored.
+    left_lane = tl.broadcast_to(tl.maximum(lane - 1, 0)[None, :], (BLOCK_C, BLOCK_W))
+    has_odd = (2 * j + 1 < out_w)[None, :]
+    to = y_ptr + n.to(tl.int64) * pooled_h * pooled_w * c_out + j[None, :] * c_out + offs_c[:, None]
+    mask = ((j < pooled_w) & (lane >= tl.minimum(column, 1)))[None, :] & (offs_c < c_out)[:, None]
+    above_even, above_odd = _conv_row(
+        windows, w, scale, shift, n, column, 2 * first - 1, out_h, packed_w,
+        BLOCK_W, DESCRIPTOR, UPCAST, CARRY,
+    )  # fmt: skip
+    for p in range(first, tl.minimum(first + rows, pooled_h)):
+        even, odd = _conv_row(
+            windows, w, scale, shift, n, column, 2 * p, out_h, packed_w,
+            BLOCK_W, DESCRIPTOR, UPCAST, CARRY,
+        )  # fmt: skip
+        even = _max(above_even, even)
+        odd = _max(above_odd, odd)
+        above_even, above_odd = _conv_row(
+            windows, w, scale, shift, n, column, 2 * p + 1, out_h, packed_w,
+            BLOCK_W, DESCRIPTOR, UPCAST, CARRY,
+        )  # fmt: skip
+        even = _max(even, above_even)
+        odd = _max(odd, above_odd)
+        # The last column may be an even one; lanes further on are not stored.
+        odd = tl.where(has_odd, odd, float("-inf")).to(CARRY)
+        left = tl.gather(odd, left_lane, 1)
+        y = _max(_max(_max(even, odd), left), tl.zeros_like(even))
+        tl.store(to + p * (pooled_w * c_out), y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    config: StemConfig | None = None,
+) -> Tensor:
+    """max_pool(relu(conv(x) * scale + shift)) of operands that `stem_plan.why_not` lets pass.
+
+    Args:
+        x: (N, 3, H, W), float32, float16, bfloat16 or uint8, any strides.
+        weight: (C_out, 3, 7, 7), float16 or bfloat16, the dtype that is computed in; any strides.
+        scale, shift: (C_out,), floating point, or None.
+        mean, std: of three channels each: (x - mean) / std is convolved, of uint8 (x / 255 - mean) / std, in fp32 up to
+            there. Both or neither.
+
+    Returns:
+        (N, C_out, pooled_h, pooled_w) in weight's dtype, channels_last.
+    """
+    todo = plan(tuple(x.shape), weight.shape[0], multiprocessors(x.device), config)
+    config = todo.config
+    y = torch.empty(todo.y_shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
+    packed, packed_weight = pack(x, weight, mean, std, todo)
+    tensors = dict(x=packed, w_ptr=packed_weight, scale_ptr=dense(scale), shift_ptr=dense(shift), y_ptr=y)
+    fixed = todo.integers | dict(
+        BLOCK_W=config.block_w, BLOCK_C=BLOCK_C, DESCRIPTOR=config.descriptor,
+        UPCAST=is_interpreted() and weight.dtype == torch.bfloat16,
+    )  # fmt: skip
+    # Programs: strips, then segments of their rows, then images.
+    launching.launch(
+        _stem_kernel, (todo.programs,), x.device, tensors, fixed, todo.prepared,
+        {"x": todo.windows} if config.descriptor else None,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    return y
+
+
+def pack(
+    x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, todo: Plan
+) -> tuple[Tensor, Tensor]:
+    """Returns the image as (N, rows, columns, 4) and the weight as (BLOCK_C, 7, 8, 4), in weight's dtype."""
+    packed = torch.empty(todo.packed_shape, dtype=weight.dtype, device=x.device)
+    packed_weight = torch.empty(todo.packed_weight_shape, dtype=weight.dtype, device=x.device)
+    statistics = (0.0,) * 6 if mean is None else (*map(float, mean), *map(float, std))
+    numbers = (*todo.pack_integers, *x.stride(), weight.shape[0], *weight.stride(), *statistics)
+    constants = dict(NORMALISE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK)
+    if len(todo.packing) >= _MOST_LAYOUTS:
+        todo.packing.clear()
+    # Programs: blocks of pixels, image after image, then blocks of the weight.
+    launching.launch(
+        _pack_kernel, (todo.pack_programs,), x.device,
+        dict(x_ptr=x, packed_ptr=packed, w_ptr=weight, packed_w_ptr=packed_weight),
+        dict(zip(_PACK_NUMBERS, numbers, strict=True)) | constants, todo.packing.setdefault((numbers, mean is None), {}),
+        num_warps=PACK_WARPS, enable_fp_fusion=True,
+    )  # fmt: skip
+    return packed, packed_weight

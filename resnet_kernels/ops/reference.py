@@ -1,0 +1,88 @@
+"""Every op in plain PyTorch: the oracle (in fp64), the baseline and the fallback in one.
+
+Differentiable by PyTorch's own autograd, on any device and dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.geometry import Geometry
+
+
+def pad_if_asymmetric(x: Tensor, geometry: Geometry) -> Tensor:
+    """Returns x, zero-padded where conv2d's own (h, w) padding, `geometry.conv2d_padding`, can't express it."""
+    if geometry.symmetric:
+        return x
+    top, bottom, left, right = geometry.padding
+    return F.pad(x, (left, right, top, bottom))
+
+
+def conv_bias_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    scale: Tensor | None = None,
+    geometry: Geometry = Geometry(),
+    relu: bool = True,
+) -> Tensor:
+    """relu(conv(x, weight) * scale + bias + residual), rounded to x's dtype after the convolution and at the end."""
+    padded = pad_if_asymmetric(x, geometry)
+    y = torch.conv2d(padded, weight, None, geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)
+    # What follows the convolution is in fp32 at least, as BN is in eager PyTorch on half-precision data.
+    wide = y if y.dtype == torch.float64 else y.float()
+    if scale is not None:
+        wide = wide * scale.to(wide.dtype)[:, None, None]
+    if bias is not None:
+        wide = wide + bias.to(wide.dtype)[:, None, None]
+    if residual is not None:
+        wide = wide + residual
+    if relu:
+        wide = torch.relu(wide)
+    return wide.to(x.dtype)
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """relu(x + residual)."""
+    return torch.relu(x + residual)
+
+
+def batch_norm_act(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool = True,
+) -> Tensor:
+    """relu(BN(x) + residual), rounded to x's dtype after the BN, too."""
+    y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    # BN's backward needs its input alone, so what follows may go over its output.
+    if residual is not None:
+        y = y.add_(residual)
+    return torch.relu_(y) if relu else y
+
+
+def bn_scale_shift(
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, conv_bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """BN in eval mode after a convolution as y = conv * scale + shift, in fp32 (fp64 for fp64).
+
+    Source: Ioffe and Szegedy 2015, algorithm 2, line 11.
+    """
+    dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
+    # 1 / sqrt and not rsqrt: the approximate root errs by a whole channel at once.
+    scale = 1 / torch.sqrt(var.to(dtype) + eps)
+    if weight is not None:
+        scale = scale * weight.to(dtype)
+    centre = mean.to(dtype) if conv_bias is None else mean.to(dtype) - conv_bias.to(dtype)
+    shift = -centre * scale
+    return scale, shift if bias is None else shift + bias.to(dtype)

@@ -1,0 +1,1 @@
+"""Measuring: timing, profiling, rooflines, tuning, results files."""

@@ -1,0 +1,325 @@
+"""Where a model's time goes, module by module and kernel by kernel, from torch.profiler.
+
+    times = profile(lambda: model(x), model)       seconds of each kernel (on the CPU: of each operation), and in which module
+    rows = by_range(times, dataflow.trace(model, x), itemsize)    the same by module, beside what its roofline asks for
+
+Every module's call runs inside a profiler range that bears its path, and in a fused block each step does (profiler_ranges.py).
+A kernel belongs to the innermost. A backward's kernels are those of the forward that autograd made them for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, record_function
+
+from ..models.checks import at_least_one
+from ..runtime import profiler_ranges
+from ..runtime.fused_block import is_fused
+from . import timing
+from .roofline import bounds, kernel_groups
+from .roofline.bounds import Kernel, Machine
+from .roofline.network import Network, Operation
+
+KINDS = ("conv", "bn", "rest")
+
+_STEP = "resnet_kernels.profile step"
+_BACKWARD = "autograd::engine::evaluate_function: "
+_PATTERNS = {
+    "conv": re.compile(r"conv(?!ert)", re.I),
+    "bn": re.compile(r"batch_?norm|(^|_)bn_|_epilogue_|_fold_weights_", re.I),
+}
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """What one kernel (on the CPU: one operation, with all that it calls) took, on average, in one call of its module.
+
+    range: the profiler's range that it ran in: a module's path in the model, "layer1.0.conv1", or a fused step's,
+        "layer1.0.conv1+bn1+relu"; "" outside of all modules.
+    call: which call of that range in a step it was, from 0: a block may call one ReLU three times.
+    name: the CUDA kernel's, on the CPU the operation's ("aten::conv2d", "ConvolutionBackward0").
+    kind: "conv", "bn" or "rest", by the operation. A kernel that fuses them is a "conv".
+    backward: whether it ran in the backward of that range.
+    seconds: on the device, a step.
+    """
+
+    range: str
+    call: int
+    name: str
+    kind: str
+    backward: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RangeTime:
+    """One call of a range, forward or backward: its kernels, and what the least is that it has to compute and move.
+
+    layer: the convolution with its BN, add and ReLU that this belongs to, fused or not, "layer1.0.conv1+bn1+relu": the same
+        for an eager and a fused model. "" for what belongs to none (a check of ours), or to several (a block's own adds).
+    least: FLOPs and bytes (see roofline.py), with the step's own fusion; None for a backward, and where nothing is known.
+    """
+
+    range: str
+    call: int
+    backward: bool
+    kernels: tuple[KernelTime, ...]
+    layer: str = ""
+    least: Kernel | None = None
+
+    @property
+    def seconds(self) -> float:
+        return sum(kernel.seconds for kernel in self.kernels)
+
+    @property
+    def kind(self) -> str:
+        """That of most of its time."""
+        return max(KINDS, key=lambda kind: sum(k.seconds for k in self.kernels if k.kind == kind))
+
+
+def profile(
+    call: Callable[[], object],
+    model: nn.Module | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    steps: int = 5,
+    warm_up: int = 2,
+    trace: str | os.PathLike | None = None,
+) -> list[KernelTime]:
+    """Runs a step several times under torch.profiler; returns its kernels, in the order of their first launch.
+
+    While it profiles, nn.Module.__call__ is another one, for all threads: nothing else is to run models meanwhile.
+
+    Args:
+        call: one step, called without arguments: a forward, or a forward and a backward.
+        model: whose paths the ranges bear, plain or fused; all of its modules that `call` calls are seen. None for none: a
+            compiled model, whose modules are not called, or a captured one.
+        device: where the work is done, CPU or CUDA. On CUDA seconds are kernels', on the CPU operations'.
+        steps: that are averaged, at least 1. warm_up: steps before them, at least 1.
+        trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev) of these steps.
+
+    Raises:
+        TypeError: an argument of the wrong type. ValueError: a number out of range, another device, a compiled model.
+        RuntimeError: if a profiler is on already. What the call raises is passed on.
+    """
+    if not callable(call):
+        raise TypeError(f"call must be callable, got {type(call).__name__}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module or None, got {type(model).__name__}")
+    at_least_one(steps=steps, warm_up=warm_up)
+    device = torch.device(device)
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
+    for _ in range(warm_up):
+        call()
+    on_cuda = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    with _named_calls(model), torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(steps):
+            with record_function(_STEP):
+                call()
+        if on_cuda:
+            torch.cuda.synchronize(device)
+    if trace is not None:
+        profiler.export_chrome_trace(os.fspath(trace))
+    return _kernel_times(profiler.events(), on_cuda, steps)
+
+
+@contextlib.contextmanager
+def _named_calls(model: nn.Module | None) -> Iterator[None]:
+    """Has each call of a module run inside a range with its path.
+
+    By nn.Module.__call__, as torch.fx does it: a hook or a forward of its own would have a fused module run eager.
+    """
+    if model is None:
+        yield
+        return
+    paths = {id(module): path for path, module in model.named_modules() if path}
+    for path, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise ValueError("model must not be compiled: the modules inside are not called (model=None profiles it)")
+        if is_fused(module):
+            module.__dict__["_rk_state"].path = path
+    original = nn.Module.__call__
+
+    def named_call(self, *args, **kwargs):
+        path = paths.get(id(self))
+        if path is None:
+            return original(self, *args, **kwargs)
+        with record_function(profiler_ranges.PREFIX + path):
+            return original(self, *args, **kwargs)
+
+    nn.Module.__call__ = named_call
+    try:
+        yield
+    finally:
+        nn.Module.__call__ = original
+
+
+class _Place(NamedTuple):
+    """Where an event ran. operation: the outermost inside the range; "" for what is no operation."""
+
+    range: str = ""
+    call: int = 0
+    backward: bool = False
+    operation: str = ""
+    kind: str = "rest"
+
+
+def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[KernelTime]:
+    """Adds up torch.profiler's events, which come in the order of their starts and know their parents."""
+    seconds: dict[KernelTime, float] = defaultdict(float)
+    places: dict[int, _Place] = {}
+    forward_of: dict[tuple[int, int], _Place] = {}
+    calls: Counter[str] = Counter()
+    homeless: Counter[str] = Counter()  # device time of kernels that no operation launched, in us
+    annotations: set[str] = set()
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            homeless[event.name] += event.time_range.elapsed_us()
+            continue
+        if event.is_user_annotation:
+            annotations.add(event.name)
+        around = places.get(id(event.cpu_parent), _Place())
+        if event.name == _STEP:
+            calls.clear()
+            places[id(event)] = _Place()
+            continue
+        if event.name.startswith(profiler_ranges.PREFIX):
+            range_ = event.name.removeprefix(profiler_ranges.PREFIX)
+            if range_ == around.range:  # a step that is a module's call
+                places[id(event)] = around._replace(operation="")
+            else:
+                places[id(event)] = _Place(range_, calls[range_], around.backward)
+                calls[range_] += 1
+            continue
+        place = around if around.operation else _enter(event, around, forward_of)
+        # Somebody else's range is no operation, but what it does between its operations may be a compiled model's.
+        places[id(event)] = place._replace(operation="") if event.is_user_annotation else place
+        if not place.backward:
+            # The last operation to begin under a number is the one whose gradient bears it.
+            forward_of[event.thread, event.sequence_nr] = place
+        if on_cuda and not event.is_user_annotation:
+            for kernel in event.kernels:
+                homeless[kernel.name] -= kernel.duration
+                kind = _kind(kernel.name) if place.kind == "rest" else place.kind
+                seconds[_key(place, kernel.name, kind)] += kernel.duration / 1e6
+        elif not on_cuda:
+            seconds[_key(place, place.operation, place.kind)] += event.self_cpu_time_total / 1e6
+    for name, microseconds in homeless.items():
+        # A range has a shadow on the device, from its first kernel to its last.
+        if on_cuda and name not in annotations and microseconds > 1e-3:
+            seconds[_key(_Place(), name, _kind(name))] += microseconds / 1e6
+    return [KernelTime(**{**vars(key), "seconds": total / steps}) for key, total in seconds.items()]
+
+
+def _enter(event: Any, around: _Place, forward_of: dict[tuple[int, int], _Place]) -> _Place:
+    """The place of an operation that is the outermost in its range."""
+    name = event.name.removeprefix(_BACKWARD)
+    if name != event.name:
+        forward = forward_of.get((event.fwd_thread, event.sequence_nr), _Place())
+        around = forward._replace(backward=True)
+    return around._replace(operation=name, kind=_kind(name))
+
+
+def _key(place: _Place, name: str, kind: str) -> KernelTime:
+    return KernelTime(place.range, place.call, name, kind, place.backward, 0.0)
+
+
+def _kind(name: str) -> str:
+    return next((kind for kind, pattern in _PATTERNS.items() if pattern.search(name)), "rest")
+
+
+def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[RangeTime]:
+    """Puts kernels together that ran in one call of a range, and finds the operations of a network that this call was.
+
+    Args:
+        times: what `profile` returned for a model.
+        net: dataflow.trace of the same model, fused or not, on an input of the same shape.
+        itemsize: bytes of an element.
+    """
+    kernels: dict[tuple[str, int, bool], list[KernelTime]] = defaultdict(list)
+    for time in times:
+        kernels[time.range, time.call, time.backward].append(time)
+    n_calls = Counter(range_ for range_, _, backward in kernels if not backward)
+    layers = kernel_groups.layers(net)
+    layer_of = {operation: layer for layer in layers for operation in layer.operations}
+    least = dict(zip(net.operations, bounds.eager(net, itemsize)))
+    least_of_layer = dict(zip(layers, bounds.per_layer(net, itemsize)))
+    # In training a step's convolution is a call of its own, and so are others, before the rest of them runs as one.
+    steps = [range_ for range_ in n_calls if "+" in range_ and _path(range_) not in n_calls]
+    firsts = {range_: [_operations(net, range_, call, n_calls) for call in range(n_calls[range_])] for range_ in steps}
+    swallowed = {o for calls in firsts.values() for own in calls if own for o in layer_of[own[0]].operations}
+    rows = []
+    for (range_, call, backward), inside in kernels.items():
+        own = _operations(net, range_, call, n_calls)
+        if range_ not in firsts:
+            own = [operation for operation in own if operation not in swallowed]
+        here = {layer_of[operation] for operation in own}
+        layer = here.pop() if len(here) == 1 else None
+        bound = None
+        if not backward and own and range_ in firsts:
+            bound = least_of_layer[layer]
+        elif not backward and own and "+" not in range_:
+            bound = _sum(range_, [least[operation] for operation in own])
+        rows.append(RangeTime(range_, call, backward, tuple(inside), layer.name if layer else "", bound))
+    return rows
+
+
+def _path(range_: str) -> str:
+    """Of the module that a range begins with; for one of the functions add and add_relu, of an add."""
+    return range_.split("+")[0].removesuffix("_relu")
+
+
+def _operations(net: Network, range_: str, call: int, n_calls: Mapping[str, int]) -> list[Operation]:
+    """The operation that a fused step begins with, or all that a module's call is but for its children's."""
+    path = _path(range_)
+    own = [
+        operation
+        for operation in net.operations
+        if operation.name == path or (operation.name == f"{path}.{operation.kind}" and operation.name not in n_calls)
+    ]
+    share, rest = divmod(len(own), max(n_calls.get(range_, 0), 1))
+    return [] if rest else own[call * share : (call + 1) * share]
+
+
+def _sum(name: str, kernels: Sequence[Kernel]) -> Kernel:
+    parts = ((k.flops, k.hbm_bytes, k.l2_bytes) for k in kernels)
+    return Kernel(name, *map(sum, zip(*parts)))
+
+
+def ceilings(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Machine:
+    """The rates that a large product and a copy reach here and now, the fastest of some rounds; L2 is not measured.
+
+    The product is the faster of a matmul and a 1x1 convolution, which PyTorch lets run in TF32 where it doesn't a matmul.
+
+    Args:
+        device: CPU or CUDA. dtype: floating point.
+        seconds: to spend, about.
+    """
+    size, elements = (8192, 2**29) if torch.device(device).type == "cuda" else (1024, 2**24)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    image = a.t().reshape(1, size, size, 1).contiguous(memory_format=torch.channels_last)
+    source = torch.zeros(elements, dtype=dtype, device=device)
+    target = torch.zeros_like(source)  # and not empty: its pages are to be there
+    calls = {
+        "matmul": lambda: torch.mm(a, b, out=product),
+        "convolution": lambda: torch.conv2d(image, b[:, :, None, None]),
+        "copy": lambda: target.copy_(source),
+    }
+    fastest = {
+        name: min(samples.samples) for name, samples in timing.interleave(calls, seconds=seconds, device=device).items()
+    }
+    moved = 2 * elements * source.element_size()
+    return Machine(2 * size**3 / min(fastest["matmul"], fastest["convolution"]), moved / fastest["copy"])

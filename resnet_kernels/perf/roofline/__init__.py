@@ -1,0 +1,1 @@
+"""How fast a network could be at most, and what it launches."""

@@ -1,0 +1,215 @@
+"""What a network computes for one batch, as data: its operations, the values that they read and write, and FLOPs.
+
+The network runs once on the meta device under a dispatch mode that writes each ATen operation down, so any PyTorch module
+that runs there can be seen, whatever its forward looks like; nothing is computed and no weight is needed. reader.py sees a
+block before it has shapes; this sees a whole network with them.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+# By an ATen operation's name, in-place variants included. Anything else is "other": bytes alone, attention's products too.
+_KINDS = {
+    "convolution": "conv",
+    "mm": "matmul",
+    "addmm": "matmul",
+    "native_batch_norm": "bn",
+    "cudnn_batch_norm": "bn",
+    "_native_batch_norm_legit_no_training": "bn",
+    "relu": "relu",
+    "add": "add",
+    "max_pool2d_with_indices": "max_pool",
+    "constant_pad_nd": "pad",
+}
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A convolution or matrix product as an implicit GEMM: (m, k) times (k, n), k = c_in / groups * taps.
+
+    m: output pixels, or rows. n: output channels of all groups. c_in: input channels of all groups.
+    kernel_size, stride: per axis, () for a matrix product. groups: of channels that see only each other.
+    """
+
+    m: int
+    n: int
+    c_in: int
+    kernel_size: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    groups: int = 1
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel_size)
+
+    @property
+    def flops(self) -> int:
+        """A multiplication and an addition each count as one."""
+        return 2 * self.m * self.weights
+
+    @property
+    def weights(self) -> int:
+        """Elements of the weight."""
+        return self.n * self.c_in // self.groups * self.taps
+
+    @property
+    def is_pointwise(self) -> bool:
+        """A 1x1 convolution at stride 1: pixel in, pixel out."""
+        return bool(self.kernel_size) and self.taps == 1 and math.prod(self.stride) == 1
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One ATen operation.
+
+    name: its module's path, and its kind where a module has several. kind: conv, matmul, bn, relu, add, max_pool, pad or
+    other. reads: (value, elements read of it) for each activation. writes: the value it makes. elements: of that value.
+    gemm: of a conv or matmul.
+    """
+
+    name: str
+    kind: str
+    reads: tuple[tuple[int, int], ...]
+    writes: int
+    elements: int
+    gemm: Gemm | None = None
+
+
+@dataclass(frozen=True)
+class Network:
+    """The operations in the order of eager's calls. Value 0 is the input; `results` are the values that the caller gets."""
+
+    operations: tuple[Operation, ...]
+    results: frozenset[int]
+    batch_size: int
+
+    @cached_property
+    def readers(self) -> Counter[int]:
+        """How many operations read a value; the caller is one, too."""
+        read = Counter(value for operation in self.operations for value, _ in operation.reads)
+        return read + Counter(self.results)
+
+
+def trace(model: nn.Module, x: Tensor) -> Network:
+    """Runs a copy of a model in eval mode on the meta device and returns what it did.
+
+    Args:
+        model: any module of one tensor; it is left as it is.
+        x: (N, ...), only its shape and dtype matter.
+
+    Raises:
+        ValueError: if the model runs a transposed convolution, or no convolution and no matrix product at all.
+    """
+    # The copy gets hooks of ours and loses its numbers.
+    model = copy.deepcopy(model).to("meta").eval()
+    mode = _Tracer(model)
+    x = x.to("meta")
+    mode.value_of(x, make=True)
+    with torch.no_grad(), mode:
+        y = model(x)
+    if all(operation.gemm is None for operation in mode.operations):
+        raise ValueError(f"model must have a convolution or a linear layer, got a {type(model).__name__} without one")
+    values = (mode.value_of(tensor) for tensor in tree_leaves(y) if isinstance(tensor, Tensor))
+    results = frozenset(value for value in values if value is not None)
+    return Network(tuple(mode.operations), results, x.shape[0])
+
+
+class _Tracer(TorchDispatchMode):
+    """Writes operations down. A value is a storage between two writes, so views and in-place operations need no thought."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.operations: list[Operation] = []
+        self.values: dict[int, int] = {}
+        self.n_values = 0
+        self.kept: list[Any] = []  # storages, as an address may be given out again
+        self.path: list[tuple[str, nn.Module]] = []
+        self.parameters = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        for path, module in model.named_modules():
+            module.register_forward_pre_hook(lambda module, _, path=path: self.path.append((path, module)))
+            module.register_forward_hook(self._leave)
+
+    def _leave(self, *_) -> None:
+        self.path.pop()
+
+    def value_of(self, tensor: Tensor, make: bool = False) -> int | None:
+        """The value that a tensor holds, a new one if asked for; None for a constant that no operation made."""
+        if make:
+            self.kept.append(tensor.untyped_storage())
+            self.values[_storage(tensor)] = self.n_values
+            self.n_values += 1
+        return self.values.get(_storage(tensor))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, (tuple, list)) else out
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        if isinstance(first, Tensor):
+            is_view = not func._schema.is_mutable and any(_storage(t) == _storage(first) for t in inputs)
+            if not is_view:
+                kind = _KINDS.get(func.overloadpacket.__name__.rstrip("_"), "other")
+                self._write_down(kind, args, inputs, first)
+        return out
+
+    def _write_down(self, kind: str, args: tuple, inputs: list[Tensor], out: Tensor) -> None:
+        # Before the output's: an in-place operation reads the old value of what it writes.
+        reads = [(self.value_of(t), t.numel()) for t in inputs if _storage(t) not in self.parameters]
+        reads = [(value, n) for value, n in reads if value is not None]
+        if not reads:
+            self.value_of(out, make=True)  # zeros or an arange: no work on the image
+            return
+        gemm = None
+        if kind == "conv":
+            gemm = _conv(args, out)
+            reads = [(reads[0][0], pixels_read(args[0], gemm.kernel_size, out))]
+        elif kind == "matmul" and _storage(inputs[-1]) in self.parameters:
+            a, b = inputs[-2:]
+            gemm = Gemm(m=a.shape[0], n=b.shape[1], c_in=a.shape[1])
+        elif kind == "max_pool":
+            reads = [(reads[0][0], pixels_read(args[0], args[1], out))]
+        elif kind == "matmul" or (kind == "add" and len(reads) != 2):
+            kind = "other"
+        path, module = self.path[-1] if self.path else ("", self.model)
+        alone = not module._modules and kind != "pad"
+        name = path if alone and path else f"{path}.{kind}".lstrip(".")
+        self.operations.append(Operation(name, kind, tuple(reads), self.value_of(out, make=True), out.numel(), gemm))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _conv(args: Sequence[Any], out: Tensor) -> Gemm:
+    """The GEMM of aten.convolution."""
+    x, weight, _, stride, _, dilation, transposed, _, groups = args
+    if transposed:
+        raise ValueError("model must have no transposed convolution, got one: its GEMM is another")
+    return Gemm(
+        m=out.shape[0] * math.prod(out.shape[2:]),
+        n=out.shape[1],
+        c_in=x.shape[1],
+        kernel_size=tuple(weight.shape[2:]),
+        stride=tuple(stride),
+        dilation=tuple(dilation),
+        groups=groups,
+    )
+
+
+def pixels_read(x: Tensor, kernel_size: Sequence[int], out: Tensor) -> int:
+    """Elements of x that windows touch: one smaller than its stride passes over rows and columns."""
+    touched = [min(size, n * k) for size, n, k in zip(x.shape[2:], out.shape[2:], kernel_size)]
+    return x.shape[0] * x.shape[1] * math.prod(touched)

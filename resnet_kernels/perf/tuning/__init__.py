@@ -1,0 +1,1 @@
+"""Finding the fastest right candidate for each layer on this device, and writing it down."""

@@ -1,0 +1,261 @@
+"""Measuring a table: for each problem every candidate is checked against fp64 first, and then timed against the others.
+
+A candidate that is wrong, or that raises, can't win; the record says why. Wrong is what it is everywhere: a relative norm
+error above twice that of eager PyTorch in the same dtype, plus one rounding.
+
+The winner has to be faster than what runs without a table by every clock: as a call, which on a GPU includes the time that
+the host keeps the GPU waiting, and, on a GPU, as a CUDA graph, which does not. So a table makes neither slower.
+
+    problems.py   which problems a model has, and their candidates
+    measure       one problem -> one record, ready for JSON
+    table_file.py     a device's records in a file
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...ops import tuned_table
+from ..timing import Timing, interleave, ratio
+from .table_file import environment
+
+Outputs = Tensor | tuple[Tensor, ...]
+
+# A graph holds as many calls as last this long, so that launching it and reading the clock don't count.
+_GRAPH_SECONDS, _MOST_CALLS = 2e-4, 20
+# Elements of a tensor that are compared at a time: fp64 copies of a whole activation at batch 256 take gigabytes.
+_COMPARED = 2**25
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A choice to be measured.
+
+    key: what `ops.tuned.choice` looks up. batch: images.
+    operands: makes what all the callables below take; random, the same in each call.
+    candidates: by name, with `default`, which runs without a table, among them.
+    eager: plain PyTorch in `dtype`, whose error is the budget. reference: the truth, in fp64, or in fp32 where that loses
+        nothing that the dtype could show.
+    flops, bytes: of one call; bytes of HBM, each tensor once.
+    calls: how often the model has this problem.
+    """
+
+    key: str
+    batch: int
+    dtype: torch.dtype
+    device: torch.device
+    default: str
+    candidates: Mapping[str, Callable[..., Outputs]]
+    operands: Callable[[], tuple]
+    eager: Callable[..., Outputs]
+    reference: Callable[..., Outputs]
+    flops: int
+    bytes: int
+    calls: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.key}, batch {self.batch}, {tuned_table.dtype_name(self.dtype)}"
+
+
+class DeviceLost(RuntimeError):
+    """A candidate left the GPU in a state in which nothing runs any more. record: the problem's, which names it."""
+
+    def __init__(self, message: str, record: dict[str, Any]):
+        super().__init__(message)
+        self.record = record
+
+
+def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[str, Any]:
+    """Checks and times a problem's candidates.
+
+    Args:
+        seconds: to spend on timing, all candidates together; the checks and, on a GPU, compiling come on top.
+        samples: keep every sample, and not only median, p20 and p80.
+
+    Returns:
+        The record. `winner` is a name, or None: no candidate is right, or the problem does not fit into memory (`failed`).
+        Times are in seconds a call.
+
+    Raises:
+        DeviceLost: a candidate broke the GPU; the record then has no winner.
+    """
+    record = {
+        "key": problem.key,
+        "batch": problem.batch,
+        "dtype": tuned_table.dtype_name(problem.dtype),
+        "winner": None,
+        "default": problem.default,
+        "flops": problem.flops,
+        "bytes": problem.bytes,
+        "candidates": {},
+        "measured": environment(problem.device),
+    }
+    with torch.no_grad():
+        try:
+            operands = problem.operands()
+            check_candidates(problem, operands, record)
+        except torch.OutOfMemoryError as error:
+            record["failed"] = f"{error}"[:500]
+            return record
+        calls = {
+            name: (lambda run=problem.candidates[name]: run(*operands))
+            for name, row in record["candidates"].items()
+            if "refused" not in row
+        }
+        if not calls:
+            return record
+        calls = _near_the_best(calls, problem, record)
+        clocks = _time(calls, seconds, problem.device)
+    for clock, timings in clocks.items():
+        for name, timing in timings.items():
+            values = timing.to_dict()
+            if not samples:
+                del values["samples"]
+            record["candidates"][name][clock] = values
+    record["winner"] = fastest(problem.default, list(clocks.values()))
+    return record
+
+
+def fastest(default: str, clocks: list[dict[str, Timing]]) -> str:
+    """The best by the last clock of those that beat the default by every clock, round against round; else the default.
+
+    A default that is not among them was wrong: then the best of what is right.
+    """
+    names = list(clocks[-1])
+    if default in names:
+        names = [n for n in names if n == default or all(ratio(clock[n], clock[default]) < 1 for clock in clocks)]
+    return min(names, key=lambda name: clocks[-1][name].median)
+
+
+def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) -> None:
+    """Fills record["candidates"] in: error and budget of each, and why it is refused.
+
+    Raises:
+        DeviceLost: if a candidate has left the GPU in a state in which nothing runs any more.
+    """
+    truth = as_tuple(problem.reference(*operands))
+    eager = as_tuple(problem.eager(*operands))
+    rounding = tuned_table.rounding(problem.dtype, problem.device)
+    budgets = [2 * _error(y, oracle) + rounding for y, oracle in zip(eager, truth, strict=True)]
+    del eager
+    for name, run in problem.candidates.items():
+        row = record["candidates"][name] = {}
+        try:
+            for oracle in truth:
+                # The allocator hands the same memory out again: NaN there, and not the last candidate's right values.
+                torch.full_like(oracle, math.nan, dtype=problem.dtype)
+            outputs = as_tuple(run(*operands))
+            _synchronise(problem.device)
+            row.update(_judge(outputs, truth, budgets, problem.dtype))
+        except Exception as error:
+            row["refused"] = f"{type(error).__name__}: {error}"[:500]
+            try:
+                _synchronise(problem.device)
+            except RuntimeError as lost:
+                row["refused"] += " (and the GPU with it)"
+                raise DeviceLost(f"{name} on {problem}: {lost}", record) from error
+
+
+def _judge(outputs: tuple, truth: tuple, budgets: list[float], dtype: torch.dtype) -> dict[str, Any]:
+    if len(outputs) != len(truth):
+        return {"refused": f"gives {len(outputs)} tensors, not {len(truth)}"}
+    for y, oracle in zip(outputs, truth):
+        if y.shape != oracle.shape:
+            return {"refused": f"gives shape {tuple(y.shape)}, not {tuple(oracle.shape)}"}
+    if outputs[0].dtype != dtype:
+        return {"refused": f"gives {outputs[0].dtype}, not {dtype}"}
+    errors = [_error(y, oracle) for y, oracle in zip(outputs, truth)]
+    # `not <=`: NaN is over any budget, and an eager result that overflows is none.
+    worst = max(range(len(errors)), key=lambda i: (not errors[i] <= budgets[i], errors[i] / budgets[i]))
+    # JSON knows no NaN.
+    row = {what: x if math.isfinite(x) else None for what, x in (("error", errors[worst]), ("budget", budgets[worst]))}
+    if not errors[worst] <= budgets[worst] < math.inf:
+        row["refused"] = f"errs by {errors[worst]:.2e}, more than {budgets[worst]:.2e}"
+    return row
+
+
+def _error(y: Tensor, oracle: Tensor) -> float:
+    """||y - oracle|| / ||oracle||."""
+    step = max(1, _COMPARED // max(1, oracle[:1].numel()))
+    difference = size = 0.0
+    for part, truth in zip(y.split(step), oracle.split(step)):
+        truth = truth.double()
+        difference += (part.double() - truth).square().sum().item()
+        size += truth.square().sum().item()
+    return (difference / size) ** 0.5 if size else difference**0.5
+
+
+def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
+    """What a callable of a Problem returns, as a tuple also where it is one tensor."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _near_the_best(
+    calls: dict[str, Callable[[], object]], problem: Problem, record: dict[str, Any]
+) -> dict[str, Callable[[], object]]:
+    """The calls that a glance finds within three times the fastest, and the default; the record says which are left out."""
+    quick = {name: glance(call, problem.device) for name, call in calls.items()}
+    best = min(quick.values())
+    for name, seconds in quick.items():
+        if seconds > 3 * best and name != problem.default:
+            record["candidates"][name]["dropped"] = f"{seconds / best:.1f} times as long as the fastest at first sight"
+    return {name: call for name, call in calls.items() if "dropped" not in record["candidates"][name]}
+
+
+def glance(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the best of two rounds of three: enough to tell a factor of 3, not to choose a winner."""
+    rounds = []
+    for _ in range(2):
+        _synchronise(device)
+        begin = time.perf_counter()
+        for _ in range(3):
+            call()
+        _synchronise(device)
+        rounds.append((time.perf_counter() - begin) / 3)
+    return min(rounds)
+
+
+def _time(calls: dict[str, Callable[[], object]], seconds: float, device: torch.device) -> dict[str, dict[str, Timing]]:
+    if device.type != "cuda":
+        return {"call": interleave(calls, seconds=seconds, device=device)}
+    clocks = {"call": interleave(calls, seconds=seconds / 2, device=device)}
+    shortest = min(timing.median for timing in clocks["call"].values())
+    repeats = max(1, min(_MOST_CALLS, round(_GRAPH_SECONDS / max(shortest, 1e-9))))
+    try:
+        graphs = {name: _captured(call, repeats, device) for name, call in calls.items()}
+    except RuntimeError:
+        return clocks  # one of them can't be captured, so no graph has to choose between them
+    timings = interleave({name: graph.replay for name, graph in graphs.items()}, seconds=seconds / 2, device=device)
+    clocks["graph"] = {
+        name: Timing(tuple(sample / repeats for sample in timing.samples)) for name, timing in timings.items()
+    }
+    return clocks
+
+
+def _captured(call: Callable[[], object], repeats: int, device: torch.device) -> torch.cuda.CUDAGraph:
+    # Not torch.cuda.graph: it empties the allocator's cache each time, and there are hundreds of graphs to capture.
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        call()  # what an op makes for each stream, cuDNN's handle for one
+        stream.synchronize()
+        graph.capture_begin()
+        try:
+            for _ in range(repeats):
+                call()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return graph

@@ -1,0 +1,314 @@
+"""tune: measures the layers of a model in the user's own process, and writes a table that `auto` runs by at once.
+
+`measure` is the way that rk.tune and the command line share: problems one after another, dearest first, within a budget; each
+record is written as soon as it is there, so whoever stops it keeps what was measured, and the next call goes on from there.
+
+    problems.py    which problems a model has, and their candidates
+    autotuner.py      one problem -> one record
+    table_file.py      a device's records in a file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...fusion.text_table import table
+from ...graph import reader
+from ...ops import tuned_table
+from ...ops.library import autocast_dtype
+from ...runtime import eligibility, fused_block
+from ...runtime.gpu import multi_layer
+from . import autotuner, problems, table_file
+from .autotuner import Problem
+
+# Per problem: rounds enough for some dozen candidates of some 0.3 ms.
+SECONDS_EACH = 2.0
+
+
+@dataclass(frozen=True)
+class TunedLayer:
+    """One layer, or several that could share a launch, at one batch size.
+
+    layer: its shapes, as the table's key has them. candidates: how many ways to run it there are; refused: how many of them
+    gave wrong numbers or failed. winner: the fastest that is right; None if none is, or if memory did not suffice.
+    seconds: the winner's, in a CUDA graph where there are graphs. gain: how many times as fast as what runs without a table;
+    1 where that won; None where there is no telling, as nothing won or what would run gives wrong numbers.
+    """
+
+    layer: str
+    batch: int
+    candidates: int
+    refused: int
+    winner: str | None
+    seconds: float | None
+    gain: float | None
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """Layers in the order in which they were measured, the dearest first; `print` it for a table.
+
+    path: the table's file, None where there was nothing to tune; reason: why not. known: how many layers these versions had
+    measured before. left: how many the time did not suffice for.
+    """
+
+    layers: tuple[TunedLayer, ...] = ()
+    path: Path | None = None
+    known: int = 0
+    left: int = 0
+    reason: str = ""
+
+    def __iter__(self) -> Iterator[TunedLayer]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        if self.reason:
+            return f"nothing to tune: {self.reason}"
+        cells = [
+            (
+                row.layer,
+                str(row.batch),
+                f"{row.candidates} ({row.refused} refused)" if row.refused else str(row.candidates),
+                row.winner or "none",
+                "" if row.seconds is None else f"{1e6 * row.seconds:.1f}",
+                "" if row.gain is None else f"{row.gain:.2f}x",
+            )
+            for row in self.layers
+        ]
+        measured = len(self.layers) - self.known
+        lines = [f"{measured} problems measured, {self.known} known already: {self.path}"]
+        if self.left:
+            lines.append(f"{self.left} were left when the time was up: tuning again goes on")
+        return "\n".join((table(("layer", "batch", "candidates", "winner", "us", "gain"), cells), *lines))
+
+
+def tune(
+    model: nn.Module, x: Tensor, *, training: bool = False, seconds: float | None = None, progress: bool = True
+) -> TuneResult:
+    """Measures every candidate for a fused model's layers on this GPU; `auto` runs by the result from the next call on.
+
+    A candidate wins only if its numbers are right and it is faster than what runs without a table. The winners go into the
+    table in the user's cache directory, where later processes find them. What these versions of PyTorch, Triton and this
+    package have measured there already is not measured again. The model itself is not run: a copy is, once.
+
+    Args:
+        model: fused for `backend="auto"`, in eval mode unless `training`.
+        x: a batch like those to come: its shape, dtype and device, and the autocast that is on, are what is measured for.
+        training: measures BN, add and ReLU of a training step, and not inference.
+        seconds: to spend in all; None for about 2 a layer. What is left undone then, another call goes on with.
+        progress: shows a bar on stderr: tqdm's, if that is installed, else a line a layer.
+
+    Returns:
+        A TuneResult: a row a layer, for `print`. It says "nothing to tune", and nothing was changed, where no candidates are:
+        on a CPU, for a model in which no block is fused, or one that was fused for another backend than "auto".
+
+    Raises:
+        TypeError, ValueError: an argument that is none of the above; no home directory for the table, or a file in its place
+            that is no table of this device.
+        RuntimeError: inside the capture of a CUDA graph, or when a candidate broke the GPU, which is passed over next time.
+    """
+    _check(model, x, training, seconds)
+    model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
+    reason = _why_nothing(model, x)
+    if reason is None:
+        with torch.inference_mode(False), torch.random.fork_rng([x.device] if x.is_cuda else []), _on(x.device):
+            result = _tune(model, x, training, seconds, progress)
+    else:
+        result = TuneResult(reason=reason)
+    if result.reason and progress:
+        print(result, file=sys.stderr)
+    return result
+
+
+def _tune(model: nn.Module, x: Tensor, training: bool, seconds: float | None, progress: bool) -> TuneResult:
+    deadline = None if seconds is None else time.perf_counter() + seconds
+    dtype = _dtype(model, x)
+    noted = problems.note(model, x, training=training)
+    key = tuned_table.device_key(x.device)
+    with torch.autocast(x.device.type, enabled=False):
+        own = problems.build(noted, [x.shape[0]], dtype, x.device)
+        if not any(len(problem.candidates) > 1 for problem in own):
+            return TuneResult(reason=f"in {dtype} no layer of this model has a choice on {x.device}")
+        file = table_file.Table(default_path(key), key)
+        try:
+            return measure({_name(model, x): own}, file, training=training, deadline=deadline, progress=progress)
+        finally:
+            tuned_table.forget()  # the next call reads what is in the file by now
+
+
+def measure(
+    layers: Mapping[str, Sequence[Problem]],
+    file: table_file.Table,
+    *,
+    training: bool = False,
+    deadline: float | None = None,
+    again: bool = False,
+    samples: bool = False,
+    progress: bool = False,
+) -> TuneResult:
+    """Measures the problems of models, of one device, and writes each record into `file` at once.
+
+    Args:
+        layers: problems by the name of their model; what two models share is measured once.
+        training: adds a record for each whole model, which says whether it trains on our kernels.
+        deadline: by time.perf_counter(); None for SECONDS_EACH a problem.
+        again: also measures what these versions have measured already.
+        samples: keeps all samples, and not only medians, p20 and p80.
+
+    Raises:
+        RuntimeError: when a candidate broke the GPU; the file has it.
+    """
+    todo = {(problem.key, problem.batch): problem for own in layers.values() for problem in own}
+    records = {
+        identity: record
+        for identity, problem in todo.items()
+        if not again and (record := file.has(*identity, tuned_table.dtype_name(problem.dtype)))
+    }
+    known = len(records)
+    queue = [problem for identity, problem in todo.items() if identity not in records]
+    left = len(queue)
+    with _cudnn_at_its_best(), contextlib.closing(_shown(queue, progress)) as shown:
+        for problem in shown:
+            seconds = _share(deadline, left)
+            if seconds <= 0:
+                break
+            if problem.default == multi_layer.APART:
+                tuned_table.forget()  # apart, its layers run as this table says by now
+            try:
+                record = autotuner.measure(problem, seconds, samples=samples)
+            except autotuner.DeviceLost as lost:
+                file.put(lost.record)
+                raise RuntimeError(f"{lost}; it is noted in {file.path}, and will be passed over next time") from None
+            records[problem.key, problem.batch] = record
+            file.put(record)
+            left -= 1
+    if training:
+        _sum_up(layers, records, file)
+    rows = tuple(_row(records[identity]) for identity in todo if identity in records)
+    return TuneResult(rows, file.path, known, left)
+
+
+def default_path(key: tuned_table.DeviceKey) -> Path:
+    """The table of a device in the user's cache directory."""
+    directory = tuned_table.cache_directory()
+    if directory is None:
+        raise ValueError(f"there is no home directory to put the table in: set {tuned_table.CACHE_VARIABLE}")
+    return directory / key.file_name
+
+
+def _check(model: object, x: object, training: bool, seconds: float | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if not eligibility.is_ordinary(x):
+        raise TypeError(f"x must be a tensor of images like those to come, got {type(x).__name__}")
+    if x.dim() != 4 or 0 in x.shape:
+        raise ValueError(f"x must be a batch of images, (N, C, H, W), got shape {tuple(x.shape)}")
+    if seconds is not None and not seconds > 0:
+        raise ValueError(f"seconds must be more than 0, or None for {SECONDS_EACH:g} a layer, got {seconds!r}")
+    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("tune can't run while a CUDA graph is captured: it waits for the GPU; call it before")
+    if model.training and not training:
+        raise ValueError(
+            "model is in train() mode: call model.eval() first, or tune(..., training=True) for a training step's layers"
+        )
+    weight = next(model.parameters(), x)
+    if weight.device != x.device:
+        raise ValueError(f"x is on {x.device} and the model on {weight.device}: move one to the other's device")
+
+
+def _why_nothing(model: nn.Module, x: Tensor) -> str | None:
+    backends = {m.__dict__["_rk_state"].backend for m in model.modules() if fused_block.is_fused(m)}
+    if not backends:
+        return "no block of this model is fused; rk.fuse fuses it, rk.explain says what can't be"
+    if "auto" not in backends:
+        return f'the model is fused for backend="{min(backends)}", and only "auto" asks a table'
+    if tuned_table.device_key(x.device) is None:
+        return f"only CUDA devices have candidates to choose from, and the model is on {x.device}"
+    return None
+
+
+def _dtype(model: nn.Module, x: Tensor) -> torch.dtype:
+    """The dtype that the model's convolutions compute x in."""
+    state = model.__dict__.get("_rk_state")
+    if state is not None and state.normalize is not None:
+        x = next(p for p in model.parameters() if p.is_floating_point())
+    return autocast_dtype(x) or x.dtype
+
+
+def _name(model: nn.Module, x: Tensor) -> str:
+    """A whole model's name in its record: two of one class are told apart by their size."""
+    size = sum(p.numel() for p in model.parameters())
+    return f"{reader.original_class(model).__name__} of {size} parameters {'x'.join(map(str, x.shape[1:]))}"
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager:
+    # Graphs are captured, and kernels launched, on the current device.
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _cudnn_at_its_best() -> Iterator[None]:
+    """Has cuDNN choose its algorithms by measuring: that is what the others have to beat."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def _shown(queue: Sequence[Problem], progress: bool) -> Iterator[Problem]:
+    """The queue; on stderr, if asked for, what is being measured and how much is left."""
+    if not progress:
+        yield from queue
+        return
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        for i, problem in enumerate(queue):
+            print(f"tune [{i + 1}/{len(queue)}] {problem}", file=sys.stderr, flush=True)
+            yield problem
+        return
+    with tqdm(queue, desc="tune", unit="layer", file=sys.stderr, dynamic_ncols=True) as bar:
+        for problem in bar:
+            bar.set_postfix_str(str(problem))
+            yield problem
+
+
+def _share(deadline: float | None, problems_left: int) -> float:
+    """Seconds for the next problem's timing; half of its share of what is left, as it has to be compiled, too."""
+    if deadline is None:
+        return SECONDS_EACH
+    return min(SECONDS_EACH, (deadline - time.perf_counter()) / problems_left / 2)
+
+
+def _sum_up(
+    layers: Mapping[str, Sequence[Problem]], records: Mapping[tuple[str, int], dict[str, Any]], file: table_file.Table
+) -> None:
+    """A record a model and batch, if all its layers were measured: what `ops.tuned.trains` reads."""
+    for whole, own in layers.items():
+        for batch in dict.fromkeys(problem.batch for problem in own):
+            mine = [(p.calls, records.get((p.key, p.batch))) for p in own if p.batch == batch]
+            if all(record is not None for _, record in mine):
+                file.put(problems.training_record(whole, mine))
+
+
+def _row(record: dict[str, Any]) -> TunedLayer:
+    rows = record["candidates"]
+    times = {name: row.get("graph", row["call"])["median"] for name, row in rows.items() if "call" in row}
+    winner, default = record["winner"], record["default"]
+    seconds = times.get(winner)
+    gain = times[default] / seconds if seconds and default in times else None
+    refused = sum("refused" in row for row in rows.values())
+    return TunedLayer(record["key"], record["batch"], len(rows), refused, winner, seconds, gain)

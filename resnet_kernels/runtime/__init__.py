@@ -1,0 +1,1 @@
+"""Calling a fused module: may this call run fused, and how it then runs."""

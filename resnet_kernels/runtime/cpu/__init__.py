@@ -1,0 +1,1 @@
+"""Fused inference on the CPU, on oneDNN's packed weights."""

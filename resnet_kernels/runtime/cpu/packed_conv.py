@@ -1,0 +1,230 @@
+"""BN as a scale and a shift, and the packed weights that oneDNN wants, with what makes them stale.
+
+On a GPU nothing folded is kept but of a frozen model: plan.py reads the live tensors in each call. oneDNN has no
+per-channel scale, so on the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to
+notice every change of its sources. A version counter is not enough: fused optimizers, BN's own running statistics,
+`p.data.mul_()` and NumPy write under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and
+version, BN's vectors and the bias are compared in full, and the weight at 16 samples. Only single weights edited behind
+PyTorch's back can slip through; `resnet_kernels.refresh` is for that.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels.geometry import Geometry
+from ...ops import onednn, reference
+from ...ops.library import is_dense
+from ..bn import scale_shift
+
+# Each sample is a cache miss, and 16 of them see every change of a whole tensor.
+_SAMPLES = 16
+# Each layout is a copy of the weight. ResNets at sizes from 64 to 512 have three on AVX2, and the plain one for small images.
+_MOST_LAYOUTS = 5
+_MOST_SIZES = 256
+
+
+class SizedConv(NamedTuple):
+    """A packed convolution for inputs of one size. weight: None where folding has overflowed."""
+
+    geometry: Geometry
+    arguments: tuple
+    weight: Tensor | None
+    for_aten: bool
+
+    @property
+    def is_one_call(self) -> bool:
+        """Whether a call is one of oneDNN's ops and nothing else."""
+        return self.weight is not None and not self.for_aten and self.geometry.symmetric
+
+
+class PackedConv:
+    """A convolution's weight and bias with BN folded in, packed in each layout that oneDNN wants for the sizes seen so far.
+
+    oneDNN blocks a weight by the input's size, and reorders one in another layout in each call, at up to 14 times eager's
+    time (ResNet-18 on two AVX2 cores). Sizes that want the same layout share a copy of the weight. Where folding overflows
+    (a huge gamma over tiny weights), the layer runs unfolded.
+    """
+
+    __slots__ = (
+        "_bn",
+        "_conv",
+        "_dtype",
+        "_gain",
+        "_offset",
+        "_places",
+        "_settings",
+        "_sizes",
+        "_sources",
+        "_unfolded",
+        "_watched",
+        "_weights",
+        "bias",
+    )
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor):
+        dtype = x.dtype
+        self._conv, self._bn = conv, bn
+        self._settings = _settings(conv, bn)
+        self._dtype = dtype
+        self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
+        if bn is not None:
+            self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
+        self._places = [(registry, name) for registry, name, *_ in self._watched]
+        self._sources = [source for _, _, source, *_ in self._watched]
+        scale, shift = scale_shift(conv.bias, bn)
+        weight = self._folded(scale)
+        self.bias = onednn.as_bias(shift, dtype)
+        self._gain = weight.float().abs().sum((1, 2, 3)).max().item()
+        self._offset = 0.0 if shift is None else self.bias.float().abs().max().item()
+        self._unfolded = None
+        if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
+            self._unfolded = conv.weight.detach().to(dtype), shift, scale
+        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None for that of the model's own weight
+        self._sizes: dict[tuple, SizedConv] = {}
+        self._add(x.shape, weight)
+
+    def _folded(self, scale: Tensor | None) -> Tensor:
+        weight = self._conv.weight.detach()
+        return (weight if scale is None else weight * scale.detach()[:, None, None, None]).to(self._dtype)
+
+    def _folded_as_packed(self) -> Tensor:
+        """The folded weight that all copies are of; in a frozen model the live one may be another by now."""
+        if self.is_unchanged(self._conv, self._bn):
+            return self._folded(scale_shift(self._conv.bias, self._bn)[0])
+        weight = next(iter(self._weights.values()))
+        return weight.to_dense() if weight.is_mkldnn else weight
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it takes an x of this dtype and size; False where that would need one layout more than are kept."""
+        return x.dtype == self._dtype and self.at(x.shape) is not None
+
+    def at(self, shape: torch.Size) -> SizedConv | None:
+        """The convolution of an input of this shape, packed now if the size is new; None where there are too many layouts."""
+        sized = self._sizes.get((shape, torch.get_num_threads()))
+        return self._add(shape) if sized is None else sized
+
+    def _add(self, shape: torch.Size, folded: Tensor | None = None) -> SizedConv | None:
+        geometry = Geometry.of_module(self._conv, shape[2:])
+        if min(geometry.out_size(shape[2:], self._conv.kernel_size)) < 1:
+            # oneDNN would only say that it could not construct a descriptor; ATen has an error that helps.
+            return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
+        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, self._conv.stride)
+        weight = None
+        if self._unfolded is None:
+            layout, weight = self._weight_for(shape, geometry, for_aten, folded)
+            if layout not in self._weights and len(self._weights) >= _MOST_LAYOUTS:
+                return None
+            weight = self._weights.setdefault(layout, weight)
+        if len(self._sizes) >= _MOST_SIZES:
+            self._sizes.clear()
+        sized = SizedConv(geometry, onednn.arguments(geometry), weight, for_aten)
+        self._sizes[shape, torch.get_num_threads()] = sized
+        return sized
+
+    def _weight_for(
+        self, shape: torch.Size, geometry: Geometry, for_aten: bool, folded: Tensor | None
+    ) -> tuple[bytes | None, Tensor]:
+        """Returns the layout that inputs of this shape want, and the weight in it."""
+        problem = onednn.problem(self._conv.weight.shape, self._dtype, geometry, shape)
+        layout = None if for_aten else onednn.known_layout(problem)
+        if layout is None and not for_aten and len(self._weights) > 1:
+            # Most likely one that is here already, and then the weight need not be folded to find that out.
+            unfolded = self._conv.weight.detach().to(self._dtype)
+            layout = onednn.note_layout(problem, onednn.pack_weight(unfolded, geometry, shape))
+        if (for_aten or layout is not None) and layout in self._weights:
+            return layout, self._weights[layout]
+        weight = self._folded_as_packed() if folded is None else folded
+        if not for_aten:
+            weight = onednn.pack_weight(weight, geometry, shape)
+            layout = onednn.note_layout(problem, weight)
+        return layout, weight
+
+    def is_of(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+        """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
+        return (
+            conv is self._conv
+            and bn is self._bn
+            and _settings(conv, bn) == self._settings
+            and all(map(operator.is_, [registry.get(name) for registry, name in self._places], self._sources))
+        )
+
+    def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+        """Whether the packed copies still are what conv and bn say."""
+        if conv is not self._conv or bn is not self._bn or _settings(conv, bn) != self._settings:
+            return False
+        for registry, name, source, pointer, version, live, then in self._watched:
+            if registry.get(name) is not source:
+                return False
+            if source is not None and (
+                live is None
+                or source.data_ptr() != pointer
+                or (version is not None and source._version != version)
+                or live.tobytes() != then
+            ):
+                return False
+        return True
+
+    def bound(self, x_bound: float, offset: float | None = None) -> float:
+        """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
+        return self._gain * x_bound + (self._offset if offset is None else offset)
+
+    def out_shape(self, x_shape: torch.Size, geometry: Geometry) -> torch.Size:
+        return torch.Size(geometry.out_shape(x_shape, self._conv.weight.shape))
+
+    def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple:
+        """What `__call__` comes down to where oneDNN's ReLU is safe; see onednn.call."""
+        return onednn.call(sized.weight, self.bias, residual is not None, sized.arguments, relu, overwrite_residual)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, relu: bool, bound: float, overwrite_residual: bool
+    ) -> Tensor:
+        """relu(bn(conv(x)) + residual); x, which it `fits`, and residual channels_last, `bound` on the sum's magnitude.
+
+        See onednn.run.
+        """
+        sized = self.at(x.shape)
+        if self._unfolded is not None:
+            weight, shift, scale = self._unfolded
+            return reference.conv_bias_act(x, weight, shift, residual, scale, sized.geometry, relu)
+        if sized.for_aten:
+            return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
+        x = reference.pad_if_asymmetric(x, sized.geometry)
+        return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
+
+
+def _settings(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
+    return conv.stride, conv.padding, conv.dilation, None if bn is None else bn.eps
+
+
+def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:
+    """What it takes to notice a change of a parameter or buffer: where it is, its address, version and some values."""
+    registry = module._parameters if name in module._parameters else module._buffers
+    source = registry.get(name)
+    if source is None:
+        return registry, name, None, None, None, None, None
+    # An inference tensor has no version, and asking for it raises.
+    version = None if source.is_inference() else source._version
+    live = _memory(source.detach(), samples)
+    return registry, name, source, source.data_ptr(), version, live, None if live is None else live.tobytes()
+
+
+def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
+    """The live bytes of a tensor, or of samples spread over all of it: half a microsecond to compare, NaN included.
+
+    None for a tensor that is not dense (an expanded one): that is packed anew in each call.
+    """
+    if not is_dense(tensor):
+        return None
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    memory = memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(integer).numpy())
+    if samples is None or tensor.numel() <= samples:
+        return memory
+    step = tensor.numel() // samples
+    # An odd step: an even one would meet the same tap and channel in every filter.
+    return memory[:: step - 1 if step % 2 == 0 else step]

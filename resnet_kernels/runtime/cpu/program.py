@@ -1,0 +1,122 @@
+"""What the CPU keeps of a fused module: packed weights, and recipes on them as flat lists of calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...graph.recipe import ConvStep, Recipe
+from ...ops import onednn
+from .. import profiler_ranges
+from .packed_conv import PackedConv
+
+# Programs of a module: detection models see many image sizes.
+_MOST_PROGRAMS = 256
+
+
+class Copies:
+    """All that was made from a fused module's weights. It is dropped as a whole, so whoever holds it knows by identity
+    whether copies still hold.
+
+    packs: by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, and the number of threads.
+    Both are the CPU's; what a frozen module has elsewhere is reached by `first`.
+    """
+
+    def __init__(self):
+        self.packs: dict[str, PackedConv] = {}
+        self.programs: dict[tuple, PackedProgram] = {}
+        self._first: dict[tuple, tuple[tuple, Any]] = {}
+
+    def first(self, key: tuple, sources: tuple, make: Callable[[], Any]) -> Any:
+        """What `make` made of these very sources under this key at first, whatever is in them now."""
+        found = self._first.get(key)
+        if found is None or any(a is not b for a, b in zip(found[0], sources)):
+            found = self._first[key] = sources, make()
+        return found[1]
+
+    def pack(self, name: str, pack: PackedConv) -> None:
+        """Puts a pack in the place of an older one, which programs have in them."""
+        self.packs[name] = pack
+        # A new dict: another thread that is making a program of the old pack puts it into the old one.
+        self.programs = {}
+
+    def program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
+        """The program for x, if there is one."""
+        return self.programs.get(_program_key(recipe, x))
+
+    def make_program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
+        """Makes the program for x; None if a pack that it needs is missing."""
+        programs, packs = self.programs, self.packs
+        if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
+            return None
+        if len(programs) >= _MOST_PROGRAMS:
+            programs.clear()
+        program = programs[_program_key(recipe, x)] = PackedProgram(recipe, packs, x)
+        return program
+
+
+def _program_key(recipe: Recipe, x: Tensor) -> tuple:
+    return recipe.modules, x.shape, x.dtype, torch.get_num_threads()
+
+
+class PackedProgram:
+    """A recipe on oneDNN as a flat list of calls: what is left of the host's work once nothing has changed; for one size.
+
+    Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
+    oneDNN's own ReLU is safe in all steps. Without entries where a step needs more than one call.
+    """
+
+    def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
+        self._result = recipe.result
+        self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
+        shapes, sized = {0: x.shape}, {}
+        for step in recipe.steps:
+            if not isinstance(step, ConvStep):
+                return
+            sized[step.out] = packs[step.conv].at(shapes[step.x])
+            if sized[step.out] is None or not sized[step.out].is_one_call:
+                return
+            shapes[step.out] = packs[step.conv].out_shape(shapes[step.x], sized[step.out].geometry)
+            if step.residual is not None and shapes[step.residual] != shapes[step.out]:
+                return  # an add that broadcasts
+        self.entries = [
+            [
+                (step, *packs[step.conv].call(sized[step.out], step.residual, step.relu, self._overwrites(step, owned)))
+                for step in recipe.steps
+            ]
+            for owned in (False, True)
+        ]
+        bounds = {0: (1.0, 0.0)}
+        for step in recipe.steps:
+            pack, (slope, constant) = packs[step.conv], bounds[step.x]
+            more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
+            bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
+        self._bound = bounds[recipe.result]
+        self._largest = (max(slope for slope, _ in bounds.values()), max(constant for _, constant in bounds.values()))
+
+    @staticmethod
+    def _overwrites(step: ConvStep, owned: bool) -> bool:
+        return step.overwrites_residual and (step.residual != 0 or owned)
+
+    def is_safe(self, bound: float) -> bool:
+        return onednn.is_safe(self._largest[0] * bound + self._largest[1])
+
+    def result_bound(self, bound: float) -> float:
+        return self._bound[0] * bound + self._bound[1]
+
+    def __call__(self, x: Tensor, owned: bool, path: str) -> Tensor:
+        values = {0: x}
+        del x
+        for step, function, swapped, arguments in profiler_ranges.around(self.entries[owned], path):
+            if step.residual is None:
+                values[step.out] = function(values[step.x], *arguments)
+            elif swapped:
+                values[step.out] = function(values[step.residual], values[step.x], *arguments)
+            else:
+                values[step.out] = function(values[step.x], values[step.residual], *arguments)
+            for dead in step.frees:
+                del values[dead]
+        return values[self._result]

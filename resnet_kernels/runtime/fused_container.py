@@ -1,0 +1,249 @@
+"""Fused hosts: modules around the blocks, whose own forward stays Python.
+
+A host does three things, each only where reader.py has shown that it is safe:
+
+- its runs conv+bn+relu (the stem, its max-pool included) become one kernel or two: the convolution's stand-in does the
+  work, those of BN, ReLU and pool pass on;
+- it converts a contiguous input to channels_last once, for all blocks inside, and gives the output eager's layout;
+- a Sequential of fused blocks (a stage) hands each block the one before it's output for keeps, so that the residual add
+  can be written over it. On two CPU cores that is 12% of ResNet-50 at batch 8: no new pages to be mapped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ..graph import reader
+from ..graph.recipe import Recipe
+from ..ops import backends
+from ..ops.library import autocast_dtype
+from . import eligibility, fused_block, inference
+from .eligibility import UNKNOWN, FusedState, Go, Known, Survey
+from .fused_block import Fused, FusedBlock
+from .gpu import plan
+from .live_modules import has_hooks
+
+CHANNELS_LAST = torch.channels_last
+
+
+class FusedHost(Fused):
+    """A module that holds fused blocks, or runs that are fused for it."""
+
+    def _rk_forward(self, original: Callable, args: tuple, kwargs: dict) -> Any:
+        state: FusedState | None = self.__dict__.get("_rk_state")
+        if state is None:
+            return original(self, *args, **kwargs)
+        like = args[0] if args else None
+        if state.normalize is not None:
+            like = _like_normalised(self, state, args)
+        plain = len(args) == 1 and not kwargs and _is_plain_call(self, state, like)
+        if state.normalize is not None and not (plain and state.plan.entry is not None):
+            # Elsewhere the run at the entry does it: call_run.
+            args = (state.normalize(args[0], _dtype(self)), *args[1:])
+        if not plain:
+            return original(self, *args, **kwargs)
+        x = args[0]
+        if eligibility.is_inside_verified() and reader.is_plain_sequential(self):
+            return _run_stage(self, state, x, UNKNOWN)
+        # A run at the entry converts by itself, or packs the image as it is: call_run.
+        value = x if state.plan.entry is not None else x.contiguous(memory_format=CHANNELS_LAST)
+        restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
+        with eligibility.verified_below(None if self.training else _survey(self, state)):
+            if reader.is_plain_sequential(self):
+                y = _run_stage(self, state, value, Known(owned=value is not x))
+            else:
+                y = original(_view(self, state) if state.plan.runs else self, value)
+        return pytree.tree_map(_to_contiguous, y) if restore else y
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a model: of its first floating-point parameter."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def _like_normalised(module: nn.Module, state: FusedState, args: tuple) -> Tensor:
+    """What the images will be once they are normalised, but for their values: enough to decide how they are run."""
+    if not args:
+        raise TypeError("a model that was fused with normalize takes its images as the first positional argument")
+    state.normalize.check(args[0])
+    # Of a tensor subclass, or under a tracer, nothing is to be foreseen.
+    x = args[0]
+    return torch.empty((), dtype=_dtype(module), device=x.device).expand(x.shape) if eligibility.is_ordinary(x) else x
+
+
+def _survey(module: nn.Module, state: FusedState) -> Survey:
+    if state.survey is None or not state.survey.is_current():
+        owners = []
+        for owner in module.modules():
+            if fused_block.is_fused(owner):
+                below = owner.__dict__["_rk_state"]
+                recipes = [below.plan] if isinstance(below.plan, Recipe) else [*below.plan.runs.values()]
+                if recipes:
+                    owners.append((owner, below, recipes))
+        state.survey = Survey(module, owners)
+    return state.survey
+
+
+def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
+    """Whether this is a call on an image batch, and not tracing, training on another backend, or something else."""
+    if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
+        return False
+    if module.training and not (state.plan.trains and eligibility.trains_on(state.backend, x)):
+        return False
+    if x.dim() != 4 or not x.is_floating_point():
+        return False
+    if tuple(module._modules) != state.plan.names or any(
+        module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules
+    ):
+        eligibility.say_runs_eager(
+            f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
+        )
+        return False
+    return backends.resolve(state.backend, x.device, autocast_dtype(x) or x.dtype) != "eager"
+
+
+def _first_weight_is_contiguous(module: nn.Module) -> bool:
+    # 1x1 kernels are both contiguous and channels_last, so they say nothing.
+    weights = (m.weight for m in module.modules() if type(m) is nn.Conv2d and max(m.kernel_size) > 1)
+    return next(weights, torch.empty(1)).is_contiguous()
+
+
+def _to_contiguous(value: Any) -> Any:
+    return value.contiguous() if isinstance(value, Tensor) and value.dim() == 4 else value
+
+
+def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) -> Any:
+    """nn.Sequential's forward, with runs in one call; what is known about a tensor goes along from block to block."""
+    children = list(module._modules.items())
+    while children:
+        name, child = children.pop(0)
+        if (result := eligibility.verified_program(child, x, known)) is not None:
+            x, known = result
+        elif name in state.plan.runs:
+            x, known = call_run(module, name, state, x, known)
+        elif name in state.plan.absorbed:
+            continue
+        elif _is_free_block(child):
+            together = _together([child, *(child for _, child in children)], x, known)
+            if together:
+                del children[: len(together) - 1]
+                x, known = inference.run_recipes(together, x, known)
+            else:
+                x, known = child._rk_call(x, known)
+        else:
+            x, known = child(x), UNKNOWN
+    return x
+
+
+def _is_free_block(child: nn.Module | None) -> bool:
+    return isinstance(child, FusedBlock) and not has_hooks(child) and "forward" not in child.__dict__
+
+
+def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Recipe, FusedState, Go]]:
+    """The first blocks of a list that may run on a GPU as one, so that launches can reach from one into the next.
+
+    Empty where it isn't even one: it runs by itself then, as on the CPU, in training and under torch.compile. A hook keeps
+    its own block out, whether it is on the block or in it.
+    """
+    together: list[tuple[Recipe, FusedState, Go]] = []
+    # Blocks in train() mode decide by themselves: asked here, they would only be asked twice.
+    if torch.compiler.is_compiling() or children[0].training or not eligibility.is_ordinary(x):
+        return together
+    backend = children[0].__dict__["_rk_state"].backend
+    if x.device.type == "cpu" and backends.resolve(backend, x.device, autocast_dtype(x) or x.dtype) in ("cpu", "eager"):
+        return together  # packed weights know one block at a time
+    channels = None
+    for child in children:
+        state = child.__dict__.get("_rk_state") if _is_free_block(child) else None
+        if state is None or (together and state.backend != together[0][1].backend):
+            break
+        go, _ = eligibility.decide(child, state.plan, state, x, known, channels)
+        if go is None or go.learns:
+            break
+        together.append((state.plan, state, go))
+        known = Known(backend=(state.backend, go.backend))  # the next one gets what this one makes
+        channels = plan.out_channels(state.plan, go.wiring)
+        if channels is None:
+            break
+    return together
+
+
+def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
+    """Runs one of a host's runs, by its convolution's name."""
+    recipe: Recipe = state.plan.runs[name]
+    if name == state.plan.entry:
+        if (result := _run_stem(host, recipe, state, x, known)) is not None:
+            return result
+        if state.normalize is not None:
+            x = state.normalize(x, _dtype(host))
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+    go, reason = eligibility.decide(host, recipe, state, x, known)
+    if go is not None:
+        return fused_block.run(recipe, state, go, x, known)
+    if reason:
+        eligibility.say_runs_eager(reason)
+    # One by one, as eager does: hooks fire, training BNs count.
+    for path in recipe.modules:
+        x = host._modules[path](x)
+    return x, UNKNOWN
+
+
+def _run_stem(
+    host: nn.Module, recipe: Recipe, state: FusedState, x: Tensor, known: Known
+) -> tuple[Tensor, Known] | None:
+    """The run at a host's entry by the stem kernel, which packs and normalises images as they came; None where it can't."""
+    if len(recipe.steps) != 2 or torch.compiler.is_compiling():
+        return None
+    if state.normalize is not None and x.requires_grad and torch.is_grad_enabled():
+        return None
+    like = x if state.normalize is None else _like_normalised(host, state, (x,))
+    dtype = autocast_dtype(like) or like.dtype
+    if backends.resolve(state.backend, like.device, dtype) not in ("triton", "tuned"):
+        return None
+    go, _ = eligibility.decide(host, recipe, state, like, known)
+    if go is None or go.learns:
+        return None
+    y = inference.run_images(recipe, state, go, x, dtype)
+    return None if y is None else (y, Known(owned=True, backend=(state.backend, go.backend)))
+
+
+class _StandIn:
+    """What a host's forward sees in the place of a run's convolution: the whole run; any attribute is the convolution's."""
+
+    def __init__(self, host: nn.Module, name: str, state: FusedState):
+        self._host, self._name, self._state = host, name, state
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return call_run(self._host, self._name, self._state, x)[0]
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._host._modules[self._name], attribute)
+
+
+class _PassOn:
+    """What a host's forward sees in the place of a BN, ReLU or pool that the run has done."""
+
+    def __init__(self, module: nn.Module):
+        self._module = module
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._module, attribute)
+
+
+def _view(module: nn.Module, state: FusedState) -> nn.Module:
+    """The host as its own forward is to see it: the same object but for the children that a run stands for."""
+    cls = reader.original_class(module)
+    view = cls.__new__(cls)
+    children = dict(module._modules)
+    children.update({name: _StandIn(module, name, state) for name in state.plan.runs})
+    children.update({name: _PassOn(children[name]) for name in state.plan.absorbed})
+    view.__dict__.update(module.__dict__, _modules=children)
+    return view

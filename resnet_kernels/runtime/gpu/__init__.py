@@ -1,0 +1,1 @@
+"""Fused inference on a GPU: runs of blocks as launches."""

@@ -1,0 +1,154 @@
+"""In which form a plan runs each convolution: on which kernel, and, on cuDNN, what follows it inside or in a pass of its own.
+
+A table's answer goes first. Without one bytes decide, layer by layer: cuDNN's fused operation needs BN's scale in the weight,
+a read and a write of the weight in each call, while a pass of its own reads and writes the output. At batch 256 the outputs
+are larger, at batch 1 the weights of the late stages are. Frozen weights are folded once, which costs a call nothing.
+
+A projection is never finished by itself: the convolution that adds it takes over its scale and shift. If both are folded,
+their biases are added up; if neither is, one pass applies both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...graph.recipe import ConvStep
+from ...kernels.geometry import Geometry
+from ...ops import backends, conv_candidates
+from . import multi_layer
+from .multi_layer import Link, Part, Stem
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one convolution runs.
+
+    name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size. run: the candidate.
+    folds: its weight and bias come from the launch that folds all of a plan.
+    adds: the projection whose shift, and scale unless it is folded, this one applies; by the value that the projection makes.
+    bare: it is such a projection: nothing follows its convolution. broadcasts: its residual is smaller than its output, so
+    that eager's own add and ReLU follow.
+    """
+
+    name: str
+    geometry: Geometry
+    run: conv_candidates.Run = field(compare=False, repr=False)
+    folds: bool = False
+    adds: int | None = None
+    bare: bool = False
+    broadcasts: bool = False
+
+    @property
+    def on_cudnn(self) -> bool:
+        """Whether cuDNN reads the weight."""
+        return self.name.startswith("cudnn")
+
+
+def choose(
+    parts: Sequence[Part], result: int, chosen: dict[int, Link | Stem], x: Tensor, backend: str, frozen: bool = False
+) -> dict[int, Form]:
+    """The forms of the convolutions that are in no link, by the value that each makes.
+
+    Args:
+        result: the value that the caller gets.
+        chosen: the links, by each value that one of their parts makes.
+        x: the plan's input.
+        backend: "tuned" decides by a table or by bytes, "cudnn" folds whatever has a BN; for any other it is the form's name.
+        frozen: whether folded weights are kept.
+    """
+    shapes = multi_layer.shapes_of(parts, {0: x.shape}, x.dtype)
+    found: dict[int, Form] = {}
+    untuned: list[Part] = []
+    for part in parts:
+        step = part.step
+        if not isinstance(step, ConvStep) or step.out in chosen:
+            continue
+        asked = multi_layer.conv_problem(part, shapes[step.x])
+        broadcasts = multi_layer.broadcasts(part, shapes)
+        if broadcasts:
+            asked = asked._replace(residual=False, relu=False)
+        name = backend
+        if backend == "tuned" and not (name := conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)):
+            untuned.append(part)
+            name = _by_bytes(part, asked, shapes, x, frozen)
+        folds = name in conv_candidates.FOLDING and part.bn is not None
+        found[step.out] = _form(name, asked, x, folds=folds, broadcasts=broadcasts)
+    if backends.untuned(x.device, x.dtype) == "cudnn":
+        for adding, projection in _projections(untuned, parts, result):
+            if not found[adding.step.out].broadcasts:
+                found.update(_together(adding, projection, shapes, x, frozen))
+    return found
+
+
+def _form(name: str, asked: conv_candidates.ConvProblem, x: Tensor, **more: Any) -> Form:
+    return Form(name, asked.geometry, conv_candidates.bind(name, asked, x.shape[0], x.dtype, x.device), **more)
+
+
+def _by_bytes(
+    part: Part, asked: conv_candidates.ConvProblem, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
+) -> str:
+    """The name of an untuned convolution's form by itself."""
+    folded = asked._replace(scale=False)
+    fused = conv_candidates.untuned(folded, x.dtype, x.device)
+    if not asked.scale or fused not in conv_candidates.FOLDING:
+        return fused
+    if conv_candidates.folds(x.dtype) and _folding_bytes(part, x, frozen) < _pass_bytes(part, shapes, x):
+        return fused
+    return conv_candidates.untuned(asked, x.dtype, x.device)
+
+
+def _projections(untuned: list[Part], parts: Sequence[Part], result: int) -> list[tuple[Part, Part]]:
+    """Pairs of untuned convolutions: one that adds, and the projection that makes what it adds."""
+    makers = {part.step.out: part for part in untuned}
+    readers = [value for part in parts for value in part.reads] + [result]
+    pairs = [(part, makers.get(part.step.residual)) for part in untuned]
+    return [
+        (adding, projection)
+        for adding, projection in pairs
+        if projection is not None
+        and not projection.step.relu
+        and projection.step.residual is None
+        and readers.count(projection.step.out) == 1
+    ]
+
+
+def _together(
+    adding: Part, projection: Part, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
+) -> dict[int, Form]:
+    asked, bare = (multi_layer.conv_problem(part, shapes[part.step.x]) for part in (adding, projection))
+    fused = conv_candidates.untuned(asked._replace(scale=False), x.dtype, x.device)
+    # Even without a BN: the sum of two biases is made where weights are folded.
+    folded = (adding,) if projection.bn is None else (adding, projection)
+    folding = sum(_folding_bytes(part, x, frozen) for part in folded)
+    folds = (
+        fused in conv_candidates.FOLDING and conv_candidates.folds(x.dtype) and folding < _pass_bytes(adding, shapes, x)
+    )
+    name = fused if folds else "cudnn+epilogue"
+    return {
+        adding.step.out: _form(name, asked, x, folds=folds, adds=projection.step.out),
+        projection.step.out: _form("cudnn+epilogue", bare, x, folds=folds and projection.bn is not None, bare=True),
+    }
+
+
+def _folding_bytes(part: Part, x: Tensor, frozen: bool) -> int:
+    """What folding adds to a call's traffic: nothing where the weight is kept, or has to be copied anyway."""
+    weight = part.child.weight
+    if frozen or needs_copy(weight, x.dtype):
+        return 0
+    return weight.numel() * (weight.element_size() + x.element_size())
+
+
+def needs_copy(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether cuDNN can't read a weight as it is, in `dtype` and channels_last."""
+    return weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def _pass_bytes(part: Part, shapes: dict[int, Sequence[int]], x: Tensor) -> int:
+    """What a pass over the output adds to a call's traffic."""
+    return 2 * math.prod(shapes[part.step.out]) * x.element_size()
