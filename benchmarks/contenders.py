@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 import resnet_kernels as rk
-from resnet_kernels.runtime.fused_block import is_fused
+from resnet_kernels.runtime.fused_module import is_fused
 
 from .cases import Case
 from .parity import Gate

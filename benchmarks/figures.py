@@ -11,7 +11,7 @@ import subprocess
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from resnet_kernels.perf import profiling
+from resnet_kernels.perf.ceilings import ceilings as measured_ceilings
 from resnet_kernels.perf.roofline import bounds as roofline_bounds
 from resnet_kernels.perf.roofline import network
 from resnet_kernels.perf.roofline.bounds import Kernel, Machine
@@ -115,7 +115,7 @@ def _passes(case: Case) -> int:
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> Machine:
     """What this device reaches in this run."""
-    return profiling.ceilings(device, dtype)
+    return measured_ceilings(device, dtype)
 
 
 def of_time(kernels: list[Kernel], machine: Machine, images: int, seconds: float) -> dict:

@@ -15,8 +15,8 @@ from unittest import mock
 
 import torch
 
-from resnet_kernels.cli import arguments
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.models import by_name
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
 from resnet_kernels.perf.tuning import problems
@@ -48,8 +48,8 @@ class Noted(NamedTuple):
 def note(network: str, image_size: int, training: bool) -> Noted:
     """Runs a network once on the CPU as if it were a Hopper GPU, and notes what it asks."""
     torch.manual_seed(0)
-    model = arguments.build(network).to(torch.float16, memory_format=torch.channels_last).eval()
-    x = arguments.image_batch(model, 2, image_size)
+    model = by_name.build(network).to(torch.float16, memory_format=torch.channels_last).eval()
+    x = by_name.image_batch(model, 2, image_size)
     # A link is looked for only where its kernels run.
     with mock.patch.object(multi_layer, "takes_links", lambda device: True):
         return Noted(network, image_size, training, problems.note(model, x, training=training))

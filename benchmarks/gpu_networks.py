@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import resnet_kernels as rk
-from resnet_kernels.cli import arguments as cli_arguments
+from resnet_kernels.models import by_name
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import tuned_table
 
@@ -32,10 +32,8 @@ def _error(y: Tensor, truth: Tensor) -> float:
 
 def _model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = (
-        randomise_batch_norms_(cli_arguments.build(name)).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
-    )
-    return model, cli_arguments.image_batch(model, batch, size)
+    model = randomise_batch_norms_(by_name.build(name)).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
+    return model, by_name.image_batch(model, batch, size)
 
 
 def _judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:

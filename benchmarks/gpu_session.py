@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 from resnet_kernels.ops import tuned_table
+from resnet_kernels.perf.environment import environment
 from resnet_kernels.perf.tuning import table_file
 from resnet_kernels.perf.tuning.table_file import write_whole
 
@@ -87,7 +88,7 @@ class Session:
         self.header = {
             "device": self.key._asdict(),
             "dry_run": self.dry,
-            "environment": table_file.environment(self.device),
+            "environment": environment(self.device),
         }
         self.log = (self.out / "log.txt").open("a")
         # Later sections run by the table that was measured here.

@@ -13,8 +13,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from resnet_kernels.cli.report.sections import LEVELS, outcomes
-from resnet_kernels.perf import results
+from resnet_kernels.cli.report.parts import LEVELS
+from resnet_kernels.cli.report.sections import outcomes
+from resnet_kernels.perf import read_results
 from resnet_kernels.perf.results import CaseResults, Results
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,7 +52,7 @@ def blocks() -> dict[str, str]:
     files = sorted(RESULTS.glob("*.json"))
     costs = [path for path in files if path.name.startswith("costs-")]
     return {
-        "results": "\n\n".join(results_table(results.read(path)) for path in files if path not in costs),
+        "results": "\n\n".join(results_table(read_results.read(path)) for path in files if path not in costs),
         "costs": "\n\n".join(costs_table(path) for path in costs),
     }
 

@@ -17,13 +17,13 @@ Importing it probes no GPU and imports no Triton.
 """
 
 from . import models, ops
+from .fusion.blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
 from .fusion.convert import explain, fuse, fuse_, refresh, unfuse_
 from .fusion.report import FuseReport
 from .fusion.verify import VerifyResult, verify
 from .perf import timing
 from .perf.tuning.tune_model import TuneResult, tune
 from .runtime.cuda_graph import CapturedModel, capture
-from .runtime.fused_block import BasicBlock, Bottleneck, PreactBottleneck, Residual
 
 __version__ = "0.1.0"
 

@@ -444,7 +444,7 @@ def batch_norm_cases() -> list[Case]:
 
     64 channels at 112x112 and 2048 at 7x7 give one and the same kernel, another only channels that 16 does not divide.
     """
-    from resnet_kernels.kernels import batch_norm_act as bn
+    from resnet_kernels.kernels import batch_norm_tiles
 
     cases = {}
     for dtype, n_channels, size in (
@@ -455,7 +455,7 @@ def batch_norm_cases() -> list[Case]:
         ("fp32", 6, 3),
     ):
         rows = 256 * size * size
-        split = bn.choose_split(rows, n_channels, DTYPES[dtype].itemsize)
+        split = batch_norm_tiles.choose_split(rows, n_channels, DTYPES[dtype].itemsize)
         integers = dict(n_rows=rows, n_channels=n_channels, rows_per_split=split.rows, n_splits=split.count)
         tiles = dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
         types = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "residual_ptr", "dz_ptr"), "*" + dtype)
@@ -465,13 +465,16 @@ def batch_norm_cases() -> list[Case]:
             "eps": "fp32",
         }
         for name, residual in itertools.product(BATCH_NORM_KERNELS, (True, False)):
-            fn, warps, blocks = _kernel(f"batch_norm_act {name}"), bn.NUM_WARPS, tiles
+            fn, warps, blocks = _kernel(f"batch_norm_act {name}"), batch_norm_tiles.NUM_WARPS, tiles
             if name.startswith("finish"):
-                warps, blocks = bn.FINISH_WARPS, dict(BLOCK_SPLITS=bn.MOST_SPLITS, BLOCK_CHANNELS=bn.FINISH_CHANNELS)
+                warps, blocks = (
+                    batch_norm_tiles.FINISH_WARPS,
+                    dict(BLOCK_SPLITS=batch_norm_tiles.MOST_SPLITS, BLOCK_CHANNELS=batch_norm_tiles.FINISH_CHANNELS),
+                )
             absent = set() if residual else {"residual_ptr", "dz_ptr"} | ({"y_ptr"} if name != "forward" else set())
             arguments, aligned, constants = specialise({n: v for n, v in integers.items() if n in fn.arg_names})
             arguments |= {n: t for n, t in types.items() if n in fn.arg_names and n not in absent}
-            given = dict(RELU=True, VARIANCE=False, STAGES=bn.STAGES, **blocks, **dict.fromkeys(absent))
+            given = dict(RELU=True, VARIANCE=False, STAGES=batch_norm_tiles.STAGES, **blocks, **dict.fromkeys(absent))
             constants |= {n: v for n, v in given.items() if n in fn.arg_names}
             config, layer = (
                 "x".join(map(str, blocks.values())),

@@ -109,15 +109,15 @@ def test_vectors_in_half_precision(dtype, device):
 def test_several_tiles_in_a_split(shape, with_residual, most, device, monkeypatch):
     """As a large layer has them, with a ragged last one."""
     skip_unless_runnable("triton", device, torch.float32)
-    from resnet_kernels.kernels import batch_norm_act, batch_norm_act_backward
+    from resnet_kernels.kernels import batch_norm_act, batch_norm_act_backward, batch_norm_tiles
 
-    for kernel in (batch_norm_act, batch_norm_act_backward):
-        monkeypatch.setattr(kernel, "MOST_SPLITS", most)
+    for module in (batch_norm_tiles, batch_norm_act, batch_norm_act_backward):
+        monkeypatch.setattr(module, "MOST_SPLITS", most)
     # Launchers of the number of splits before; those of this test are of shapes that no other has.
     batch_norm_act._statistics_of.cache_clear()
     batch_norm_act_backward._launchers.cache_clear()
     rows = shape[0] * shape[2] * shape[3]
-    split = batch_norm_act.choose_split(rows, shape[1], 4)
+    split = batch_norm_tiles.choose_split(rows, shape[1], 4)
     assert split.rows > split.block_rows and rows % split.block_rows
     residual = torch.randn(shape, device=device) if with_residual else None
     compare(torch.randn(shape, device=device) + 3, residual, vectors(shape[1], device), torch.float32, training=True)

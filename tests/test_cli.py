@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from resnet_kernels import models
 from resnet_kernels.cli import main as cli
-from resnet_kernels.cli import time as time_command
+from resnet_kernels.perf.steps import forward_backward
 from resnet_kernels.runtime.cpu import packed_conv
 
 SMALL = ["--model", "d2l_resnet18", "--batch-size", "2", "--image-size", "32"]
@@ -102,7 +102,7 @@ def test_time_takes_the_gradients_of_cross_entropy():
     net = models.d2l_resnet18_keras(width=4, num_blocks=(1, 1)).double()
     x = torch.randn(4, 1, 16, 16, dtype=torch.float64)
     torch.manual_seed(1)
-    step = time_command.forward_backward(net.eval(), x)(net, x)
+    step = forward_backward(net.eval(), x)(net, x)
     torch.manual_seed(1)
     labels = torch.randint(10, (4,))
     assert net.training

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from resnet_kernels import models
-from resnet_kernels.cli import arguments
+from resnet_kernels.models.by_name import image_batch, image_size
 from resnet_kernels.ops import cudnn, reference
 from resnet_kernels.perf.roofline import bounds, counting
 from resnet_kernels.runtime.gpu import forms
@@ -23,7 +23,7 @@ CASES += [("resnet152", 1, BF16), ("resnet152", 256, FP32)]  # ResNet-50's layer
 def network(name, batch, dtype):
     with torch.device("meta"):
         model = models.BY_NAME[name]().eval()
-        x = arguments.image_batch(model, batch, arguments.image_size(name)).to(dtype)
+        x = image_batch(model, batch, image_size(name)).to(dtype)
     return model, x
 
 

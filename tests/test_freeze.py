@@ -179,7 +179,7 @@ def test_thawed_by(thaw):
 
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_planted_bug_copies_that_are_never_dropped_are_stale(thaw, monkeypatch):
-    monkeypatch.setattr("resnet_kernels.runtime.eligibility.FusedState.drop_copies", lambda self: None)
+    monkeypatch.setattr("resnet_kernels.runtime.state.FusedState.drop_copies", lambda self: None)
     # .to() and assigning put other tensors in place, which would be seen by themselves.
     monkeypatch.setattr(packed_conv.PackedConv, "is_of", lambda *arguments: True)
     with pytest.raises(AssertionError):

@@ -18,7 +18,7 @@ from torch import nn
 import resnet_kernels as rk
 from resnet_kernels import models
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import eligibility, freezing
+from resnet_kernels.runtime import freezing, state
 from resnet_kernels.runtime.gpu import frozen_constants
 from resnet_kernels.runtime.gpu.constants import Constants
 
@@ -136,7 +136,7 @@ def test_thawed_by(thaw):
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_planted_bug_constants_that_always_hold_are_stale(thaw, monkeypatch):
     monkeypatch.setattr(freezing.FrozenCopies, "hold", lambda self: True)
-    monkeypatch.setattr(eligibility.FusedState, "drop_copies", lambda self: None)
+    monkeypatch.setattr(state.FusedState, "drop_copies", lambda self: None)
     with pytest.raises(AssertionError):
         test_thawed_by(thaw)
 
@@ -319,9 +319,9 @@ def test_a_capture_reads_what_was_made_before_and_keeps_it(capturing, written):
     capturing.append(True)
     written.clear()
     assert torch.equal(_call(fused), before) and not written
-    tables = eligibility.tables_of(fused)
+    tables = state.tables_of(fused)
     rk.refresh(fused)
-    assert not eligibility.tables_of(fused)
+    assert not state.tables_of(fused)
     kept = {id(t) for _, made in tables for constants in made.constants.values() for t in constants if t is not None}
     assert constants <= kept
 

@@ -17,7 +17,7 @@ from torch import nn
 import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, onednn
-from resnet_kernels.runtime import fused_block, inference
+from resnet_kernels.runtime import fused_module, inference
 from resnet_kernels.runtime.cpu import packed_conv
 
 IMAGE = (2, 3, 64, 64)
@@ -87,7 +87,7 @@ def test_fuse_copies_and_fuse_in_place_does_not(model, x):
     before = {name: id(p) for name, p in mine.named_parameters()}
     modules = {name: id(m) for name, m in mine.named_modules()}
     fused = rk.fuse(mine)
-    assert fused is not mine and not any(fused_block.is_fused(m) for m in mine.modules())
+    assert fused is not mine and not any(fused_module.is_fused(m) for m in mine.modules())
     report = rk.fuse_(mine)
     assert len(report.fused) == 6 and not report.skipped
     assert {name: id(p) for name, p in mine.named_parameters()} == before
@@ -119,7 +119,7 @@ def test_fuse_is_idempotent(model, x):
 
 def test_report(model):
     report = rk.explain(model)
-    assert not any(fused_block.is_fused(m) for m in model.modules())
+    assert not any(fused_module.is_fused(m) for m in model.modules())
     text = str(report)
     assert "layer1.0" in text and "conv3+bn3+add+relu" in text and "6 fused, 0 skipped" in text
     rows = json.loads(report.to_json())["rows"]
@@ -151,12 +151,12 @@ def test_unknown_backend_leaves_the_model_alone(model):
     mine = copy.deepcopy(model)
     with pytest.raises(ValueError, match="backend must be one of"):
         rk.fuse_(mine, backend="cuda")
-    assert not any(fused_block.is_fused(m) for m in mine.modules())
+    assert not any(fused_module.is_fused(m) for m in mine.modules())
 
 
 def test_nothing_is_left_half_fused_when_swapping_fails(model, monkeypatch):
     mine = copy.deepcopy(model)
-    original, calls = fused_block.swap, []
+    original, calls = fused_module.swap, []
 
     def fails_at_the_third(*arguments):
         calls.append(1)
@@ -164,7 +164,7 @@ def test_nothing_is_left_half_fused_when_swapping_fails(model, monkeypatch):
             raise KeyboardInterrupt
         original(*arguments)
 
-    monkeypatch.setattr(fused_block, "swap", fails_at_the_third)
+    monkeypatch.setattr(fused_module, "swap", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         rk.fuse_(mine)
     assert [type(m) for m in mine.modules()] == [type(m) for m in model.modules()]

@@ -10,7 +10,7 @@ from test_tuned import fake_device, record, table, write  # noqa: F401, fixtures
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels.perf.tuning import autotuner, problems
+from resnet_kernels.perf.tuning import autotuner, multi_layer_problems, problems
 from resnet_kernels.runtime.gpu import plan
 from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
 
@@ -43,7 +43,7 @@ def test_a_stage_asks_about_each_of_its_links(links_of):
 @pytest.mark.parametrize("make", (bottlenecks, preacts), ids=lambda f: f.__name__)
 def test_candidates_agree_with_fp64(links_of, make, device):
     for asked in links_of(make):
-        problem = problems.link_problem(asked, 3, FP16, device)
+        problem = multi_layer_problems.link_problem(asked, 3, FP16, device)
         operands = problem.operands()
         assert problem.default in problem.candidates and len(problem.candidates) > 1
         eager, truth = problem.eager(*operands), problem.reference(*operands)
@@ -58,14 +58,14 @@ def test_a_stem(hopper, device):  # noqa: F811
     net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
     (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))
     assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
-    problem = problems.stem_problem(asked, 2, FP16, device)
+    problem = multi_layer_problems.stem_problem(asked, 2, FP16, device)
     assert list(problem.candidates) == ["apart", "conv+pool"]
     assert not any("refused" in row for row in autotuner.measure(problem, 0.01)["candidates"].values())
 
 
 def test_a_wrong_launch_can_not_win(links_of, device, monkeypatch):
     asked = links_of(bottlenecks)[-1]
-    problem = problems.link_problem(asked, 2, FP16, device)
+    problem = multi_layer_problems.link_problem(asked, 2, FP16, device)
     result = autotuner.measure(problem, 0.01)
     assert result["winner"] in problem.candidates and not any("refused" in r for r in result["candidates"].values())
     original = plan.chain

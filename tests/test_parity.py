@@ -9,7 +9,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import fused_block
+from resnet_kernels.runtime import fused_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -245,7 +245,7 @@ def test_a_block_is_read_never_assumed(backend, device):
 def test_our_blocks(make, shape, backend, device):
     skip_unless_runnable("triton", device, torch.float32)
     block = randomise_batch_norms_(make()).eval().to(device)
-    assert fused_block.is_fused(block) and rk.explain(block).fused
+    assert fused_module.is_fused(block) and rk.explain(block).fused
     plain, x = rk.unfuse_(copy.deepcopy(block)), torch.randn(shape, device=device)
     block.__dict__["_rk_state"].backend = backend
     assert rk.verify(plain, block, x)

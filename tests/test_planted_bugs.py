@@ -106,7 +106,7 @@ def batch_norm_failures(monkeypatch, device) -> int:
     from test_batch_norm_act import compare, vectors
 
     # So few that a split has several tiles of rows, as it has in a large layer.
-    for where in BATCH_NORM_FILES:
+    for where in (*BATCH_NORM_FILES, "batch_norm_tiles"):
         monkeypatch.setattr(importlib.import_module(f"resnet_kernels.kernels.{where}"), "MOST_SPLITS", 2)
     wrong = 0
     for shape, mean, with_residual in (

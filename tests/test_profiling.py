@@ -14,7 +14,7 @@ from resnet_kernels.cli import main as cli
 from resnet_kernels.cli import profile as profile_command
 from resnet_kernels.models import resnet_v1, resnet_v2
 from resnet_kernels.ops import backends
-from resnet_kernels.perf import profiling
+from resnet_kernels.perf import ceilings, profiling
 from resnet_kernels.perf.profiling import KernelTime
 from resnet_kernels.perf.roofline import bounds, network
 from resnet_kernels.runtime import profiler_ranges
@@ -131,7 +131,7 @@ def test_what_runs_is_what_runs_without_a_profiler():
 
 
 def test_ceilings_are_rates():
-    machine = profiling.ceilings(torch.device("cpu"), torch.float32)
+    machine = ceilings.ceilings(torch.device("cpu"), torch.float32)
     assert 1e8 < machine.flops_per_s < 1e16 and 1e7 < machine.hbm_bytes_per_s < 1e14
     assert machine.bound(bounds.Kernel("", 0, 0, 10**18)) == (0, "FLOP")  # L2 was not measured
 
@@ -365,7 +365,7 @@ def test_command_errors(capsys, tmp_path):
 def test_an_h200_is_compared_with_an_h200(monkeypatch):
     images = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16, device="cuda")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
-    monkeypatch.setattr(profiling, "ceilings", lambda *_: "measured")
+    monkeypatch.setattr(ceilings, "ceilings", lambda *_: "measured")
     assert profile_command._machine(images) == (bounds.h200("bf16"), "of an H200")
     images.dtype = torch.float64
     assert profile_command._machine(images)[0] == "measured"

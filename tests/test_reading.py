@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from resnet_kernels import models
+from resnet_kernels.fusion.blocks import fuse_block_
 from resnet_kernels.graph import reader
 from resnet_kernels.graph.recipe import CannotRead
-from resnet_kernels.runtime.fused_block import fuse_block_
 
 
 def recipe(module):

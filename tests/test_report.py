@@ -13,8 +13,8 @@ import pytest
 import results_files as files
 
 from resnet_kernels.cli import main as cli
-from resnet_kernels.cli.report import plots, sections
-from resnet_kernels.perf import results
+from resnet_kernels.cli.report import kernel_sections, plot_style, plots, sections
+from resnet_kernels.perf import read_results
 from resnet_kernels.perf.results import Ceilings
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
@@ -140,7 +140,7 @@ def test_the_same_file_gives_the_same_bytes(few, tmp_path):
 @pytest.fixture(scope="module", params=("few", pytest.param("many", marks=pytest.mark.slow)))
 def drawn(request, tmp_path_factory):
     path = tmp_path_factory.mktemp(request.param) / "r.json"
-    read = results.read(files.write(path, getattr(files, request.param)()))
+    read = read_results.read(files.write(path, getattr(files, request.param)()))
     return [part for section in sections.sections(read) for part in section.parts if part.figure]
 
 
@@ -194,7 +194,7 @@ def test_a_loss_has_its_own_look():
 
 def test_contenders_look_different():
     names = [f"contender {i}" for i in range(16)]
-    styles = [tuple(plots._line_style(names, name).items()) for name in names]
+    styles = [tuple(plot_style._line_style(names, name).items()) for name in names]
     assert len(set(styles)) == 16
 
 
@@ -213,9 +213,9 @@ def test_roofline_draws_points_and_ceilings():
 
 
 def test_stacks_add_up(tmp_path):
-    read = results.read(files.write(tmp_path / "r.json", files.few()))
+    read = read_results.read(files.write(tmp_path / "r.json", files.few()))
     case = read.cases["model-forward-resnet50-224px-b8-float32-cpu".replace("float32", "fp32")]
-    [part] = sections.layers(read).parts
+    [part] = kernel_sections.layers(read).parts
     for name in ("eager", "fused"):
         rows = [[float(cell.replace(",", "")) for cell in row[2:]] for row in part.rows if row[1] == name]
         whole = 1e3 * sum(kernel.seconds for kernel in case.contenders[name].kernels)
@@ -235,8 +235,8 @@ def test_stages_of_a_network(tmp_path):
     kernels = [{"path": path, "name": "k", "kind": "conv", "seconds": 1.0} for path in paths]
     eager = files.benchmark("eager", kernels=kernels)
     compiled = files.benchmark("compile", kernels=[{"path": "", "name": "region", "kind": "rest", "seconds": 1.0}])
-    read = results.read(files.write(tmp_path / "r.json", files.document([eager, compiled])))
-    [part] = sections.layers(read).parts
+    read = read_results.read(files.write(tmp_path / "r.json", files.document([eager, compiled])))
+    [part] = kernel_sections.layers(read).parts
     assert [(row[0], row[2]) for row in part.rows if row[1] == "eager"] == [
         ("whole network", "9,000"), ("outside of modules", "1,000"), ("stem", "2,000"), ("layer1", "3,000"),
         ("layer2", "1,000"), ("head", "2,000"),
@@ -331,7 +331,7 @@ def test_a_failure_while_drawing_writes_nothing(few, tmp_path, monkeypatch):
     def fails(figure, kind):
         raise RuntimeError("no font")
 
-    monkeypatch.setattr(plots, "save", fails)
+    monkeypatch.setattr(plot_style, "save", fails)
     assert report(few[0], "--out", tmp_path / "out") == 2 and not (tmp_path / "out").exists()
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import results_files as files
 
-from resnet_kernels.perf import regressions, results
+from resnet_kernels.perf import read_results, regressions
 from resnet_kernels.perf.results import ResultsError
 
 RESULTS = sorted((Path(__file__).parent.parent / "benchmarks" / "results").glob("*.json"))
@@ -16,17 +16,17 @@ OLDEST = Path(__file__).parent / "data" / "results_schema_0.json"
 
 
 def read(tmp_path, benchmarks, name="results.json", **more):
-    return results.read(files.write(tmp_path / name, {**files.document(benchmarks), **more}))
+    return read_results.read(files.write(tmp_path / name, {**files.document(benchmarks), **more}))
 
 
 @pytest.mark.parametrize("path", [p for p in RESULTS if not p.name.startswith("costs-")], ids=lambda path: path.name)
 def test_the_repository_s_files_are_read(path):
-    read = results.read(path)
+    read = read_results.read(path)
     assert read.cases and all("fused" in case.contenders for case in read.cases.values())
 
 
 def test_a_file_without_the_fields_of_today():
-    read = results.read(OLDEST)
+    read = read_results.read(OLDEST)
     assert read.devices == {"cpu": "cpu (AVX512) Intel(R) Xeon(R) Processor, 2 threads"}
     assert (read.date, read.commit, read.contenders) == ("2026-11-22", "920f682", ["eager", "fused", "compile"])
     case = read.cases["model-forward-resnet50-224px-b8-fp32-cpu"]
@@ -121,7 +121,7 @@ def _with(change):
 def test_a_bad_file_is_one_line(contents, message, tmp_path):
     path = files.write(tmp_path / "bad.json", contents)
     with pytest.raises(ResultsError) as error:
-        results.read(path)
+        read_results.read(path)
     assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -133,7 +133,7 @@ def test_unreadable_files(tmp_path):
         (tmp_path / "binary.json", "UTF-8"),
     ):
         with pytest.raises(ResultsError, match=message):
-            results.read(path)
+            read_results.read(path)
 
 
 # Regressions.

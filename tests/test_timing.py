@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import resnet_kernels as rk
-from resnet_kernels.perf import timing as timing_module
+from resnet_kernels.perf import timing
 from resnet_kernels.perf.timing import Timing, interleave, ratio, ratios, summary_line, time_run, time_runs
 
 WHEN = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d(\.\d{6})?: "
@@ -182,7 +182,7 @@ def faked_clock(monkeypatch, seconds):
     def clock(device):
         return lambda call: (call(), next(seconds))[1]
 
-    monkeypatch.setattr(timing_module, "_clock", clock)
+    monkeypatch.setattr(timing, "clock_of", clock)
 
 
 def test_mean_and_deviation_without_the_burn_in(monkeypatch):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import resnet_kernels as rk
 from resnet_kernels.cli import main as cli
 from resnet_kernels.cli.train import checkpoint, command, data, loop
+from resnet_kernels.models.loss import loss_function
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytestmark = pytest.mark.usefixtures("tiny_in_zoo")
@@ -107,15 +108,15 @@ def test_seed_and_order():
 def test_loss_of_probabilities_is_keras():
     logits, labels = torch.randn(16, 10, dtype=torch.float64, requires_grad=True), torch.randint(10, (16,))
     plain, keras = nn.Sequential(nn.Identity()), nn.Sequential(nn.Identity(), nn.Softmax(1))
-    losses = [loop.loss_function(m)(m(logits), labels) for m in (plain, keras)]
+    losses = [loss_function(m)(m(logits), labels) for m in (plain, keras)]
     torch.testing.assert_close(*losses)
     torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in losses))
     sure = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    loss = loop.loss_function(keras)(sure, torch.tensor([1]))
+    loss = loss_function(keras)(sure, torch.tensor([1]))
     torch.testing.assert_close(loss, torch.tensor(1e-7).log().neg())
     # A fused model ends in the same Softmax.
     block = rk.fuse(nn.Sequential(*tiny(10, 1), nn.Softmax(1)))
-    assert loop.loss_function(block) is not F.cross_entropy and loop.loss_function(block[:-1]) is F.cross_entropy
+    assert loss_function(block) is not F.cross_entropy and loss_function(block[:-1]) is F.cross_entropy
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.models import d2l, resnet_v1, resnet_v2
-from resnet_kernels.runtime import fused_block, training
+from resnet_kernels.runtime import fused_module, training
 
 CHANNELS_LAST = torch.channels_last
 
@@ -525,7 +525,7 @@ def test_distributed_data_parallel(tmp_path):
 def test_built_preact_bottleneck_is_fused(device):
     skip_unless_runnable("triton", device, torch.float32)
     block = rk.PreactBottleneck(16, 32, 8, stride=2).to(device)
-    assert fused_block.is_fused(block)
+    assert fused_module.is_fused(block)
     names = {name for name, _ in block.named_children()}
     assert names == {"preact", "conv1", "bn1", "conv2", "bn2", "conv3", "shortcut"}
     assert block(torch.randn(2, 16, 6, 6, device=device)).shape == (2, 32, 3, 3)

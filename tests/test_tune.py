@@ -23,7 +23,7 @@ from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
-from resnet_kernels.perf import timing
+from resnet_kernels.perf import environment, timing
 from resnet_kernels.perf.timing import Timing
 from resnet_kernels.perf.tuning import autotuner, problems, table_file, tune_model
 
@@ -288,7 +288,7 @@ def test_what_is_known_is_passed_over_unless_asked_for(small_in_zoo, tmp_path, m
             **entry(problem.key, "cpu", problem.batch),
             "default": "cpu",
             "candidates": {},
-            "measured": table_file.versions(),
+            "measured": environment.versions(),
         }
 
     monkeypatch.setattr(autotuner, "measure", quick)
@@ -328,7 +328,7 @@ def test_a_lost_gpu_is_noted_and_passed_over(small_in_zoo, tmp_path, monkeypatch
 
     def measure(problem, seconds, samples):
         record = {**entry(problem.key, None, problem.batch), "default": "cpu", "candidates": {"x": {"refused": "r"}}}
-        record["measured"] = table_file.versions()
+        record["measured"] = environment.versions()
         if not lost:
             lost.append(problem.key)
             raise autotuner.DeviceLost("x on the first: illegal address", record)

@@ -10,7 +10,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import eligibility
+from resnet_kernels.ops import onednn
 from resnet_kernels.runtime.cpu import packed_conv
 
 
@@ -60,8 +60,8 @@ def test_sees_lost_and_new_nan(model, x, monkeypatch):
     x[0, 0, 5, 5] = float("nan")
     fused = rk.fuse(model)
     assert rk.verify(model, fused, x), "NaN stays NaN"
-    monkeypatch.setattr(eligibility.onednn, "_SAFE", float("inf"))
-    monkeypatch.setattr(eligibility.onednn, "bound", lambda x, known: 0.0)
+    monkeypatch.setattr(onednn, "_SAFE", float("inf"))
+    monkeypatch.setattr(onednn, "bound", lambda x, known: 0.0)
     result = rk.verify(model, rk.fuse(model), x)
     assert not result and result.first_over_budget.lost > 0, "oneDNN's own ReLU would turn NaN into 0"
 

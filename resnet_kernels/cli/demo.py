@@ -11,12 +11,13 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from ..fusion.text_table import table
+from ..models import by_name
 from ..perf import timing
 from . import arguments
 
 
 def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
-    return arguments.image_batch(model, options.batch_size, options.image_size or arguments.image_size(options.model))
+    return by_name.image_batch(model, options.batch_size, options.image_size or by_name.image_size(options.model))
 
 
 def explain(options: argparse.Namespace) -> int:

@@ -19,12 +19,13 @@ from torch import Tensor
 import resnet_kernels as rk
 
 from ..fusion.text_table import table
-from ..perf import profiling, timing
+from ..models import by_name
+from ..perf import ceilings, profiling, timing
 from ..perf.profiling import KINDS, RangeTime
 from ..perf.roofline import bounds, network
 from ..perf.roofline.bounds import Machine
+from ..perf.steps import forward, forward_backward
 from . import arguments
-from .time import forward, forward_backward
 
 HELP = "where a network's time goes on this machine, kernel by kernel, as a share of the roofline"
 
@@ -49,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
     model = arguments.model_for(options)
     device = next(model.parameters()).device
     batch_size = options.batch_size or (2 if device.type == "cpu" else 32)
-    x = arguments.image_batch(model, batch_size, options.image_size or arguments.image_size(options.model))
+    x = by_name.image_batch(model, batch_size, options.image_size or by_name.image_size(options.model))
     net = network.trace(model, x)
     announce = arguments.announce(options.json)
     announce("fusing")
@@ -83,7 +84,7 @@ def _machine(x: Tensor) -> tuple[Machine, str]:
     as_assumed = x.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
     if x.is_cuda and "H200" in torch.cuda.get_device_name(x.device) and dtype and as_assumed:
         return bounds.h200(dtype), "of an H200"
-    return profiling.ceilings(x.device, x.dtype), "measured ceilings: a matrix product and a copy, here and now"
+    return ceilings.ceilings(x.device, x.dtype), "measured ceilings: a matrix product and a copy, here and now"
 
 
 def _what(options: argparse.Namespace, x: Tensor) -> str:

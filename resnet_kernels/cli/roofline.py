@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion.text_table import table
+from ..models import by_name
 from ..perf.roofline import bounds, counting, network
 from ..perf.roofline.bounds import Kernel, Machine, Tiling
 from . import arguments
@@ -64,10 +65,10 @@ def _rate(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    options.image_size = options.image_size or arguments.image_size(options.model)
+    options.image_size = options.image_size or by_name.image_size(options.model)
     model = _build(options.model)
     with torch.device("meta"):
-        x = arguments.image_batch(model, options.batch_size, options.image_size)
+        x = by_name.image_batch(model, options.batch_size, options.image_size)
     net = network.trace(model, x)
     machine = _machine(options)
     executions = _executions(net, _ITEMSIZES[options.dtype], options.block_n)
@@ -91,9 +92,9 @@ def _build(name: str) -> nn.Module:
     """The model by its name, without memory or initial weights where its constructor can do without."""
     try:
         with torch.device("meta"):
-            return arguments.build(name)
+            return by_name.build(name)
     except (RuntimeError, NotImplementedError):
-        return arguments.build(name)  # it reads a number of a tensor that it made
+        return by_name.build(name)  # it reads a number of a tensor that it made
 
 
 def _machine(options: argparse.Namespace) -> Machine:

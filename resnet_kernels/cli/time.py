@@ -10,18 +10,18 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import resnet_kernels as rk
 
 from ..fusion.text_table import table
+from ..models import by_name
 from ..perf import timing
+from ..perf.steps import forward, forward_backward
 from ..perf.timing import Timing
 from . import arguments
-from .train.loop import loss_function
 
 HELP = "the slim text's experiment: forward, then forward and backward, eager and fused side by side"
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     model = arguments.model_for(options)
     device = next(model.parameters()).device
     burn_in, notes = _set_sizes(options, device)
-    x = arguments.image_batch(model, options.batch_size, options.image_size)
+    x = by_name.image_batch(model, options.batch_size, options.image_size)
     # With --json stdout is for the object alone.
     stream = sys.stderr if options.json else sys.stdout
     print("\n".join([arguments.machine(x), *notes]), file=stream, flush=True)
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _set_sizes(options: argparse.Namespace, device: torch.device) -> tuple[int, list[str]]:
     """Fills in what was not given; returns the burn-in steps, and what to say of it."""
-    on_cpu, made_for = device.type == "cpu", arguments.image_size(options.model)
+    on_cpu, made_for = device.type == "cpu", by_name.image_size(options.model)
     burn_in = _CPU_BURN_IN if on_cpu and options.num_batches is None else _BURN_IN
     defaults = {
         "batch_size": _CPU_BATCH_SIZE if on_cpu else _BATCH_SIZE,
@@ -97,38 +97,6 @@ def _set_sizes(options: argparse.Namespace, device: torch.device) -> tuple[int, 
             f"{_BURN_IN} unless given: {flags}"
         )
     return burn_in, notes
-
-
-def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A step in eval mode and without gradients."""
-    net.eval()
-
-    def step():
-        with torch.inference_mode():
-            return net(x)
-
-    return step
-
-
-def forward_backward(model: nn.Module, x: Tensor) -> Callable[[nn.Module, Tensor], Callable[[], object]]:
-    """Makes a step in train mode from a network like `model`: its gradients of a loss; all of them have the same labels."""
-    with torch.inference_mode():
-        y = model(x[:1])
-    if not isinstance(y, Tensor) or y.ndim != 2:
-        shape = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"--model must give (N, classes) to be trained on labels, got {shape}")
-    labels = torch.randint(y.shape[1], (len(x),), device=x.device)
-    loss = loss_function(model)
-
-    def make(net: nn.Module, x: Tensor) -> Callable[[], object]:
-        parameters = list(net.train().parameters())
-
-        def step():
-            return torch.autograd.grad(loss(net(x), labels), parameters, allow_unused=True)
-
-        return step
-
-    return make
 
 
 def _table(runs: dict[str, dict[str, Timing]], batch_size: int) -> str:

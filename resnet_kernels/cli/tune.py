@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..models import by_name
 from ..ops import tuned_table
 from ..perf.tuning import problems, table_file, tune_model
 from ..perf.tuning.autotuner import Problem
@@ -132,9 +133,9 @@ def _problems(
 ) -> dict[str, list[Problem]]:
     """A model's problems at each batch size, by its name with its images' shape."""
     torch.manual_seed(0)
-    model = arguments.build(name).to(device, dtype, memory_format=torch.channels_last).eval()
-    x = arguments.image_batch(
-        model, 2, options.image_size or (_DRY_IMAGE_SIZE if options.dry_run else arguments.image_size(name))
+    model = by_name.build(name).to(device, dtype, memory_format=torch.channels_last).eval()
+    x = by_name.image_batch(
+        model, 2, options.image_size or (_DRY_IMAGE_SIZE if options.dry_run else by_name.image_size(name))
     )
     noted = problems.note(model, x, training=options.training)
     batches = options.batch_size or (_DRY_BATCHES if options.dry_run else _BATCHES)

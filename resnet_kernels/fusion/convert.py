@@ -8,39 +8,22 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 from torch import nn
 
-from ..graph import reader as graph_reader
-from ..graph.recipe import CannotRead, ConvStep, Recipe
+from ..graph.recipe import ConvStep, Recipe
 from ..ops import backends, tuned_table
 from ..ops.library import autocast_dtype
-from ..runtime import eligibility, fused_block
-from ..runtime.eligibility import FusedState
-from ..runtime.fused_block import FusedBlock
+from ..runtime import eligibility, fused_module
 from ..runtime.fused_container import FusedHost
 from ..runtime.gpu import multi_layer
-from ..runtime.gpu.multi_layer import Part
+from ..runtime.gpu.parts import Part
 from ..runtime.live_modules import has_hooks, wire
 from ..runtime.normalize_images import Normalize
+from ..runtime.state import FusedState, drop_copies
+from .find_blocks import _find, _Finding
 from .report import FuseReport, Row
-
-
-@dataclass
-class _Finding:
-    """A module and what reading it gave."""
-
-    module: nn.Module
-    rows: list[Row]
-    mixin: type | None = None
-    plan: Any = None
-    residual: bool = False
-
-    @property
-    def fusible(self) -> bool:
-        return self.mixin is not None
 
 
 def fuse(
@@ -92,16 +75,16 @@ def fuse_(
     swapped: list[tuple[nn.Module, type, dict]] = []
     try:
         for module in list(model.modules()):
-            if fused_block.is_fused(module):
+            if fused_module.is_fused(module):
                 swapped.append((module, type(module), dict(module.__dict__)))
-                fused_block.swap_back(module)
+                fused_module.swap_back(module)
         paths = {id(module): path for path, module in model.named_modules()}
         for finding in findings:
             if finding.fusible:
                 swapped.append((finding.module, type(finding.module), dict(finding.module.__dict__)))
                 own = wanted if finding.module is model else None
                 state = FusedState(finding.plan, backend, paths[id(finding.module)], own, freeze)
-                fused_block.swap(finding.module, finding.mixin, state)
+                fused_module.swap(finding.module, finding.mixin, state)
     except BaseException:
         for module, cls, state in reversed(swapped):
             module.__class__ = cls
@@ -118,17 +101,17 @@ def unfuse_(model: nn.Module) -> nn.Module:
     """
     _check(model, "auto")
     for module in model.modules():
-        if fused_block.is_fused(module):
-            fused_block.swap_back(module)
+        if fused_module.is_fused(module):
+            fused_module.swap_back(module)
     return model
 
 
 def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     """What `fuse_` would do, a row a block; changes nothing. On a fused model: what is fused, and what runs eager now."""
     _check(model, backend)
-    if not any(fused_block.is_fused(module) for module in model.modules()):
+    if not any(fused_module.is_fused(module) for module in model.modules()):
         return FuseReport(tuple(row for finding in _find(model) for row in finding.rows), backend)
-    states = [m.__dict__["_rk_state"] for m in model.modules() if fused_block.is_fused(m)]
+    states = [m.__dict__["_rk_state"] for m in model.modules() if fused_module.is_fused(m)]
     frozen = any(state.frozen for state in states)
     return FuseReport(_rows_now(_find(model), tables=True), states[0].backend, _normalize_of(model), frozen)
 
@@ -211,7 +194,7 @@ def refresh(model: nn.Module) -> nn.Module:
     """
     _check(model, "auto")
     for module in model.modules():
-        eligibility.drop_copies(module)
+        drop_copies(module)
     return model
 
 
@@ -228,63 +211,3 @@ def _recipe_of(state: FusedState, row: Row) -> Recipe:
     if isinstance(state.plan, Recipe):
         return state.plan
     return next(recipe for recipe in state.plan.runs.values() if str(recipe) == row.steps)
-
-
-def _find(model: nn.Module) -> list[_Finding]:
-    findings = _visit(model, "", set())
-    if any(f.fusible for f in findings) and not any(f.module is model and f.fusible for f in findings):
-        # The model itself becomes the host that converts the layout once, if its forward is one we can stand in for.
-        try:
-            findings.insert(0, _Finding(model, [], FusedHost, graph_reader.read(model).host_plan()))
-        except CannotRead:
-            pass
-    return findings
-
-
-def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
-    """Findings in a module and below. A block is taken whole; anything else is looked into."""
-    if id(module) in seen or not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
-        return []
-    seen.add(id(module))
-    if not module._modules:
-        return []
-    kind = type(module).__name__
-    try:
-        reader = graph_reader.read(module)
-    except CannotRead as reason:
-        below = _visit_children(module, path, seen)
-        direct = {type(child) for child in module._modules.values()}
-        looks_like_block = nn.Conv2d in direct and any("Norm" in cls.__name__ for cls in direct)
-        if looks_like_block and not below:
-            return [_Finding(module, [Row(path, kind, False, reason=str(reason))])]
-        return below
-    reason = None
-    if reader.has_own_conv() or reader.has_wrappers():
-        try:
-            recipe = reader.recipe()
-            if recipe.fuses:
-                rows = [Row(path, kind, True, str(recipe))]
-                return [_Finding(module, rows, FusedBlock, recipe, residual=reader.is_residual())]
-            return []
-        except CannotRead as error:
-            # Of wrappers alone it may be anything, a network too: what is below is looked at one by one.
-            reason = str(error) if reader.has_own_conv() else None
-    below = _visit_children(module, path, seen)
-    if reader.is_residual() and reason and not any(f.residual for f in below):
-        # A residual block with something in it that is not fused stays as it is, its inner modules included.
-        return [_Finding(module, [Row(path, kind, False, reason=reason)], residual=True)]
-    plan = reader.host_plan()
-    stage = graph_reader.is_plain_sequential(module) and sum(f.residual and f.fusible for f in below) > 1
-    if plan.runs or stage:
-        rows = [Row(path, f"{kind} (part)", True, str(recipe)) for recipe in plan.runs.values()]
-        below.insert(0, _Finding(module, rows, FusedHost, plan))
-    return below
-
-
-def _visit_children(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
-    return [
-        finding
-        for name, child in module._modules.items()
-        if child is not None
-        for finding in _visit(child, f"{path}.{name}" if path else name, seen)
-    ]

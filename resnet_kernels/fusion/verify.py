@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from ..graph.recipe import HostPlan
 from ..ops import tuned_table
-from ..runtime import fused_block, fused_container
+from ..runtime import container_runs, fused_module
 from .text_table import table
 
 # With n values the ratio of two equal errors varies by 1 / sqrt(n), one standard deviation: an eighth, where 2 is the limit.
@@ -130,7 +130,7 @@ def verify(
             raise TypeError(f"{name} must be a torch.nn.Module, got {type(module).__name__}")
     if not isinstance(x, Tensor) or not x.is_floating_point():
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    if any(fused_block.is_fused(m) for m in model.modules()):
+    if any(fused_module.is_fused(m) for m in model.modules()):
         raise ValueError("model must be the unfused reference, got a fused model (unfuse_ a copy of it)")
     if "_rk_state" in fused.__dict__ and fused.__dict__["_rk_state"].normalize is not None:
         raise ValueError(
@@ -150,7 +150,7 @@ def verify(
 
     with torch.no_grad(), _eval_mode(model), _eval_mode(fused), contextlib.ExitStack() as hooks:
         for path, module in fused.named_modules():
-            if fused_block.is_fused(module):
+            if fused_module.is_fused(module):
                 for handle in _watch(model, path, module, compare):
                     hooks.callback(handle.remove)
         eager_output = model(x)
@@ -216,7 +216,7 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) ->
             for member in oracle:
                 member._forward_hooks.clear()
                 member._forward_pre_hooks.clear()
-            run = lambda source: fused_container.call_run(module, name, state, source)[0]  # noqa: E731
+            run = lambda source: container_runs.call_run(module, name, state, source)[0]  # noqa: E731
             where = f"{path}.{name}" if path else name
             compare(where, str(recipe), seen.pop(), output, run, oracle.to(**_oracle_options(output)))
 

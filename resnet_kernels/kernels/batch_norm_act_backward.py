@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_act import (
+from .batch_norm_act import _affine, _normalised, _rstd, _sum
+from .batch_norm_tiles import (
     CACHED,
     FINISH_CHANNELS,
     FINISH_WARPS,
@@ -17,10 +18,6 @@ from .batch_norm_act import (
     NUM_WARPS,
     STAGES,
     Split,
-    _affine,
-    _normalised,
-    _rstd,
-    _sum,
     blocks,
     channels_last,
     choose_split,

@@ -24,10 +24,9 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ..models.checks import at_least_one
 from ..runtime import profiler_ranges
-from ..runtime.fused_block import is_fused
-from . import timing
+from ..runtime.fused_module import is_fused
 from .roofline import bounds, kernel_groups
-from .roofline.bounds import Kernel, Machine
+from .roofline.bounds import Kernel
 from .roofline.network import Network, Operation
 
 KINDS = ("conv", "bn", "rest")
@@ -296,30 +295,3 @@ def _operations(net: Network, range_: str, call: int, n_calls: Mapping[str, int]
 def _sum(name: str, kernels: Sequence[Kernel]) -> Kernel:
     parts = ((k.flops, k.hbm_bytes, k.l2_bytes) for k in kernels)
     return Kernel(name, *map(sum, zip(*parts)))
-
-
-def ceilings(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Machine:
-    """The rates that a large product and a copy reach here and now, the fastest of some rounds; L2 is not measured.
-
-    The product is the faster of a matmul and a 1x1 convolution, which PyTorch lets run in TF32 where it doesn't a matmul.
-
-    Args:
-        device: CPU or CUDA. dtype: floating point.
-        seconds: to spend, about.
-    """
-    size, elements = (8192, 2**29) if torch.device(device).type == "cuda" else (1024, 2**24)
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product = torch.empty_like(a)
-    image = a.t().reshape(1, size, size, 1).contiguous(memory_format=torch.channels_last)
-    source = torch.zeros(elements, dtype=dtype, device=device)
-    target = torch.zeros_like(source)  # and not empty: its pages are to be there
-    calls = {
-        "matmul": lambda: torch.mm(a, b, out=product),
-        "convolution": lambda: torch.conv2d(image, b[:, :, None, None]),
-        "copy": lambda: target.copy_(source),
-    }
-    fastest = {
-        name: min(samples.samples) for name, samples in timing.interleave(calls, seconds=seconds, device=device).items()
-    }
-    moved = 2 * elements * source.element_size()
-    return Machine(2 * size**3 / min(fastest["matmul"], fastest["convolution"]), moved / fastest["copy"])

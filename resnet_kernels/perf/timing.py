@@ -23,6 +23,8 @@ from typing import NamedTuple, TextIO
 
 import torch
 
+from .clocks import clock_of, leading_in
+
 _STEPS_BETWEEN_LINES = 10  # of time_run, as in the slim text
 
 # Two calls see everything that is lazy: the first compiles, packs and allocates; the second may compile for what the first
@@ -131,8 +133,8 @@ def interleave(
     _check_count("min_rounds", min_rounds, 1)
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable or None, got {type(progress).__name__}")
-    clock = _clock(device)
-    clock = _leading_in(clock, lead_in) if lead_in else clock
+    clock = clock_of(device)
+    clock = leading_in(clock, lead_in) if lead_in else clock
     calls = dict(contenders)
     # The same loop as what counts, so that caches, too, are as they will be.
     _rounds(calls, clock, seconds * _WARM_UP_SHARE, _WARM_UP_ROUNDS, None)
@@ -230,7 +232,7 @@ def time_runs(
     _check_count("num_steps_burn_in", num_steps_burn_in, 0)
     if stream is not None and not callable(getattr(stream, "write", None)):
         raise TypeError(f"stream must be a text stream or None, got {type(stream).__name__}")
-    clock = _clock(device)
+    clock = clock_of(device)
     samples: dict[str, list[float]] = {info: [] for info in contenders}
     for step in range(-num_steps_burn_in, num_batches):
         for info, target in contenders.items():
@@ -297,53 +299,3 @@ def _rounds(
         if progress is not None:
             progress(done, elapsed)
     return samples
-
-
-def _leading_in(clock: Callable, lead_in: float) -> Callable[[Callable[[], object]], float]:
-    def seconds(call: Callable[[], object]) -> float:
-        end = time.perf_counter() + lead_in
-        clock(call)
-        while time.perf_counter() < end:
-            clock(call)
-        return clock(call)
-
-    return seconds
-
-
-def _clock(device: torch.device | str | None) -> Callable[[Callable[[], object]], float]:
-    """A function that calls a callable and returns the seconds until its work on the device was done."""
-    if device is not None and not isinstance(device, (str, torch.device)):
-        raise TypeError(f"device must be a torch.device, a str or None, got {type(device).__name__}")
-    try:
-        device = torch.device("cpu" if device is None else device)
-    except RuntimeError as error:
-        raise ValueError(f"device must name a device, got {device!r}") from error
-    if device.type == "cpu":
-        return _cpu_seconds
-    if device.type != "cuda":
-        raise ValueError(f"device must be a CPU or CUDA device, got {device}")
-    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device must be one that is here, got {device} with {torch.cuda.device_count()} CUDA devices")
-    return _cuda_clock(device)
-
-
-def _cpu_seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
-
-
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    stream = torch.cuda.current_stream(device)
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # Nothing that was queued before may count as the first sample's.
-    torch.cuda.synchronize(device)
-
-    def seconds(call: Callable[[], object]) -> float:
-        start.record(stream)
-        call()
-        end.record(stream)
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3  # from milliseconds
-
-    return seconds

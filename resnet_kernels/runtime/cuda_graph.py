@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..models.checks import at_least_one
-from .eligibility import has_global_hooks, tables_of
+from .live_modules import has_global_hooks
 from .model_snapshot import Watch
+from .state import tables_of
 
 # As many as torch.cuda.make_graphed_callables does. In the first, Triton compiles and cuDNN chooses, which no capture may do.
 _WARM_UPS = 3

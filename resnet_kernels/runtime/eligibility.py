@@ -7,107 +7,23 @@ convolutions the caches are cold: 20 us a question instead of 3. So the outermos
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as nn_module
 
 from ..graph import reader
-from ..graph.recipe import CallStep, ConvStep, Recipe
-from ..ops import backends, onednn, tuned_table
+from ..graph.recipe import CallStep, Recipe
+from ..ops import backends, tuned_table
 from ..ops.library import autocast_dtype
-from .cpu.packed_conv import PackedConv
-from .cpu.program import Copies
-from .live_modules import Wiring, child_at, has_hooks, wire
-from .normalize_images import Normalize
-
-_call_state = threading.local()
-
-
-class Known(NamedTuple):
-    """What the caller of a block knows about its input.
-
-    owned: nobody else holds it, so a step may write over it.
-    bound: no value in it is larger in magnitude.
-    backend: (asked for, found) of the block that made it; the next block asking for the same will find the same.
-    """
-
-    owned: bool = False
-    bound: float | None = None
-    backend: tuple[str, str] | None = None
-
-
-UNKNOWN = Known()
-
-
-class FusedState:
-    """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
-
-    path: the module's, in the model that was fused; a label for profilers.
-    normalize: in the model's outermost host, what `fuse(model, normalize=...)` asked for.
-    frozen: the user has promised that weights stay, so copies are not compared with them; see freezing.py.
-    """
-
-    def __init__(
-        self, plan: Any, backend: str, path: str = "", normalize: Normalize | None = None, frozen: bool = False
-    ):
-        self.plan = plan
-        self.backend = backend
-        self.path = path
-        self.normalize = normalize
-        self.frozen = frozen
-        self.copies = Copies()
-        self.wiring: dict[tuple[str, ...], Wiring] = {}
-        self.plans: dict[tuple, Any] = {}
-        self.survey: Survey | None = None
-
-    def drop_copies(self) -> None:
-        self.copies = Copies()
-        if self.frozen:
-            self.plans = {}  # they may hold copies, too
-
-    def trusts(self, pack: PackedConv, conv: nn.Module, bn: nn.Module | None) -> bool:
-        """Whether a pack may stand for these modules in this call."""
-        return pack.is_of(conv, bn) if self.frozen else pack.is_unchanged(conv, bn)
-
-    def __getstate__(self) -> dict:
-        # Packed weights are opaque, the rest is of this very module: a copy makes its own in its first call.
-        kept = dict(
-            plan=self.plan, backend=self.backend, path=self.path, normalize=self.normalize, frozen=self.frozen
-        )  # fmt: skip
-        return kept | dict(copies=Copies(), wiring={}, plans={}, survey=None)
-
-
-def drop_copies(module: nn.Module) -> None:
-    """Forgets the copies of a fused module's weights; the next call makes them anew."""
-    state = module.__dict__.get("_rk_state")
-    if state is not None:
-        state.drop_copies()
-
-
-def tables_of(model: nn.Module) -> list[Any]:
-    """What the kernels of a fused model read besides its own tensors: whoever replays their launches has to keep it."""
-    states = (module.__dict__.get("_rk_state") for module in model.modules())
-    return [plan.constants.tables for state in states if state is not None for plan in state.plans.values()]
+from .checked_calls import verified_wiring
+from .live_modules import Wiring, child_at, has_global_hooks, wire
+from .state import FusedState, Go, Known
 
 
 def say_runs_eager(reason: str) -> None:
     """Warns that a call falls back to eager; once a reason and process."""
     backends.say_once(f"{reason}; such calls run the model's own PyTorch code", 6)
-
-
-def has_global_hooks() -> bool:
-    """Whether a hook on all modules is registered."""
-    return bool(
-        nn_module._global_forward_hooks
-        or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks
-        or nn_module._global_backward_pre_hooks
-    )
 
 
 def is_ordinary(x: Any) -> bool:
@@ -136,18 +52,6 @@ def why_not_now(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
 _OTHER_IN_TRAINING = "its forward is another one in train() mode"
 
 
-class Go(NamedTuple):
-    """Leave to run fused: on which backend, with which modules, whether their packed weights were checked already.
-
-    learns: with gradients or batch statistics (training.py), and not as inference does (inference.py).
-    """
-
-    backend: str
-    wiring: Wiring
-    verified: bool
-    learns: bool = False
-
-
 def decide(
     module: nn.Module, recipe: Recipe, state: FusedState, x: Any, known: Known, channels: int | None = None
 ) -> tuple[Go | None, str]:
@@ -162,7 +66,7 @@ def decide(
         return None, ""  # PyTorch's BN is all there is
     if known.backend is None and not is_ordinary(x):
         return None, ""
-    wiring = _verified_wiring(module, recipe)
+    wiring = verified_wiring(module, recipe)
     verified = wiring is not None
     batch_statistics = False
     if not verified:
@@ -239,99 +143,6 @@ def current_wiring(module: nn.Module, recipe: Recipe, state: FusedState) -> Wiri
         if not isinstance(wiring, str):
             state.wiring[recipe.modules] = wiring
     return wiring
-
-
-class Survey:
-    """All fused modules below one, and what tells that they are still all there is."""
-
-    def __init__(self, module: nn.Module, owners: list[tuple[nn.Module, FusedState, list[Recipe]]]):
-        self.owners = owners
-        inside = {id(child) for owner, _, recipes in owners if recipes[0].whole for child in owner.modules()}
-        outside = [m for m in module.modules() if id(m) not in inside]
-        self.registries = [(m._modules, [*m._modules.values()]) for m in outside if m._modules]
-        # Hooks inside a block are its own wiring's to see.
-        self.hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
-
-    def is_current(self) -> bool:
-        return all([*registry.values()] == children for registry, children in self.registries)
-
-
-@contextlib.contextmanager
-def verified_below(survey: Survey | None) -> Iterator[None]:
-    """Asks for all fused modules below at once what `decide` and `run_recipe` would ask for each in turn.
-
-    Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
-    between, is registered on a block or on what is around blocks.
-    """
-    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
-        yield
-        return
-    verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
-    copies: dict[int, Copies] = {}
-    for owner, state, recipes in survey.owners:
-        if (
-            owner.training
-            or "forward" in owner.__dict__
-            or (not recipes[0].whole and tuple(owner._modules) != state.plan.names)
-        ):
-            continue
-        for recipe in recipes:
-            wiring = state.wiring.get(recipe.modules)
-            if wiring is None or not _is_verified(owner, state, wiring):
-                continue
-            verified[id(owner), recipe.modules] = wiring
-            if recipe.whole:
-                copies[id(owner)] = state.copies
-    _call_state.verified, _call_state.copies = verified, copies
-    try:
-        yield
-    finally:
-        _call_state.verified = _call_state.copies = None
-
-
-def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
-    if not wiring.is_of(owner) or not wiring.is_current() or wiring.why_not_now() is not None:
-        return False
-    if not _runs_on_packs(state, wiring):
-        return True
-    packs = state.copies.packs
-    return all(
-        step.conv in packs and state.trusts(packs[step.conv], conv, bn)
-        for step, conv, bn in wiring.steps
-        if isinstance(step, ConvStep)
-    )
-
-
-def _runs_on_packs(state: FusedState, wiring: Wiring) -> bool:
-    """Whether a call may need packed weights, which only oneDNN does."""
-    on_cpu = any(conv.weight.device.type == "cpu" for conv in wiring.convs[:1])
-    return on_cpu and backends.requested(state.backend) in ("auto", "cpu")
-
-
-def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor, Known] | None:
-    """Runs a verified block on the output of the block before it, with no further question; None if there are some."""
-    copies = getattr(_call_state, "copies", None)
-    copies = copies.get(id(block)) if copies else None
-    if copies is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
-        return None
-    state = block.__dict__["_rk_state"]
-    program = copies.program(state.plan, x)
-    if program is None or not program.entries:
-        return None
-    bound = onednn.bound(x, known.bound)
-    if not program.is_safe(bound):
-        return None
-    return program(x, known.owned, state.path), Known(True, program.result_bound(bound), known.backend)
-
-
-def is_inside_verified() -> bool:
-    """Whether an outer module of this very call has verified everything below it."""
-    return not torch.compiler.is_compiling() and getattr(_call_state, "verified", None) is not None
-
-
-def _verified_wiring(module: nn.Module, recipe: Recipe) -> Wiring | None:
-    verified = getattr(_call_state, "verified", None)
-    return None if verified is None else verified.get((id(module), recipe.modules))
 
 
 def _decide_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState, x: Any) -> Go | None:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from .eligibility import FusedState
     from .live_modules import Wiring
+    from .state import FusedState
 
 
 class FrozenCopies:

@@ -14,9 +14,9 @@ from ..graph.recipe import Recipe
 from ..ops import tuned_table
 from ..ops.library import autocast_dtype
 from .cpu import executor
-from .eligibility import FusedState, Go, Known
 from .gpu import plan as gpu_plan
 from .gpu.plan import Plan
+from .state import FusedState, Go, Known
 
 CHANNELS_LAST = torch.channels_last
 # Plans that a block keeps: detection models see many image sizes.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules import module as nn_module
 
 from ..graph import reader
 from ..graph.recipe import CallStep, ConvStep, NormStep, Recipe
@@ -21,6 +22,16 @@ _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_back
 def has_hooks(module: nn.Module) -> bool:
     """Whether eager's call of this module would run a hook."""
     return any(module.__dict__[kind] for kind in _HOOK_DICTS)
+
+
+def has_global_hooks() -> bool:
+    """Whether a hook on all modules is registered."""
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
 
 
 class Wiring:

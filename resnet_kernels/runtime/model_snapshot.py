@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..ops import tuned_table
 from ..ops.backends import ENVIRONMENT_VARIABLE
-from .eligibility import has_global_hooks
 from .freezing import FrozenCopies, frozen_states
+from .live_modules import has_global_hooks
 
 
 class Watch:

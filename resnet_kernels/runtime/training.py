@@ -17,8 +17,8 @@ from ..ops import add_relu, backends, onednn, reference
 from ..ops.library import autocast_dtype
 from . import profiler_ranges
 from .bn import bn_tensors
-from .eligibility import FusedState, Go
 from .live_modules import needs_gradient
+from .state import FusedState, Go
 
 CHANNELS_LAST = torch.channels_last
 

@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 from ...fusion.text_table import table
-from ...perf import regressions, results
-from . import page, plots, sections
+from ...perf import read_results, regressions, results
+from . import page, plot_style, sections
 
 HELP = "a page with plots of a file of pytest benchmarks --benchmark-json, and what changed against an older one"
 
@@ -52,10 +52,10 @@ def _share(text: str) -> float:
 def run(options: argparse.Namespace) -> int:
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('matplotlib is needed for the plots: pip install "resnet_kernels[report]"')
-    new = results.read(options.results)
+    new = read_results.read(options.results)
     comparison = None
     if options.against:
-        comparison = regressions.compare(new, results.read(options.against), options.margin)
+        comparison = regressions.compare(new, read_results.read(options.against), options.margin)
     _check_out(options.out)
     parts = sections.sections(new)
     if comparison:
@@ -71,9 +71,9 @@ def run(options: argparse.Namespace) -> int:
 def _files(new: results.Results, parts: list) -> dict[str, bytes]:
     """Everything that is written, by name."""
     figures = [[part.figure for part in section.parts] for section in parts]
-    images = [[figure and plots.save(figure, "svg") for figure in row] for row in figures]
+    images = [[figure and plot_style.save(figure, "svg") for figure in row] for row in figures]
     files = {
-        page.file_name(section, index): plots.save(figure, "png")
+        page.file_name(section, index): plot_style.save(figure, "png")
         for section, row in zip(parts, figures)
         for index, figure in enumerate(row)
         if figure

@@ -10,7 +10,8 @@ import resnet_kernels as rk
 
 from ...perf.regressions import Comparison
 from ...perf.results import Results
-from .sections import Part, Section, outcomes
+from .parts import Part, Section
+from .sections import outcomes
 
 GENERATOR = "resnet_kernels report"
 

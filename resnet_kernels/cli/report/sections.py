@@ -3,41 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable
 
-from ...perf.results import CaseResults, Kernel, Results
+from ...perf.results import CaseResults, Results
 from . import plots
-
-LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
-_DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
-_PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest", "": "not told apart"}
-# Whose kernels are drawn beside one another, of those that the file has.
-_PROFILED = ("eager", "compile", "fused")
-
-
-@dataclass(frozen=True)
-class Part:
-    """A figure with its numbers. alt: what it shows, for who can't see it. figure: None where a table says it better."""
-
-    title: str
-    alt: str
-    figure: Any
-    head: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """name: of its plots' files. missing: why there is no part, or what the parts leave out; "" if nothing."""
-
-    name: str
-    title: str
-    intro: str
-    parts: Sequence[Part]
-    missing: str = ""
+from .kernel_sections import layers, roofline, training_step
+from .parts import _DIRECTIONS, LEVELS, Part, Section
 
 
 def sections(results: Results) -> list[Section]:
@@ -134,97 +105,6 @@ def throughput(results: Results) -> Section:
     )
 
 
-def roofline(results: Results) -> Section:
-    parts = []
-    for case in _profiled(results, "forward"):
-        panels, rows, left_out = {}, [], []
-        for name in _PROFILED:
-            kernels = case.contenders[name].kernels if name in case.contenders else ()
-            total = sum(kernel.seconds for kernel in kernels)
-            drawn = [kernel for kernel in kernels if kernel.flops and kernel.hbm_bytes and kernel.seconds]
-            if len(drawn) < len(kernels):
-                share = 1 - sum(kernel.seconds for kernel in drawn) / total
-                left_out.append(
-                    f"{name}: {len(kernels) - len(drawn)} of {len(kernels)} kernels, {share:.0%} of the time"
-                )
-            if not drawn:
-                continue
-            stages = _stages(drawn)
-            panels[name] = [
-                plots.Point(
-                    stage, kernel.flops / kernel.hbm_bytes, kernel.flops / kernel.seconds, kernel.seconds / total
-                )
-                for stage, kernel in zip(stages, drawn)
-            ]
-            slowest = sorted(drawn, key=lambda kernel: -kernel.seconds)[:10]
-            rows += [
-                (name, kernel.path or "-", kernel.name, f"{1e3 * kernel.seconds:.3g}", f"{kernel.seconds / total:.1%}",
-                 f"{kernel.flops / kernel.hbm_bytes:.3g}", f"{kernel.flops / kernel.seconds / 1e9:.4g}")
-                for kernel in slowest
-            ]  # fmt: skip
-        if not panels:
-            continue
-        ceilings = next((m.ceilings for m in case.contenders.values() if m.ceilings), None)
-        note = f"Ceilings: {ceilings.source}." if ceilings else "The file has no ceilings of the machine."
-        if left_out:
-            note += f" Not drawn, as they have no FLOPs or it is not known what they move: {'; '.join(left_out)}."
-        alt = (
-            f"Log-log scatter plots of FLOP/s against FLOP per byte under the machine's ceilings: {', '.join(panels)}."
-        )
-        head = ("contender", "module", "kernel (the ten slowest)", "ms", "share of time", "FLOP / byte", "GFLOP / s")
-        parts.append(Part(case.label, alt, plots.roofline(panels, ceilings), head, rows, note))
-    return Section(
-        "roofline",
-        "Roofline of the kernels",
-        "A marker is a kernel (on a CPU an operation), its area the share of the contender's time. "
-        "Bytes are the least that it has to move: where caches hold the data a kernel may lie above the memory's ceiling.",
-        parts,
-        "" if parts else _unprofiled(results, "forward"),
-    )
-
-
-def layers(results: Results) -> Section:
-    parts = []
-    for case in _profiled(results, "forward"):
-        by_stage: dict[str, dict[str, dict[str, float]]] = {"whole network": {}}
-        pathless = []
-        for name in (name for name in _PROFILED if name in case.contenders):
-            kernels = case.contenders[name].kernels
-            if not kernels:
-                continue
-            by_stage["whole network"][name] = _milliseconds(kernels)
-            if not any(kernel.path for kernel in kernels):
-                pathless.append(name)
-                continue
-            for stage, kernel in zip(_stages(kernels), kernels):
-                parts_of = by_stage.setdefault(stage, {}).setdefault(name, dict.fromkeys(_PARTS.values(), 0.0))
-                parts_of[_part(kernel)] += 1e3 * kernel.seconds
-        note = f"{', '.join(pathless)}: whole network alone, its kernels bear no module's path." if pathless else ""
-        parts.append(_stacked(case, by_stage, "time per layer", note))
-    return Section(
-        "layers",
-        "Time per layer",
-        "Layers are put together by stage (the part of their path before the first dot) and kind of operation. A fused "
-        "convolution, with its BN, add and ReLU, counts as a convolution.",
-        parts,
-        "" if parts else _unprofiled(results, "forward"),
-    )
-
-
-def training_step(results: Results) -> Section:
-    parts = []
-    for case in _profiled(results, "forward-backward"):
-        split = {n: _milliseconds(m.kernels) for n, m in case.contenders.items() if n in _PROFILED and m.kernels}
-        parts.append(_stacked(case, {"": split}, "training step", ""))
-    return Section(
-        "training",
-        "A training step, split",
-        "Forward and backward together.",
-        parts,
-        "" if parts else _unprofiled(results, "forward-backward"),
-    )
-
-
 def times(results: Results) -> Section:
     rows = []
     for case in results.cases.values():
@@ -247,62 +127,6 @@ def times(results: Results) -> Section:
         "may pass 100% where a CPU's caches hold what is counted as read from memory.",
         [Part("Every case and contender", "", None, head, rows)],
     )
-
-
-def _stacked(case: CaseResults, groups: dict[str, dict[str, dict[str, float]]], what: str, note: str) -> Part:
-    splits = [split for bars in groups.values() for split in bars.values()]
-    used = [part for part in _PARTS.values() if any(split[part] for split in splits)]
-    stacks = [
-        plots.Stack(group, name, {part: split[part] for part in used})
-        for group, bars in groups.items()
-        for name, split in bars.items()
-    ]
-    rows = [
-        (stack.group, stack.label, *map(plots.number, stack.parts.values()), plots.number(sum(stack.parts.values())))
-        for stack in stacks
-    ]
-    names = ", ".join(dict.fromkeys(stack.label for stack in stacks))
-    alt = f"Stacked bars of milliseconds in {', '.join(used)}, {what}, of {names}."
-    head = ("layers", "contender", *(f"{part} ms" for part in used), "sum ms")
-    return Part(case.label, alt, plots.stacks(stacks, "ms of one call, summed over its kernels"), head, rows, note)
-
-
-def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
-    split = dict.fromkeys(_PARTS.values(), 0.0)
-    # A compiled network on a CPU is one region to the profiler.
-    one = {kernel.kind for kernel in kernels} == {"rest"} and not any(kernel.path for kernel in kernels)
-    for kernel in kernels:
-        split[_PARTS[""] if one else _part(kernel)] += 1e3 * kernel.seconds
-    return split
-
-
-def _part(kernel: Kernel) -> str:
-    return _PARTS.get(kernel.kind, _PARTS["rest"])
-
-
-def _stages(kernels: Sequence[Kernel]) -> list[str]:
-    """Each kernel's stage: the first name of its path; what lies at the top is the stem, and behind all stages the head."""
-    names = {kernel.path.split(".")[0] for kernel in kernels if "." in kernel.path}
-    firsts = [kernel.path.split(".")[0] for kernel in kernels]
-    last = max((index for index, name in enumerate(firsts) if name in names), default=len(kernels))
-    return [
-        name if name in names else "outside of modules" if not name else "head" if index > last else "stem"
-        for index, name in enumerate(firsts)
-    ]
-
-
-def _profiled(results: Results, direction: str) -> list[CaseResults]:
-    return [
-        case
-        for case in results.cases.values()
-        if case.direction == direction and any(m.kernels for n, m in case.contenders.items() if n in _PROFILED)
-    ]
-
-
-def _unprofiled(results: Results, direction: str) -> str:
-    if not any(case.level == "model" and case.direction == direction for case in results.cases.values()):
-        return f"Nothing to draw: the file has no network's {_DIRECTIONS[direction]}."
-    return "Nothing to draw: the file has no times of single kernels."
 
 
 def _grouped(cases: Iterable[CaseResults], key) -> dict[tuple, list[CaseResults]]:

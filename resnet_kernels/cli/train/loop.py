@@ -9,26 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
+from ...models.loss import loss_function
 from . import data
 from .presets import Settings
 from .processes import Processes, SharedError
 
 # Losses are read from the device this often: reading each would make a GPU wait for the host in each step.
 STEPS_BETWEEN_CHECKS = 50
-
-
-def loss_function(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy, mean over the batch, of what a model puts out: logits, or probabilities if it ends in a Softmax.
-
-    Of probabilities as Keras has it: clipped to [1e-7, 1 - 1e-7], then the negative logarithm.
-    """
-    if not isinstance(list(model.modules())[-1], nn.Softmax):
-        return F.cross_entropy
-    return lambda probabilities, labels: F.nll_loss(probabilities.clamp(1e-7, 1 - 1e-7).log(), labels)
 
 
 class Batches(Sampler):

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 
 from ...ops import tuned_table
+from ..environment import environment
 from ..timing import Timing, interleave, ratio
-from .table_file import environment
 
 Outputs = Tensor | tuple[Tensor, ...]
 

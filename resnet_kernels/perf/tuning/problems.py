@@ -6,28 +6,22 @@ builder in BUILDERS. What a model asks for is seen by running it once (`ops.tune
 
 from __future__ import annotations
 
-import copy
-import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...fusion.convert import fuse
-from ...graph.recipe import CallStep, ConvStep, NormStep
 from ...ops import backends, conv_candidates, reference, tuned_table
 from ...ops.batch_norm_act import NormProblem
-from ...ops.batch_norm_act import untuned as untuned_norm
 from ...ops.conv_candidates import ConvProblem
-from ...runtime.bn import scale_shift
-from ...runtime.gpu import multi_layer, plan
-from ...runtime.gpu.constants import Constants
-from ...runtime.gpu.multi_layer import APART, Link, LinkProblem, Part, Stem, StemProblem
+from ...runtime.gpu.multi_layer import APART, LinkProblem, StemProblem
 from .autotuner import Problem
+from .multi_layer_problems import link_problem, stem_problem
+from .norm_problem import norm_problem
+from .random_operands import _Draw
 
 # Elements that the fp64 reference holds at a time.
 _REFERENCE = 2**26
@@ -123,201 +117,6 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 def _runner(name: str, geometry, relu: bool) -> Callable[..., Tensor]:
     return lambda *operands: conv_candidates.run(name, *operands, geometry, relu)
-
-
-def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A bottleneck's convolutions that could share launches."""
-    # Values: 0 is the first layer's input, 1 the shortcut's or what conv3 adds, the others are made.
-    hidden, projected, y, normed, z = range(2, 7)
-    reads = dict(conv2=0, shortcut=1, conv3=hidden if asked.conv2 else 0, conv1=normed if asked.norm else y)
-    makes = dict(conv2=hidden, shortcut=projected, conv3=y, conv1=z)
-    convs = {role: conv for role, conv in zip(multi_layer.ROLES, asked) if isinstance(conv, ConvProblem)}
-    draw, parts = _Draw(dtype, device), {}
-    for role, conv in convs.items():
-        residual = None if role != "conv3" else projected if asked.shortcut else 1
-        step = ConvStep(role, None, conv.relu, reads[role], makes[role], residual)
-        parts[role] = Part(step, _module(conv, draw), None)
-    if asked.norm:
-        parts["norm"] = Part(NormStep("norm", True, y, normed), None, _norm(asked.conv3.weight_shape[0], draw))
-    inputs = {
-        0: (asked.conv2 or asked.conv3).x_shape(batch),
-        1: asked.shortcut.x_shape(batch) if asked.shortcut else _y_shape(asked.conv3, batch),
-    }
-    results = [y, z] if asked.conv1 else [y]
-    convs = {makes[role]: conv for role, conv in convs.items()}
-    return _problem_of_parts(asked, Link(**parts).parts, convs, inputs, results, batch, dtype, device, calls)
-
-
-def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A network's first convolution and its max-pool."""
-    conv = Part(ConvStep("conv", None, asked.conv.relu, 0, 1), _module(asked.conv, _Draw(dtype, device)), None)
-    kernel_size, stride, padding, dilation, ceil_mode = asked.window
-    pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
-    parts = Stem(conv, Part(CallStep("pool", True, (1,), 2), pool, None)).parts
-    inputs = {0: asked.conv.x_shape(batch)}
-    return _problem_of_parts(asked, parts, {1: asked.conv}, inputs, [2], batch, dtype, device, calls)
-
-
-def _problem_of_parts(
-    asked: LinkProblem | StemProblem,
-    parts: Sequence[Part],
-    convs: dict[int, ConvProblem],
-    inputs: dict[int, tuple[int, ...]],
-    results: Sequence[int],
-    batch: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    calls: int,
-) -> Problem:
-    """Parts that could share launches: which of them do; APART for none, else `roles` of the link.
-
-    Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
-
-    Args:
-        convs: by the value that each makes. inputs: shapes of the values that no part makes. results: values to compare.
-    """
-    shapes = multi_layer.shapes_of(parts, inputs, dtype)
-    flops = sum(2 * math.prod(shapes[out]) * math.prod(conv.weight_shape[1:]) for out, conv in convs.items())
-    moved = [*inputs.values(), *(shapes[value] for value in results), *(conv.weight_shape for conv in convs.values())]
-
-    def operands() -> tuple:
-        draw, vectors = _Draw(dtype, device), {}
-        for out, conv in convs.items():
-            width = (conv.weight_shape[0],)
-            scale = 1 + draw(width, 0.1, dtype=torch.float32) if conv.scale else None
-            vectors[out] = Constants(scale, draw(width, dtype=torch.float32) if conv.bias else None)
-        return {value: draw(shape) for value, shape in inputs.items()}, vectors
-
-    def run(link: Link | Stem | None, backend: str, values: dict, vectors: dict) -> tuple[Tensor, ...]:
-        own = parts
-        if values[0].dtype == torch.float64:
-            own = [part if part.bn is None else part._replace(bn=copy.deepcopy(part.bn).double()) for part in parts]
-        chosen = {} if link is None else {part.step.out: link for part in link.parts}
-        norms = {
-            part.step.out: Constants(*scale_shift(None, part.bn)) for part in own if part.step.out in chosen and part.bn
-        }
-        values, vectors = dict(values), vectors | norms
-        for launch in plan.in_order(own, chosen):
-            launch.run(launch.what, values, vectors, backend)
-        return tuple(values[value] for value in results)
-
-    def truth(values: dict, vectors: dict) -> tuple[Tensor, ...]:
-        pairs = {out: Constants(*(None if t is None else t.double() for t in own)) for out, own in vectors.items()}
-        return run(None, "eager", {value: t.double() for value, t in values.items()}, pairs)
-
-    able = []
-    if multi_layer.takes_links(device):
-        found = (link for around in multi_layer.find(parts, results[-1]) for link in around)
-        able = [link for link in found if multi_layer.why_not(link, shapes, dtype) is None]
-    return Problem(
-        key=str(asked),
-        batch=batch,
-        dtype=dtype,
-        device=device,
-        default=APART,
-        candidates={APART: partial(run, None, "auto")} | {link.roles: partial(run, link, "auto") for link in able},
-        operands=operands,
-        eager=partial(run, None, "eager"),
-        reference=truth,
-        flops=flops,
-        bytes=dtype.itemsize * sum(map(math.prod, moved)),
-        calls=calls,
-    )
-
-
-def _y_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
-    return conv.geometry.out_shape(conv.x_shape(batch), conv.weight_shape)
-
-
-def _module(conv: ConvProblem, draw: _Draw) -> nn.Conv2d:
-    """A convolution of that shape, with random weights; its bias is the epilogue's."""
-    c_out, c_in, *kernel_size = conv.weight_shape
-    stride, padding, dilation, groups = conv.geometry
-    module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
-    module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
-    if not conv.geometry.symmetric:
-        module.same_padding = lambda *size: padding
-    return module
-
-
-def _norm(channels: int, draw: _Draw) -> nn.BatchNorm2d:
-    bn = nn.BatchNorm2d(channels).to(draw.device).eval().requires_grad_(False)
-    for vector in (bn.weight, bn.bias, bn.running_mean):
-        vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
-    return bn
-
-
-def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A BN, residual add and ReLU; in training forward and backward: (y, dx, dresidual, dweight, dbias)."""
-    shape = (batch, asked.channels, asked.height, asked.width)
-
-    def operands() -> tuple:
-        draw, vector = _Draw(dtype, device), (asked.channels,)
-        mean, var = draw(vector, 0.1, dtype=torch.float32), 1 + draw(vector, 0.1, dtype=torch.float32).abs()
-        weight, bias = (1 + draw(vector, 0.1, dtype=torch.float32), draw(vector, 0.1, dtype=torch.float32))
-        dy = draw(shape) if asked.training else None
-        return draw(shape), draw(shape) if asked.residual else None, weight, bias, mean, var, dy
-
-    def truth(*tensors):
-        return eager(*(None if t is None else t.double() for t in tensors))
-
-    def eager(x, residual, weight, bias, mean, var, dy):
-        return run(_by_pytorch, x, residual, weight, bias, mean, var, dy)
-
-    def ours(backend: str):
-        op = torch.ops.resnet_kernels.batch_norm_act.default
-        return lambda *tensors: run(lambda *arguments: op(*arguments, backend)[0], *tensors)
-
-    def run(normalise, x, residual, weight, bias, mean, var, dy):
-        settings = (asked.training, 0.1, 1e-5, asked.relu)
-        if not asked.training:
-            return normalise(x, residual, weight, bias, mean, var, *settings)
-        with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
-            given = iter(leaves)
-            x, residual, weight, bias = (None if t is None else next(given) for t in (x, residual, weight, bias))
-            # Copies, or each call would start from other running statistics.
-            y = normalise(x, residual, weight, bias, mean.clone(), var.clone(), *settings)
-            return y.detach(), *torch.autograd.grad(y, leaves, dy)
-
-    names = ["eager"]
-    if backends.why_not_on("triton", device, dtype) is None:
-        names.append("triton")
-    # Passes over data: x (and the residual) in, y out, and x once more for its statistics; backward twice dy and x ...
-    passes = (2 + asked.residual) if not asked.training else (11 if asked.residual else 8)
-    return Problem(
-        key=str(asked),
-        batch=batch,
-        dtype=dtype,
-        device=device,
-        default=untuned_norm(asked, dtype, device),
-        candidates={name: ours(name) for name in names},
-        operands=operands,
-        eager=eager,
-        reference=truth,
-        flops=0,
-        bytes=passes * dtype.itemsize * torch.Size(shape).numel(),
-        calls=calls,
-    )
-
-
-def _by_pytorch(x, residual, weight, bias, mean, var, training, momentum, eps, relu):
-    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
-    y = y if residual is None else y + residual
-    return torch.relu(y) if relu else y
-
-
-class _Draw:
-    """Normal numbers, the same ones for each problem, on the device itself; images channels_last."""
-
-    def __init__(self, dtype: torch.dtype, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(0)
-        self.dtype, self.device = dtype, device
-
-    def __call__(self, shape, deviation: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        options = dict(dtype=dtype or self.dtype, device=self.device)
-        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-        return torch.empty(shape, **options, memory_format=layout).normal_(0, deviation, generator=self.generator)
 
 
 BUILDERS: dict[type, Callable[..., Problem]] = {

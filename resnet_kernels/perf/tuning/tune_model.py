@@ -25,7 +25,7 @@ from ...fusion.text_table import table
 from ...graph import reader
 from ...ops import tuned_table
 from ...ops.library import autocast_dtype
-from ...runtime import eligibility, fused_block
+from ...runtime import eligibility, fused_module
 from ...runtime.gpu import multi_layer
 from . import autotuner, problems, table_file
 from .autotuner import Problem
@@ -229,7 +229,7 @@ def _check(model: object, x: object, training: bool, seconds: float | None) -> N
 
 
 def _why_nothing(model: nn.Module, x: Tensor) -> str | None:
-    backends = {m.__dict__["_rk_state"].backend for m in model.modules() if fused_block.is_fused(m)}
+    backends = {m.__dict__["_rk_state"].backend for m in model.modules() if fused_module.is_fused(m)}
     if not backends:
         return "no block of this model is fused; rk.fuse fuses it, rk.explain says what can't be"
     if "auto" not in backends:

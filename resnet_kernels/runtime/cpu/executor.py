@@ -12,7 +12,7 @@ from ...graph.recipe import ConvStep, NormStep, Recipe
 from ...kernels.geometry import Geometry
 from ...ops import onednn
 from .. import other_steps, profiler_ranges
-from ..eligibility import FusedState, Go
+from ..state import FusedState, Go
 from .packed_conv import PackedConv
 
 

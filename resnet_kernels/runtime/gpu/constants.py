@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...ops import backends
 from ..bn import scale_shift
 from .forms import Form, needs_copy
-from .multi_layer import Part
+from .parts import Part
 
 
 class Constants(NamedTuple):

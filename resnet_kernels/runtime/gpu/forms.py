@@ -22,7 +22,8 @@ from ...graph.recipe import ConvStep
 from ...kernels.geometry import Geometry
 from ...ops import backends, conv_candidates
 from . import multi_layer
-from .multi_layer import Link, Part, Stem
+from .multi_layer import Link, Stem
+from .parts import Part
 
 
 @dataclass(frozen=True)

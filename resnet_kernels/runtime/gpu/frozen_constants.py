@@ -16,11 +16,11 @@ from torch import Tensor
 from ...graph.recipe import ConvStep
 from ..bn import bn_tensors
 from ..cpu.program import Copies
-from ..eligibility import FusedState
 from ..freezing import FrozenCopies
 from ..live_modules import Wiring
+from ..state import FusedState
 from .constants import Constants, LiveConstants, folded_bias, scaled_weight
-from .multi_layer import Part
+from .parts import Part
 
 # For all plans: what one has put among a block's copies, another may read at once, so it has to be written by then.
 _making = threading.Lock()

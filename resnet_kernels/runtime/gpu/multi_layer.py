@@ -19,29 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ...graph.recipe import CallStep, ConvStep, NormStep
+from ...graph.recipe import ConvStep, NormStep
 from ...kernels.geometry import Geometry
 from ...ops import backends, tuned_table
 from ...ops.conv_candidates import ConvProblem
-
-
-class Part(NamedTuple):
-    """A step with its live modules. child: the convolution, or what a CallStep calls. path: of the step's block."""
-
-    step: ConvStep | NormStep | CallStep
-    child: nn.Module | None
-    bn: nn.Module | None
-    path: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.path}.{self.step}".lstrip(".")
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The values that it needs."""
-        step = self.step
-        return step.inputs if isinstance(step, CallStep) else tuple(v for v in (step.x, step.residual) if v is not None)
-
+from .parts import Part
 
 # A link's layers run one by one: what happens without a table.
 APART = "apart"

@@ -21,14 +21,15 @@ from ...kernels.geometry import Geometry
 from ...ops import cudnn
 from .. import other_steps, profiler_ranges
 from ..bn import scale_shift
-from ..eligibility import FusedState
 from ..live_modules import Wiring
 from ..normalize_images import Normalize
+from ..state import FusedState
 from . import forms, multi_layer
 from .constants import Constants, LiveConstants
 from .forms import Form
 from .frozen_constants import FrozenConstants
-from .multi_layer import Link, Part, Stem, window_of
+from .multi_layer import Link, Stem, window_of
+from .parts import Part
 
 Values = dict[int, Tensor]
 # By the number of the value that a convolution, or a BN in a link, makes.

@@ -1,0 +1,103 @@
+"""Colors, markers, axes and panels of the report's figures."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, YELLOW = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442",
+)  # fmt: skip
+
+
+GREY = "#999999"
+# Yellow last: it is pale on white.
+_COLOURS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
+_MARKERS = "osD^vPX<>ph"
+_LINES = ("-", "--", "-.", ":")
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
+_WIDTH = 9.5  # inches, of every figure
+
+
+def save(figure, kind: str) -> bytes:
+    """The figure as "png" or "svg", the same bytes for the same figure."""
+    import matplotlib
+
+    buffer = io.BytesIO()
+    metadata = {"Date": None} if kind == "svg" else {"Software": None}
+    with matplotlib.rc_context({"svg.hashsalt": "resnet_kernels"}):
+        figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
+    return buffer.getvalue()
+
+
+def _figure(height: float):
+    # A figure of its own, not pyplot's: no window, and no backend is switched for whoever imported us.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _panels(count: int, height: float):
+    """A figure with that many axes, two a row, each so many inches high."""
+    columns = min(count, 2)
+    rows = math.ceil(count / columns)
+    figure = _figure(height * rows + 0.6)
+    grid = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid[count:]:
+        axes.remove()
+    return figure, grid[:count]
+
+
+def _line_style(contenders: Sequence[str], name: str) -> dict:
+    index = contenders.index(name)
+    # The second time round the colours the markers are hollow, and other ones.
+    again = index // len(_COLOURS)
+    return {
+        "color": _COLOURS[index % len(_COLOURS)],
+        "marker": _MARKERS[index % len(_MARKERS)],
+        "linestyle": _LINES[(index + again) % len(_LINES)],
+        "markerfacecolor": "white" if again else None,
+        "linewidth": 2.5 if name == "fused" else 1.3,
+    }
+
+
+def _fill(index: int) -> str:
+    return _COLOURS[1:][index % (len(_COLOURS) - 1)]
+
+
+def number(value: float) -> str:
+    """Three digits that count, and no exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _unit(value: float, unit: str) -> str:
+    """1.5e12, "FLOP/s" as 1.5 TFLOP/s."""
+    for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= factor:
+            return f"{number(value / factor)} {prefix}{unit}"
+    return f"{number(value)} {unit}"
+
+
+def _log_axis(axis, low: float, high: float, unit: str = "") -> None:
+    """Ticks at 1, 2, 5, or at powers of ten where that would be too many; written out."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value, unit) if unit else number(value)))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _ratio_ticks(low: float, high: float, apart: float) -> list[float]:
+    """Ratios to write at an axis of their logarithms to base 2: the roundest first, as many as are so far apart."""
+    ticks = [1.0]
+    for tick in (
+        0.5, 2, 0.2, 5, 0.1, 10, 0.05, 20, 0.02, 50, 0.01, 100,
+        1.5, 0.75, 1.25, 0.8, 1.1, 0.9, 0.7, 0.6, 0.4, 0.3, 3, 4, 1.75,
+    ):  # fmt: skip
+        if low < math.log2(tick) < high and all(abs(math.log2(tick / other)) >= apart for other in ticks):
+            ticks.append(tick)
+    return ticks

@@ -1,0 +1,18 @@
+"""Cross-entropy on logits, or on the probabilities of a network that ends in a softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def loss_function(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy, mean over the batch, of what a model puts out: logits, or probabilities if it ends in a Softmax.
+
+    Of probabilities as Keras has it: clipped to [1e-7, 1 - 1e-7], then the negative logarithm.
+    """
+    if not isinstance(list(model.modules())[-1], nn.Softmax):
+        return F.cross_entropy
+    return lambda probabilities, labels: F.nll_loss(probabilities.clamp(1e-7, 1 - 1e-7).log(), labels)

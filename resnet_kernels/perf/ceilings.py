@@ -1,0 +1,35 @@
+"""The rates that a device reaches: a large copy and a large matrix product, measured."""
+
+from __future__ import annotations
+
+import torch
+
+from . import timing
+from .roofline.bounds import Machine
+
+
+def ceilings(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Machine:
+    """The rates that a large product and a copy reach here and now, the fastest of some rounds; L2 is not measured.
+
+    The product is the faster of a matmul and a 1x1 convolution, which PyTorch lets run in TF32 where it doesn't a matmul.
+
+    Args:
+        device: CPU or CUDA. dtype: floating point.
+        seconds: to spend, about.
+    """
+    size, elements = (8192, 2**29) if torch.device(device).type == "cuda" else (1024, 2**24)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    product = torch.empty_like(a)
+    image = a.t().reshape(1, size, size, 1).contiguous(memory_format=torch.channels_last)
+    source = torch.zeros(elements, dtype=dtype, device=device)
+    target = torch.zeros_like(source)  # and not empty: its pages are to be there
+    calls = {
+        "matmul": lambda: torch.mm(a, b, out=product),
+        "convolution": lambda: torch.conv2d(image, b[:, :, None, None]),
+        "copy": lambda: target.copy_(source),
+    }
+    fastest = {
+        name: min(samples.samples) for name, samples in timing.interleave(calls, seconds=seconds, device=device).items()
+    }
+    moved = 2 * elements * source.element_size()
+    return Machine(2 * size**3 / min(fastest["matmul"], fastest["convolution"]), moved / fastest["copy"])

@@ -1,0 +1,50 @@
+"""Versions, driver, commit and time: the metadata that is saved with each measurement."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a time is worth nothing without: driver and versions, the commit where there is one, and when."""
+    values = {**versions(), "driver": None, "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40")}
+    if device.type == "cuda":
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        values["driver"] = driver.splitlines()[0] if driver else None
+    values["time"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return values
+
+
+def versions() -> dict[str, str | int | None]:
+    """Of what decides how fast a candidate is. A record of other ones is measured anew."""
+    from .. import __version__
+
+    try:
+        triton = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        triton = None
+    # As PyTorch was built, without a look at a GPU.
+    cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
+    return {"resnet_kernels": __version__, "torch": torch.__version__, "triton": triton, "cudnn": cudnn}
+
+
+_seen: dict[tuple[str, ...], str | None] = {}
+
+
+def _output(*command: str) -> str | None:
+    """What a command says, asked once; None if there is no such command, or it fails."""
+    if command not in _seen:
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=20, check=True, cwd=Path(__file__).parent
+            )
+            _seen[command] = done.stdout.strip() or None
+        except (OSError, subprocess.SubprocessError):
+            _seen[command] = None
+    return _seen[command]

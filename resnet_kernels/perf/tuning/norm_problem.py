@@ -1,0 +1,72 @@
+"""A BN, residual add and ReLU as a problem to tune."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from ...ops import backends
+from ...ops.batch_norm_act import NormProblem
+from ...ops.batch_norm_act import untuned as untuned_norm
+from .autotuner import Problem
+from .random_operands import _Draw
+
+
+def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
+    """A BN, residual add and ReLU; in training forward and backward: (y, dx, dresidual, dweight, dbias)."""
+    shape = (batch, asked.channels, asked.height, asked.width)
+
+    def operands() -> tuple:
+        draw, vector = _Draw(dtype, device), (asked.channels,)
+        mean, var = draw(vector, 0.1, dtype=torch.float32), 1 + draw(vector, 0.1, dtype=torch.float32).abs()
+        weight, bias = (1 + draw(vector, 0.1, dtype=torch.float32), draw(vector, 0.1, dtype=torch.float32))
+        dy = draw(shape) if asked.training else None
+        return draw(shape), draw(shape) if asked.residual else None, weight, bias, mean, var, dy
+
+    def truth(*tensors):
+        return eager(*(None if t is None else t.double() for t in tensors))
+
+    def eager(x, residual, weight, bias, mean, var, dy):
+        return run(_by_pytorch, x, residual, weight, bias, mean, var, dy)
+
+    def ours(backend: str):
+        op = torch.ops.resnet_kernels.batch_norm_act.default
+        return lambda *tensors: run(lambda *arguments: op(*arguments, backend)[0], *tensors)
+
+    def run(normalise, x, residual, weight, bias, mean, var, dy):
+        settings = (asked.training, 0.1, 1e-5, asked.relu)
+        if not asked.training:
+            return normalise(x, residual, weight, bias, mean, var, *settings)
+        with torch.enable_grad():
+            leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
+            given = iter(leaves)
+            x, residual, weight, bias = (None if t is None else next(given) for t in (x, residual, weight, bias))
+            # Copies, or each call would start from other running statistics.
+            y = normalise(x, residual, weight, bias, mean.clone(), var.clone(), *settings)
+            return y.detach(), *torch.autograd.grad(y, leaves, dy)
+
+    names = ["eager"]
+    if backends.why_not_on("triton", device, dtype) is None:
+        names.append("triton")
+    # Passes over data: x (and the residual) in, y out, and x once more for its statistics; backward twice dy and x ...
+    passes = (2 + asked.residual) if not asked.training else (11 if asked.residual else 8)
+    return Problem(
+        key=str(asked),
+        batch=batch,
+        dtype=dtype,
+        device=device,
+        default=untuned_norm(asked, dtype, device),
+        candidates={name: ours(name) for name in names},
+        operands=operands,
+        eager=eager,
+        reference=truth,
+        flops=0,
+        bytes=passes * dtype.itemsize * torch.Size(shape).numel(),
+        calls=calls,
+    )
+
+
+def _by_pytorch(x, residual, weight, bias, mean, var, training, momentum, eps, relu):
+    y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    y = y if residual is None else y + residual
+    return torch.relu(y) if relu else y

@@ -1,0 +1,45 @@
+"""Random operands of a problem."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ...ops.conv_candidates import ConvProblem
+
+
+def _y_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
+    return conv.geometry.out_shape(conv.x_shape(batch), conv.weight_shape)
+
+
+def _module(conv: ConvProblem, draw: _Draw) -> nn.Conv2d:
+    """A convolution of that shape, with random weights; its bias is the epilogue's."""
+    c_out, c_in, *kernel_size = conv.weight_shape
+    stride, padding, dilation, groups = conv.geometry
+    module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
+    module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
+    if not conv.geometry.symmetric:
+        module.same_padding = lambda *size: padding
+    return module
+
+
+def _norm(channels: int, draw: _Draw) -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(channels).to(draw.device).eval().requires_grad_(False)
+    for vector in (bn.weight, bn.bias, bn.running_mean):
+        vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
+    return bn
+
+
+class _Draw:
+    """Normal numbers, the same ones for each problem, on the device itself; images channels_last."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.generator = torch.Generator(device).manual_seed(0)
+        self.dtype, self.device = dtype, device
+
+    def __call__(self, shape, deviation: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        options = dict(dtype=dtype or self.dtype, device=self.device)
+        layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+        return torch.empty(shape, **options, memory_format=layout).normal_(0, deviation, generator=self.generator)
