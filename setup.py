@@ -1,7 +1,7 @@
 """Metadata of resnet_kernels.
 
 `pip install .[test]` for the tests, `.[bench]` for the benchmarks, `.[peers]` for whom they compare with, `.[report]` for
-their plots, `.[train]` for data sets and curves.
+their plots, `.[train]` for data sets and curves, `.[docs]` for the site of docs/.
 """
 
 import re
@@ -43,6 +43,8 @@ setup(
         "report": REPORT,
         "peers": ["jax>=0.5", "onnxruntime>=1.20", "onnx>=1.17", "onnxscript>=0.3", "openvino>=2025.0"],
         "bench": ["pytest>=8", "pytest-benchmark[histogram]>=5", "tqdm>=4.66", "rich>=13", *REPORT],
+        # The API reference is read from the sources, not imported. mkdocstrings is a plugin of mkdocs 1.
+        "docs": ["mkdocs>=1.6,<2", "mkdocstrings[python]>=1.0"],
     },
     classifiers=[
         "Development Status :: 3 - Alpha",
