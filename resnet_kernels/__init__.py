@@ -16,6 +16,7 @@
 Importing it probes no GPU and imports no Triton.
 """
 
+from . import _moved as _moved
 from . import models, ops
 from .fusion.blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
 from .fusion.convert import explain, fuse, fuse_, refresh, unfuse_

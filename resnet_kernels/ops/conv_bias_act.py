@@ -1,6 +1,6 @@
 """relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
 
-Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `dispatch.resolve` -> `conv_candidates.run`, one of
+Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `backends.resolve` -> `conv_candidates.run`, one of
     kernels/conv_bias_act.py   our Triton kernel: formula, cost, tiles
     ops/cudnn.py, ops/onednn.py, reference.py
 """

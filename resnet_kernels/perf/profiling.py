@@ -1,7 +1,7 @@
 """Where a model's time goes, module by module and kernel by kernel, from torch.profiler.
 
     times = profile(lambda: model(x), model)       seconds of each kernel (on the CPU: of each operation), and in which module
-    rows = by_range(times, dataflow.trace(model, x), itemsize)    the same by module, beside what its roofline asks for
+    rows = by_range(times, network.trace(model, x), itemsize)    the same by module, beside what its roofline asks for
 
 Every module's call runs inside a profiler range that bears its path, and in a fused block each step does (profiler_ranges.py).
 A kernel belongs to the innermost. A backward's kernels are those of the forward that autograd made them for.
@@ -244,7 +244,7 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
 
     Args:
         times: what `profile` returned for a model.
-        net: dataflow.trace of the same model, fused or not, on an input of the same shape.
+        net: network.trace of the same model, fused or not, on an input of the same shape.
         itemsize: bytes of an element.
     """
     kernels: dict[tuple[str, int, bool], list[KernelTime]] = defaultdict(list)

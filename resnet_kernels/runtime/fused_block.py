@@ -6,7 +6,7 @@ here: `isinstance` holds, and going back is setting `__class__` back. Its forwar
     FusedBlock.forward -> run_recipe -> ops.conv_bias_act (or oneDNN with packed weights) -> kernel
 
 and the class's own forward whenever that is what eager semantics ask for: training, gradients, hooks on inner modules,
-tracing, structure that changed since. `running.decide` holds all of these conditions.
+tracing, structure that changed since. `eligibility.decide` holds all of these conditions.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ CHANNELS_LAST = torch.channels_last
 
 
 def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor) -> Tensor:
-    """Runs a recipe on x, as `running.decide` has said that it may. The output has the layout that eager would give."""
+    """Runs a recipe on x, as `eligibility.decide` has said that it may. The output has the layout that eager would give."""
     backend, wiring = go.backend, go.wiring
     value, restore = x, False
     if not x.is_contiguous(memory_format=CHANNELS_LAST):

@@ -38,7 +38,7 @@ _COMPARED = 2**25
 class Problem:
     """A choice to be measured.
 
-    key: what `ops.tuned.choice` looks up. batch: images.
+    key: what `ops.tuned_table.choice` looks up. batch: images.
     operands: makes what all the callables below take; random, the same in each call.
     candidates: by name, with `default`, which runs without a table, among them.
     eager: plain PyTorch in `dtype`, whose error is the budget. reference: the truth, in fp64, or in fp32 where that loses

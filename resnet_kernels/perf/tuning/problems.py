@@ -1,7 +1,7 @@
-"""Which choices a model has, and each as a tuning.Problem: operands, candidates, the truth, what it costs.
+"""The choices that a model has, each as an autotuner.Problem: operands, candidates, the truth, what it costs.
 
-A kind of problem is a hashable type whose `str` is the key, and which a call site hands to `ops.tuned.choice`; here it has a
-builder in BUILDERS. What a model asks for is seen by running it once (`ops.tuned.noting`), so a new kind needs nothing else.
+A kind of problem is a hashable type whose `str` is the key. A call site hands it to `ops.tuned_table.choice`; here it has a
+builder in BUILDERS. What a model asks for is seen by running it once (`tuned_table.noting`), so a new kind needs nothing else.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Running a recipe on the CPU: convolutions on oneDNN's packed weights.
 
-A block whose weights are verified is one flat list of oneDNN calls (programs.PackedProgram), any other goes step by step; the
+A block whose weights are verified is one flat list of oneDNN calls (program.PackedProgram), any other goes step by step; the
 residual is written over where nobody else holds it.
 """
 
