@@ -1,4 +1,4 @@
-"""Blocks checked once per call of the network around them."""
+"""Questions that a call of a network asks once: whether its blocks are as they were, and which backend it runs on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from .cpu.program import Copies
 from .live_modules import Wiring, has_global_hooks, has_hooks
 from .state import FusedState, Known
 
+# Set while a call of the outermost fused module runs, in its thread; see `one_call`.
 _call_state = threading.local()
+
+
+# What `backends.resolve` takes: the backend asked for, a device, a dtype.
+Question = tuple[str, torch.device, torch.dtype]
 
 
 class Survey:
@@ -31,6 +36,34 @@ class Survey:
 
     def is_current(self) -> bool:
         return all([*registry.values()] == children for registry, children in self.registries)
+
+
+@contextlib.contextmanager
+def one_call(found: dict[Question, str]) -> Iterator[None]:
+    """The call of a fused module: `resolve` keeps its answers until the outermost one ends. found: what was asked already.
+
+    So a hook that sets RESNET_KERNELS_BACKEND in mid-call is heeded by the next call.
+    """
+    if getattr(_call_state, "resolved", None) is not None:
+        yield
+        return
+    _call_state.resolved = found
+    try:
+        yield
+    finally:
+        _call_state.resolved = None
+
+
+def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`backends.resolve`, asked once in a call of the outermost fused module."""
+    known = getattr(_call_state, "resolved", None)
+    if known is None:
+        return backends.resolve(asked, device, dtype)
+    key = (asked, device, dtype)
+    found = known.get(key)
+    if found is None:
+        found = known[key] = backends.resolve(asked, device, dtype)
+    return found
 
 
 @contextlib.contextmanager

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from ..graph import reader
 from ..graph.recipe import Recipe
-from ..ops import backends
 from ..ops.library import autocast_dtype
-from . import eligibility, fused_block, inference
+from . import checked_calls, eligibility, fused_block, inference
 from .state import UNKNOWN, FusedState, Known
 
 CHANNELS_LAST = torch.channels_last
@@ -62,7 +61,7 @@ def _run_stem(
         return None
     like = x if state.normalize is None else _like_normalised(host, state, (x,))
     dtype = autocast_dtype(like) or like.dtype
-    if backends.resolve(state.backend, like.device, dtype) not in ("triton", "tuned"):
+    if checked_calls.resolve(state.backend, like.device, dtype) not in ("triton", "tuned"):
         return None
     go, _ = eligibility.decide(host, recipe, state, like, known)
     if go is None or go.learns:

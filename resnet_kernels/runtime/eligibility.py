@@ -16,7 +16,7 @@ from ..graph import reader
 from ..graph.recipe import CallStep, Recipe
 from ..ops import backends, tuned_table
 from ..ops.library import autocast_dtype
-from .checked_calls import verified_wiring
+from .checked_calls import resolve, verified_wiring
 from .live_modules import Wiring, child_at, has_global_hooks, wire
 from .state import FusedState, Go, Known
 
@@ -89,7 +89,7 @@ def decide(
     weight = wiring.convs[0].weight
     if x.device != weight.device or (dtype is None and x.dtype != weight.dtype):
         return None, ""  # eager's own error, or its own meaning
-    backend = backends.resolve(state.backend, x.device, dtype or x.dtype)
+    backend = resolve(state.backend, x.device, dtype or x.dtype)
     if backend == "eager":
         return None, backends.why_eager(state.backend, x.device, dtype or x.dtype)
     gradients = gradients and (x.requires_grad or wiring.needs_gradients())

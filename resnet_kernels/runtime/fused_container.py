@@ -20,7 +20,6 @@ from torch.utils import _pytree as pytree
 
 from ..graph import reader
 from ..graph.recipe import Recipe
-from ..ops import backends
 from ..ops.library import autocast_dtype
 from . import checked_calls, eligibility, fused_module, inference
 from .checked_calls import Survey
@@ -42,7 +41,8 @@ class FusedHost(Fused):
         like = args[0] if args else None
         if state.normalize is not None:
             like = _like_normalised(self, state, args)
-        plain = len(args) == 1 and not kwargs and _is_plain_call(self, state, like)
+        found: dict[checked_calls.Question, str] = {}
+        plain = len(args) == 1 and not kwargs and _is_plain_call(self, state, like, found)
         if state.normalize is not None and not (plain and state.plan.entry is not None):
             # Elsewhere the run at the entry does it: call_run.
             args = (state.normalize(args[0], _dtype(self)), *args[1:])
@@ -54,7 +54,8 @@ class FusedHost(Fused):
         # A run at the entry converts by itself, or packs the image as it is: call_run.
         value = x if state.plan.entry is not None else x.contiguous(memory_format=CHANNELS_LAST)
         restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
-        with checked_calls.verified_below(None if self.training else _survey(self, state)):
+        survey = None if self.training else _survey(self, state)
+        with checked_calls.one_call(found), checked_calls.verified_below(survey):
             if reader.is_plain_sequential(self):
                 y = _run_stage(self, state, value, Known(owned=value is not x))
             else:
@@ -75,8 +76,11 @@ def _survey(module: nn.Module, state: FusedState) -> Survey:
     return state.survey
 
 
-def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
-    """Whether this is a call on an image batch, and not tracing, training on another backend, or something else."""
+def _is_plain_call(module: nn.Module, state: FusedState, x: Any, found: dict[checked_calls.Question, str]) -> bool:
+    """Whether this is a call on an image batch, and not tracing, training on another backend, or something else.
+
+    found: the backend is added to it.
+    """
     if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
         return False
     if module.training and not (state.plan.trains and eligibility.trains_on(state.backend, x)):
@@ -90,7 +94,9 @@ def _is_plain_call(module: nn.Module, state: FusedState, x: Any) -> bool:
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
         )
         return False
-    return backends.resolve(state.backend, x.device, autocast_dtype(x) or x.dtype) != "eager"
+    question = (state.backend, x.device, autocast_dtype(x) or x.dtype)
+    found[question] = checked_calls.resolve(*question)
+    return found[question] != "eager"
 
 
 def _first_weight_is_contiguous(module: nn.Module) -> bool:
@@ -141,7 +147,8 @@ def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Rec
     if torch.compiler.is_compiling() or children[0].training or not eligibility.is_ordinary(x):
         return together
     backend = children[0].__dict__["_rk_state"].backend
-    if x.device.type == "cpu" and backends.resolve(backend, x.device, autocast_dtype(x) or x.dtype) in ("cpu", "eager"):
+    dtype = autocast_dtype(x) or x.dtype
+    if x.device.type == "cpu" and checked_calls.resolve(backend, x.device, dtype) in ("cpu", "eager"):
         return together  # packed weights know one block at a time
     channels = None
     for child in children:
