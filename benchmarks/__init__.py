@@ -3,18 +3,14 @@
     cases.py            what is measured, as data
     subjects.py         a subject as a plain module
     workload.py         a case's data, and what a contender makes of it
-    contenders.py       eager and ours;  peers.py: everybody else, with settings;  jax_resnet.py: a network in JAX
+    contenders/         base.py: the interface;  ours.py: eager and ours;  peers.py: everybody else, with settings
     parity.py           the gate before the clock
     harness.py          a case measured: all its contenders made ready, gated, timed in turns
-    figures.py          FLOPs, bytes, ceilings, versions
-    kernels.py          a model's time by kernel;  load.py: what the neighbours do
+    extra_info.py       FLOPs, bytes, ceilings, versions
+    kernels.py          a model's time by kernel;  neighbours.py: what the neighbours do
     test_benchmarks.py  a benchmark a contender;  conftest.py: --full, and the tables at the end
-    table.py            README's tables from the files in results
-    costs.py            python -m benchmarks.costs: what the package costs beside its kernels
-    image_sizes.py      python -m benchmarks.image_sizes: many image sizes in one process, fused against eager
-    interference.py     python -m benchmarks.interference: do contenders slow each other down?
-
-    run_gpu.sh          one command for a GPU machine: gpu_session.py and its sections, ceilings.py
+    gpu/                a session on a GPU: jobs.py, checks.py (act 1), run.sh (act 2: session.py and its sections)
+    tools/              readme_tables, costs, image_sizes, interference, trim: python -m benchmarks.tools.NAME
 
     python -m pytest benchmarks -k "model and not backward"    some of it
     python -m pytest benchmarks --full                         networks at real sizes by batch, bfloat16 on the CPU, all peers
@@ -22,7 +18,7 @@
     python -m pytest benchmarks --benchmark-json=out.json      all samples and extra_info; Ctrl-C keeps the cases that are done
 
 All contenders of a case take turns in the same rounds, and pytest-benchmark is shown those samples, so its tables, comparisons
-and histograms are as fair as the ratios at the end. Use a quiet machine all the same (load.py says why); a file has what
+and histograms are as fair as the ratios at the end. Use a quiet machine all the same (neighbours.py says why); a file has what
 others did meanwhile.
 
 The file is pytest-benchmark's. Ours in it are `absent` at its top, a list of {contender, reason, cases}, and for each

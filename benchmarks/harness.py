@@ -14,14 +14,15 @@ from dataclasses import dataclass, field
 
 from resnet_kernels.perf.timing import Timing, interleave, ratios, summary_line
 
-from . import figures
+from . import extra_info
 from .cases import Case
-from .contenders import Contender, Eager, Fused, FusedGraph
+from .contenders.base import Contender
+from .contenders.ours import Eager, Fused, FusedGraph
+from .contenders.peers import LEAD_IN_SECONDS, PEERS
 from .kernels import PROFILED
 from .kernels import kernels as kernels_of
-from .load import Neighbours
+from .neighbours import Neighbours
 from .parity import Gate
-from .peers import LEAD_IN_SECONDS, PEERS
 from .workload import Operands, Runner, Workload
 
 CONTENDERS: tuple[Contender, ...] = (
@@ -110,8 +111,8 @@ def measure(
     by_name = {contender.name: contender for contender in chosen}
     neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
-    shared = {**figures.of_case(workload), "busy_elsewhere": neighbours.cores()}
-    work, machine = figures.work(workload), figures.ceilings(workload.device, case.platform.dtype)
+    shared = {**extra_info.of_case(workload), "busy_elsewhere": neighbours.cores()}
+    work, machine = extra_info.work(workload), extra_info.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
         (gate, seconds), runner = (rows[name].gate, rows[name].info), runners[name]
         line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
@@ -119,7 +120,7 @@ def measure(
             **seconds,
             **shared,
             **_of_contender(by_name[name], gate),
-            **figures.of_time(work, machine, case.batch, timing.median),
+            **extra_info.of_time(work, machine, case.batch, timing.median),
             **_against(timings, name),
             "saved_mib": _saved_mib(runner, workload.operands) if case.backward else None,
         }

@@ -6,7 +6,7 @@ from resnet_kernels.perf import profiling
 from resnet_kernels.perf.profiling import RangeTime
 from resnet_kernels.perf.roofline import network
 
-from .contenders import Contender
+from .contenders.base import Contender
 from .workload import ModuleRunner, Runner, Workload
 
 # Of those that a plot of layers compares. A compiled model's modules are not called, so its kernels have no paths.

@@ -17,9 +17,11 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 sys.path.append(str(Path(__file__).parents[1]))
 
 import benchmarks
-from benchmarks import cases, conftest, figures, harness, peers
+from benchmarks import cases, conftest, extra_info, harness
 from benchmarks.cases import AddRelu, BatchNormAct, Block, Case, Conv, Model, Platform
-from benchmarks.contenders import Contender, Eager, Fused, fused_module
+from benchmarks.contenders import peers
+from benchmarks.contenders.base import Contender
+from benchmarks.contenders.ours import Eager, Fused, fused_module
 from benchmarks.harness import Absent, in_rotation, measure
 from benchmarks.test_benchmarks import Replay
 from benchmarks.workload import ForeignRunner, ModuleRunner, Workload, copies_beyond
@@ -39,7 +41,7 @@ def _one_thread(monkeypatch):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # The real ones move gigabytes.
-    monkeypatch.setattr(figures, "ceilings", lambda device, dtype: Machine(1e12, 1e11))
+    monkeypatch.setattr(extra_info, "ceilings", lambda device, dtype: Machine(1e12, 1e11))
     # A workload on a GPU sets it.
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     yield
@@ -251,21 +253,21 @@ def test_every_contender_says_its_settings():
 
 def test_figures_of_a_time():
     kernels = [Kernel("a", 4 * 10**9, 10**6, 0), Kernel("b", 0, 2 * 10**8, 0)]
-    info = figures.of_time(kernels, Machine(1e12, 1e11), images=8, seconds=0.02)
+    info = extra_info.of_time(kernels, Machine(1e12, 1e11), images=8, seconds=0.02)
     # 4 ms by FLOPs and 2 ms by bytes.
     assert info["roofline_seconds"] == pytest.approx(0.006) and info["roofline_share"] == pytest.approx(0.3)
     assert info["roofline_bound"] == "FLOP" and info["img_per_s"] == 400
     assert (info["gflop"], info["gflop_per_s"], info["tflop_per_s"]) == (4, 200, 0.2)
     assert info["gb_per_s"] == pytest.approx(0.201 / 0.02)
-    uncounted = figures.of_time([Kernel("a", 4 * 10**9, 0, 0)], Machine(1e12, 1e11), images=8, seconds=0.02)
+    uncounted = extra_info.of_time([Kernel("a", 4 * 10**9, 0, 0)], Machine(1e12, 1e11), images=8, seconds=0.02)
     assert uncounted["gb_per_s"] is uncounted["hbm_gb"] is None and uncounted["roofline_bound"] == "FLOP"
 
 
 def test_work_of_ops():
-    (kernel,) = figures.work(Workload(Case(CONV, "forward", CPU)))
+    (kernel,) = extra_info.work(Workload(Case(CONV, "forward", CPU)))
     elements = 2 * 8 * 36 + 2 * 2 * 16 * 9 + 16 * 8 * 9  # x; residual and y; weight
     assert (kernel.flops, kernel.hbm_bytes) == (2 * 2 * 9 * 16 * 8 * 9, 4 * elements)
-    (backward,) = figures.work(Workload(Case(CONV, "forward-backward", CPU)))
+    (backward,) = extra_info.work(Workload(Case(CONV, "forward-backward", CPU)))
     assert (backward.flops, backward.hbm_bytes) == (3 * kernel.flops, 0)
     activation = 4 * 8 * 25
     for subject, passes in (
@@ -274,7 +276,7 @@ def test_work_of_ops():
         (BatchNormAct("bn", 8, 5, residual=True), (4, 11)),
     ):
         for direction, count in zip(cases.DIRECTIONS, passes):
-            (kernel,) = figures.work(Workload(Case(subject, direction, CPU)))
+            (kernel,) = extra_info.work(Workload(Case(subject, direction, CPU)))
             assert (kernel.flops, kernel.hbm_bytes) == (0, count * activation)
 
 
@@ -377,7 +379,7 @@ import torch
 torch.set_num_threads(1)
 from benchmarks import cases, figures, harness
 from benchmarks.cases import Block, Case, Platform
-from benchmarks.contenders import Contender
+from benchmarks.contenders.ours import Contender
 from resnet_kernels.perf.roofline.bounds import Machine
 
 class Missing(Contender):
@@ -516,7 +518,7 @@ def test_jax_runs_every_system(subject):
 
 def test_jax_says_what_it_lacks():
     pytest.importorskip("jax", reason="needs jax")
-    from benchmarks.jax_resnet import _run_module
+    from benchmarks.contenders.jax_resnet import _run_module
 
     with pytest.raises(NotImplementedError, match="no JAX version of GELU"):
         _run_module(nn.GELU(), {}, None)

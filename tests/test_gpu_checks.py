@@ -1,4 +1,4 @@
-"""benchmarks/gpu_checks.py: a crash or a hang costs one check, and what crashed is said; the jobs travel as JSON."""
+"""benchmarks/gpu/checks.py: a crash or a hang costs one check, and what crashed is said; the jobs travel as JSON."""
 
 import importlib
 import json
@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("triton", reason="its checks are of Triton kernels")
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-gpu_checks = importlib.import_module("benchmarks.gpu_checks")
-gpu_jobs = importlib.import_module("benchmarks.gpu_jobs")
+gpu_checks = importlib.import_module("benchmarks.gpu.checks")
+gpu_jobs = importlib.import_module("benchmarks.gpu.jobs")
 Check, Job = gpu_checks.Check, gpu_checks.Job
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no dry run")

@@ -1,4 +1,4 @@
-"""benchmarks/gpu_session.py, dry: files that are whole, within the budget's order, whatever a section does."""
+"""benchmarks/gpu/session.py, dry: files that are whole, within the budget's order, whatever a section does."""
 
 import importlib
 import json
@@ -17,7 +17,7 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-gpu_session = importlib.import_module("benchmarks.gpu_session")
+gpu_session = importlib.import_module("benchmarks.gpu.session")
 Session = gpu_session.Session
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is no dry run")
@@ -38,7 +38,7 @@ def read(path):
 def test_the_whole_session_dry(tmp_path):
     """The command itself, as CI runs it."""
     out = tmp_path / "a directory" / "out"
-    command = ["bash", str(ROOT / "benchmarks" / "run_gpu.sh"), str(out), "60"]
+    command = ["bash", str(ROOT / "benchmarks" / "gpu" / "run.sh"), str(out), "60"]
     run = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env={**os.environ, "PYTHON": sys.executable}
     )
@@ -64,7 +64,7 @@ def test_the_whole_session_dry(tmp_path):
 
 
 def test_usage(tmp_path):
-    run = subprocess.run(["bash", str(ROOT / "benchmarks" / "run_gpu.sh")], capture_output=True, text=True)
+    run = subprocess.run(["bash", str(ROOT / "benchmarks" / "gpu" / "run.sh")], capture_output=True, text=True)
     assert run.returncode == 2 and "usage: " in run.stderr
 
 

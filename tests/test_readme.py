@@ -15,7 +15,7 @@ BLOCKS = [
     for page in PAGES
     for number, code in enumerate(re.findall(r"^```python\n(.*?)^```", page.read_text(), re.S | re.M), 1)
 ]
-TABLE = runpy.run_path(str(ROOT / "benchmarks" / "table.py"))
+TABLE = runpy.run_path(str(ROOT / "benchmarks" / "tools" / "readme_tables.py"))
 
 
 @pytest.mark.parametrize("page, code", BLOCKS)
@@ -53,7 +53,7 @@ def test_the_two_lines():
 
 
 def test_results_are_the_files():
-    """No number in the README's tables is typed by hand: `python -m benchmarks.table --write README.md` changes nothing."""
+    """No number in the README's tables is typed by hand: writing them again changes nothing."""
     assert TABLE["fill"](README, TABLE["blocks"]()) == README
 
 

@@ -3,11 +3,11 @@
 import json
 from pathlib import Path
 
-from benchmarks import table
-from benchmarks.trim import trimmed, trimmed_table
+from benchmarks.tools import readme_tables
+from benchmarks.tools.trim import trimmed, trimmed_table
 from resnet_kernels.perf import read_results
 
-RESULTS = Path(table.RESULTS)
+RESULTS = Path(readme_tables.RESULTS)
 
 
 def test_numbers_keep_six_digits_and_names_lose_their_brackets():
@@ -25,7 +25,9 @@ def test_trimming_twice_is_trimming_once_and_says_the_same(tmp_path):
     for path in RESULTS.glob("*-2026-11-27.json"):
         again = tmp_path / path.name
         again.write_text(json.dumps(trimmed(json.loads(path.read_text()))))
-        assert table.results_table(read_results.read(again)) == table.results_table(read_results.read(path))
+        assert readme_tables.results_table(read_results.read(again)) == readme_tables.results_table(
+            read_results.read(path)
+        )
 
 
 def test_a_table_keeps_its_winners():

@@ -17,7 +17,7 @@ from torch.nn.modules.utils import _pair
 
 from resnet_kernels.models import Conv2dSame, MaxPool2dSame
 
-from .workload import ForeignRunner, Workload
+from ..workload import ForeignRunner, Workload
 
 
 def convert(workload: Workload) -> ForeignRunner:

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, every failure of every kernel.
+"""python -m benchmarks.gpu.checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, every failure of every kernel.
 
 A parent that never touches CUDA forks a child for each kernel and configuration, several at a time. A child says "starting X"
 before each check and its result after it; one that is silent for too long is killed, and goes on behind X in a new process. So
@@ -15,21 +15,16 @@ What time is left compiles act 2's kernels into Triton's cache (TRITON_CACHE_DIR
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
-import selectors
 import shutil
 import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections import deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -40,41 +35,11 @@ from resnet_kernels.ops.conv_candidates import ConvProblem
 from resnet_kernels.perf.tuning import autotuner, problems
 from resnet_kernels.runtime.gpu.multi_layer import StemProblem
 
-from . import gpu_jobs
+from . import jobs as gpu_jobs
+from .precompile import precompile
+from .runner import CHILDREN, Check, Job, Result, Runner, device, is_cuda
 
-CHILDREN = 14
-# For one check. A cold one starts CUDA and compiles for some seconds.
-SILENCE_S = 40.0
 NETWORK_S = 120.0
-Result = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One question. run: returns {} if all is well, else what was wrong; what it raises is a failure, too."""
-
-    name: str
-    run: Callable[[], Result]
-    # What act 2 is to leave away if this crashes or hangs: a candidate, of one problem or (None) of all.
-    candidate: str | None = None
-    problem: str | None = None
-
-
-@dataclass
-class Job:
-    """Checks that share a process."""
-
-    name: str
-    checks: list[Check]
-    seconds: float = SILENCE_S
-
-
-def _is_cuda() -> bool:
-    return os.environ.get("RESNET_KERNELS_DRY_RUN") is None
-
-
-def _device() -> torch.device:
-    return torch.device("cuda", 0) if _is_cuda() else torch.device("cpu")
 
 
 # Convolutions that take every path of a kernel: (problem, batch).
@@ -128,10 +93,10 @@ def check_problem(problem: autotuner.Problem, name: str) -> Result:
 def _conv_checks(candidate: str, dtype: torch.dtype) -> list[Check]:
     shapes = CONVOLUTIONS | (PORTABLE_ONLY if not candidate.startswith(("tma ", "shared ")) else {})
     checks = []
-    for what, (asked, batch) in (shapes if _is_cuda() else DRY).items():
+    for what, (asked, batch) in (shapes if is_cuda() else DRY).items():
 
         def run(asked=asked, batch=batch) -> Result:
-            problem = problems.conv_problem(asked, batch, dtype, _device())
+            problem = problems.conv_problem(asked, batch, dtype, device())
             if candidate not in problem.candidates:
                 return {"skipped": "not a candidate here"}
             return check_problem(problem, candidate)
@@ -144,7 +109,7 @@ def _problem_checks(asked, batch: int, dtype: torch.dtype, prefix: str) -> list[
     """All of our candidates of a link, stem or BN; their names are known on the device alone, so one check has them all."""
 
     def run() -> Result:
-        problem = problems.BUILDERS[type(asked)](asked, batch, dtype, _device())
+        problem = problems.BUILDERS[type(asked)](asked, batch, dtype, device())
         rows = {name: check_problem(problem, name) for name in problem.candidates if name != problem.default}
         refused = {name: row["refused"] for name, row in rows.items() if "refused" in row}
         return {"candidates": rows, **({"refused": str(refused)} if refused else {})}
@@ -181,169 +146,15 @@ def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
 
 
 def NETWORKS() -> Iterator[tuple[str, list[Check]]]:
-    from . import gpu_networks
+    from . import networks
 
-    return gpu_networks.jobs()
+    return networks.jobs()
 
 
 def SMALL() -> list[Check]:
-    from . import gpu_networks
+    from . import small_checks
 
-    return [Check(name, run) for name, run in gpu_networks.small_checks().items()]
-
-
-@dataclass
-class Child:
-    job: Job
-    at: int
-    pid: int
-    pipe: int
-    deadline: float
-    rest: bytes = b""
-
-
-@dataclass
-class Runner:
-    """Children, several at a time, and what they said."""
-
-    out: Path
-    end: float
-    lines: list[Result] = field(default_factory=list)
-    denied: list[Result] = field(default_factory=list)
-
-    def write(self, line: Result) -> None:
-        self.lines.append(line)
-        with (self.out / "checks.jsonl").open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def deny(self, check: Check, why: str) -> None:
-        self.write({"check": check.name, "failed": why})
-        if check.candidate:
-            self.denied.append({"candidate": check.candidate, "problem": check.problem, "why": why})
-            (self.out / "denied.json").write_text(json.dumps(self.denied, indent=1))
-
-    def run(self, todo: Iterator[Job], children: int = CHILDREN) -> None:
-        waiting: deque[tuple[Job, int]] = deque((job, 0) for job in todo)
-        alive: dict[int, Child] = {}
-        ready = selectors.DefaultSelector()
-        while (waiting or alive) and time.monotonic() < self.end:
-            while waiting and len(alive) < children:
-                job, at = waiting.popleft()
-                child = self._fork(job, at)
-                alive[child.pipe] = child
-                ready.register(child.pipe, selectors.EVENT_READ)
-            for key, _ in ready.select(0.2):
-                child = alive[key.fd]
-                data = os.read(child.pipe, 65536)
-                child.rest += data
-                self._read(child)
-                if not data:
-                    self._bury(child, alive, ready, waiting, "died")
-            for child in list(alive.values()):
-                if time.monotonic() > child.deadline:
-                    os.kill(child.pid, signal.SIGKILL)
-                    self._bury(child, alive, ready, waiting, f"silent for {child.job.seconds:.0f} s")
-        for child in alive.values():
-            os.kill(child.pid, signal.SIGKILL)
-            self.write({"check": child.job.checks[child.at].name, "failed": "no time left"})
-        for job, at in waiting:
-            self.write({"job": job.name, "not_run": len(job.checks) - at})
-
-    def _read(self, child: Child) -> None:
-        *lines, child.rest = child.rest.split(b"\n")
-        for line in lines:
-            values = json.loads(line)
-            child.deadline = time.monotonic() + child.job.seconds
-            if "done" in values:
-                child.at = values.pop("done") + 1
-            self.write(values)
-
-    def _bury(self, child, alive, ready, waiting, why: str) -> None:
-        ready.unregister(child.pipe)
-        os.close(child.pipe)
-        del alive[child.pipe]
-        _, status = os.waitpid(child.pid, 0)
-        if child.at < len(child.job.checks):
-            signalled = f" (signal {os.WTERMSIG(status)})" if os.WIFSIGNALED(status) else f" ({status})"
-            self.deny(child.job.checks[child.at], why + signalled)
-            if child.at + 1 < len(child.job.checks):
-                waiting.appendleft((child.job, child.at + 1))
-
-    def _fork(self, job: Job, at: int) -> Child:
-        reader, writer = os.pipe()
-        sys.stdout.flush()
-        pid = os.fork()
-        if pid == 0:
-            os.close(reader)
-            status = 1
-            try:
-                status = _child(job, at, writer)
-            finally:
-                os._exit(status)
-        os.close(writer)
-        return Child(job, at, pid, reader, time.monotonic() + job.seconds)
-
-
-def _child(job: Job, at: int, writer: int) -> int:
-    def say(line: Result) -> None:
-        os.write(writer, json.dumps(line).encode() + b"\n")
-
-    for i, check in enumerate(job.checks[at:], at):
-        say({"starting": check.name})
-        begin, result = time.monotonic(), {}
-        lost = False
-        try:
-            result = check.run()
-            if _is_cuda():
-                torch.cuda.synchronize()
-        except Exception as error:
-            result = {"refused": f"{type(error).__name__}: {error}"[:800], "where": traceback.format_exc()[-1500:]}
-            # After an illegal access nothing runs in this process any more: the parent goes on in a new one.
-            lost = isinstance(error, (autotuner.DeviceLost, torch.AcceleratorError))
-        if lost:
-            say({"check": check.name, **result})
-            return 3
-        say({"check": check.name, "seconds": round(time.monotonic() - begin, 2), **result, "done": i})
-    return 0
-
-
-def precompile(noted: list[gpu_jobs.Noted], end: float, out: Path) -> None:
-    """Compiles act 2's candidates in children, dearest network first."""
-    from . import gpu_sections
-
-    wanted: dict[tuple, None] = {}
-    for batch in (256, 1):
-        for network in noted:
-            if network.image_size == 224 and network.network != "resnet152":
-                wanted |= dict.fromkeys((asked, batch) for asked, _ in network.problems)
-    order = sorted(wanted, key=lambda pair: isinstance(pair[0], NormProblem))
-    workers, pids = 15, []
-    for worker in range(workers):
-        pid = os.fork()
-        if pid == 0:
-            try:
-                for asked, batch in order[worker::workers]:
-                    (built,) = problems.build([(asked, 1)], [batch], torch.bfloat16, _device())
-                    for name in built.candidates:
-                        if time.monotonic() > end:
-                            os._exit(0)
-                        if name == built.default or name.startswith(("cudnn", "pointer")):
-                            continue
-                        row = gpu_sections.compile_candidate(asked, batch, name)
-                        with (out / f"compiled-{worker}.jsonl").open("a") as file:
-                            file.write(json.dumps(row) + "\n")
-            finally:
-                os._exit(0)
-        pids.append(pid)
-    while pids and time.monotonic() < end + 3:
-        pids = [pid for pid in pids if os.waitpid(pid, os.WNOHANG) == (0, 0)]
-        time.sleep(0.1)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    rows = [line for path in sorted(out.glob("compiled-*.jsonl")) for line in path.read_text().splitlines()]
-    for path in out.glob("compiled-*.jsonl"):
-        path.unlink()
-    (out / "compiled.jsonl").write_text("\n".join(rows))
+    return [Check(name, run) for name, run in small_checks.small_checks().items()]
 
 
 def sanitize(out: Path) -> list[subprocess.Popen]:
@@ -354,7 +165,7 @@ def sanitize(out: Path) -> list[subprocess.Popen]:
     runs = []
     for what in ("chain", "split", "stem"):
         log = (out / f"sanitizer-{what}.log").open("w")
-        command = [tool, "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu_networks", what]
+        command = [tool, "--tool", "memcheck", sys.executable, "-m", "benchmarks.gpu.networks", what]
         runs.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True))
     return runs
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.interference: does a contender slow down the one whose turn comes after it?
+"""python -m benchmarks.tools.interference: does a contender slow down the one whose turn comes after it?
 
 In rounds eager, eager, peer, peer each call comes once after the other contender's and once after its own kind's; the ratio of
 the two is 1 if they leave each other alone. It is taken without uncounted calls in between, and with them, as the benchmarks
@@ -15,11 +15,11 @@ import torch
 from resnet_kernels.fusion.text_table import table
 from resnet_kernels.perf.timing import interleave, ratio, ratios
 
-from .cases import Case, Model, Platform
-from .harness import CONTENDERS
-from .load import Neighbours
-from .peers import LEAD_IN_SECONDS
-from .workload import ModuleRunner, Workload
+from ..cases import Case, Model, Platform
+from ..contenders.peers import LEAD_IN_SECONDS
+from ..harness import CONTENDERS
+from ..neighbours import Neighbours
+from ..workload import ModuleRunner, Workload
 
 
 def effects(eager, peer, seconds: float, lead_in: float) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""python -m benchmarks.image_sizes: many image sizes in one process on the CPU, fused against eager, in turns.
+"""python -m benchmarks.tools.image_sizes: many image sizes in one process on the CPU, fused against eager, in turns.
 
 A detector meets a new size in almost every call. So each size is called first once by both, which is where packed weights,
 oneDNN's kernels and our programs are made, and later, in another order, several times more. The ratio of a size is fused's
@@ -21,7 +21,7 @@ import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.perf.timing import interleave, ratio
 
-from .parity import compare
+from ..parity import compare
 
 Size = tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""python -m benchmarks.table [--write README.md]: the README's tables, from all files in benchmarks/results.
+"""python -m benchmarks.tools.readme_tables [--write README.md]: the README's tables, from all files in benchmarks/results.
 
 Prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. Networks are shown in inference, at
 their largest image size, in their smallest and largest batch; how all cases came out is counted below. All of a file is for
@@ -18,7 +18,7 @@ from resnet_kernels.cli.report.sections import outcomes
 from resnet_kernels.perf import read_results
 from resnet_kernels.perf.results import CaseResults, Results
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 _HEAD = (
     "network",
@@ -118,7 +118,7 @@ def _row(case: CaseResults) -> tuple[str, ...]:
 
 
 def costs_table(path: Path) -> str:
-    """What the package costs beside its kernels, from a file of benchmarks.costs."""
+    """What the package costs beside its kernels, from a file of benchmarks.tools.costs."""
     costs = json.loads(path.read_text())
     rows = [
         (_COSTS[name][0], f"{value:.2g} {_COSTS[name][1]}" if value < 1 else f"{value:.0f} {_COSTS[name][1]}")

@@ -4,7 +4,7 @@ A peer that isn't installed, can't do a case or raises is listed as absent with 
 that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing the others takes
 longer than timing them.
 
-None may slow the next. `python -m benchmarks.interference --seconds 8` on two CPU cores that nobody else used, ResNet-18
+None may slow the next. `python -m benchmarks.tools.interference --seconds 8` on two CPU cores that nobody else used, ResNet-18
 (batch 2, 64x64), medians of time / time after its own kind of the same round:
 
                      eager after it    it after eager    eager, led in    it, led in
@@ -30,9 +30,10 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from .cases import D2L_KERAS, Case, Conv
-from .contenders import Contender, fused_module
-from .workload import ForeignRunner, GraphRunner, ModuleRunner, Workload
+from ..cases import D2L_KERAS, Case, Conv
+from ..workload import ForeignRunner, GraphRunner, ModuleRunner, Workload
+from .base import Contender
+from .ours import fused_module
 
 # Longer than threads that wait go on spinning.
 LEAD_IN_SECONDS = 0.01

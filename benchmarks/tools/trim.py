@@ -1,7 +1,7 @@
-"""python -m benchmarks.trim FILE OUT: a file of results, or a table of `tune`, as small as it is committed.
+"""python -m benchmarks.tools.trim FILE OUT: a file of results, or a table of `tune`, as small as it is committed.
 
-Results keep what `report` and `benchmarks.table` read: numbers have six digits, and kernels' names lose their template
-arguments and parameters. Of a table's candidates the winner and what runs without a table stay, with their medians.
+Results keep what `report` and README's tables read: numbers have six digits, and kernels' names lose their template arguments
+and parameters. Of a table's candidates the winner and what runs without a table stay, with their medians.
 """
 
 from __future__ import annotations

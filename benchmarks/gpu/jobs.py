@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_jobs FILE: lists the problems that a GPU session checks and tunes, on a machine without a GPU.
+"""python -m benchmarks.gpu.jobs FILE: lists the problems that a GPU session checks and tunes, on a machine without a GPU.
 
 A problem is what `ops.tuned_table.choice` is asked for while a network runs: a convolution, a BN, a link of several layers,
 a stem. A GPU is lent by the minute, so the networks run here, in fp16 on the CPU, and the list travels as JSON.

@@ -1,4 +1,4 @@
-"""python -m benchmarks.costs: what the package costs beside its kernels, on the CPU.
+"""python -m benchmarks.tools.costs: what the package costs beside its kernels, on the CPU.
 
     import   seconds that `import resnet_kernels` adds to `import torch`
     fuse     seconds of rk.fuse on ResNet-152
@@ -101,7 +101,7 @@ def main() -> None:
     if options.one:
         print(FIGURES[options.one]())
         return
-    command = [sys.executable, "-m", "benchmarks.costs", "--one"]
+    command = [sys.executable, "-m", "benchmarks.tools.costs", "--one"]
     results = {}
     for name in FIGURES:
         runs = [subprocess.run([*command, name], capture_output=True, text=True, check=True) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu_session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2, every number, most valuable first.
+"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2, every number, most valuable first.
 
     session.json      device, driver, versions, commit; what each section took, and how it ended
     ceilings.json     copy, matmul, L2; which descriptors the driver takes
@@ -7,7 +7,7 @@
     gpu_tests.json    the tests that a GPU runs, one by one, with what time is left
     log.txt           what all of them printed
 
-gpu_checks.py is act 1: what it finds wrong is to be mended before a number is taken, and what crashed or hung there is not
+checks.py is act 1: what it finds wrong is to be mended before a number is taken, and what crashed or hung there is not
 tried again: its denied.json.
 
 Each section has a share of the time that is left. Whatever crashes or hangs costs its section alone; a section that is done
@@ -21,25 +21,17 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resnet_kernels.ops import tuned_table
-from resnet_kernels.perf.environment import environment
-from resnet_kernels.perf.tuning import table_file
-from resnet_kernels.perf.tuning.table_file import write_whole
-
-ROOT = Path(__file__).resolve().parent.parent
-PYTHON = [sys.executable, "-u"]
+from .processes import ROOT, Session, _end
 
 # Shares of the budget, in the order of what is lost if nothing behind it runs.
 SHARES = {
@@ -69,93 +61,11 @@ MODELS = (
 _FOR_GPUS = re.compile(r"mark\.gpu|skip_unless_runnable\(\s*\"triton\"")
 
 
-@dataclass
-class Session:
-    """A run: where it writes, how long it may take, what has become of its sections."""
-
-    out: Path
-    seconds: float
-    dry: bool
-    denied: Path | None = None
-    begin: float = field(default_factory=time.monotonic)
-    sections: dict[str, dict[str, Any]] = field(default_factory=dict)
-    benchmarks: dict[str, Any] = field(default_factory=lambda: {"benchmarks": [], "absent": []})
-    running: set[subprocess.Popen] = field(default_factory=set)
-
-    def __post_init__(self):
-        self.device = torch.device("cpu" if self.dry else "cuda:0")
-        self.key = table_file.no_device() if self.dry else tuned_table.device_key(self.device)
-        self.header = {
-            "device": self.key._asdict(),
-            "dry_run": self.dry,
-            "environment": environment(self.device),
-        }
-        self.log = (self.out / "log.txt").open("a")
-        # Later sections run by the table that was measured here.
-        self.environment = {**os.environ, tuned_table.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
-        self.environment.pop("TRITON_INTERPRET", None)
-        if self.dry:
-            # Threads that wait for one another, spinning, on a machine that others use, too.
-            self.environment["OMP_NUM_THREADS"] = "1"
-
-    @property
-    def left(self) -> float:
-        return self.seconds - (time.monotonic() - self.begin)
-
-    def write(self, name: str, values: dict[str, Any]) -> None:
-        """Writes a file of the session, headed by device and versions."""
-        write_whole(self.out / name, json.dumps({**self.header, **values}, indent=1) + "\n")
-
-    def report(self) -> None:
-        self.write("session.json", {"budget_s": self.seconds, "sections": self.sections})
-
-    def command(self, arguments: list[str], seconds: float, output: Path | None = None, **environment: str) -> str:
-        """Runs one of our own commands; returns "done", "failed (status)" or "out of time". Its children end with it."""
-        print(f"+ {' '.join(arguments)}", file=self.log, flush=True)
-        with (output or Path(os.devnull)).open("w") as separate:
-            stream = separate if output else self.log
-            process = subprocess.Popen(
-                [*PYTHON, *arguments],
-                cwd=ROOT,
-                env={**self.environment, **environment},
-                stdin=subprocess.DEVNULL,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-            self.running.add(process)
-            try:
-                status = process.wait(max(seconds, 0.1))
-                return "done" if status == 0 else f"failed ({status})"
-            except subprocess.TimeoutExpired:
-                return "out of time"
-            finally:
-                _end(process)
-                self.running.discard(process)
-
-
-def _python_path() -> str:
-    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a command's whole process group, which is its own."""
-    # pytest-benchmark writes its file at its end, which an interrupt leads to and SIGTERM does not.
-    for which, patience in ((signal.SIGINT, 5), (signal.SIGTERM, 2), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, which)
-            process.wait(patience)
-        except ProcessLookupError:
-            return
-        except subprocess.TimeoutExpired:
-            continue
-
-
 def in_a_process(name: str) -> Callable[[Session, float], dict[str, Any]]:
-    """A section of gpu_sections.py."""
+    """A section of sections.py."""
 
     def run(session: Session, seconds: float) -> dict[str, Any]:
-        arguments = ["-m", "benchmarks.gpu_sections", name, str(session.out), f"{0.9 * seconds:.1f}"]
+        arguments = ["-m", "benchmarks.gpu.sections", name, str(session.out), f"{0.9 * seconds:.1f}"]
         interpreter = {}
         if session.dry:
             arguments.append("--dry-run")

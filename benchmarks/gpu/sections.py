@@ -1,8 +1,8 @@
-"""python -m benchmarks.gpu_sections ceilings OUTDIR SECONDS [--dry-run]: what this machine can do at most, and which tensor
+"""python -m benchmarks.gpu.sections ceilings OUTDIR SECONDS [--dry-run]: what this machine can do at most, and which tensor
 descriptors its driver takes.
 
-Written whenever more is known. gpu_session.py calls it in a process of its own: a kernel that breaks the GPU's context takes
-the process with it. `compile_candidate` is what gpu_checks.py fills Triton's cache with.
+Written whenever more is known. session.py calls it in a process of its own: a kernel that breaks the GPU's context takes
+the process with it. `compile_candidate` is what checks.py fills Triton's cache with.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""A session on a GPU that is there for minutes: checks first, then numbers."""
