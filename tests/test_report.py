@@ -194,7 +194,7 @@ def test_a_loss_has_its_own_look():
 
 def test_contenders_look_different():
     names = [f"contender {i}" for i in range(16)]
-    styles = [tuple(plot_style._line_style(names, name).items()) for name in names]
+    styles = [tuple(plot_style.line_style(names, name).items()) for name in names]
     assert len(set(styles)) == 16
 
 

@@ -26,20 +26,20 @@ DEVICE = "cpu" if os.environ.get("RESNET_KERNELS_DRY_RUN") else "cuda"
 BF16 = torch.bfloat16
 
 
-def _error(y: Tensor, truth: Tensor) -> float:
+def relative_error(y: Tensor, truth: Tensor) -> float:
     return ((y.double() - truth).norm() / truth.norm()).item()
 
 
-def _model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
+def random_model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
     model = randomise_batch_norms_(by_name.build(name)).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
     return model, by_name.image_batch(model, batch, size)
 
 
-def _judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
+def judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
     """{} if y errs at most twice as much as eager does, plus a rounding."""
     truth = copy.deepcopy(model).double()(x.double())
-    eager, ours = _error(model(x), truth), _error(y, truth)
+    eager, ours = relative_error(model(x), truth), relative_error(y, truth)
     row = {"error": ours, "eager": eager}
     if not ours <= 2 * eager + tuned_table.rounding(y.dtype, y.device):
         row["refused"] = f"errs by {ours:.2e}, eager by {eager:.2e}"
@@ -48,9 +48,9 @@ def _judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
 
 @torch.no_grad()
 def inference(name: str, batch: int, size: int, backend: str, dtype: torch.dtype = BF16) -> Result:
-    model, x = _model(name, batch, size, dtype)
+    model, x = random_model(name, batch, size, dtype)
     fused = rk.fuse(model, backend=backend)
-    row = _judge(fused(x), model, x)
+    row = judge(fused(x), model, x)
     if not torch.equal(fused(x), fused(x)):
         row["refused"] = f"two calls differ; {row}"
     return row
@@ -59,9 +59,9 @@ def inference(name: str, batch: int, size: int, backend: str, dtype: torch.dtype
 @torch.no_grad()
 def frozen(name: str, batch: int, size: int, backend: str) -> Result:
     """A frozen network errs as another does; its graph gives its bits; after refresh it runs on new weights."""
-    model, x = _model(name, batch, size, BF16)
+    model, x = random_model(name, batch, size, BF16)
     fused = rk.fuse(model, backend=backend, freeze=True)
-    row = _judge(fused(x), model, x)
+    row = judge(fused(x), model, x)
     run = rk.capture(fused, x)
     if not torch.equal(fused(x), fused(x)) or not torch.equal(run(x), fused(x)):
         row["refused"] = f"two calls, or a call and a replay, differ; {row}"
@@ -72,7 +72,7 @@ def frozen(name: str, batch: int, size: int, backend: str) -> Result:
     if "refused" in row:
         return row
     for y in (fused(x), run(x)):
-        row = _judge(y, model, x)
+        row = judge(y, model, x)
         if "refused" in row:
             row["refused"] += ", after new weights and refresh"
             break
@@ -81,7 +81,7 @@ def frozen(name: str, batch: int, size: int, backend: str) -> Result:
 
 @torch.no_grad()
 def captured(name: str, batch: int, size: int, backend: str) -> Result:
-    model, x = _model(name, batch, size, BF16)
+    model, x = random_model(name, batch, size, BF16)
     fused = rk.fuse(model, backend=backend)
     run = rk.capture(fused, x)
     if not torch.equal(run(x), fused(x)):
@@ -92,13 +92,13 @@ def captured(name: str, batch: int, size: int, backend: str) -> Result:
             parameter.data.mul_(1.01)
     if not torch.equal(run(other), fused(other)):
         return {"refused": "after an edit of the weights a replay differs from a call"}
-    return _judge(run(other), model, other)
+    return judge(run(other), model, other)
 
 
 @torch.no_grad()
 def two_streams(name: str, size: int) -> Result:
     """Two graphs of split-K layers, replayed side by side on two streams."""
-    model, x = _model(name, 1, size, BF16)
+    model, x = random_model(name, 1, size, BF16)
     runs = [rk.capture(rk.fuse(model, backend="triton"), x, copy=False) for _ in range(2)]
     inputs = [x, torch.randn_like(x)]
     expected = [run(x).clone() for run, x in zip(runs, inputs)]
@@ -117,13 +117,13 @@ def two_streams(name: str, size: int) -> Result:
 
 @torch.no_grad()
 def compiled(name: str, backend: str) -> Result:
-    model, x = _model(name, 4, 64, BF16)
-    return _judge(torch.compile(rk.fuse(model, backend=backend), fullgraph=True)(x), model, x)
+    model, x = random_model(name, 4, 64, BF16)
+    return judge(torch.compile(rk.fuse(model, backend=backend), fullgraph=True)(x), model, x)
 
 
 def training(name: str, backend: str, autocast: bool) -> Result:
     """Gradients of a step, all of them as one vector, and running statistics, against fp64."""
-    model, x = _model(name, 16, 64, torch.float32)
+    model, x = random_model(name, 16, 64, torch.float32)
     model.train()
     weights = torch.randn(16, 1000 if "d2l" not in name else 10, device=DEVICE)
 
@@ -136,8 +136,8 @@ def training(name: str, backend: str, autocast: bool) -> Result:
         return gradients, torch.cat([b.double().flatten() for b in module.buffers()])
 
     truths = step(copy.deepcopy(model).double(), x.double(), False)
-    eager = [_error(a, b) for a, b in zip(step(model, x, autocast), truths)]
-    ours = [_error(a, b) for a, b in zip(step(rk.fuse(model, backend=backend), x, autocast), truths)]
+    eager = [relative_error(a, b) for a, b in zip(step(model, x, autocast), truths)]
+    ours = [relative_error(a, b) for a, b in zip(step(rk.fuse(model, backend=backend), x, autocast), truths)]
     row = {"error": ours, "eager": eager}
     if not all(a <= 2 * b + 6e-8 for a, b in zip(ours, eager)):
         row["refused"] = f"errs by {ours}, eager by {eager}"

@@ -86,7 +86,7 @@ class Session:
             except subprocess.TimeoutExpired:
                 return "out of time"
             finally:
-                _end(process)
+                end_group(process)
                 self.running.discard(process)
 
 
@@ -94,7 +94,7 @@ def _python_path() -> str:
     return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
-def _end(process: subprocess.Popen) -> None:
+def end_group(process: subprocess.Popen) -> None:
     """Ends a command's whole process group, which is its own."""
     # pytest-benchmark writes its file at its end, which an interrupt leads to and SIGTERM does not.
     for which, patience in ((signal.SIGINT, 5), (signal.SIGTERM, 2), (signal.SIGKILL, 5)):

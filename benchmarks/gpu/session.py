@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from .processes import ROOT, Session, _end
+from .processes import ROOT, Session, end_group
 
 # Shares of the budget, in the order of what is lost if nothing behind it runs.
 SHARES = {
@@ -101,7 +101,7 @@ def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(session.running):
-                _end(process)
+                end_group(process)
             raise
     counts = {what: sum(f["counts"].get(what, 0) for f in found.values()) for what in ("PASSED", "FAILED", "ERROR")}
     return {"ended": "done", **counts}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import resnet_kernels as rk
 
-from .networks import BF16, DEVICE, Result, _error, _judge, _model
+from .networks import BF16, DEVICE, Result, judge, random_model, relative_error
 
 
 def _conv_then_relu(x: Tensor, weight: Tensor, bias: Tensor, *arguments) -> Tensor:
@@ -98,7 +98,7 @@ def bn_scale_shift() -> Result:
             conv_bias = zero if conv_bias is None else conv_bias
             true_scale = weight.double() / (var.double() + e).sqrt()
             true_shift = bias.double() + (conv_bias.double() - mean.double()) * true_scale
-            worst = max(_error(scale, true_scale), _error(shift, true_shift))
+            worst = max(relative_error(scale, true_scale), relative_error(shift, true_shift))
             if not worst < 3e-7:
                 return {"refused": f"{dtype}: errs by {worst:.1e}"}
     return {}
@@ -106,13 +106,13 @@ def bn_scale_shift() -> Result:
 
 @torch.no_grad()
 def uint8_stem() -> Result:
-    model, _ = _model("resnet50", 2, 224, BF16)
+    model, _ = random_model("resnet50", 2, 224, BF16)
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     x = torch.randint(0, 256, (5, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
     fused = rk.fuse(model, backend="triton", normalize=(mean, std))
     vectors = [torch.tensor(v, device=DEVICE).view(3, 1, 1) for v in (mean, std)]
     images = (((x.float() / 255) - vectors[0]) / vectors[1]).to(BF16, memory_format=torch.channels_last)
-    return _judge(fused(x), model, images)
+    return judge(fused(x), model, images)
 
 
 def descriptors() -> Result:

@@ -22,7 +22,7 @@ from ..runtime.gpu.parts import Part
 from ..runtime.live_modules import has_hooks, wire
 from ..runtime.normalize_images import Normalize
 from ..runtime.state import FusedState, drop_copies
-from .find_blocks import _find, _Finding
+from .find_blocks import Finding, find_blocks
 from .report import FuseReport, Row
 
 
@@ -68,7 +68,7 @@ def fuse_(
     `freeze` has to be given again. Arguments and errors as `fuse`.
     """
     _check(model, backend, freeze)
-    findings = _find(model)
+    findings = find_blocks(model)
     wanted = _normalize_of(model) if normalize is None else Normalize.of(normalize)
     if wanted is not None:
         _check_normalize(model, findings, wanted)
@@ -110,10 +110,10 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     """What `fuse_` would do, a row a block; changes nothing. On a fused model: what is fused, and what runs eager now."""
     _check(model, backend)
     if not any(fused_module.is_fused(module) for module in model.modules()):
-        return FuseReport(tuple(row for finding in _find(model) for row in finding.rows), backend)
+        return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
     states = [m.__dict__["_rk_state"] for m in model.modules() if fused_module.is_fused(m)]
     frozen = any(state.frozen for state in states)
-    return FuseReport(_rows_now(_find(model), tables=True), states[0].backend, _normalize_of(model), frozen)
+    return FuseReport(_rows_now(find_blocks(model), tables=True), states[0].backend, _normalize_of(model), frozen)
 
 
 def _normalize_of(model: nn.Module) -> Normalize | None:
@@ -121,7 +121,7 @@ def _normalize_of(model: nn.Module) -> Normalize | None:
     return None if state is None else state.normalize
 
 
-def _check_normalize(model: nn.Module, findings: list[_Finding], normalize: Normalize) -> None:
+def _check_normalize(model: nn.Module, findings: list[Finding], normalize: Normalize) -> None:
     plan = next((finding.plan for finding in findings if finding.module is model and finding.mixin is FusedHost), None)
     if plan is None:
         raise ValueError(
@@ -135,7 +135,7 @@ def _check_normalize(model: nn.Module, findings: list[_Finding], normalize: Norm
         )
 
 
-def _rows_now(findings: list[_Finding], *, tables: bool = False) -> tuple[Row, ...]:
+def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ...]:
     """The rows of a fused model, with why a fused block runs eager as things stand; with what tables decide, if asked for."""
     rows = []
     for finding in findings:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..graph import fusible
 from ..graph import reader as graph_reader
 from ..graph.recipe import CannotRead
 from ..runtime.fused_block import FusedBlock
@@ -15,7 +16,7 @@ from .report import Row
 
 
 @dataclass
-class _Finding:
+class Finding:
     """A module and what reading it gave."""
 
     module: nn.Module
@@ -29,18 +30,18 @@ class _Finding:
         return self.mixin is not None
 
 
-def _find(model: nn.Module) -> list[_Finding]:
+def find_blocks(model: nn.Module) -> list[Finding]:
     findings = _visit(model, "", set())
     if any(f.fusible for f in findings) and not any(f.module is model and f.fusible for f in findings):
         # The model itself becomes the host that converts the layout once, if its forward is one we can stand in for.
         try:
-            findings.insert(0, _Finding(model, [], FusedHost, graph_reader.read(model).host_plan()))
+            findings.insert(0, Finding(model, [], FusedHost, graph_reader.read(model).host_plan()))
         except CannotRead:
             pass
     return findings
 
 
-def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
+def _visit(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:
     """Findings in a module and below. A block is taken whole; anything else is looked into."""
     if id(module) in seen or not any(isinstance(m, nn.modules.conv._ConvNd) for m in module.modules()):
         return []
@@ -55,7 +56,7 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
         direct = {type(child) for child in module._modules.values()}
         looks_like_block = nn.Conv2d in direct and any("Norm" in cls.__name__ for cls in direct)
         if looks_like_block and not below:
-            return [_Finding(module, [Row(path, kind, False, reason=str(reason))])]
+            return [Finding(module, [Row(path, kind, False, reason=str(reason))])]
         return below
     reason = None
     if reader.has_own_conv() or reader.has_wrappers():
@@ -63,7 +64,7 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
             recipe = reader.recipe()
             if recipe.fuses:
                 rows = [Row(path, kind, True, str(recipe))]
-                return [_Finding(module, rows, FusedBlock, recipe, residual=reader.is_residual())]
+                return [Finding(module, rows, FusedBlock, recipe, residual=reader.is_residual())]
             return []
         except CannotRead as error:
             # Of wrappers alone it may be anything, a network too: what is below is looked at one by one.
@@ -71,16 +72,16 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
     below = _visit_children(module, path, seen)
     if reader.is_residual() and reason and not any(f.residual for f in below):
         # A residual block with something in it that is not fused stays as it is, its inner modules included.
-        return [_Finding(module, [Row(path, kind, False, reason=reason)], residual=True)]
+        return [Finding(module, [Row(path, kind, False, reason=reason)], residual=True)]
     plan = reader.host_plan()
-    stage = graph_reader.is_plain_sequential(module) and sum(f.residual and f.fusible for f in below) > 1
+    stage = fusible.is_plain_sequential(module) and sum(f.residual and f.fusible for f in below) > 1
     if plan.runs or stage:
         rows = [Row(path, f"{kind} (part)", True, str(recipe)) for recipe in plan.runs.values()]
-        below.insert(0, _Finding(module, rows, FusedHost, plan))
+        below.insert(0, Finding(module, rows, FusedHost, plan))
     return below
 
 
-def _visit_children(module: nn.Module, path: str, seen: set[int]) -> list[_Finding]:
+def _visit_children(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:
     return [
         finding
         for name, child in module._modules.items()

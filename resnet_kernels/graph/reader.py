@@ -13,186 +13,29 @@ wrote (stride on the 1x1, biases, a pooled shortcut, other names) is what comes 
 
 from __future__ import annotations
 
-import copy
-import inspect
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from torch import nn
 
-from ..models.same_padding import Conv2dSame, MaxPool2dSame
+from .fusible import (
+    POOLS,
+    has_act,
+    is_batch_norm,
+    is_plain_max_pool,
+    is_quiet,
+    is_wrapper,
+    original_class,
+    shared_children,
+    signature,
+    why_not_bn,
+    why_not_conv,
+    why_not_patched,
+)
 from .recipe import CallStep, CannotRead, ConvStep, HostPlan, NormStep, Recipe
-
-_RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
-_ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
-# No numbers of their own in eval mode; a block with one of them in train() runs its own forward.
-_QUIET_NAMES = frozenset(
-    {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "DropPath",
-     "DropBlock2d", "StochasticDepth"}
-)  # fmt: skip
-_POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_FROZEN_BN_NAME = "FrozenBatchNorm2d"  # torchvision.ops, detectron2: weight, bias, running_mean, running_var as buffers
-_BN_ACT_NAME = "BatchNormAct2d"  # timm: a BatchNorm2d with `drop` and `act`
-
-
-def original_class(module: nn.Module) -> type:
-    """The class a module had before it was fused."""
-    return getattr(type(module), "_rk_original_class", type(module))
-
-
-def signature(module: nn.Module) -> tuple:
-    """Names and classes of all modules below one: what a recipe depends on besides numbers."""
-    return tuple(
-        (name, original_class(child), signature(child))
-        if child is not None and child._modules
-        else (name, original_class(child))
-        for name, child in module._modules.items()
-    )
-
-
-def is_plain_sequential(module: nn.Module) -> bool:
-    """Whether a module runs its children one after the other, as nn.Sequential does (subclasses with names included)."""
-    return original_class(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
-
-
-def is_batch_norm(module: nn.Module) -> bool:
-    """A scale and a shift per channel in eval mode; a BatchNormAct2d has an activation behind it."""
-    names = (_FROZEN_BN_NAME, _BN_ACT_NAME)
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__ in names
-
-
-def is_frozen(bn: nn.Module) -> bool:
-    """Whether a BN takes its running statistics, and keeps them as they are."""
-    return not bn.training or type(bn).__name__ == _FROZEN_BN_NAME
-
-
-def has_act(bn: nn.Module) -> bool:
-    """Whether a BN is timm's BatchNormAct2d, with dropout and activation behind it."""
-    return type(bn).__name__ == _BN_ACT_NAME
-
-
-def is_quiet(module: nn.Module) -> bool:
-    """Whether a module returns its input in eval mode (Identity, dropout, drop path)."""
-    return type(module).__name__ in _QUIET_NAMES
-
-
-def why_not_conv(conv: nn.Module) -> str | None:
-    """Why a convolution can't go into a fused kernel; None if it can."""
-    if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
-        return "is lazy and not materialised yet: run the model once, then fuse"
-    if type(conv) not in (nn.Conv2d, Conv2dSame):
-        return f"is a {type(conv).__name__}, only Conv2d is fused"
-    if conv.padding_mode != "zeros":
-        return f"has padding_mode={conv.padding_mode!r}, only zeros are fused"
-    return _why_not_patched(conv)
-
-
-def why_not_bn(bn: nn.Module) -> str | None:
-    """Why a BN can't be a scale and a shift; None if it can."""
-    if isinstance(bn, nn.modules.lazy.LazyModuleMixin) and bn.has_uninitialized_params():
-        return "is lazy and not materialised yet: run the model once, then fuse"
-    if getattr(bn, "running_mean", None) is None:
-        return "has track_running_stats=False, so it needs each batch's own statistics"
-    if has_act(bn):
-        for child in (bn.drop, bn.act):
-            if not (is_quiet(child) or (child is bn.act and type(child) is nn.ReLU)):
-                return f"has a {type(child).__name__} behind it, which is not fused"
-            if _why_not_patched(child):
-                return f"has a {type(child).__name__} behind it that {_why_not_patched(child)}"
-    return _why_not_patched(bn)
-
-
-def _why_not_patched(module: nn.Module) -> str | None:
-    if hasattr(module, "parametrizations"):
-        return "has a parametrization"
-    if "forward" in module.__dict__:
-        return "has a forward of its own, set on the instance"
-    return None
-
-
-def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module is a convolution, pool, norm and activation under a name: no block, only a part of one."""
-    children = list(module._modules.values())
-    parts = [type(child) in (nn.ReLU, *_POOLS) or is_batch_norm(child) or is_quiet(child) for child in children]
-    convs = [isinstance(child, nn.Conv2d) for child in children]
-    return (
-        sum(convs) == 1
-        and all(map(operator.or_, parts, convs))
-        and not is_plain_sequential(module)
-        and "forward" not in module.__dict__
-    )
-
-
-class _Tracer(torch.fx.Tracer):
-    """Stops at every child but plain Sequentials, and wrappers if asked to."""
-
-    def __init__(self, into_wrappers: bool):
-        super().__init__()
-        self.into_wrappers = into_wrappers
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return not (is_plain_sequential(module) or (self.into_wrappers and is_wrapper(module)))
-
-    def call_module(self, module: nn.Module, forward, args, kwargs):
-        if self.is_leaf_module(module, ""):
-            return super().call_module(module, forward, args, kwargs)
-        # Without its hooks: they are the user's, and would see proxies.
-        return original_class(module).forward(module, *args, **kwargs)
-
-
-def _trace(module: nn.Module, training: bool, into_wrappers: bool) -> torch.fx.Graph:
-    """The graph of module.forward(x) in eval or train() mode, all other arguments at their defaults."""
-    cls = original_class(module)
-    if "forward" in module.__dict__:
-        raise CannotRead("its forward was set on the instance")
-    if isinstance(module, torch.jit.ScriptModule):
-        raise CannotRead("it is compiled by TorchScript")
-    if cls.__reduce_ex__ is not object.__reduce_ex__ or cls.__reduce__ is not object.__reduce__:
-        raise CannotRead(f"{cls.__name__} has a way of pickling of its own")
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if not parameters or parameters[0].kind not in kinds:
-        raise CannotRead("its forward takes no positional argument")
-    defaults = {}
-    for parameter in parameters[1:]:
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise CannotRead(f"its forward takes *{parameter.name}")
-        if parameter.default is inspect.Parameter.empty:
-            raise CannotRead("its forward takes more than one argument")
-        defaults[parameter.name] = parameter.default
-    # A shallow copy, so that what forward may write to `self` (a counter, a kept activation) does not reach the user's.
-    clone = cls.__new__(cls)
-    clone.__dict__.update(module.__dict__, training=training)
-    for registry in ("_modules", "_parameters", "_buffers"):
-        clone.__dict__[registry] = copy.copy(module.__dict__[registry])
-    before = dict(clone.__dict__)
-    try:
-        graph = _Tracer(into_wrappers).trace(clone, concrete_args=defaults or None)
-    except CannotRead:
-        raise
-    except Exception as error:  # forward is the user's code: it may raise anything
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CannotRead(f"its forward can't be traced ({first_line})") from error
-    if clone.__dict__.keys() != before.keys() or any(clone.__dict__[k] is not v for k, v in before.items()):
-        raise CannotRead("its forward sets attributes")
-    return graph
-
-
-def _mutates(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
-    """Whether a node writes over its first input."""
-    if node.op == "call_module":
-        return bool(getattr(modules[node.target], "inplace", False))
-    if node.op == "call_method":
-        return node.target.endswith("_") and not node.target.endswith("__")
-    return (
-        node.target in (operator.iadd, torch.relu_, F.relu_)
-        or bool(node.kwargs.get("inplace", False))
-        or (node.target is F.relu and len(node.args) > 1 and bool(node.args[1]))
-    )
+from .tracing import is_add, is_relu_function, mutates, trace
 
 
 class _Reader:
@@ -200,13 +43,13 @@ class _Reader:
 
     def __init__(self, module: nn.Module, training: bool = False, into_wrappers: bool = False):
         self.module = module
-        self.graph = _trace(module, training, into_wrappers)
+        self.graph = trace(module, training, into_wrappers)
         self.children = dict(module.named_modules())
         self.kind: dict[torch.fx.Node, str] = {}
 
     def is_residual(self) -> bool:
         """Whether the graph adds two values, as a residual block does."""
-        return any(_is_add(node) for node in self.graph.nodes)
+        return any(is_add(node) for node in self.graph.nodes)
 
     def has_own_conv(self) -> bool:
         return any(
@@ -258,9 +101,9 @@ class _Reader:
             self.kind[node] = "output"
         elif node.op == "call_module":
             self.kind[node] = self._classify_module(node)
-        elif _is_relu_function(node):
+        elif is_relu_function(node):
             self.kind[node] = "relu"
-        elif _is_add(node):
+        elif is_add(node):
             if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
                 raise CannotRead(f"its add has other arguments than two tensors ({node.format_node()})")
             self.kind[node] = "add"
@@ -284,14 +127,14 @@ class _Reader:
             if reason:
                 raise CannotRead(f"{path} {reason}")
             return "bn"
-        reason = _why_not_patched(child)
+        reason = why_not_patched(child)
         if reason:
             raise CannotRead(f"{path} {reason}")
         if type(child) is nn.ReLU:
             return "relu"
         if is_quiet(child):
             return "identity"
-        if type(child) in _POOLS:
+        if type(child) in POOLS:
             return "call"
         if isinstance(child, nn.modules.lazy.LazyModuleMixin) and child.has_uninitialized_params():
             raise CannotRead(f"{path} is lazy and not materialised yet: run the model once, then fuse")
@@ -318,7 +161,7 @@ class _Reader:
                 if self.kind.get(node) != "identity":
                     readers[alias[argument]] = readers.get(alias[argument], 0) + 1
         for node in nodes:
-            if node.op in ("call_module", "call_function", "call_method") and _mutates(node, self.children):
+            if node.op in ("call_module", "call_function", "call_method") and mutates(node, self.children):
                 target = alias[node.args[0]]
                 if target is x or readers.get(target, 0) > 1:
                     raise CannotRead(f"{node.target} writes over a value that is used elsewhere")
@@ -450,7 +293,7 @@ class _Reader:
         for node in self.graph.nodes:
             if node.op == "call_module":
                 calls[node.target] = calls.get(node.target, 0) + 1
-        shared = _shared_children(self.module)
+        shared = shared_children(self.module)
 
         def own(node, accepts) -> bool:
             return (
@@ -473,13 +316,13 @@ class _Reader:
             else:
                 bn, last = None, node
             relu = self._only_reader(last)
-            if relu is None or not own(relu, lambda m: type(m) is nn.ReLU and _why_not_patched(m) is None):
+            if relu is None or not own(relu, lambda m: type(m) is nn.ReLU and why_not_patched(m) is None):
                 relu = None
             followers = tuple(follower.target for follower in (bn, relu) if follower is not None)
             if followers:
                 steps = [ConvStep(node.target, bn.target if bn else None, relu is not None, x=0, out=1, frees=(0,))]
                 pool = None if relu is None else self._only_reader(relu)
-                if pool is not None and own(pool, _is_plain_max_pool):
+                if pool is not None and own(pool, is_plain_max_pool):
                     steps.append(CallStep(pool.target, True, (1,), 2, frees=(1,)))
                     followers += (pool.target,)
                 members = (node.target, *followers)
@@ -494,31 +337,6 @@ class _Reader:
     @staticmethod
     def _only_reader(node: torch.fx.Node) -> torch.fx.Node | None:
         return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_plain_max_pool(module: nn.Module) -> bool:
-    return type(module) is nn.MaxPool2d and not module.return_indices and _why_not_patched(module) is None
-
-
-def _shared_children(module: nn.Module) -> set[str]:
-    """Paths of children that are registered more than once below a module."""
-    paths: dict[int, list[str]] = {}
-    for path, child in module.named_modules(remove_duplicate=False):
-        paths.setdefault(id(child), []).append(path)
-    return {path for same in paths.values() if len(same) > 1 for path in same}
-
-
-def _is_relu_function(node: torch.fx.Node) -> bool:
-    if node.op == "call_function":
-        return node.target in _RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in ("relu", "relu_")
-
-
-def _is_add(node: torch.fx.Node) -> bool:
-    if node.op == "call_function":
-        tensors = sum(isinstance(a, torch.fx.Node) for a in node.args)
-        return node.target in _ADD_FUNCTIONS and tensors == 2
-    return node.op == "call_method" and node.target in ("add", "add_") and len(node.args) == 2
 
 
 def read(module: nn.Module) -> _Reader:

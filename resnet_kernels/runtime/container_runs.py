@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph import reader
+from ..graph import fusible
 from ..graph.recipe import Recipe
 from ..ops.library import autocast_dtype
 from . import checked_calls, eligibility, fused_block, inference
@@ -16,19 +16,19 @@ from .state import UNKNOWN, FusedState, Known
 CHANNELS_LAST = torch.channels_last
 
 
-def _dtype(module: nn.Module) -> torch.dtype:
+def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype of a model: of its first floating-point parameter."""
     return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
-def _like_normalised(module: nn.Module, state: FusedState, args: tuple) -> Tensor:
+def like_normalized(module: nn.Module, state: FusedState, args: tuple) -> Tensor:
     """What the images will be once they are normalised, but for their values: enough to decide how they are run."""
     if not args:
         raise TypeError("a model that was fused with normalize takes its images as the first positional argument")
     state.normalize.check(args[0])
     # Of a tensor subclass, or under a tracer, nothing is to be foreseen.
     x = args[0]
-    return torch.empty((), dtype=_dtype(module), device=x.device).expand(x.shape) if eligibility.is_ordinary(x) else x
+    return torch.empty((), dtype=dtype_of(module), device=x.device).expand(x.shape) if eligibility.is_ordinary(x) else x
 
 
 def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
@@ -38,7 +38,7 @@ def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Kn
         if (result := _run_stem(host, recipe, state, x, known)) is not None:
             return result
         if state.normalize is not None:
-            x = state.normalize(x, _dtype(host))
+            x = state.normalize(x, dtype_of(host))
         x = x.contiguous(memory_format=CHANNELS_LAST)
     go, reason = eligibility.decide(host, recipe, state, x, known)
     if go is not None:
@@ -59,7 +59,7 @@ def _run_stem(
         return None
     if state.normalize is not None and x.requires_grad and torch.is_grad_enabled():
         return None
-    like = x if state.normalize is None else _like_normalised(host, state, (x,))
+    like = x if state.normalize is None else like_normalized(host, state, (x,))
     dtype = autocast_dtype(like) or like.dtype
     if checked_calls.resolve(state.backend, like.device, dtype) not in ("triton", "tuned"):
         return None
@@ -96,9 +96,9 @@ class _PassOn:
         return getattr(self._module, attribute)
 
 
-def _view(module: nn.Module, state: FusedState) -> nn.Module:
+def view_of(module: nn.Module, state: FusedState) -> nn.Module:
     """The host as its own forward is to see it: the same object but for the children that a run stands for."""
-    cls = reader.original_class(module)
+    cls = fusible.original_class(module)
     view = cls.__new__(cls)
     children = dict(module._modules)
     children.update({name: _StandIn(module, name, state) for name in state.plan.runs})

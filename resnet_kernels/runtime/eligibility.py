@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph import reader
+from ..graph import fusible
 from ..graph.recipe import CallStep, Recipe
 from ..ops import backends, tuned_table
 from ..ops.library import autocast_dtype
@@ -105,7 +105,7 @@ def _has_batch_statistics(module: nn.Module, recipe: Recipe) -> bool:
     """Whether the first BN is at work in train() mode: the quick answer for ordinary training on the CPU."""
     path = next((step.bn for step in recipe.steps if not isinstance(step, CallStep) and step.bn is not None), None)
     bn = None if path is None else child_at(module, path)
-    return bn is not None and not reader.is_frozen(bn)
+    return bn is not None and not fusible.is_frozen(bn)
 
 
 def _decide_to_learn(

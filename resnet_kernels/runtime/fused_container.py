@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..graph import reader
+from ..graph import fusible
 from ..graph.recipe import Recipe
 from ..ops.library import autocast_dtype
 from . import checked_calls, eligibility, fused_module, inference
 from .checked_calls import Survey
-from .container_runs import CHANNELS_LAST, _dtype, _like_normalised, _view, call_run
+from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
 from .fused_block import FusedBlock
 from .fused_module import Fused
 from .gpu import plan
@@ -40,26 +40,26 @@ class FusedHost(Fused):
             return original(self, *args, **kwargs)
         like = args[0] if args else None
         if state.normalize is not None:
-            like = _like_normalised(self, state, args)
+            like = like_normalized(self, state, args)
         found: dict[checked_calls.Question, str] = {}
         plain = len(args) == 1 and not kwargs and _is_plain_call(self, state, like, found)
         if state.normalize is not None and not (plain and state.plan.entry is not None):
             # Elsewhere the run at the entry does it: call_run.
-            args = (state.normalize(args[0], _dtype(self)), *args[1:])
+            args = (state.normalize(args[0], dtype_of(self)), *args[1:])
         if not plain:
             return original(self, *args, **kwargs)
         x = args[0]
-        if checked_calls.is_inside_verified() and reader.is_plain_sequential(self):
+        if checked_calls.is_inside_verified() and fusible.is_plain_sequential(self):
             return _run_stage(self, state, x, UNKNOWN)
         # A run at the entry converts by itself, or packs the image as it is: call_run.
         value = x if state.plan.entry is not None else x.contiguous(memory_format=CHANNELS_LAST)
         restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
         survey = None if self.training else _survey(self, state)
         with checked_calls.one_call(found), checked_calls.verified_below(survey):
-            if reader.is_plain_sequential(self):
+            if fusible.is_plain_sequential(self):
                 y = _run_stage(self, state, value, Known(owned=value is not x))
             else:
-                y = original(_view(self, state) if state.plan.runs else self, value)
+                y = original(view_of(self, state) if state.plan.runs else self, value)
         return pytree.tree_map(_to_contiguous, y) if restore else y
 
 

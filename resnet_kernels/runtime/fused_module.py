@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from ..graph import reader
+from ..graph import fusible
 from .state import FusedState, drop_copies
 
 
@@ -80,10 +80,10 @@ def is_fused(module: nn.Module) -> bool:
 def swap(module: nn.Module, mixin: type, state: FusedState) -> None:
     """Turns a module into its fused self, in place."""
     module.__dict__["_rk_state"] = state
-    module.__class__ = fused_class(reader.original_class(module), mixin)
+    module.__class__ = fused_class(fusible.original_class(module), mixin)
 
 
 def swap_back(module: nn.Module) -> None:
     """Undoes `swap`."""
-    module.__class__ = reader.original_class(module)
+    module.__class__ = fusible.original_class(module)
     module.__dict__.pop("_rk_state", None)

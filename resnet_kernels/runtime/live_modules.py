@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.modules import module as nn_module
 
-from ..graph import reader
+from ..graph import fusible
 from ..graph.recipe import CallStep, ConvStep, NormStep, Recipe
 
 
@@ -48,7 +48,7 @@ class Wiring:
         self.classes = [*map(type, self.children)]
         self.dicts = [child.__dict__ for child in self.children]
         self.with_modes = [
-            c for c in self.children if reader.is_batch_norm(c) or (reader.is_quiet(c) and type(c) is not nn.Identity)
+            c for c in self.children if fusible.is_batch_norm(c) or (fusible.is_quiet(c) and type(c) is not nn.Identity)
         ]
         self.steps = [(step, *_modules_of(module, step)) for step in recipe.steps]
         self.convs = [conv for step, conv, _ in self.steps if isinstance(step, ConvStep)]
@@ -85,7 +85,7 @@ class Wiring:
     def in_training(self) -> str | None:
         """The name of the first BN or dropout that train() mode makes another function; None if there is none."""
         for child in self.with_modes:
-            if child.training and not (reader.is_batch_norm(child) and reader.is_frozen(child)):
+            if child.training and not (fusible.is_batch_norm(child) and fusible.is_frozen(child)):
                 return self.names[self.children.index(child)]
         return None
 
@@ -94,7 +94,7 @@ class Wiring:
         for child in self.with_modes:
             if child.training and type(child) is nn.SyncBatchNorm:
                 return f"{self.names[self.children.index(child)]} is a SyncBatchNorm, whose statistics are of all processes"
-            if child.training and reader.is_quiet(child):
+            if child.training and fusible.is_quiet(child):
                 return f"{self.names[self.children.index(child)]} is a {type(child).__name__} in train() mode"
         return None
 
@@ -140,8 +140,8 @@ def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
 def wire(module: nn.Module, recipe: Recipe) -> Wiring | str:
     """Looks a recipe's modules up; the reason, if they no longer are what the recipe was read from."""
     if recipe.whole:
-        same = reader.signature(module) == recipe.signature
+        same = fusible.signature(module) == recipe.signature
     else:
         children = ((name, module._modules.get(name)) for name in recipe.modules)
-        same = tuple((name, reader.original_class(child)) for name, child in children) == recipe.signature
+        same = tuple((name, fusible.original_class(child)) for name, child in children) == recipe.signature
     return Wiring(module, recipe) if same else "its submodules changed after it was fused: call fuse_ again"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..graph import reader
+from ..graph import fusible
 from ..graph.recipe import CallStep, NormStep, Recipe
 from ..kernels.geometry import Geometry
 from ..ops import add_relu, backends, onednn, reference
@@ -40,7 +40,7 @@ def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor) -> Tensor:
             residual = None if step.residual is None else values[step.residual]
             if isinstance(step, NormStep):
                 y = _normalise(bn, values[step.x], residual, step.relu, backend)
-            elif bn is not None and reader.is_frozen(bn) and not needs_gradient(bn):
+            elif bn is not None and fusible.is_frozen(bn) and not needs_gradient(bn):
                 y = _convolve_frozen(child, bn, values[step.x], residual, step.relu, backend)
             elif bn is not None:
                 y = _normalise(bn, _convolve(child, values[step.x]), residual, step.relu, backend)
@@ -64,7 +64,7 @@ def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 def _normalise(bn: nn.Module, z: Tensor, residual: Tensor | None, relu: bool, backend: str) -> Tensor:
     """relu(bn(z) + residual), with all that nn.BatchNorm2d does to its buffers on the way."""
-    frozen = reader.is_frozen(bn)
+    frozen = fusible.is_frozen(bn)
     weight, bias, *running = bn_tensors(bn)
     if not (frozen or bn.track_running_stats):
         running = (None, None)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from ...perf.results import CaseResults, Kernel, Results
 from . import plot_style, plots
-from .parts import _DIRECTIONS, _PARTS, _PROFILED, Part, Section
+from .parts import DIRECTIONS, PARTS, PROFILED, Part, Section
 
 
 def roofline(results: Results) -> Section:
     parts = []
     for case in _profiled(results, "forward"):
         panels, rows, left_out = {}, [], []
-        for name in _PROFILED:
+        for name in PROFILED:
             kernels = case.contenders[name].kernels if name in case.contenders else ()
             total = sum(kernel.seconds for kernel in kernels)
             drawn = [kernel for kernel in kernels if kernel.flops and kernel.hbm_bytes and kernel.seconds]
@@ -63,7 +63,7 @@ def layers(results: Results) -> Section:
     for case in _profiled(results, "forward"):
         by_stage: dict[str, dict[str, dict[str, float]]] = {"whole network": {}}
         pathless = []
-        for name in (name for name in _PROFILED if name in case.contenders):
+        for name in (name for name in PROFILED if name in case.contenders):
             kernels = case.contenders[name].kernels
             if not kernels:
                 continue
@@ -72,7 +72,7 @@ def layers(results: Results) -> Section:
                 pathless.append(name)
                 continue
             for stage, kernel in zip(_stages(kernels), kernels):
-                parts_of = by_stage.setdefault(stage, {}).setdefault(name, dict.fromkeys(_PARTS.values(), 0.0))
+                parts_of = by_stage.setdefault(stage, {}).setdefault(name, dict.fromkeys(PARTS.values(), 0.0))
                 parts_of[_part(kernel)] += 1e3 * kernel.seconds
         note = f"{', '.join(pathless)}: whole network alone, its kernels bear no module's path." if pathless else ""
         parts.append(_stacked(case, by_stage, "time per layer", note))
@@ -89,7 +89,7 @@ def layers(results: Results) -> Section:
 def training_step(results: Results) -> Section:
     parts = []
     for case in _profiled(results, "forward-backward"):
-        split = {n: _milliseconds(m.kernels) for n, m in case.contenders.items() if n in _PROFILED and m.kernels}
+        split = {n: _milliseconds(m.kernels) for n, m in case.contenders.items() if n in PROFILED and m.kernels}
         parts.append(_stacked(case, {"": split}, "training step", ""))
     return Section(
         "training",
@@ -102,7 +102,7 @@ def training_step(results: Results) -> Section:
 
 def _stacked(case: CaseResults, groups: dict[str, dict[str, dict[str, float]]], what: str, note: str) -> Part:
     splits = [split for bars in groups.values() for split in bars.values()]
-    used = [part for part in _PARTS.values() if any(split[part] for split in splits)]
+    used = [part for part in PARTS.values() if any(split[part] for split in splits)]
     stacks = [
         plots.Stack(group, name, {part: split[part] for part in used})
         for group, bars in groups.items()
@@ -124,16 +124,16 @@ def _stacked(case: CaseResults, groups: dict[str, dict[str, dict[str, float]]], 
 
 
 def _milliseconds(kernels: Sequence[Kernel]) -> dict[str, float]:
-    split = dict.fromkeys(_PARTS.values(), 0.0)
+    split = dict.fromkeys(PARTS.values(), 0.0)
     # A compiled network on a CPU is one region to the profiler.
     one = {kernel.kind for kernel in kernels} == {"rest"} and not any(kernel.path for kernel in kernels)
     for kernel in kernels:
-        split[_PARTS[""] if one else _part(kernel)] += 1e3 * kernel.seconds
+        split[PARTS[""] if one else _part(kernel)] += 1e3 * kernel.seconds
     return split
 
 
 def _part(kernel: Kernel) -> str:
-    return _PARTS.get(kernel.kind, _PARTS["rest"])
+    return PARTS.get(kernel.kind, PARTS["rest"])
 
 
 def _stages(kernels: Sequence[Kernel]) -> list[str]:
@@ -151,11 +151,11 @@ def _profiled(results: Results, direction: str) -> list[CaseResults]:
     return [
         case
         for case in results.cases.values()
-        if case.direction == direction and any(m.kernels for n, m in case.contenders.items() if n in _PROFILED)
+        if case.direction == direction and any(m.kernels for n, m in case.contenders.items() if n in PROFILED)
     ]
 
 
 def _unprofiled(results: Results, direction: str) -> str:
     if not any(case.level == "model" and case.direction == direction for case in results.cases.values()):
-        return f"Nothing to draw: the file has no network's {_DIRECTIONS[direction]}."
+        return f"Nothing to draw: the file has no network's {DIRECTIONS[direction]}."
     return "Nothing to draw: the file has no times of single kernels."

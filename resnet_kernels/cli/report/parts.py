@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
-_DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
-_PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest", "": "not told apart"}
+DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
+PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest", "": "not told apart"}
 # Whose kernels are drawn beside one another, of those that the file has.
-_PROFILED = ("eager", "compile", "fused")
+PROFILED = ("eager", "compile", "fused")
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, YELLOW = (
 GREY = "#999999"
 # Yellow last: it is pale on white.
 _COLOURS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
-_MARKERS = "osD^vPX<>ph"
+MARKERS = "osD^vPX<>ph"
 _LINES = ("-", "--", "-.", ":")
-_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
-_WIDTH = 9.5  # inches, of every figure
+HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
+WIDTH = 9.5  # inches, of every figure
 
 
 def save(figure, kind: str) -> bytes:
@@ -31,41 +31,41 @@ def save(figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(height: float):
+def new_figure(height: float):
     # A figure of its own, not pyplot's: no window, and no backend is switched for whoever imported us.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _panels(count: int, height: float):
+def new_panels(count: int, height: float):
     """A figure with that many axes, two a row, each so many inches high."""
     columns = min(count, 2)
     rows = math.ceil(count / columns)
-    figure = _figure(height * rows + 0.6)
+    figure = new_figure(height * rows + 0.6)
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in grid[count:]:
         axes.remove()
     return figure, grid[:count]
 
 
-def _line_style(contenders: Sequence[str], name: str) -> dict:
+def line_style(contenders: Sequence[str], name: str) -> dict:
     index = contenders.index(name)
     # The second time round the colours the markers are hollow, and other ones.
     again = index // len(_COLOURS)
     return {
         "color": _COLOURS[index % len(_COLOURS)],
-        "marker": _MARKERS[index % len(_MARKERS)],
+        "marker": MARKERS[index % len(MARKERS)],
         "linestyle": _LINES[(index + again) % len(_LINES)],
         "markerfacecolor": "white" if again else None,
         "linewidth": 2.5 if name == "fused" else 1.3,
     }
 
 
-def _fill(index: int) -> str:
+def fill_of(index: int) -> str:
     return _COLOURS[1:][index % (len(_COLOURS) - 1)]
 
 
@@ -74,7 +74,7 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _unit(value: float, unit: str) -> str:
+def unit_for(value: float, unit: str) -> str:
     """1.5e12, "FLOP/s" as 1.5 TFLOP/s."""
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= factor:
@@ -82,16 +82,16 @@ def _unit(value: float, unit: str) -> str:
     return f"{number(value)} {unit}"
 
 
-def _log_axis(axis, low: float, high: float, unit: str = "") -> None:
+def log_axis(axis, low: float, high: float, unit: str = "") -> None:
     """Ticks at 1, 2, 5, or at powers of ten where that would be too many; written out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: _unit(value, unit) if unit else number(value)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: unit_for(value, unit) if unit else number(value)))
     axis.set_minor_formatter(NullFormatter())
 
 
-def _ratio_ticks(low: float, high: float, apart: float) -> list[float]:
+def ratio_ticks(low: float, high: float, apart: float) -> list[float]:
     """Ratios to write at an axis of their logarithms to base 2: the roundest first, as many as are so far apart."""
     ticks = [1.0]
     for tick in (

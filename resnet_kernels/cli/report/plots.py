@@ -12,21 +12,21 @@ from dataclasses import dataclass
 
 from ...perf.results import Ceilings
 from .plot_style import (
-    _HATCHES,
-    _MARKERS,
-    _WIDTH,
     BLACK,
     BLUE,
     GREY,
+    HATCHES,
+    MARKERS,
     VERMILION,
-    _figure,
-    _fill,
-    _line_style,
-    _log_axis,
-    _panels,
-    _ratio_ticks,
-    _unit,
+    WIDTH,
+    fill_of,
+    line_style,
+    log_axis,
+    new_figure,
+    new_panels,
     number,
+    ratio_ticks,
+    unit_for,
 )
 
 
@@ -69,7 +69,7 @@ class Stack:
 
 def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str]):
     """Images a second against the batch size: a panel a network, a line a contender; styles follow `contenders`' order."""
-    figure, grid = _panels(len(panels), 3.2)
+    figure, grid = new_panels(len(panels), 3.2)
     ranges = [[value for curve in curves for value in curve.img_per_s] for curves in panels.values()]
     # From 0 where the batch matters little; else small batches would all lie on the ground.
     logarithmic = any(max(values) > 8 * min(values) for values in ranges)
@@ -77,7 +77,7 @@ def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str])
     for axes, (title, curves), values in zip(grid, panels.items(), ranges):
         for curve in curves:
             [handles[curve.contender]] = axes.plot(
-                curve.batches, curve.img_per_s, ms=6, **_line_style(contenders, curve.contender)
+                curve.batches, curve.img_per_s, ms=6, **line_style(contenders, curve.contender)
             )
         batches = sorted({batch for curve in curves for batch in curve.batches})
         axes.set_xscale("log", base=2)
@@ -86,7 +86,7 @@ def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str])
         axes.set(xlabel="batch size (images)", ylabel="images / s" + (" (log scale)" if logarithmic else ""))
         if logarithmic:
             axes.set_yscale("log")
-            _log_axis(axes.yaxis, min(values), max(values))
+            log_axis(axes.yaxis, min(values), max(values))
         else:
             axes.set_ylim(0, 1.1 * max(values))
         axes.set_title(title, fontsize=10)
@@ -99,7 +99,7 @@ def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str])
 def best_peer(bars: Sequence[Bar]):
     """Bars around 1, the greatest win on top; a loss has another colour, a hatch and a word."""
     ordered = sorted(bars, key=lambda bar: -bar.speed)
-    figure = _figure(0.27 * len(ordered) + 1.3)
+    figure = new_figure(0.27 * len(ordered) + 1.3)
     axes = figure.subplots()
     # Distance on the axis is a ratio: twice as fast is as far from 1 as half as fast.
     values, texts = [math.log2(bar.speed) for bar in ordered], []
@@ -123,11 +123,11 @@ def best_peer(bars: Sequence[Bar]):
     widths = [
         0.075 * max((len(t) for t, v in zip(texts, values) if (v < 0) == losses), default=0) + 0.2 for losses in (1, 0)
     ]
-    inches = _WIDTH - 0.075 * max(len(bar.label) for bar in ordered) - 0.5
+    inches = WIDTH - 0.075 * max(len(bar.label) for bar in ordered) - 0.5
     unit = (left + right) / (inches - sum(widths))
     left, right = left + unit * widths[0], right + unit * widths[1]
     axes.set_xlim(-left, right)
-    ticks = _ratio_ticks(-left, right, 0.4 * unit)
+    ticks = ratio_ticks(-left, right, 0.4 * unit)
     axes.set_xticks([math.log2(t) for t in ticks], [f"{t:g}" for t in ticks])
     axes.set_xlabel("times the best peer's speed (log scale): right of 1 fused is faster, left of 1 slower", fontsize=9)
     axes.grid(axis="x", alpha=0.3)
@@ -143,7 +143,7 @@ def outcome(speed: float) -> str:
 
 def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None):
     """Kernels under the machine's ceilings: a panel a contender, a marker a kernel, its area the share of the time."""
-    figure, grid = _panels(len(panels), 4.0)
+    figure, grid = new_panels(len(panels), 4.0)
     kinds = list(dict.fromkeys(point.kind for points in panels.values() for point in points))
     handles = {}
     for axes, (title, points) in zip(grid, panels.items()):
@@ -152,8 +152,8 @@ def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None):
             index = kinds.index(kind)
             handles[kind] = axes.scatter(
                 [point.intensity for point in mine], [point.flops_per_s for point in mine],
-                s=[20 + 1200 * point.share for point in mine], marker=_MARKERS[index % len(_MARKERS)],
-                facecolor=_fill(index), edgecolor=BLACK, linewidth=0.5, alpha=0.65, label=kind,
+                s=[20 + 1200 * point.share for point in mine], marker=MARKERS[index % len(MARKERS)],
+                facecolor=fill_of(index), edgecolor=BLACK, linewidth=0.5, alpha=0.65, label=kind,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log")
         axes.set_title(title, fontsize=10)
@@ -179,7 +179,7 @@ def _draw_ceilings(axes, points: Sequence[Point], ceilings: Ceilings | None) -> 
         right = max(right, 4 * start)
         axes.plot([start, right], [compute, compute], color=BLACK, linewidth=1.5)
         axes.annotate(
-            _unit(compute, "FLOP/s"), (right, compute), (-4, 4), textcoords="offset points", ha="right", fontsize=8
+            unit_for(compute, "FLOP/s"), (right, compute), (-4, 4), textcoords="offset points", ha="right", fontsize=8
         )
     if memory < math.inf:
         end = min(right, compute / memory)
@@ -189,18 +189,23 @@ def _draw_ceilings(axes, points: Sequence[Point], ceilings: Ceilings | None) -> 
         middle = math.sqrt(left * end)
         # On the line's upper left: a line that rises to the right doesn't cross it there.
         axes.annotate(
-            _unit(memory, "B/s"), (middle, memory * middle), (-5, 3), textcoords="offset points", ha="right", fontsize=8
+            unit_for(memory, "B/s"),
+            (middle, memory * middle),
+            (-5, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
         )
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    _log_axis(axes.xaxis, left, right)
-    _log_axis(axes.yaxis, bottom, top, "FLOP/s")
+    log_axis(axes.xaxis, left, right)
+    log_axis(axes.yaxis, bottom, top, "FLOP/s")
 
 
 def stacks(bars: Sequence[Stack], xlabel: str):
     """Stacked bars, lying, bars of one group together; a kind has the same colour and hatch everywhere, a total at its end."""
     kinds = list(dict.fromkeys(kind for bar in bars for kind in bar.parts))
     groups = list(dict.fromkeys(bar.group for bar in bars))
-    figure = _figure(0.3 * len(bars) + 0.22 * len(groups) + 1.4)
+    figure = new_figure(0.3 * len(bars) + 0.22 * len(groups) + 1.4)
     axes = figure.subplots()
     totals = [sum(bar.parts.values()) for bar in bars]
     y, ticks, previous = 0.0, [], None
@@ -216,7 +221,7 @@ def stacks(bars: Sequence[Stack], xlabel: str):
         for kind, milliseconds in sorted(bar.parts.items(), key=lambda part: kinds.index(part[0])):
             index = kinds.index(kind)
             axes.barh(
-                y, milliseconds, left=start, height=0.8, color=_fill(index), hatch=_HATCHES[index % len(_HATCHES)],
+                y, milliseconds, left=start, height=0.8, color=fill_of(index), hatch=HATCHES[index % len(HATCHES)],
                 edgecolor="white", linewidth=0.5, label=kind,
             )  # fmt: skip
             start += milliseconds

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from ...perf.results import CaseResults, Results
 from . import plots
 from .kernel_sections import layers, roofline, training_step
-from .parts import _DIRECTIONS, LEVELS, Part, Section
+from .parts import DIRECTIONS, LEVELS, Part, Section
 
 
 def sections(results: Results) -> list[Section]:
@@ -51,7 +51,7 @@ def best_peer(results: Results) -> Section:
             rows.append((speed, row))
         if not bars:
             continue
-        title = f"{LEVELS[level]}, {_DIRECTIONS[direction]}, {platform}"
+        title = f"{LEVELS[level]}, {DIRECTIONS[direction]}, {platform}"
         rows = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
         alt = f"Horizontal bars around 1: fused against the best peer in {len(bars)} cases, sorted, losses hatched."
         head = ("case", "fused ms", "best peer", "its ms", "times its speed", "fused is")
@@ -69,7 +69,7 @@ def best_peer(results: Results) -> Section:
 def throughput(results: Results) -> Section:
     key = lambda case: (case.direction, case.platform, case.system, case.subject, case.size, case.dtype)  # noqa: E731
     groups = _grouped((case for case in results.cases.values() if case.level == "model"), key)
-    single = [f"{own[0].label} ({_DIRECTIONS[own[0].direction]})" for own in groups.values() if len(own) == 1]
+    single = [f"{own[0].label} ({DIRECTIONS[own[0].direction]})" for own in groups.values() if len(own) == 1]
     figures = defaultdict(dict)
     rows = defaultdict(list)
     for (direction, platform, system, subject, size, dtype), cases in groups.items():
@@ -87,7 +87,7 @@ def throughput(results: Results) -> Section:
         figures[direction][f"{subject} ({system}), {size}px, {dtype}, {platform}"] = curves
     parts = [
         Part(
-            _DIRECTIONS[direction].capitalize(),
+            DIRECTIONS[direction].capitalize(),
             f"Lines of images per second against batch size, a panel a network: {', '.join(panels)}.",
             plots.throughput(panels, results.contenders),
             ("network", "contender", "batch size: images / s"),

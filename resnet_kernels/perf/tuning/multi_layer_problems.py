@@ -18,7 +18,7 @@ from ...runtime.gpu.constants import Constants
 from ...runtime.gpu.multi_layer import APART, Link, LinkProblem, Stem, StemProblem
 from ...runtime.gpu.parts import Part
 from .autotuner import Problem
-from .random_operands import _Draw, _module, _norm, _y_shape
+from .random_operands import Draw, output_shape, random_conv, random_norm
 
 
 def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
@@ -28,16 +28,16 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
     reads = dict(conv2=0, shortcut=1, conv3=hidden if asked.conv2 else 0, conv1=normed if asked.norm else y)
     makes = dict(conv2=hidden, shortcut=projected, conv3=y, conv1=z)
     convs = {role: conv for role, conv in zip(multi_layer.ROLES, asked) if isinstance(conv, ConvProblem)}
-    draw, parts = _Draw(dtype, device), {}
+    draw, parts = Draw(dtype, device), {}
     for role, conv in convs.items():
         residual = None if role != "conv3" else projected if asked.shortcut else 1
         step = ConvStep(role, None, conv.relu, reads[role], makes[role], residual)
-        parts[role] = Part(step, _module(conv, draw), None)
+        parts[role] = Part(step, random_conv(conv, draw), None)
     if asked.norm:
-        parts["norm"] = Part(NormStep("norm", True, y, normed), None, _norm(asked.conv3.weight_shape[0], draw))
+        parts["norm"] = Part(NormStep("norm", True, y, normed), None, random_norm(asked.conv3.weight_shape[0], draw))
     inputs = {
         0: (asked.conv2 or asked.conv3).x_shape(batch),
-        1: asked.shortcut.x_shape(batch) if asked.shortcut else _y_shape(asked.conv3, batch),
+        1: asked.shortcut.x_shape(batch) if asked.shortcut else output_shape(asked.conv3, batch),
     }
     results = [y, z] if asked.conv1 else [y]
     convs = {makes[role]: conv for role, conv in convs.items()}
@@ -46,7 +46,7 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
 
 def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
     """A network's first convolution and its max-pool."""
-    conv = Part(ConvStep("conv", None, asked.conv.relu, 0, 1), _module(asked.conv, _Draw(dtype, device)), None)
+    conv = Part(ConvStep("conv", None, asked.conv.relu, 0, 1), random_conv(asked.conv, Draw(dtype, device)), None)
     kernel_size, stride, padding, dilation, ceil_mode = asked.window
     pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
     parts = Stem(conv, Part(CallStep("pool", True, (1,), 2), pool, None)).parts
@@ -77,7 +77,7 @@ def _problem_of_parts(
     moved = [*inputs.values(), *(shapes[value] for value in results), *(conv.weight_shape for conv in convs.values())]
 
     def operands() -> tuple:
-        draw, vectors = _Draw(dtype, device), {}
+        draw, vectors = Draw(dtype, device), {}
         for out, conv in convs.items():
             width = (conv.weight_shape[0],)
             scale = 1 + draw(width, 0.1, dtype=torch.float32) if conv.scale else None

@@ -9,7 +9,7 @@ from ...ops import backends
 from ...ops.batch_norm_act import NormProblem
 from ...ops.batch_norm_act import untuned as untuned_norm
 from .autotuner import Problem
-from .random_operands import _Draw
+from .random_operands import Draw
 
 
 def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
@@ -17,7 +17,7 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
     shape = (batch, asked.channels, asked.height, asked.width)
 
     def operands() -> tuple:
-        draw, vector = _Draw(dtype, device), (asked.channels,)
+        draw, vector = Draw(dtype, device), (asked.channels,)
         mean, var = draw(vector, 0.1, dtype=torch.float32), 1 + draw(vector, 0.1, dtype=torch.float32).abs()
         weight, bias = (1 + draw(vector, 0.1, dtype=torch.float32), draw(vector, 0.1, dtype=torch.float32))
         dy = draw(shape) if asked.training else None

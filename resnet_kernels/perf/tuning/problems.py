@@ -21,7 +21,7 @@ from ...runtime.gpu.multi_layer import APART, LinkProblem, StemProblem
 from .autotuner import Problem
 from .multi_layer_problems import link_problem, stem_problem
 from .norm_problem import norm_problem
-from .random_operands import _Draw
+from .random_operands import Draw
 
 # Elements that the fp64 reference holds at a time.
 _REFERENCE = 2**26
@@ -74,7 +74,7 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
     fan_in = weight_size // weight_shape[0]
 
     def operands() -> tuple:
-        draw = _Draw(dtype, device)
+        draw = Draw(dtype, device)
         return (
             draw(x_shape),
             draw(weight_shape, fan_in**-0.5),

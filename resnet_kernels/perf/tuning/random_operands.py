@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from ...ops.conv_candidates import ConvProblem
 
 
-def _y_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
+def output_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
     return conv.geometry.out_shape(conv.x_shape(batch), conv.weight_shape)
 
 
-def _module(conv: ConvProblem, draw: _Draw) -> nn.Conv2d:
+def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
     """A convolution of that shape, with random weights; its bias is the epilogue's."""
     c_out, c_in, *kernel_size = conv.weight_shape
     stride, padding, dilation, groups = conv.geometry
@@ -25,14 +25,14 @@ def _module(conv: ConvProblem, draw: _Draw) -> nn.Conv2d:
     return module
 
 
-def _norm(channels: int, draw: _Draw) -> nn.BatchNorm2d:
+def random_norm(channels: int, draw: Draw) -> nn.BatchNorm2d:
     bn = nn.BatchNorm2d(channels).to(draw.device).eval().requires_grad_(False)
     for vector in (bn.weight, bn.bias, bn.running_mean):
         vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
     return bn
 
 
-class _Draw:
+class Draw:
     """Normal numbers, the same ones for each problem, on the device itself; images channels_last."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...fusion.text_table import table
-from ...graph import reader
+from ...graph import fusible
 from ...ops import tuned_table
 from ...ops.library import autocast_dtype
 from ...runtime import eligibility, fused_module
@@ -250,7 +250,7 @@ def _dtype(model: nn.Module, x: Tensor) -> torch.dtype:
 def _name(model: nn.Module, x: Tensor) -> str:
     """A whole model's name in its record: two of one class are told apart by their size."""
     size = sum(p.numel() for p in model.parameters())
-    return f"{reader.original_class(model).__name__} of {size} parameters {'x'.join(map(str, x.shape[1:]))}"
+    return f"{fusible.original_class(model).__name__} of {size} parameters {'x'.join(map(str, x.shape[1:]))}"
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
