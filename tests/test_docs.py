@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,10 @@ def test_links_lead_to_headings(page):
         assert target.exists(), f"{page.name} links to {path}"
         if anchor and target.name != "api.md":  # whose anchors mkdocstrings makes: the build checks them
             assert anchor in slugs(target.read_text()), f"{page.name} links to {path}#{anchor}"
+
+
+def test_the_picture_of_the_rooms_is_up_to_date_and_all_arcs_go_down():
+    drawn = runpy.run_path(str(ROOT / "docs" / "draw_rooms.py"))
+    assert drawn["draw"]() == drawn["PICTURE"].read_text(), "run python docs/draw_rooms.py"
+    floors = list(drawn["FLOORS"])
+    assert all(floors.index(upper) < floors.index(lower) for upper, lower in drawn["imports"]())
