@@ -1,6 +1,8 @@
-"""Draws docs/rooms.svg: the folders of the package, floor above floor, and which imports which. `--check`: is it up to date?
+"""Draws docs/rooms.svg: the folders of the package, floor above floor, and which imports which.
 
-An arc joins two floors where a module of the upper one imports the lower one; its width grows with the number of modules that do.
+An arc joins two floors where a module of the upper one imports the lower one. The more modules do, the wider it is.
+
+    python docs/draw_rooms.py [--check]     writes it; --check: status 1 unless it is as the imports are now
 """
 
 from __future__ import annotations
