@@ -377,7 +377,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 import torch
 torch.set_num_threads(1)
-from benchmarks import cases, figures, harness
+from benchmarks import cases, extra_info, harness
 from benchmarks.cases import Block, Case, Platform
 from benchmarks.contenders.ours import Contender
 from resnet_kernels.perf.roofline.bounds import Machine
@@ -392,7 +392,7 @@ cpu = Platform("cpu", torch.float32)
 tiny = [Case(Block(name, "BasicBlock", 8, 8, 6), "forward", cpu) for name in ("first", "second")]
 cases.cases = lambda full: tiny
 harness.CONTENDERS = (*harness.CONTENDERS[:2], Missing())
-figures.ceilings = lambda device, dtype: Machine(1e12, 1e11)
+extra_info.ceilings = lambda device, dtype: Machine(1e12, 1e11)
 fused = harness.Fused.prepare
 
 def broken(self, workload):

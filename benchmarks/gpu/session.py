@@ -57,6 +57,7 @@ MODELS = (
     ("forward", "resnet152", 256, _QUICK),
     *(("forward", model, 1, _QUICK) for model in ("resnet18", "resnet_v2_50", "resnet152")),
 )
+DRY_CASES = tuple(f"op-{what}-add_relu_256-56px-b1-fp32-cpu" for what in ("forward", _STEP))
 # What tells a test file that has something for a GPU.
 _FOR_GPUS = re.compile(r"mark\.gpu|skip_unless_runnable\(\s*\"triton\"")
 
@@ -151,7 +152,7 @@ def models(session: Session, seconds: float) -> dict[str, Any]:
         f"model-{what}-{model}-224px-b{batch}-bf16-cuda and ({peers})" for what, model, batch, peers in MODELS
     ]
     if session.dry:
-        selections = [f"op-{what}-add_relu_256-56px-b1-fp32-cpu" for what in ("forward", _STEP)]
+        selections = list(DRY_CASES)
     end, whole = time.monotonic() + seconds, session.benchmarks
     ended: dict[str, str] = {}
     for selection in selections:
