@@ -46,6 +46,13 @@ def judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
     return row
 
 
+def edit_weights(*modules: nn.Module) -> None:
+    """Multiplies all parameters by the same number, behind autograd's back."""
+    for module in modules:
+        for parameter in module.parameters():
+            parameter.data.mul_(1.01)
+
+
 @torch.no_grad()
 def inference(name: str, batch: int, size: int, backend: str, dtype: torch.dtype = BF16) -> Result:
     model, x = random_model(name, batch, size, dtype)
@@ -65,9 +72,7 @@ def frozen(name: str, batch: int, size: int, backend: str) -> Result:
     run = rk.capture(fused, x)
     if not torch.equal(fused(x), fused(x)) or not torch.equal(run(x), fused(x)):
         row["refused"] = f"two calls, or a call and a replay, differ; {row}"
-    for module in (model, fused):
-        for parameter in module.parameters():
-            parameter.data.mul_(1.01)
+    edit_weights(model, fused)
     rk.refresh(fused)
     if "refused" in row:
         return row
@@ -87,9 +92,7 @@ def captured(name: str, batch: int, size: int, backend: str) -> Result:
     if not torch.equal(run(x), fused(x)):
         return {"refused": "a replay differs from a call"}
     other = torch.randn_like(x)
-    for module in (model, fused):
-        for parameter in module.parameters():
-            parameter.data.mul_(1.01)
+    edit_weights(model, fused)
     if not torch.equal(run(other), fused(other)):
         return {"refused": "after an edit of the weights a replay differs from a call"}
     return judge(run(other), model, other)

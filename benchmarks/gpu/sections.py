@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from resnet_kernels.ops import tuned_table
-from resnet_kernels.perf import environment
+from resnet_kernels.perf.environment import environment
 from resnet_kernels.perf.tuning import autotuner, problems, table_file
 from resnet_kernels.perf.tuning.table_file import write_whole
 
@@ -89,7 +89,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     key = table_file.no_device() if options.dry_run else tuned_table.device_key(device)
-    header = {"device": key._asdict(), "dry_run": options.dry_run, "environment": environment.environment(device)}
+    header = {"device": key._asdict(), "dry_run": options.dry_run, "environment": environment(device)}
     if not options.dry_run:
         torch.backends.cudnn.benchmark = True
 

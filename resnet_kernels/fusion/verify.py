@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..graph.recipe import HostPlan
-from ..ops import tuned_table
+from ..ops import cudnn, tuned_table
 from ..runtime import container_runs, fused_module
 from .text_table import table
 
@@ -98,15 +98,9 @@ class VerifyResult:
         return f"{table(head, cells)}\n{verdict}{agreement} ({self.dtype}, {self.device}, TF32 {tf32})"
 
 
-@contextlib.contextmanager
-def unsearched() -> Iterator[None]:
+def unsearched() -> contextlib.AbstractContextManager[None]:
     """Lets cuDNN take its first algorithm: with `benchmark` on it would try each, in fp64, for results that are read once."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
+    return cudnn.searching(False)
 
 
 def verify(

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from .launching import Launcher
 
 BLOCK_SIZE = 512
 NUM_WARPS = 4
@@ -81,8 +81,9 @@ class Layers:
         self._pointers, self._starts = (torch.tensor(t, device=self.device) for t in (self.addresses, self.starts))
         self._eps = torch.tensor(self.eps, dtype=torch.float32, device=self.device)
         # Programs: layers x blocks of BLOCK_SIZE channels, as many as the widest layer has.
-        self._grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))
-        self._prepared: dict = {}
+        grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))
+        fixed = dict(DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE)
+        self._launcher = Launcher(_bn_scale_shift_kernel, grid, fixed, NUM_WARPS)
 
     def are(self, tensors: Sequence[Tensor | None], eps: tuple[float, ...]) -> bool:
         """Whether the table is of these; tensors: all layers' vectors, one after the other."""
@@ -91,13 +92,9 @@ class Layers:
     def launch(self) -> tuple[Tensor, Tensor]:
         """Returns the scales and the shifts of all layers, one after the other, in fp32; `split` cuts them."""
         scale, shift = (torch.empty(self.starts[-1], dtype=torch.float32, device=self.device) for _ in range(2))
-        tensors = dict(
-            pointers_ptr=self._pointers, starts_ptr=self._starts, eps_ptr=self._eps, scale_ptr=scale, shift_ptr=shift
-        )
-        launching.launch(
-            _bn_scale_shift_kernel, self._grid, self.device, tensors,
-            dict(DTYPE=DTYPES[self.dtype], BLOCK_SIZE=BLOCK_SIZE), self._prepared,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        self._launcher(
+            self.device, pointers_ptr=self._pointers, starts_ptr=self._starts, eps_ptr=self._eps,
+            scale_ptr=scale, shift_ptr=shift,
         )  # fmt: skip
         return scale, shift
 

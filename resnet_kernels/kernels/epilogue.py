@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from .launching import Launcher
 
 # A tile is four 16-byte loads a thread and operand, on 4 warps. Channels that 16 does not divide load one by one: a quarter.
 TILE_BYTES = 8192
@@ -105,21 +105,16 @@ def launch(
     vectors = [None if v is None else v.contiguous() for v in (scale, shift, residual_scale, residual_shift)]
     y = x if overwrite else torch.empty_like(x)
     if y.numel():
-        grid, fixed, prepared = _plan(x.numel() // x.shape[1], x.shape[1], x.element_size(), relu)
-        tensors = dict(
-            x_ptr=x, scale_ptr=vectors[0], shift_ptr=vectors[1], residual_ptr=residual,
+        _launcher(x.numel() // x.shape[1], x.shape[1], x.element_size(), relu)(
+            x.device, x_ptr=x, scale_ptr=vectors[0], shift_ptr=vectors[1], residual_ptr=residual,
             residual_scale_ptr=vectors[2], residual_shift_ptr=vectors[3], y_ptr=y,
         )  # fmt: skip
-        launching.launch(
-            _epilogue_kernel, grid, x.device, tensors, fixed, prepared, num_warps=NUM_WARPS, enable_fp_fusion=True
-        )
     return y
 
 
 @lru_cache(_CACHED)
-def _plan(rows: int, channels: int, itemsize: int, relu: bool) -> tuple[tuple[int], dict[str, object], dict]:
-    """The grid, all arguments but tensors, and what launches of them find out."""
+def _launcher(rows: int, channels: int, itemsize: int, relu: bool) -> Launcher:
     tile = choose_tile(channels, itemsize)
     # Programs: tiles of rows x tiles of channels, in one dimension as there may be more than 65535 of rows.
     programs = triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"])
-    return (programs,), dict(n_rows=rows, n_channels=channels, RELU=relu, **tile), {}
+    return Launcher(_epilogue_kernel, (programs,), dict(n_rows=rows, n_channels=channels, RELU=relu, **tile), NUM_WARPS)

@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
 from .bn_scale_shift import DTYPES
+from .launching import Launcher
 
 # 2048 elements on 4 warps: two 16-byte loads a thread. A 1x1 of 64 channels fills a quarter of a tile.
 BLOCK_O = 8
@@ -112,13 +112,15 @@ class Table:
             rows.append([*_row(layer, start, len(owners), sum(self._widths[:i]))])
             owners += [i] * _programs(layer.weight)
             start += layer.weight.numel()
-        self._numel, self._n_programs = start, len(owners)
+        self._numel = start
         # 16-byte loads and stores: no address or row is off them.
-        self._aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
+        aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
+        fixed = dict(DTYPE=DTYPES[self.source], ALIGNED=aligned, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K)
+        # Programs: tiles of all layers, one after the other.
+        self._launcher = Launcher(_fold_weights_kernel, (len(owners),), fixed, NUM_WARPS)
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self._owners = torch.tensor(owners, dtype=torch.int32, device=self.device)
         self._nothing = torch.empty(0, device=self.device)
-        self._prepared: dict = {}
         # Shapes alone, for views of all copies in one call.
         self._like = [weight.permute(0, 2, 3, 1).detach().to("meta") for weight in weights]
 
@@ -131,15 +133,9 @@ class Table:
         scale, shift = (self._nothing if vector is None else vector for vector in (scale, shift))
         weights = torch.empty(self._numel, dtype=self.dtype, device=self.device)
         biases = torch.empty(sum(self._widths), dtype=self.dtype, device=self.device)
-        tensors = dict(
-            table_ptr=self._table, layers_ptr=self._owners, scale_ptr=scale, shift_ptr=shift, weights_ptr=weights,
-            biases_ptr=biases,
-        )  # fmt: skip
-        fixed = dict(DTYPE=DTYPES[self.source], ALIGNED=self._aligned, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K)
-        # Programs: tiles of all layers, one after the other.
-        launching.launch(
-            _fold_weights_kernel, (self._n_programs,), self.device, tensors, fixed, self._prepared,
-            num_warps=NUM_WARPS, enable_fp_fusion=True,
+        self._launcher(
+            self.device, table_ptr=self._table, layers_ptr=self._owners, scale_ptr=scale, shift_ptr=shift,
+            weights_ptr=weights, biases_ptr=biases,
         )  # fmt: skip
         copies = torch._C._nn.unflatten_dense_tensors(weights, self._like)
         biases = biases.split(self._widths)

@@ -7,11 +7,24 @@ folded is kept here: it could go stale unseen.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from ..kernels.geometry import Geometry
 from . import reference
+
+
+@contextlib.contextmanager
+def searching(wanted: bool) -> Iterator[None]:
+    """Sets `torch.backends.cudnn.benchmark`, whether cuDNN chooses its algorithms by measuring all of them."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def conv_bias_act(

@@ -41,12 +41,11 @@ class FusedHost(Fused):
         like = args[0] if args else None
         if state.normalize is not None:
             like = like_normalized(self, state, args)
-        found: dict[checked_calls.Question, str] = {}
-        plain = len(args) == 1 and not kwargs and _is_plain_call(self, state, like, found)
-        if state.normalize is not None and not (plain and state.plan.entry is not None):
+        found = _plain_call(self, state, like) if len(args) == 1 and not kwargs else None
+        if state.normalize is not None and (found is None or state.plan.entry is None):
             # Elsewhere the run at the entry does it: call_run.
             args = (state.normalize(args[0], dtype_of(self)), *args[1:])
-        if not plain:
+        if found is None:
             return original(self, *args, **kwargs)
         x = args[0]
         if checked_calls.is_inside_verified() and fusible.is_plain_sequential(self):
@@ -76,27 +75,27 @@ def _survey(module: nn.Module, state: FusedState) -> Survey:
     return state.survey
 
 
-def _is_plain_call(module: nn.Module, state: FusedState, x: Any, found: dict[checked_calls.Question, str]) -> bool:
-    """Whether this is a call on an image batch, and not tracing, training on another backend, or something else.
+def _plain_call(module: nn.Module, state: FusedState, x: Any) -> dict[checked_calls.Question, str] | None:
+    """The backend of a call on an image batch, by the question that found it; None if the call has to run eager.
 
-    found: the backend is added to it.
+    It has to while a tracer watches, in training on a backend without kernels for it, and after submodules changed.
     """
     if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
-        return False
+        return None
     if module.training and not (state.plan.trains and eligibility.trains_on(state.backend, x)):
-        return False
+        return None
     if x.dim() != 4 or not x.is_floating_point():
-        return False
+        return None
     if tuple(module._modules) != state.plan.names or any(
         module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules
     ):
         eligibility.say_runs_eager(
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
         )
-        return False
+        return None
     question = (state.backend, x.device, autocast_dtype(x) or x.dtype)
-    found[question] = checked_calls.resolve(*question)
-    return found[question] != "eager"
+    backend = checked_calls.resolve(*question)
+    return None if backend == "eager" else {question: backend}
 
 
 def _first_weight_is_contiguous(module: nn.Module) -> bool:

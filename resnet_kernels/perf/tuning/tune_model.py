@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ...fusion.text_table import table
 from ...graph import fusible
-from ...ops import tuned_table
+from ...ops import cudnn, tuned_table
 from ...ops.library import autocast_dtype
 from ...runtime import eligibility, fused_module
 from ...runtime.gpu import multi_layer
@@ -179,7 +179,8 @@ def measure(
     known = len(records)
     queue = [problem for identity, problem in todo.items() if identity not in records]
     left = len(queue)
-    with _cudnn_at_its_best(), contextlib.closing(_shown(queue, progress)) as shown:
+    # cuDNN at its best is what the others have to beat.
+    with cudnn.searching(True), contextlib.closing(_shown(queue, progress)) as shown:
         for problem in shown:
             seconds = _share(deadline, left)
             if seconds <= 0:
@@ -256,16 +257,6 @@ def _name(model: nn.Module, x: Tensor) -> str:
 def _on(device: torch.device) -> contextlib.AbstractContextManager:
     # Graphs are captured, and kernels launched, on the current device.
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _cudnn_at_its_best() -> Iterator[None]:
-    """Has cuDNN choose its algorithms by measuring: that is what the others have to beat."""
-    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.benchmark = before
 
 
 def _shown(queue: Sequence[Problem], progress: bool) -> Iterator[Problem]:
