@@ -5,24 +5,30 @@ from __future__ import annotations
 import sys
 from types import ModuleType
 
-from .graph.recipe import CallStep, ConvStep, HostPlan, NormStep, Recipe
+from .graph.recipe import CallStep, ContainerPlan, ConvStep, NormStep, Recipe
 from .runtime.cpu.program import Copies
 from .runtime.fused_block import FusedBlock
-from .runtime.fused_container import FusedHost
+from .runtime.fused_container import FusedContainer
 from .runtime.fused_module import _rebuild
 from .runtime.normalize_images import Normalize
 from .runtime.state import FusedState
 
 _MOVED = {
-    "blocks": (FusedBlock, _rebuild),
-    "normalize": (Normalize,),
-    "programs": (Copies,),
-    "recipe": (CallStep, ConvStep, HostPlan, NormStep, Recipe),
-    "running": (FusedState,),
-    "stages": (FusedHost,),
+    "blocks": {"FusedBlock": FusedBlock, "_rebuild": _rebuild},
+    "normalize": {"Normalize": Normalize},
+    "programs": {"Copies": Copies},
+    "recipe": {
+        "CallStep": CallStep,
+        "ConvStep": ConvStep,
+        "HostPlan": ContainerPlan,
+        "NormStep": NormStep,
+        "Recipe": Recipe,
+    },
+    "running": {"FusedState": FusedState},
+    "stages": {"FusedHost": FusedContainer},
 }
 
 for _name, _values in _MOVED.items():
     _module = ModuleType(f"{__package__}.{_name}", "Moved; here for pickles of version 0.1.0.")
-    _module.__dict__.update((value.__name__, value) for value in _values)
+    _module.__dict__.update(_values)
     sys.modules.setdefault(_module.__name__, _module)

@@ -162,7 +162,7 @@ def test_dead_values_are_freed_where_they_are_used_last():
     assert [step.overwrites_residual for step in steps] == [False, False, False, True]
 
 
-def test_host_plan_takes_only_runs_that_nobody_else_sees():
+def test_container_plan_takes_only_runs_that_nobody_else_sees():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -179,15 +179,15 @@ def test_host_plan_takes_only_runs_that_nobody_else_sees():
             z = self.bn3(self.conv3(z))
             return self.head(F.relu(z).mean((2, 3)))
 
-    plan = reader.read(Net()).host_plan()
+    plan = reader.read(Net()).container_plan()
     assert {name: str(run) for name, run in plan.runs.items()} == {"conv1": "conv1+bn1+relu", "conv3": "conv3+bn3"}
     assert plan.absorbed == ("bn1", "relu", "bn3")
 
 
-def test_host_plan_leaves_a_relu_alone_that_is_called_twice():
+def test_container_plan_leaves_a_relu_alone_that_is_called_twice():
     class Net(Block):
         def forward(self, x):
             return torch.sigmoid(self.relu(self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))))
 
-    plan = reader.read(Net()).host_plan()
+    plan = reader.read(Net()).container_plan()
     assert [str(run) for run in plan.runs.values()] == ["conv1+bn1", "conv2+bn2"]

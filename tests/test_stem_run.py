@@ -1,4 +1,4 @@
-"""The stem as a run of its host: the max-pool belongs to it where nobody else looks; the stem kernel takes both on Hopper."""
+"""The stem as a run of its container: its max-pool joins where nobody else looks; on Hopper one kernel takes both."""
 
 import pytest
 import torch

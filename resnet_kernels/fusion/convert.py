@@ -16,7 +16,7 @@ from ..graph.recipe import ConvStep, Recipe
 from ..ops import backends, tuned_table
 from ..ops.library import autocast_dtype
 from ..runtime import eligibility, fused_module
-from ..runtime.fused_container import FusedHost
+from ..runtime.fused_container import FusedContainer
 from ..runtime.gpu import multi_layer
 from ..runtime.gpu.parts import Part
 from ..runtime.live_modules import has_hooks, wire
@@ -122,7 +122,9 @@ def _normalize_of(model: nn.Module) -> Normalize | None:
 
 
 def _check_normalize(model: nn.Module, findings: list[Finding], normalize: Normalize) -> None:
-    plan = next((finding.plan for finding in findings if finding.module is model and finding.mixin is FusedHost), None)
+    plan = next(
+        (finding.plan for finding in findings if finding.module is model and finding.mixin is FusedContainer), None
+    )
     if plan is None:
         raise ValueError(
             "normalize needs a network with fused blocks in it and a forward that can be read, "
@@ -207,7 +209,7 @@ def _check(model: object, backend: str, freeze: object = False) -> None:
 
 
 def _recipe_of(state: FusedState, row: Row) -> Recipe:
-    """The recipe behind a report's row: the block's own, or one of a host's runs."""
+    """The recipe behind a report's row: the block's own, or one of a container's runs."""
     if isinstance(state.plan, Recipe):
         return state.plan
     return next(recipe for recipe in state.plan.runs.values() if str(recipe) == row.steps)

@@ -11,7 +11,7 @@ from ..graph import fusible
 from ..graph import reader as graph_reader
 from ..graph.recipe import CannotRead
 from ..runtime.fused_block import FusedBlock
-from ..runtime.fused_container import FusedHost
+from ..runtime.fused_container import FusedContainer
 from .report import Row
 
 
@@ -33,9 +33,9 @@ class Finding:
 def find_blocks(model: nn.Module) -> list[Finding]:
     findings = _visit(model, "", set())
     if any(f.fusible for f in findings) and not any(f.module is model and f.fusible for f in findings):
-        # The model itself becomes the host that converts the layout once, if its forward is one we can stand in for.
+        # The model itself becomes the container that converts the layout once, if its forward is one we can stand in for.
         try:
-            findings.insert(0, Finding(model, [], FusedHost, graph_reader.read(model).host_plan()))
+            findings.insert(0, Finding(model, [], FusedContainer, graph_reader.read(model).container_plan()))
         except CannotRead:
             pass
     return findings
@@ -73,11 +73,11 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:
     if reader.is_residual() and reason and not any(f.residual for f in below):
         # A residual block with something in it that is not fused stays as it is, its inner modules included.
         return [Finding(module, [Row(path, kind, False, reason=reason)], residual=True)]
-    plan = reader.host_plan()
+    plan = reader.container_plan()
     stage = fusible.is_plain_sequential(module) and sum(f.residual and f.fusible for f in below) > 1
     if plan.runs or stage:
         rows = [Row(path, f"{kind} (part)", True, str(recipe)) for recipe in plan.runs.values()]
-        below.insert(0, Finding(module, rows, FusedHost, plan))
+        below.insert(0, Finding(module, rows, FusedContainer, plan))
     return below
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..graph.recipe import HostPlan
+from ..graph.recipe import ContainerPlan
 from ..ops import cudnn, tuned_table
 from ..runtime import container_runs, fused_module
 from .text_table import table
@@ -183,14 +183,14 @@ def _tensors(output: Any) -> list[Tensor]:
 def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) -> Iterator[Any]:
     """Hooks that compare a fused module as soon as the reference has run its twin."""
     state = module.__dict__["_rk_state"]
-    runs = state.plan.runs.values() if isinstance(state.plan, HostPlan) else ()
+    runs = state.plan.runs.values() if isinstance(state.plan, ContainerPlan) else ()
     for wanted in (path, *(f"{path}.{member}" if path else member for recipe in runs for member in recipe.modules)):
         try:
             model.get_submodule(wanted)
         except AttributeError:
             raise ValueError(f"fused must be a fused copy of model, but model has no module {wanted!r}") from None
     twin = model.get_submodule(path)
-    if not isinstance(state.plan, HostPlan):
+    if not isinstance(state.plan, ContainerPlan):
 
         def after_block(_, inputs, output):
             oracle = copy.deepcopy(twin)

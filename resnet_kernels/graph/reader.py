@@ -5,7 +5,7 @@ wrote (stride on the 1x1, biases, a pooled shortcut, other names) is what comes 
 
     Recipe     a residual block, or a Sequential of convolutions, whose whole forward is made of steps we have:
                    conv1+bn1+relu -> conv2+bn2+relu -> downsample.0+downsample.1 -> conv3+bn3+add+relu
-    HostPlan   any other module, the network itself say: only the runs conv+bn+relu among its own children, each called
+    ContainerPlan   any other module, the network itself say: only the runs conv+bn+relu among its own children, each called
                once and seen by nobody else (the stem), with the max-pool that may follow; the rest of its forward stays
                Python
 
@@ -34,7 +34,7 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
-from .recipe import CallStep, CannotRead, ConvStep, HostPlan, NormStep, Recipe
+from .recipe import CallStep, CannotRead, ContainerPlan, ConvStep, NormStep, Recipe
 from .tracing import is_add, is_relu_function, mutates, trace
 
 
@@ -283,12 +283,12 @@ class _Reader:
         }  # fmt: skip
         return Recipe(tuple(steps), slots[result], (*modules, *sorted(containers)), signature(self.module))
 
-    def host_plan(self) -> HostPlan:
-        """The runs conv+bn+relu(+max-pool) among the host's own children, each called once and with one reader."""
-        plan = self._host_plan()
-        return replace(plan, trains=self._in_training(_Reader._host_plan) == plan)
+    def container_plan(self) -> ContainerPlan:
+        """The runs conv+bn+relu(+max-pool) among the container's own children, each called once and with one reader."""
+        plan = self._container_plan()
+        return replace(plan, trains=self._in_training(_Reader._container_plan) == plan)
 
-    def _host_plan(self) -> HostPlan:
+    def _container_plan(self) -> ContainerPlan:
         calls: dict[str, int] = {}
         for node in self.graph.nodes:
             if node.op == "call_module":
@@ -332,7 +332,7 @@ class _Reader:
         x = next(node for node in self.graph.nodes if node.op == "placeholder")
         first = self._only_reader(x)
         entry = first.target if first is not None and first.op == "call_module" and first.target in runs else None
-        return HostPlan(runs, tuple(absorbed), tuple(self.module._modules), entry)
+        return ContainerPlan(runs, tuple(absorbed), tuple(self.module._modules), entry)
 
     @staticmethod
     def _only_reader(node: torch.fx.Node) -> torch.fx.Node | None:

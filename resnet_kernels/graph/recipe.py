@@ -68,7 +68,7 @@ class Recipe:
     result: int
     modules: tuple[str, ...]  # every child module that eager would call, for hooks and train() to be looked up
     signature: tuple  # names and types of what it was read from; another signature means another recipe
-    whole: bool = True  # a block's whole forward, and not one of a host's runs
+    whole: bool = True  # a block's whole forward, and not one of a container's runs
     trains: bool = True  # its forward is the same in train() mode
 
     def __str__(self) -> str:
@@ -86,11 +86,11 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class HostPlan:
+class ContainerPlan:
     """What a module that is no block lets us fuse: by the convolution's name, a short recipe, and who it stands for."""
 
     runs: dict[str, Recipe]
     absorbed: tuple[str, ...]  # BNs, ReLUs and max-pools that a run already did
-    names: tuple[str, ...]  # the host's children; with others, its forward may be another
-    entry: str | None = None  # the run that is the only reader of the host's input
+    names: tuple[str, ...]  # the container's children; with others, its forward may be another
+    entry: str | None = None  # the run that is the only reader of the container's input
     trains: bool = True  # its forward is the same in train() mode

@@ -31,39 +31,41 @@ def like_normalized(module: nn.Module, state: FusedState, args: tuple) -> Tensor
     return torch.empty((), dtype=dtype_of(module), device=x.device).expand(x.shape) if eligibility.is_ordinary(x) else x
 
 
-def call_run(host: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN) -> tuple[Tensor, Known]:
-    """Runs one of a host's runs, by its convolution's name."""
+def call_run(
+    container: nn.Module, name: str, state: FusedState, x: Tensor, known: Known = UNKNOWN
+) -> tuple[Tensor, Known]:
+    """Runs one of a container's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
     if name == state.plan.entry:
-        if (result := _run_stem(host, recipe, state, x, known)) is not None:
+        if (result := _run_stem(container, recipe, state, x, known)) is not None:
             return result
         if state.normalize is not None:
-            x = state.normalize(x, dtype_of(host))
+            x = state.normalize(x, dtype_of(container))
         x = x.contiguous(memory_format=CHANNELS_LAST)
-    go, reason = eligibility.decide(host, recipe, state, x, known)
+    go, reason = eligibility.decide(container, recipe, state, x, known)
     if go is not None:
         return fused_block.run(recipe, state, go, x, known)
     if reason:
         eligibility.say_runs_eager(reason)
     # One by one, as eager does: hooks fire, training BNs count.
     for path in recipe.modules:
-        x = host._modules[path](x)
+        x = container._modules[path](x)
     return x, UNKNOWN
 
 
 def _run_stem(
-    host: nn.Module, recipe: Recipe, state: FusedState, x: Tensor, known: Known
+    container: nn.Module, recipe: Recipe, state: FusedState, x: Tensor, known: Known
 ) -> tuple[Tensor, Known] | None:
-    """The run at a host's entry by the stem kernel, which packs and normalises images as they came; None where it can't."""
+    """The run at the entry by the stem kernel, which takes images as they came and normalizes them; None where it cannot."""
     if len(recipe.steps) != 2 or torch.compiler.is_compiling():
         return None
     if state.normalize is not None and x.requires_grad and torch.is_grad_enabled():
         return None
-    like = x if state.normalize is None else like_normalized(host, state, (x,))
+    like = x if state.normalize is None else like_normalized(container, state, (x,))
     dtype = autocast_dtype(like) or like.dtype
     if checked_calls.resolve(state.backend, like.device, dtype) not in ("triton", "tuned"):
         return None
-    go, _ = eligibility.decide(host, recipe, state, like, known)
+    go, _ = eligibility.decide(container, recipe, state, like, known)
     if go is None or go.learns:
         return None
     y = inference.run_images(recipe, state, go, x, dtype)
@@ -71,20 +73,20 @@ def _run_stem(
 
 
 class _StandIn:
-    """What a host's forward sees in the place of a run's convolution: the whole run; any attribute is the convolution's."""
+    """A run in the place of its convolution, in a container's forward: a call makes the run, attributes are the module's."""
 
-    def __init__(self, host: nn.Module, name: str, state: FusedState):
-        self._host, self._name, self._state = host, name, state
+    def __init__(self, container: nn.Module, name: str, state: FusedState):
+        self._container, self._name, self._state = container, name, state
 
     def __call__(self, x: Tensor) -> Tensor:
-        return call_run(self._host, self._name, self._state, x)[0]
+        return call_run(self._container, self._name, self._state, x)[0]
 
     def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._host._modules[self._name], attribute)
+        return getattr(self._container._modules[self._name], attribute)
 
 
 class _PassOn:
-    """What a host's forward sees in the place of a BN, ReLU or pool that the run has done."""
+    """What a container's forward sees in the place of a BN, ReLU or pool that the run has done."""
 
     def __init__(self, module: nn.Module):
         self._module = module
@@ -97,7 +99,7 @@ class _PassOn:
 
 
 def view_of(module: nn.Module, state: FusedState) -> nn.Module:
-    """The host as its own forward is to see it: the same object but for the children that a run stands for."""
+    """The container as its own forward is to see it: the same object but for the children that a run stands for."""
     cls = fusible.original_class(module)
     view = cls.__new__(cls)
     children = dict(module._modules)

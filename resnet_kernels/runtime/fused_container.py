@@ -1,6 +1,6 @@
-"""Fused hosts: modules around the blocks, whose own forward stays Python.
+"""Fused containers: modules around the blocks, whose own forward stays Python.
 
-A host does three things, each only where reader.py has shown that it is safe:
+A container does three things, each only where reader.py has shown that it is safe:
 
 - its runs conv+bn+relu (the stem, its max-pool included) become one kernel or two: the convolution's stand-in does the
   work, those of BN, ReLU and pool pass on;
@@ -31,7 +31,7 @@ from .live_modules import has_hooks
 from .state import UNKNOWN, FusedState, Go, Known
 
 
-class FusedHost(Fused):
+class FusedContainer(Fused):
     """A module that holds fused blocks, or runs that are fused for it."""
 
     def _rk_forward(self, original: Callable, args: tuple, kwargs: dict) -> Any:

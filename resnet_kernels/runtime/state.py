@@ -35,7 +35,7 @@ class FusedState:
     """What fusing adds to a module's __dict__: its recipe or plan, the backend asked for, the CPU's packed weights.
 
     path: the module's, in the model that was fused; a label for profilers.
-    normalize: in the model's outermost host, what `fuse(model, normalize=...)` asked for.
+    normalize: in the model's outermost container, what `fuse(model, normalize=...)` asked for.
     frozen: the user has promised that weights stay, so copies are not compared with them; see freezing.py.
     """
 
