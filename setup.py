@@ -10,7 +10,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "resnet_kernels" / "__init__.py").read_text(), re.M).group(1)
+VERSION = re.search(r'^__version__ = "(.+)"$', (HERE / "resnet_kernels" / "_version.py").read_text(), re.M).group(1)
 
 # torchvision and timm ask for a torch of their own choice: install the torch you want first.
 VISION = ["torchvision>=0.26"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resnet_kernels.ops import tuned_table
+from resnet_kernels.ops import error_budget
 
 
 @dataclass(frozen=True)
@@ -35,19 +35,18 @@ def compare(
 
     dtype: the working dtype, whose rounding is allowed on top of eager's own error; the tensors may be wider.
     """
-    rounding = tuned_table.rounding(dtype, tensors[0].device)
     whole = torch.stack([truth.norm() for truth in oracle]).norm().item()
     gates = []
     for name, tensor, reference, truth in zip(names, tensors, eager, oracle, strict=True):
         if tensor.shape != truth.shape:
             shapes = f"{tuple(tensor.shape)}, eager's is {tuple(truth.shape)}"
-            return Gate(float("nan"), rounding, f"{name} is of shape {shapes}")
+            return Gate(float("nan"), error_budget.rounding(dtype, tensors[0].device), f"{name} is of shape {shapes}")
         size = truth.norm().item()
         # A bias in front of a BN in training has a true gradient of zero, which rounding alone makes anything else: there
         # the error counts against all gradients.
         size = size if size > 1e-9 * whole else whole
         error, own = ((t.to(truth) - truth).norm().item() / size for t in (tensor, reference))
-        budget = 2 * own + rounding
+        budget = error_budget.budget(own, dtype, tensor.device)
         # `not <=`: NaN fails.
         failure = "" if error <= budget else f"{name} errs by {error:.2e}, eager by {own:.2e}"
         gates.append(Gate(error, budget, failure))

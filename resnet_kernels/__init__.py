@@ -18,6 +18,7 @@ Importing it probes no GPU and imports no Triton.
 
 from . import _moved as _moved
 from . import models, ops
+from ._version import __version__ as __version__
 from .fusion.blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
 from .fusion.convert import explain, fuse, fuse_, refresh, unfuse_
 from .fusion.report import FuseReport
@@ -25,8 +26,6 @@ from .fusion.verify import VerifyResult, verify
 from .perf import timing
 from .perf.tuning.tune_model import TuneResult, tune
 from .runtime.cuda_graph import CapturedModel, capture
-
-__version__ = "0.1.0"
 
 __all__ = [
     "BasicBlock",

@@ -7,7 +7,7 @@ import torch
 from conftest import runnable
 from torch import Tensor
 
-from resnet_kernels.ops import tuned_table
+from resnet_kernels.ops import error_budget
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -22,7 +22,7 @@ def assert_within_budget(y: Tensor, eager: Tensor, oracle: Tensor, what: str = "
     """At most twice eager's error, plus one rounding; same shape and dtype; NaN and inf in the same places."""
     assert y.shape == eager.shape and y.dtype == eager.dtype, what
     assert torch.equal(y.isnan().cpu(), oracle.isnan().cpu()), f"{what}: NaN elsewhere than in fp64"
-    budget = 2 * error(eager, oracle) + tuned_table.rounding(eager.dtype, eager.device)
+    budget = error_budget.budget(error(eager, oracle), eager.dtype, eager.device)
     assert error(y, oracle) <= budget, f"{what}: error {error(y, oracle):.2e} over the budget of {budget:.2e}"
 
 

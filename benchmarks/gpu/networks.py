@@ -18,16 +18,12 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 from resnet_kernels.models import by_name
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.ops import tuned_table
+from resnet_kernels.ops import error_budget
 
 Result = dict[str, Any]
 # Not asked of CUDA: the parent, which forks, must not touch it.
 DEVICE = "cpu" if os.environ.get("RESNET_KERNELS_DRY_RUN") else "cuda"
 BF16 = torch.bfloat16
-
-
-def relative_error(y: Tensor, truth: Tensor) -> float:
-    return ((y.double() - truth).norm() / truth.norm()).item()
 
 
 def random_model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
@@ -39,9 +35,9 @@ def random_model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[
 def judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
     """{} if y errs at most twice as much as eager does, plus a rounding."""
     truth = copy.deepcopy(model).double()(x.double())
-    eager, ours = relative_error(model(x), truth), relative_error(y, truth)
+    eager, ours = error_budget.relative_error(model(x), truth), error_budget.relative_error(y, truth)
     row = {"error": ours, "eager": eager}
-    if not ours <= 2 * eager + tuned_table.rounding(y.dtype, y.device):
+    if not ours <= error_budget.budget(eager, y.dtype, y.device):
         row["refused"] = f"errs by {ours:.2e}, eager by {eager:.2e}"
     return row
 
@@ -139,8 +135,10 @@ def training(name: str, backend: str, autocast: bool) -> Result:
         return gradients, torch.cat([b.double().flatten() for b in module.buffers()])
 
     truths = step(copy.deepcopy(model).double(), x.double(), False)
-    eager = [relative_error(a, b) for a, b in zip(step(model, x, autocast), truths)]
-    ours = [relative_error(a, b) for a, b in zip(step(rk.fuse(model, backend=backend), x, autocast), truths)]
+    eager = [error_budget.relative_error(a, b) for a, b in zip(step(model, x, autocast), truths)]
+    ours = [
+        error_budget.relative_error(a, b) for a, b in zip(step(rk.fuse(model, backend=backend), x, autocast), truths)
+    ]
     row = {"error": ours, "eager": eager}
     if not all(a <= 2 * b + 6e-8 for a, b in zip(ours, eager)):
         row["refused"] = f"errs by {ours}, eager by {eager}"

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 import resnet_kernels as rk
+from resnet_kernels.ops.error_budget import relative_error
 
-from .networks import BF16, DEVICE, Result, judge, random_model, relative_error
+from .networks import BF16, DEVICE, Result, judge, random_model
 
 
 def _conv_then_relu(x: Tensor, weight: Tensor, bias: Tensor, *arguments) -> Tensor:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..graph.recipe import ConvStep, Recipe
 from ..ops import backends, tuned_table
-from ..ops.library import autocast_dtype
+from ..ops.dtypes import autocast_dtype
 from ..runtime import eligibility, fused_module
 from ..runtime.fused_container import FusedContainer
 from ..runtime.gpu import multi_layer

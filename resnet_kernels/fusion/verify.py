@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..graph.recipe import ContainerPlan
-from ..ops import cudnn, tuned_table
+from ..ops import cudnn, error_budget
 from ..runtime import container_runs, fused_module
 from .text_table import table
 
@@ -171,7 +171,7 @@ def verify(
 
 
 def _scaled(x: Tensor, values: int) -> Iterator[Tensor]:
-    """x times factors from 1 down to 1/2, until outputs of so many values each are enough; each is rounded in its own way."""
+    """X times factors from 1 down to 1/2, until outputs of so many values each are enough; each is rounded in its own way."""
     for i in range(1, math.ceil(_FEWEST_VALUES / values) if values else 1):
         yield x * (1 - i / (2 * _FEWEST_VALUES))
 
@@ -218,21 +218,18 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) ->
 
 
 def _parity(path: str, steps: str, fused: Tensor, eager: Tensor, oracle: Tensor, dtype=None) -> Parity:
-    rounding = tuned_table.rounding(dtype or eager.dtype, eager.device)
+    dtype, device = dtype or eager.dtype, eager.device
     fused, eager = (_wide(t).to(oracle.device) for t in (fused, eager))
     finite = fused.isfinite() & eager.isfinite() & oracle.isfinite()
     truth = oracle[finite]
-    # A block whose true output is all zeros has no relative error: its absolute one counts.
-    size = truth.norm().item() or 1.0
-    error = (fused[finite] - truth).norm().item() / size
-    eager_error = (eager[finite] - truth).norm().item() / size
+    eager_error = error_budget.relative_error(eager[finite], truth)
     return Parity(
         path=path,
         steps=steps,
         max_abs=(fused[finite] - eager[finite]).abs().max().item() if truth.numel() else 0.0,
-        error=error,
+        error=error_budget.relative_error(fused[finite], truth),
         eager_error=eager_error,
-        budget=2 * eager_error + rounding,
+        budget=error_budget.budget(eager_error, dtype, device),
         lost=int((fused.isfinite() & ~oracle.isfinite()).sum()),
         new=int((~fused.isfinite() & eager.isfinite()).sum()),
     )

@@ -28,6 +28,7 @@ from . import launching
 from .geometry import Geometry
 from .sm90 import conv
 from .sm90.conv_layout import why_not as why_not_tma
+from .target import allows_tf32
 
 # Plans kept, as conv_bias_act_tma_plan's.
 _CACHED = 512
@@ -284,11 +285,6 @@ def constexprs(dtype: torch.dtype, weight_shape, geometry: Geometry, relu: bool,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-
-
-def allows_tf32(dtype: torch.dtype) -> bool:
-    """Whether fp32 products may be rounded to TF32: cuDNN's own setting decides (reading allow_tf32 can raise)."""
-    return dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
 def is_interpreted() -> bool:

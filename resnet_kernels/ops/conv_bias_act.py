@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalise
 from . import backends, conv_candidates, onednn, reference
-from .library import LIBRARY, autocast_dtype
+from .dtypes import autocast_dtype
+from .library import LIBRARY
 
 LIBRARY.define(
     "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, SymInt[2] stride, "

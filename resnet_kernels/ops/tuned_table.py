@@ -26,6 +26,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.target import allows_tf32
+from .dtypes import short_name
+
 CanRun = Callable[[str, Any, int, torch.dtype, torch.device], bool]
 
 SCHEMA = 1
@@ -34,7 +37,6 @@ PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent / "tuned"
 # A record of this kind says for a whole model whether its BN, add and ReLU train faster on our kernels: see `trains`.
 TRAINING = "training"
 
-_DTYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 # Answers kept: some 60 problems a net, times a few batch and image sizes.
 _CACHED = 4096
 
@@ -63,19 +65,7 @@ def device_key(device: torch.device) -> DeviceKey | None:
 
 def dtype_name(dtype: torch.dtype) -> str:
     """A dtype as tables name it. float32 whose convolutions may round to TF32 is "tf32", as if it were another dtype."""
-    if dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32":
-        return "tf32"
-    return _DTYPES.get(dtype, str(dtype))
-
-
-def rounding(dtype: torch.dtype, device: torch.device) -> float:
-    """The largest relative error of rounding to a dtype; TF32's 2**-11 for float32 whose products may be TF32.
-
-    TF32 keeps 10 bits of each factor; its sums are fp32.
-    """
-    if device.type == "cuda" and dtype_name(dtype) == "tf32":
-        return 2.0**-11
-    return torch.finfo(dtype).eps / 2
+    return "tf32" if allows_tf32(dtype) else short_name(dtype)
 
 
 def cache_directory() -> Path | None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
+
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a time is worth nothing without: driver and versions, the commit where there is one, and when."""
@@ -23,8 +25,6 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def versions() -> dict[str, str | int | None]:
     """Of what decides how fast a candidate is. A record of other ones is measured anew."""
-    from .. import __version__
-
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.recipe import Recipe
-from ..ops.library import autocast_dtype
+from ..ops.dtypes import autocast_dtype
 from . import checked_calls, eligibility, fused_block, inference
 from .state import UNKNOWN, FusedState, Known
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..graph import fusible
 from ..graph.recipe import CallStep, Recipe
 from ..ops import backends, tuned_table
-from ..ops.library import autocast_dtype
+from ..ops.dtypes import autocast_dtype
 from .checked_calls import resolve, verified_wiring
 from .live_modules import Wiring, child_at, has_global_hooks, wire
 from .state import FusedState, Go, Known

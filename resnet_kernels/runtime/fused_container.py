@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from ..graph import fusible
 from ..graph.recipe import Recipe
-from ..ops.library import autocast_dtype
+from ..ops.dtypes import autocast_dtype
 from . import checked_calls, eligibility, fused_module, inference
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..graph.recipe import Recipe
 from ..ops import tuned_table
-from ..ops.library import autocast_dtype
+from ..ops.dtypes import autocast_dtype
 from .cpu import executor
 from .gpu import plan as gpu_plan
 from .gpu.plan import Plan

@@ -14,7 +14,7 @@ from ..graph import fusible
 from ..graph.recipe import CallStep, NormStep, Recipe
 from ..kernels.geometry import Geometry
 from ..ops import add_relu, backends, onednn, reference
-from ..ops.library import autocast_dtype
+from ..ops.dtypes import autocast_dtype
 from . import profiler_ranges
 from .bn import bn_tensors
 from .live_modules import needs_gradient

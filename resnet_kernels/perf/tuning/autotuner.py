@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...ops import tuned_table
+from ...ops import error_budget, tuned_table
+from ...ops.error_budget import relative_error
 from ..environment import environment
 from ..timing import Timing, interleave, ratio
 
@@ -30,8 +31,6 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 # A graph holds as many calls as last this long, so that launching it and reading the clock don't count.
 _GRAPH_SECONDS, _MOST_CALLS = 2e-4, 20
-# Elements of a tensor that are compared at a time: fp64 copies of a whole activation at batch 256 take gigabytes.
-_COMPARED = 2**25
 
 
 @dataclass(frozen=True)
@@ -142,8 +141,10 @@ def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) 
     """
     truth = as_tuple(problem.reference(*operands))
     eager = as_tuple(problem.eager(*operands))
-    rounding = tuned_table.rounding(problem.dtype, problem.device)
-    budgets = [2 * _error(y, oracle) + rounding for y, oracle in zip(eager, truth, strict=True)]
+    budgets = [
+        error_budget.budget(relative_error(y, oracle), problem.dtype, problem.device)
+        for y, oracle in zip(eager, truth, strict=True)
+    ]
     del eager
     for name, run in problem.candidates.items():
         row = record["candidates"][name] = {}
@@ -171,7 +172,7 @@ def _judge(outputs: tuple, truth: tuple, budgets: list[float], dtype: torch.dtyp
             return {"refused": f"gives shape {tuple(y.shape)}, not {tuple(oracle.shape)}"}
     if outputs[0].dtype != dtype:
         return {"refused": f"gives {outputs[0].dtype}, not {dtype}"}
-    errors = [_error(y, oracle) for y, oracle in zip(outputs, truth)]
+    errors = [relative_error(y, oracle) for y, oracle in zip(outputs, truth)]
     # `not <=`: NaN is over any budget, and an eager result that overflows is none.
     worst = max(range(len(errors)), key=lambda i: (not errors[i] <= budgets[i], errors[i] / budgets[i]))
     # JSON knows no NaN.
@@ -179,17 +180,6 @@ def _judge(outputs: tuple, truth: tuple, budgets: list[float], dtype: torch.dtyp
     if not errors[worst] <= budgets[worst] < math.inf:
         row["refused"] = f"errs by {errors[worst]:.2e}, more than {budgets[worst]:.2e}"
     return row
-
-
-def _error(y: Tensor, oracle: Tensor) -> float:
-    """||y - oracle|| / ||oracle||."""
-    step = max(1, _COMPARED // max(1, oracle[:1].numel()))
-    difference = size = 0.0
-    for part, truth in zip(y.split(step), oracle.split(step)):
-        truth = truth.double()
-        difference += (part.double() - truth).square().sum().item()
-        size += truth.square().sum().item()
-    return (difference / size) ** 0.5 if size else difference**0.5
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ...fusion.text_table import table
 from ...graph import fusible
 from ...ops import cudnn, tuned_table
-from ...ops.library import autocast_dtype
+from ...ops.dtypes import autocast_dtype
 from ...runtime import eligibility, fused_module
 from ...runtime.gpu import multi_layer
 from . import autotuner, problems, table_file
