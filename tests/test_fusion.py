@@ -572,11 +572,11 @@ def test_a_stem_module_used_twice_is_left_alone():
         close(fused(x), plain(x))
 
 
-def test_lazy_modules_are_skipped_until_materialised():
+def test_lazy_modules_are_skipped_until_materialized():
     net = nn.Sequential(PlainResidual(8))
     net[0].conv1 = nn.LazyConv2d(8, 3, padding=1)
     (row,) = rk.fuse_(net)
-    assert not row.fused and "lazy and not materialised" in row.reason
+    assert not row.fused and "lazy and not materialized" in row.reason
     net.eval()(torch.randn(1, 8, 4, 4))
     assert rk.fuse_(net).fused
 

@@ -1,57 +1,60 @@
-"""Which modules can be fused, and why others can't."""
+"""The modules that can be fused, and the reasons why others cannot."""
 
 from __future__ import annotations
 
-import operator
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..models.same_padding import Conv2dSame, MaxPool2dSame
 
-# No numbers of their own in eval mode; a block with one of them in train() runs its own forward.
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
+
+# In eval mode they return their input. In train() mode a block with one of them runs its own forward.
 _QUIET_NAMES = frozenset(
     {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "DropPath",
      "DropBlock2d", "StochasticDepth"}
 )  # fmt: skip
-
-
 POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-
-
 _FROZEN_BN_NAME = "FrozenBatchNorm2d"  # torchvision.ops, detectron2: weight, bias, running_mean, running_var as buffers
-
-
 _BN_ACT_NAME = "BatchNormAct2d"  # timm: a BatchNorm2d with `drop` and `act`
 
+# The classes that `is_batch_norm` accepts have the attributes of this one in common.
+BatchNorm = nn.BatchNorm2d
 
-def original_class(module: nn.Module) -> type:
-    """The class a module had before it was fused."""
-    return getattr(type(module), "_rk_original_class", type(module))
+NOT_MATERIALIZED = "is lazy and not materialized yet: run the model once, then fuse"
 
 
-def signature(module: nn.Module) -> tuple:
-    """Names and classes of all modules below one: what a recipe depends on besides numbers."""
+def original_class(module: nn.Module) -> type[nn.Module]:
+    """The class that a module had before it was fused."""
+    cls: type[nn.Module] = getattr(type(module), "_rk_original_class", type(module))
+    return cls
+
+
+def signature(module: nn.Module) -> tuple[Any, ...]:
+    """The names and classes of all modules inside a module: what a recipe depends on besides numbers."""
     return tuple(
-        (name, original_class(child), signature(child))
-        if child is not None and child._modules
-        else (name, original_class(child))
+        (name, type(None))
+        if child is None
+        else (name, original_class(child), *([signature(child)] if child._modules else []))
         for name, child in module._modules.items()
     )
 
 
 def is_plain_sequential(module: nn.Module) -> bool:
-    """Whether a module runs its children one after the other, as nn.Sequential does (subclasses with names included)."""
+    """Whether a module runs its children one after the other, as nn.Sequential and many of its subclasses do."""
     return original_class(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
 
 
-def is_batch_norm(module: nn.Module) -> bool:
-    """A scale and a shift per channel in eval mode; a BatchNormAct2d has an activation behind it."""
+def is_batch_norm(module: nn.Module | None) -> TypeIs[BatchNorm]:
+    """Whether a module is a scale and a shift per channel in eval mode. An activation may follow, as in BatchNormAct2d."""
     names = (_FROZEN_BN_NAME, _BN_ACT_NAME)
     return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__ in names
 
 
-def is_frozen(bn: nn.Module) -> bool:
-    """Whether a BN takes its running statistics, and keeps them as they are."""
+def is_frozen(bn: BatchNorm) -> bool:
+    """Whether a BN normalizes by its running statistics, and leaves them as they are."""
     return not bn.training or type(bn).__name__ == _FROZEN_BN_NAME
 
 
@@ -60,16 +63,29 @@ def has_act(bn: nn.Module) -> bool:
     return type(bn).__name__ == _BN_ACT_NAME
 
 
-def is_quiet(module: nn.Module) -> bool:
-    """Whether a module returns its input in eval mode (Identity, dropout, drop path)."""
+def has_relu(bn: nn.Module) -> bool:
+    """Whether a BN's own activation is a ReLU."""
+    return has_act(bn) and type(bn.act) is nn.ReLU
+
+
+def is_quiet(module: nn.Module | None) -> bool:
+    """Whether a module returns its input in eval mode: Identity, dropout, drop path."""
     return type(module).__name__ in _QUIET_NAMES
 
 
+def is_not_materialized(module: nn.Module) -> bool:
+    """Whether a lazy module has not seen its first input yet."""
+    return isinstance(module, nn.modules.lazy.LazyModuleMixin) and any(
+        tensor is not None and nn.parameter.is_lazy(tensor)
+        for tensor in (*module._parameters.values(), *module._buffers.values())
+    )
+
+
 def why_not_conv(conv: nn.Module) -> str | None:
-    """Why a convolution can't go into a fused kernel; None if it can."""
-    if isinstance(conv, nn.modules.lazy.LazyModuleMixin) and conv.has_uninitialized_params():
-        return "is lazy and not materialised yet: run the model once, then fuse"
-    if type(conv) not in (nn.Conv2d, Conv2dSame):
+    """The reason why a convolution cannot go into a fused kernel; None if it can."""
+    if is_not_materialized(conv):
+        return NOT_MATERIALIZED
+    if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, Conv2dSame):
         return f"is a {type(conv).__name__}, only Conv2d is fused"
     if conv.padding_mode != "zeros":
         return f"has padding_mode={conv.padding_mode!r}, only zeros are fused"
@@ -77,21 +93,23 @@ def why_not_conv(conv: nn.Module) -> str | None:
 
 
 def why_not_bn(bn: nn.Module) -> str | None:
-    """Why a BN can't be a scale and a shift; None if it can."""
-    if isinstance(bn, nn.modules.lazy.LazyModuleMixin) and bn.has_uninitialized_params():
-        return "is lazy and not materialised yet: run the model once, then fuse"
+    """The reason why a BN cannot be a scale and a shift; None if it can."""
+    if is_not_materialized(bn):
+        return NOT_MATERIALIZED
     if getattr(bn, "running_mean", None) is None:
         return "has track_running_stats=False, so it needs each batch's own statistics"
     if has_act(bn):
-        for child in (bn.drop, bn.act):
-            if not (is_quiet(child) or (child is bn.act and type(child) is nn.ReLU)):
+        for name in ("drop", "act"):
+            child = bn._modules[name]
+            if not (is_quiet(child) or (name == "act" and type(child) is nn.ReLU)):
                 return f"has a {type(child).__name__} behind it, which is not fused"
-            if why_not_patched(child):
-                return f"has a {type(child).__name__} behind it that {why_not_patched(child)}"
+            if child is not None and (reason := why_not_patched(child)):
+                return f"has a {type(child).__name__} behind it that {reason}"
     return why_not_patched(bn)
 
 
 def why_not_patched(module: nn.Module) -> str | None:
+    """The reason why a module's class does not say what the module computes; None if it does."""
     if hasattr(module, "parametrizations"):
         return "has a parametrization"
     if "forward" in module.__dict__:
@@ -100,24 +118,25 @@ def why_not_patched(module: nn.Module) -> str | None:
 
 
 def is_wrapper(module: nn.Module) -> bool:
-    """Whether a module is a convolution, pool, norm and activation under a name: no block, only a part of one."""
+    """Whether a module is one convolution with pool, norm and activation under one name: a part of a block."""
     children = list(module._modules.values())
-    parts = [type(child) in (nn.ReLU, *POOLS) or is_batch_norm(child) or is_quiet(child) for child in children]
-    convs = [isinstance(child, nn.Conv2d) for child in children]
+    convs = sum(isinstance(child, nn.Conv2d) for child in children)
+    others = sum(type(child) in (nn.ReLU, *POOLS) or is_batch_norm(child) or is_quiet(child) for child in children)
     return (
-        sum(convs) == 1
-        and all(map(operator.or_, parts, convs))
+        convs == 1
+        and convs + others == len(children)
         and not is_plain_sequential(module)
         and "forward" not in module.__dict__
     )
 
 
-def is_plain_max_pool(module: nn.Module) -> bool:
-    return type(module) is nn.MaxPool2d and not module.return_indices and why_not_patched(module) is None
+def is_plain_max_pool(module: nn.Module | None) -> TypeIs[nn.MaxPool2d]:
+    """Whether a module is a MaxPool2d that returns nothing but the maxima."""
+    return isinstance(module, nn.MaxPool2d) and type(module) is nn.MaxPool2d and not module.return_indices
 
 
 def shared_children(module: nn.Module) -> set[str]:
-    """Paths of children that are registered more than once below a module."""
+    """The paths of modules that are registered more than once inside a module."""
     paths: dict[int, list[str]] = {}
     for path, child in module.named_modules(remove_duplicate=False):
         paths.setdefault(id(child), []).append(path)

@@ -1,20 +1,25 @@
-"""What reader.py finds, as data: the steps of a block, and the runs of a module around blocks.
+"""What reading a module gives, as data: the steps of a block, and the runs of a container.
 
-Neither holds a module or a tensor, only paths: a fused module looks its live children up.
+A recipe holds paths, no module and no tensor. Each call of a fused module looks its live children up by them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 class CannotRead(Exception):
-    """A module that can't be fused; the message is the reason that the report shows."""
+    """A module cannot be fused; the message is the reason that the report shows."""
 
 
 @dataclass(frozen=True)
 class ConvStep:
-    """relu(bn(conv(values[x])) + values[residual]) -> values[out]; one kernel."""
+    """relu(bn(conv(values[x])) + values[residual]) -> values[out]: a convolution and what one kernel does after it.
+
+    overwrites_residual: the sum may be written over the residual, because a convolution of ours made it and no later step
+    reads it. frees: the values that no later step reads.
+    """
 
     conv: str
     bn: str | None
@@ -22,17 +27,21 @@ class ConvStep:
     x: int
     out: int
     residual: int | None = None
-    overwrites_residual: bool = False  # nobody needs the residual afterwards, and a convolution of ours made it
+    overwrites_residual: bool = False
     frees: tuple[int, ...] = ()
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The numbers of the values that the step reads."""
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
     def __str__(self) -> str:
-        parts = [self.conv, self.bn, "add" if self.residual is not None else None, "relu" if self.relu else None]
-        return "+".join(part for part in parts if part)
+        return _joined(self.conv, self.bn, self.residual is not None and "add", self.relu and "relu")
 
 
 @dataclass(frozen=True)
 class NormStep:
-    """relu(bn(values[x]) + values[residual]) -> values[out]; one pass over data. A BN that comes before its convolution."""
+    """relu(bn(values[x]) + values[residual]) -> values[out]: a BN that comes before its convolution."""
 
     bn: str
     relu: bool
@@ -41,9 +50,13 @@ class NormStep:
     residual: int | None = None
     frees: tuple[int, ...] = ()
 
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The numbers of the values that the step reads."""
+        return (self.x,) if self.residual is None else (self.x, self.residual)
+
     def __str__(self) -> str:
-        parts = [self.bn, "add" if self.residual is not None else None, "relu" if self.relu else None]
-        return "+".join(part for part in parts if part)
+        return _joined(self.bn, self.residual is not None and "add", self.relu and "relu")
 
 
 @dataclass(frozen=True)
@@ -60,23 +73,38 @@ class CallStep:
         return self.what
 
 
+def _joined(*names: str | bool | None) -> str:
+    return "+".join(name for name in names if isinstance(name, str))
+
+
+Step = ConvStep | NormStep | CallStep
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """What a block computes. values[0] is its input; `result` is the index of its output."""
+    """The forward of a block, or a run of a container, as steps in order.
 
-    steps: tuple[ConvStep | NormStep | CallStep, ...]
+    values[0] is the input. `result` is the number of the output.
+
+    modules: the paths of all child modules that eager would call, for hooks and train() to be looked up.
+    signature: names and types of the modules that the recipe was read from; with another signature it does not hold.
+    whole: it is a block's whole forward, and not a run.
+    trains: the forward is the same in train() mode.
+    """
+
+    steps: tuple[Step, ...]
     result: int
-    modules: tuple[str, ...]  # every child module that eager would call, for hooks and train() to be looked up
-    signature: tuple  # names and types of what it was read from; another signature means another recipe
-    whole: bool = True  # a block's whole forward, and not one of a container's runs
-    trains: bool = True  # its forward is the same in train() mode
+    modules: tuple[str, ...]
+    signature: tuple[Any, ...]
+    whole: bool = True
+    trains: bool = True
 
     def __str__(self) -> str:
         return " -> ".join(str(step) for step in self.steps)
 
     @property
     def fuses(self) -> bool:
-        """Whether a step does more than eager's own calls would."""
+        """Whether a step does more than one of eager's own calls does."""
         return any(
             step.what == "add_relu"
             if isinstance(step, CallStep)
@@ -87,10 +115,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class ContainerPlan:
-    """What a module that is no block lets us fuse: by the convolution's name, a short recipe, and who it stands for."""
+    """What can be fused in a container.
+
+    runs: a short recipe by the path of its convolution. absorbed: the BNs, ReLUs and max-pools that a run stands for.
+    names: the names of the container's children; with other children its forward may be another.
+    entry: the run that is the only reader of the container's input. trains: the forward is the same in train() mode.
+    """
 
     runs: dict[str, Recipe]
-    absorbed: tuple[str, ...]  # BNs, ReLUs and max-pools that a run already did
-    names: tuple[str, ...]  # the container's children; with others, its forward may be another
-    entry: str | None = None  # the run that is the only reader of the container's input
-    trains: bool = True  # its forward is the same in train() mode
+    absorbed: tuple[str, ...]
+    names: tuple[str, ...]
+    entry: str | None = None
+    trains: bool = True

@@ -1,0 +1,78 @@
+"""The runs of a container: convolution, BN, ReLU and max-pool among its own children that can run as one step or two."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+
+import torch.fx
+from torch import nn
+from torch.fx import Node
+
+from .fusible import (
+    has_act,
+    is_batch_norm,
+    is_plain_max_pool,
+    original_class,
+    shared_children,
+    why_not_bn,
+    why_not_conv,
+    why_not_patched,
+)
+from .recipe import CallStep, ContainerPlan, ConvStep, Recipe, Step
+
+
+def container_plan(module: nn.Module, graph: torch.fx.Graph, children: Mapping[str, nn.Module]) -> ContainerPlan:
+    """Finds the runs of a container.
+
+    Each member of a run is the container's own child, called once, and only the next member reads its output.
+
+    Args:
+        module: the container.
+        graph: its forward.
+        children: its modules by path.
+    """
+    calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
+    shared = shared_children(module)
+
+    def own(node: Node | None, accepts: Callable[[nn.Module], bool]) -> str | None:
+        """The path of the child that a node calls, if the child may be a member of a run."""
+        if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
+            return None
+        path = str(node.target)
+        single = "." not in path and calls[path] == 1 and path not in shared
+        return path if single and accepts(children[path]) else None
+
+    runs: dict[str, Recipe] = {}
+    absorbed: list[str] = []
+    for node in graph.nodes:
+        conv = own(node, lambda m: why_not_conv(m) is None)
+        if conv is None:
+            continue
+        last = node
+        bn = own(_only_reader(last), lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None)
+        last = last if bn is None else next(iter(last.users))
+        relu = own(_only_reader(last), lambda m: type(m) is nn.ReLU and why_not_patched(m) is None)
+        last = last if relu is None else next(iter(last.users))
+        pool = (
+            None
+            if relu is None
+            else own(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
+        )
+        followers = [path for path in (bn, relu, pool) if path is not None]
+        if not followers:
+            continue
+        steps: list[Step] = [ConvStep(conv, bn, relu is not None, x=0, out=1, frees=(0,))]
+        if pool is not None:
+            steps.append(CallStep(pool, True, (1,), 2, frees=(1,)))
+        members = (conv, *followers)
+        signature = tuple((name, original_class(children[name])) for name in members)
+        runs[conv] = Recipe(tuple(steps), len(steps), members, signature, whole=False)
+        absorbed += followers
+    first = _only_reader(next(node for node in graph.nodes if node.op == "placeholder"))
+    entry = str(first.target) if first is not None and first.op == "call_module" else None
+    return ContainerPlan(runs, tuple(absorbed), tuple(module._modules), entry if entry in runs else None)
+
+
+def _only_reader(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
