@@ -13,7 +13,7 @@ from .runtime.fused_module import _rebuild
 from .runtime.normalize_images import Normalize
 from .runtime.state import FusedState
 
-_MOVED = {
+_MOVED: dict[str, dict[str, object]] = {
     "blocks": {"FusedBlock": FusedBlock, "_rebuild": _rebuild},
     "normalize": {"Normalize": Normalize},
     "programs": {"Copies": Copies},

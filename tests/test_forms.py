@@ -195,7 +195,7 @@ class _Anything(dict):
 
 def _shape_only(form, part, values, constants, backend):
     x = values[part.step.x]
-    shape = gpu_plan._geometry(part, x).out_shape(x.shape, part.child.weight.shape)
+    shape = gpu_plan._geometry(part, x).out_shape(x.shape, part.conv.weight.shape)
     values[part.step.out] = torch.empty(shape, dtype=x.dtype, device="meta").contiguous(memory_format=CHANNELS_LAST)
 
 

@@ -346,8 +346,8 @@ def test_copies_of_several_blocks_hold_together():
     fused = _frozen()
     _call(fused)
     states = [fused[i]._rk_state for i in (1, 2)]
-    wirings = [state.wiring[state.plan.modules] for state in states]
-    make = lambda: freezing.FrozenCopies.of(states, wirings)  # noqa: E731
+    modules = [state.live[state.plan.modules] for state in states]
+    make = lambda: freezing.FrozenCopies.of(states, modules)  # noqa: E731
     copies = make()
     _edit(fused)
     assert copies.hold()
@@ -356,7 +356,7 @@ def test_copies_of_several_blocks_hold_together():
         assert copies.hold()
         thaw(fused)
         assert not copies.hold()
-    assert freezing.FrozenCopies.of([states[0], rk.fuse(_model())[1]._rk_state], wirings) is None
+    assert freezing.FrozenCopies.of([states[0], rk.fuse(_model())[1]._rk_state], modules) is None
 
 
 def test_plans_are_dropped_with_the_copies():

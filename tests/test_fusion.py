@@ -63,18 +63,18 @@ def fused_names(model):
 def ran_fused(module, x):
     """How many recipes this call runs fused."""
     seen = []
-    original = inference.run_recipe
+    original = inference.run_recipes
 
-    def spy(recipe, *rest):
-        seen.append(str(recipe))
-        return original(recipe, *rest)
+    def spy(blocks, *rest):
+        seen.extend(str(recipe) for recipe, *_ in blocks)
+        return original(blocks, *rest)
 
-    inference.run_recipe = spy
+    inference.run_recipes = spy
     try:
         with torch.no_grad():
             module(x)
     finally:
-        inference.run_recipe = original
+        inference.run_recipes = original
     return len(seen)
 
 

@@ -39,9 +39,9 @@ def plans(monkeypatch):
     made = []
 
     class Spy(gpu_plan.Plan):
-        def __init__(self, wirings, *rest):
-            made.append(len(wirings))
-            super().__init__(wirings, *rest)
+        def __init__(self, modules, *rest):
+            made.append(len(modules))
+            super().__init__(modules, *rest)
 
     monkeypatch.setattr("resnet_kernels.runtime.inference.Plan", Spy)
     return made

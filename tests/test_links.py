@@ -7,19 +7,16 @@ import resnet_kernels as rk
 from resnet_kernels.graph import reader
 from resnet_kernels.models import resnet_v1, resnet_v2
 from resnet_kernels.runtime.gpu import multi_layer, plan
-from resnet_kernels.runtime.live_modules import Wiring
+from resnet_kernels.runtime.live_modules import LiveModules
 
 
 def found(*blocks: nn.Module) -> list[list[str]]:
     """Each convolution that adds a residual, with its links as text; the number behind a name is its block's."""
     recipes = [reader.read(block).recipe() for block in blocks]
-    parts, result = plan.parts_of([Wiring(*pair) for pair in zip(blocks, recipes)], recipes, [""] * len(blocks))
+    parts, result = plan.parts_of([LiveModules(*pair) for pair in zip(blocks, recipes)], recipes, [""] * len(blocks))
     names = {id(m): f"{name}@{i}" for i, block in enumerate(blocks) for name, m in block.named_modules()}
     return [
-        [
-            " ".join(names[id(part.child if part.child is not None else part.bn)] for part in link.parts)
-            for link in around
-        ]
+        [" ".join(names[id(part[1])] for part in link.parts) for link in around]
         for around in multi_layer.find(parts, result)
     ]
 

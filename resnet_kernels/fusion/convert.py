@@ -12,16 +12,16 @@ from dataclasses import replace
 
 from torch import nn
 
-from ..graph.recipe import ConvStep, Recipe
+from ..graph.recipe import Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
 from ..runtime import eligibility, fused_module
 from ..runtime.fused_container import FusedContainer
 from ..runtime.gpu import multi_layer
-from ..runtime.gpu.parts import Part
 from ..runtime.live_modules import has_hooks, wire
 from ..runtime.normalize_images import Normalize
-from ..runtime.state import FusedState, drop_copies
+from ..runtime.parts import ConvPart
+from ..runtime.state import FusedState, state_of, states_in
 from .find_blocks import Finding, find_blocks
 from .report import FuseReport, Row
 
@@ -111,13 +111,13 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     _check(model, backend)
     if not any(fused_module.is_fused(module) for module in model.modules()):
         return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
-    states = [m.__dict__["_rk_state"] for m in model.modules() if fused_module.is_fused(m)]
+    states = states_in(model)
     frozen = any(state.frozen for state in states)
     return FuseReport(_rows_now(find_blocks(model), tables=True), states[0].backend, _normalize_of(model), frozen)
 
 
 def _normalize_of(model: nn.Module) -> Normalize | None:
-    state = model.__dict__.get("_rk_state")
+    state = state_of(model)
     return None if state is None else state.normalize
 
 
@@ -141,7 +141,7 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
     """The rows of a fused model, with why a fused block runs eager as things stand; with what tables decide, if asked for."""
     rows = []
     for finding in findings:
-        state = finding.module.__dict__.get("_rk_state")
+        state = state_of(finding.module)
         for row in finding.rows:
             if not row.fused:
                 rows.append(row)
@@ -161,12 +161,12 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
 
 def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:
     """What measured tables decide of a block in the mode that it is in; "" if nothing."""
-    wiring = wire(module, recipe)
-    parts = [Part(*entry) for entry in wiring.steps if isinstance(entry[0], ConvStep)]
-    if backends.requested(backend) != "auto" or not parts:
+    live = wire(module, recipe)
+    if backends.requested(backend) != "auto" or isinstance(live, str):
         return ""
-    weight = parts[0].child.weight
-    if wiring.in_training():
+    parts = [part for part in live.parts if isinstance(part, ConvPart)]
+    weight = parts[0].conv.weight
+    if live.in_training():
         return "trains on own kernels" if eligibility.trains_on(backend, weight) else ""
     keys = tuned_table.decided(weight.device, autocast_dtype(weight) or weight.dtype)
     # Where the image's size decides the padding, it is in the key: so each size is tried, as a call would.
@@ -175,7 +175,7 @@ def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:
         i: size
         for i, part in enumerate(parts)
         for size in sizes
-        if str(multi_layer.conv_problem(part, (1, part.child.in_channels, *size))) in keys
+        if str(multi_layer.conv_problem(part, (1, part.conv.in_channels, *size))) in keys
     }
     if not decided:
         return ""
@@ -196,7 +196,7 @@ def refresh(model: nn.Module) -> nn.Module:
     """
     _check(model, "auto")
     for module in model.modules():
-        drop_copies(module)
+        fused_module.drop_copies(module)
     return model
 
 

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from ..graph.recipe import ContainerPlan
 from ..ops import cudnn, error_budget
 from ..runtime import container_runs, fused_module
+from ..runtime.state import state_of
 from .text_table import table
 
 # With n values the ratio of two equal errors varies by 1 / sqrt(n), one standard deviation: an eighth, where 2 is the limit.
@@ -126,7 +127,7 @@ def verify(
         raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
     if any(fused_module.is_fused(m) for m in model.modules()):
         raise ValueError("model must be the unfused reference, got a fused model (unfuse_ a copy of it)")
-    if "_rk_state" in fused.__dict__ and fused.__dict__["_rk_state"].normalize is not None:
+    if (state := state_of(fused)) is not None and state.normalize is not None:
         raise ValueError(
             "fused was fused with normalize and takes other images than model: verify rk.fuse(model) without normalize, "
             "which runs the same layers on images that are normalised already"
@@ -182,7 +183,8 @@ def _tensors(output: Any) -> list[Tensor]:
 
 def _watch(model: nn.Module, path: str, module: nn.Module, compare: Callable) -> Iterator[Any]:
     """Hooks that compare a fused module as soon as the reference has run its twin."""
-    state = module.__dict__["_rk_state"]
+    state = state_of(module)
+    assert state is not None
     runs = state.plan.runs.values() if isinstance(state.plan, ContainerPlan) else ()
     for wanted in (path, *(f"{path}.{member}" if path else member for recipe in runs for member in recipe.modules)):
         try:

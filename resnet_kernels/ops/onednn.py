@@ -62,7 +62,7 @@ def _run_small_convolutions(dtype: torch.dtype) -> None:
         run(x, packed, None, other, arguments(Geometry()), relu=True, overwrite_residual=overwrite)
 
 
-def is_for_aten(shape: torch.Size, dtype: torch.dtype, weight_shape: torch.Size, stride: tuple[int, int]) -> bool:
+def is_for_aten(shape: torch.Size, dtype: torch.dtype, weight_shape: torch.Size, stride: tuple[int, ...]) -> bool:
     """Whether eager leaves oneDNN for PyTorch's own GEMM, and sums so much more accurately there that we have to follow.
 
     That GEMM sums a long K up to four times as accurately as oneDNN's channels_last kernels. PyTorch 2.13 takes it in fp32 for
@@ -83,7 +83,7 @@ def is_for_aten(shape: torch.Size, dtype: torch.dtype, weight_shape: torch.Size,
     )
 
 
-def for_gradient(x: Tensor, weight: Tensor, stride: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def for_gradient(x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Returns x and weight in the layout in which oneDNN can compute a convolution's gradients on the CPU.
 
     On channels_last data the weight's gradient of a strided 1x1 convolution of fewer than 16 channels is written past its

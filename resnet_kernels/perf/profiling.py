@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, record_function
 
 from ..models.checks import at_least_one
 from ..runtime import profiler_ranges
-from ..runtime.fused_module import is_fused
+from ..runtime.state import state_of
 from .roofline import bounds, kernel_groups
 from .roofline.bounds import Kernel
 from .roofline.network import Network, Operation
@@ -147,8 +147,8 @@ def _named_calls(model: nn.Module | None) -> Iterator[None]:
     for path, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled: the modules inside are not called (model=None profiles it)")
-        if is_fused(module):
-            module.__dict__["_rk_state"].path = path
+        if (state := state_of(module)) is not None:
+            state.path = path
     original = nn.Module.__call__
 
     def named_call(self, *args, **kwargs):

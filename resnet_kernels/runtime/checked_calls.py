@@ -5,44 +5,50 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..graph.recipe import ConvStep, Recipe
+from ..graph.recipe import Recipe
 from ..ops import backends, onednn
 from .cpu.program import Copies
-from .live_modules import Wiring, has_global_hooks, has_hooks
-from .state import FusedState, Known
+from .live_modules import LiveModules, has_global_hooks, has_hooks
+from .parts import ConvPart
+from .state import BlockInput, FusedState, state_of
 
 # Set while a call of the outermost fused module runs, in its thread; see `one_call`.
 _call_state = threading.local()
 
 
-# What `backends.resolve` takes: the backend asked for, a device, a dtype.
+# The arguments of `backends.resolve`: the backend asked for, a device, a dtype.
 Question = tuple[str, torch.device, torch.dtype]
 
 
 class Survey:
-    """All fused modules below one, and what tells that they are still all there is."""
+    """All fused modules inside a module, and a snapshot of its children that reveals changes."""
 
-    def __init__(self, module: nn.Module, owners: list[tuple[nn.Module, FusedState, list[Recipe]]]):
+    def __init__(self, module: nn.Module, owners: list[tuple[nn.Module, FusedState[Any], list[Recipe]]]):
         self.owners = owners
         inside = {id(child) for owner, _, recipes in owners if recipes[0].whole for child in owner.modules()}
         outside = [m for m in module.modules() if id(m) not in inside]
         self.registries = [(m._modules, [*m._modules.values()]) for m in outside if m._modules]
-        # Hooks inside a block are its own wiring's to see.
+        # Hooks inside a block are found with its own modules.
         self.hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
 
     def is_current(self) -> bool:
+        """Whether every child is in its place."""
         return all([*registry.values()] == children for registry, children in self.registries)
 
 
 @contextlib.contextmanager
 def one_call(found: dict[Question, str]) -> Iterator[None]:
-    """The call of a fused module: `resolve` keeps its answers until the outermost one ends. found: what was asked already.
+    """Spans the call of a fused module: until the outermost one ends, `resolve` keeps its answers.
 
-    So a hook that sets RESNET_KERNELS_BACKEND in mid-call is heeded by the next call.
+    A hook that sets RESNET_KERNELS_BACKEND in mid-call therefore changes the next call.
+
+    Args:
+        found: the answers that the caller has already.
     """
     if getattr(_call_state, "resolved", None) is not None:
         yield
@@ -68,15 +74,15 @@ def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @contextlib.contextmanager
 def verified_below(survey: Survey | None) -> Iterator[None]:
-    """Asks for all fused modules below at once what `decide` and `run_recipe` would ask for each in turn.
+    """Checks all fused modules inside a module at once, instead of each in its turn.
 
-    Those that pass are taken as verified until the module's call ends: unless a hook, which could change anything in
-    between, is registered on a block or on what is around blocks.
+    The ones that pass count as verified until the module's call ends. Nothing is verified if a hook is registered on a block
+    or a container, because a hook could change anything in between.
     """
     if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
         yield
         return
-    verified: dict[tuple[int, tuple[str, ...]], Wiring] = {}
+    verified: dict[tuple[int, tuple[str, ...]], LiveModules] = {}
     copies: dict[int, Copies] = {}
     for owner, state, recipes in survey.owners:
         if (
@@ -86,10 +92,10 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
         ):
             continue
         for recipe in recipes:
-            wiring = state.wiring.get(recipe.modules)
-            if wiring is None or not _is_verified(owner, state, wiring):
+            live = state.live.get(recipe.modules)
+            if live is None or not _is_verified(owner, state, live):
                 continue
-            verified[id(owner), recipe.modules] = wiring
+            verified[id(owner), recipe.modules] = live
             if recipe.whole:
                 copies[id(owner)] = state.copies
     _call_state.verified, _call_state.copies = verified, copies
@@ -99,39 +105,35 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
         _call_state.verified = _call_state.copies = None
 
 
-def _is_verified(owner: nn.Module, state: FusedState, wiring: Wiring) -> bool:
-    if not wiring.is_of(owner) or not wiring.is_current() or wiring.why_not_now() is not None:
+def _is_verified(owner: nn.Module, state: FusedState[Any], live: LiveModules) -> bool:
+    if not live.is_of(owner) or not live.is_current() or live.why_not_now() is not None:
         return False
-    if not _runs_on_packs(state, wiring):
+    # Only oneDNN needs packed weights.
+    if live.convs[0].weight.device.type != "cpu" or backends.requested(state.backend) not in ("auto", "cpu"):
         return True
     packs = state.copies.packs
     return all(
-        step.conv in packs and state.trusts(packs[step.conv], conv, bn)
-        for step, conv, bn in wiring.steps
-        if isinstance(step, ConvStep)
+        part.step.conv in packs and state.trusts(packs[part.step.conv], part.conv, part.bn)
+        for part in live.parts
+        if isinstance(part, ConvPart)
     )
 
 
-def _runs_on_packs(state: FusedState, wiring: Wiring) -> bool:
-    """Whether a call may need packed weights, which only oneDNN does."""
-    on_cpu = any(conv.weight.device.type == "cpu" for conv in wiring.convs[:1])
-    return on_cpu and backends.requested(state.backend) in ("auto", "cpu")
-
-
-def verified_program(block: nn.Module, x: Tensor, known: Known) -> tuple[Tensor, Known] | None:
-    """Runs a verified block on the output of the block before it, with no further question; None if there are some."""
+def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput] | None:
+    """Runs a verified block on the previous block's output without any check; None if something is left to check."""
     copies = getattr(_call_state, "copies", None)
     copies = copies.get(id(block)) if copies else None
     if copies is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
         return None
-    state = block.__dict__["_rk_state"]
+    state = state_of(block)
+    assert state is not None
     program = copies.program(state.plan, x)
     if program is None or not program.entries:
         return None
     bound = onednn.bound(x, known.bound)
     if not program.is_safe(bound):
         return None
-    return program(x, known.owned, state.path), Known(True, program.result_bound(bound), known.backend)
+    return program(x, known.owned, state.path), BlockInput(True, program.result_bound(bound), known.backend)
 
 
 def is_inside_verified() -> bool:
@@ -139,6 +141,7 @@ def is_inside_verified() -> bool:
     return not torch.compiler.is_compiling() and getattr(_call_state, "verified", None) is not None
 
 
-def verified_wiring(module: nn.Module, recipe: Recipe) -> Wiring | None:
+def verified_modules(module: nn.Module, recipe: Recipe) -> LiveModules | None:
+    """The modules of a recipe, if the outermost module of this call has verified them."""
     verified = getattr(_call_state, "verified", None)
     return None if verified is None else verified.get((id(module), recipe.modules))

@@ -138,7 +138,7 @@ class CapturedModel:
         return {"model": self.model, "copy": self.copy, "max_graphs": self.max_graphs}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["model"], copy=state["copy"], max_graphs=state["max_graphs"])
+        CapturedModel.__init__(self, state["model"], copy=state["copy"], max_graphs=state["max_graphs"])
 
     def __repr__(self) -> str:
         shapes = ", ".join(str(tuple(key[0])) for key in self._graphs) or "none yet"

@@ -2,40 +2,43 @@
 
 A container does three things, each only where reader.py has shown that it is safe:
 
-- its runs conv+bn+relu (the stem, its max-pool included) become one kernel or two: the convolution's stand-in does the
-  work, those of BN, ReLU and pool pass on;
-- it converts a contiguous input to channels_last once, for all blocks inside, and gives the output eager's layout;
-- a Sequential of fused blocks (a stage) hands each block the one before it's output for keeps, so that the residual add
-  can be written over it. On two CPU cores that is 12% of ResNet-50 at batch 8: no new pages to be mapped.
+- Its runs of conv+bn+relu (the stem, with its max-pool) become one kernel or two. The convolution's stand-in does the work,
+  and those of BN, ReLU and pool return their input.
+- It converts a contiguous input to channels_last once, for all blocks inside, and gives the output eager's layout.
+- A Sequential of fused blocks (a stage) gives each block the previous block's output, which the block may overwrite with the
+  residual sum. On two CPU cores that saves 12% of ResNet-50 at batch 8: no new pages have to be mapped.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ..graph import fusible
-from ..graph.recipe import Recipe
+from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
-from . import checked_calls, eligibility, fused_module, inference
+from . import checked_calls, eligibility, inference
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
 from .fused_block import FusedBlock
 from .fused_module import Fused
 from .gpu import plan
 from .live_modules import has_hooks
-from .state import UNKNOWN, FusedState, Go, Known
+from .state import UNKNOWN, BlockInput, Eager, FusedRun, FusedState, state_of
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 
 class FusedContainer(Fused):
     """A module that holds fused blocks, or runs that are fused for it."""
 
-    def _rk_forward(self, original: Callable, args: tuple, kwargs: dict) -> Any:
-        state: FusedState | None = self.__dict__.get("_rk_state")
+    def _rk_forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        state: FusedState[ContainerPlan] | None = state_of(self)
         if state is None:
             return original(self, *args, **kwargs)
         like = args[0] if args else None
@@ -56,18 +59,17 @@ class FusedContainer(Fused):
         survey = None if self.training else _survey(self, state)
         with checked_calls.one_call(found), checked_calls.verified_below(survey):
             if fusible.is_plain_sequential(self):
-                y = _run_stage(self, state, value, Known(owned=value is not x))
+                y = _run_stage(self, state, value, BlockInput(owned=value is not x))
             else:
                 y = original(view_of(self, state) if state.plan.runs else self, value)
         return pytree.tree_map(_to_contiguous, y) if restore else y
 
 
-def _survey(module: nn.Module, state: FusedState) -> Survey:
+def _survey(module: nn.Module, state: FusedState[ContainerPlan]) -> Survey:
     if state.survey is None or not state.survey.is_current():
         owners = []
         for owner in module.modules():
-            if fused_module.is_fused(owner):
-                below = owner.__dict__["_rk_state"]
+            if (below := state_of(owner)) is not None:
                 recipes = [below.plan] if isinstance(below.plan, Recipe) else [*below.plan.runs.values()]
                 if recipes:
                     owners.append((owner, below, recipes))
@@ -75,10 +77,12 @@ def _survey(module: nn.Module, state: FusedState) -> Survey:
     return state.survey
 
 
-def _plain_call(module: nn.Module, state: FusedState, x: Any) -> dict[checked_calls.Question, str] | None:
+def _plain_call(
+    module: nn.Module, state: FusedState[ContainerPlan], x: Any
+) -> dict[checked_calls.Question, str] | None:
     """The backend of a call on an image batch, by the question that found it; None if the call has to run eager.
 
-    It has to while a tracer watches, in training on a backend without kernels for it, and after submodules changed.
+    It has to under a tracer, in training on a backend without kernels for it, and after submodules changed.
     """
     if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
         return None
@@ -108,12 +112,14 @@ def _to_contiguous(value: Any) -> Any:
     return value.contiguous() if isinstance(value, Tensor) and value.dim() == 4 else value
 
 
-def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) -> Any:
-    """nn.Sequential's forward, with runs in one call; what is known about a tensor goes along from block to block."""
+def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, known: BlockInput) -> Any:
+    """nn.Sequential's forward, with one call for each run, and with what each block knows of its input."""
     children = list(module._modules.items())
     while children:
         name, child = children.pop(0)
-        if (result := checked_calls.verified_program(child, x, known)) is not None:
+        if child is None:
+            raise TypeError("'NoneType' object is not callable")  # nn.Sequential's own
+        if (result := checked_calls.run_verified(child, x, known)) is not None:
             x, known = result
         elif name in state.plan.runs:
             x, known = call_run(module, name, state, x, known)
@@ -131,35 +137,39 @@ def _run_stage(module: nn.Module, state: FusedState, x: Tensor, known: Known) ->
     return x
 
 
-def _is_free_block(child: nn.Module | None) -> bool:
+def _is_free_block(child: nn.Module | None) -> TypeIs[FusedBlock]:
     return isinstance(child, FusedBlock) and not has_hooks(child) and "forward" not in child.__dict__
 
 
-def _together(children: list[nn.Module], x: Any, known: Known) -> list[tuple[Recipe, FusedState, Go]]:
+def _together(
+    children: Sequence[nn.Module | None], x: Any, known: BlockInput
+) -> list[tuple[Recipe, FusedState[Recipe], FusedRun]]:
     """The first blocks of a list that may run on a GPU as one, so that launches can reach from one into the next.
 
-    Empty where it isn't even one: it runs by itself then, as on the CPU, in training and under torch.compile. A hook keeps
-    its own block out, whether it is on the block or in it.
+    The list is empty where the first block runs by itself: on the CPU, in training, and under torch.compile. A hook on a
+    block or in it keeps that block out.
     """
-    together: list[tuple[Recipe, FusedState, Go]] = []
-    # Blocks in train() mode decide by themselves: asked here, they would only be asked twice.
-    if torch.compiler.is_compiling() or children[0].training or not eligibility.is_ordinary(x):
+    together: list[tuple[Recipe, FusedState[Recipe], FusedRun]] = []
+    # A block in train() mode decides by itself; asked here, it would only be asked twice.
+    if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
         return together
-    backend = children[0].__dict__["_rk_state"].backend
-    dtype = autocast_dtype(x) or x.dtype
-    if x.device.type == "cpu" and checked_calls.resolve(backend, x.device, dtype) in ("cpu", "eager"):
-        return together  # packed weights know one block at a time
     channels = None
     for child in children:
-        state = child.__dict__.get("_rk_state") if _is_free_block(child) else None
-        if state is None or (together and state.backend != together[0][1].backend):
+        state = state_of(child) if _is_free_block(child) else None
+        if child is None or state is None or child.training:
             break
-        go, _ = eligibility.decide(child, state.plan, state, x, known, channels)
-        if go is None or go.learns:
+        if not together:
+            dtype = autocast_dtype(x) or x.dtype
+            if x.device.type == "cpu" and checked_calls.resolve(state.backend, x.device, dtype) in ("cpu", "eager"):
+                break  # packed weights know one block at a time
+        elif state.backend != together[0][1].backend:
             break
-        together.append((state.plan, state, go))
-        known = Known(backend=(state.backend, go.backend))  # the next one gets what this one makes
-        channels = plan.out_channels(state.plan, go.wiring)
+        answer = eligibility.decide(child, state.plan, state, x, known, channels)
+        if isinstance(answer, Eager) or answer.learns:
+            break
+        together.append((state.plan, state, answer))
+        known = BlockInput(backend=(state.backend, answer.backend))  # the next block gets what this one makes
+        channels = plan.out_channels(state.plan, answer.live)
         if channels is None:
             break
     return together

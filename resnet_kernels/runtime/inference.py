@@ -1,35 +1,44 @@
 """Running recipes in inference: values in, values out, in the layout that eager would give.
 
-On the CPU executor.py does the work, a block at a time; elsewhere plan.py, a block or several that follow each other.
+On the CPU executor.py does the work, one block at a time. Elsewhere plan.py does, for a block or several in a row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graph.recipe import Recipe
+from ..graph.recipe import ContainerPlan, Recipe
 from ..ops import tuned_table
 from ..ops.dtypes import autocast_dtype
 from .cpu import executor
 from .gpu import plan as gpu_plan
 from .gpu.plan import Plan
-from .state import FusedState, Go, Known
+from .state import BlockInput, FusedRun, FusedState
 
 CHANNELS_LAST = torch.channels_last
-# Plans that a block keeps: detection models see many image sizes.
+# Plans that a block keeps. Detection models see many image sizes.
 _MOST_PLANS = 32
 
 
-def run_recipe(recipe: Recipe, state: FusedState, go: Go, x: Tensor, known: Known) -> tuple[Tensor, Known]:
-    """Runs a recipe on x, as `decide` has said that it may."""
-    return run_recipes([(recipe, state, go)], x, known)
+# A recipe, the state of the module that it is of, and how `decide` lets it run.
+Decided = tuple[Recipe, FusedState[Any], FusedRun]
 
 
-def run_recipes(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor, known: Known) -> tuple[Tensor, Known]:
-    """Runs blocks of one backend, each on the output of the one before it; on the CPU one at a time."""
+def run_recipes(blocks: Sequence[Decided], x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput]:
+    """Runs blocks on one backend, each on the previous block's output; on the CPU one at a time.
+
+    Args:
+        blocks: at least one.
+        x: the input of the first, (N, C, H, W).
+        known: what is known about x.
+
+    Returns:
+        The output in the layout that eager would give, and what is known about it.
+    """
     recipe, state, first = blocks[0]
     dtype = autocast_dtype(x)
     value = x if dtype is None else x.to(dtype)
@@ -37,38 +46,46 @@ def run_recipes(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor, know
     if not value.is_contiguous(memory_format=CHANNELS_LAST):
         value = value.contiguous(memory_format=CHANNELS_LAST)
         # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = all(conv.weight.is_contiguous() for _, _, go in blocks for conv in go.wiring.convs)
+        restore = all(conv.weight.is_contiguous() for _, _, run in blocks for conv in run.live.convs)
     if first.backend == "cpu" and value.shape[0] > 0:
         assert len(blocks) == 1, "packed blocks run one at a time"
         y, bound = executor.run(recipe, state, first, value, known.bound, known.owned or value is not x)
     else:
         bound = None
         if torch.compiler.is_compiling():
-            y = gpu_plan.run_traced(recipe, first.wiring, value, first.backend)
+            y = gpu_plan.run_traced(recipe, first.live, value, first.backend)
         else:
             y = _plan(blocks, value).run(value, first.backend)
-    # Only a channels_last tensor may go to the next block unasked.
-    return (y.contiguous(), Known(True, bound)) if restore else (y, Known(True, bound, (state.backend, first.backend)))
+    # Only a channels_last tensor may go to the next block without a check.
+    if restore:
+        return y.contiguous(), BlockInput(True, bound)
+    return y, BlockInput(True, bound, (state.backend, first.backend))
 
 
-def run_images(recipe: Recipe, state: FusedState, go: Go, x: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Runs a stem on images of any layout, still to be normalised if `state` says so; None where no kernel does that.
+def run_images(
+    recipe: Recipe, state: FusedState[ContainerPlan], run: FusedRun, x: Tensor, dtype: torch.dtype
+) -> Tensor | None:
+    """Runs a stem on images of any layout, and normalizes them if `state` says so; None where no kernel does that.
 
-    dtype: that is computed in.
+    Args:
+        recipe: of the stem.
+        state: of the container.
+        run: how `decide` lets it run.
+        x: (N, 3, H, W).
+        dtype: of the computation.
     """
     like = torch.empty((), dtype=dtype, device=x.device).expand(x.shape)
-    return _plan([(recipe, state, go)], like).run_images(x, state.normalize)
+    return _plan([(recipe, state, run)], like).run_images(x, state.normalize)
 
 
-def _plan(blocks: Sequence[tuple[Recipe, FusedState, Go]], x: Tensor) -> Plan:
-    """The plan for x, kept by the first block: made anew when modules, their settings or measured tables are others."""
-    recipes, states, gos = zip(*blocks)
-    wirings = [go.wiring for go in gos]
-    plans = states[0].plans
-    key = recipes[0].modules, len(blocks), x.shape, x.dtype, x.device, gos[0].backend, tuned_table.generation()
-    plan = plans.get(key)
-    if plan is None or not plan.is_of(wirings):
-        if len(plans) >= _MOST_PLANS:
-            plans.clear()
-        plan = plans[key] = Plan(wirings, recipes, states, x, gos[0].backend)
+def _plan(blocks: Sequence[Decided], x: Tensor) -> Plan:
+    """The plan for x. The first block keeps it, until a module, a setting or a measured table changes."""
+    recipe, state, run = blocks[0]
+    modules = [block[2].live for block in blocks]
+    key = recipe.modules, len(blocks), x.shape, x.dtype, x.device, run.backend, tuned_table.generation()
+    plan = state.plans.get(key)
+    if plan is None or not plan.is_of(modules):
+        if len(state.plans) >= _MOST_PLANS:
+            state.plans.clear()
+        plan = state.plans[key] = Plan(modules, [b[0] for b in blocks], [b[1] for b in blocks], x, run.backend)
     return plan

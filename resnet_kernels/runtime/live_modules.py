@@ -1,19 +1,23 @@
-"""The live modules behind a recipe: which they are now, and what about them keeps a call from being fused."""
+"""The live modules behind a recipe: their identity now, and what about them keeps a call from being fused."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ..graph import fusible
-from ..graph.recipe import CallStep, ConvStep, NormStep, Recipe
+from ..graph.recipe import CallStep, ConvStep, Recipe, Step
+from .parts import CallPart, ConvPart, NormPart, Part
 
 
 def child_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path, None if it is gone."""
+    """The submodule at a dotted path; None if it is gone."""
+    found: nn.Module | None = module
     for name in path.split("."):
-        module = module._modules.get(name) if module is not None else None
-    return module
+        found = None if found is None else found._modules.get(name)
+    return found
 
 
 _HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -34,10 +38,10 @@ def has_global_hooks() -> bool:
     )
 
 
-class Wiring:
-    """The live modules behind a recipe's paths: looked up once, checked by identity in each call, list against list."""
+class LiveModules:
+    """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
-    __slots__ = ("children", "classes", "convs", "dicts", "names", "registries", "steps", "widths", "with_modes")
+    __slots__ = ("children", "classes", "convs", "dicts", "names", "parts", "registries", "widths", "with_modes")
 
     def __init__(self, module: nn.Module, recipe: Recipe):
         members = _members(module, recipe)
@@ -50,31 +54,33 @@ class Wiring:
         self.with_modes = [
             c for c in self.children if fusible.is_batch_norm(c) or (fusible.is_quiet(c) and type(c) is not nn.Identity)
         ]
-        self.steps = [(step, *_modules_of(module, step)) for step in recipe.steps]
-        self.convs = [conv for step, conv, _ in self.steps if isinstance(step, ConvStep)]
+        self.parts = [_part(module, step) for step in recipe.steps]
+        self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
         # Channels that the block's input has to have: with others, eager has its own error to raise.
         self.widths = {
-            conv.in_channels if isinstance(step, ConvStep) else bn.running_mean.numel()
-            for step, conv, bn in self.steps
-            if not isinstance(step, CallStep) and step.x == 0
+            part.conv.in_channels if isinstance(part, ConvPart) else part.bn.running_mean.numel()  # type: ignore[union-attr]  # why_not_bn: there are running statistics
+            for part in self.parts
+            if not isinstance(part, CallPart) and part.step.x == 0
         }
 
     def is_of(self, module: nn.Module) -> bool:
+        """Whether these are the children of this very module, and not those of the one that it is a replica of."""
         return self.registries[0][0] is module._modules
 
     def is_current(self) -> bool:
+        """Whether every module is still in its place, under its class."""
         # Comparing lists of modules compares identities: nn.Module has no __eq__.
         return [*map(type, self.children)] == self.classes and all(
             [*registry.values()] == children for registry, children in self.registries
         )
 
     def why_not_now(self) -> str | None:
-        """What keeps these modules from being fused in inference at this moment: a hook, a forward of their own, train()."""
+        """The reason why the modules do not run fused in inference now: a hook, a forward of their own, train()."""
         mode = self.in_training()
         return self.why_not_at_all() or (f"{mode} is in train() mode" if mode else None)
 
     def why_not_at_all(self) -> str | None:
-        """What keeps them from it in training as well: a hook, a forward of their own."""
+        """The reason why they run fused neither in inference nor in training: a hook, a forward of their own."""
         for i, d in enumerate(self.dicts):
             if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
                 return f"a hook on {self.names[i]} has to fire"
@@ -90,7 +96,7 @@ class Wiring:
         return None
 
     def why_not_trained(self) -> str | None:
-        """What is in train() mode and has no kernel for it: statistics of several processes, dropout."""
+        """The module in train() mode that has no kernel for it: a BN over several processes, or dropout."""
         for child in self.with_modes:
             if child.training and type(child) is nn.SyncBatchNorm:
                 return f"{self.names[self.children.index(child)]} is a SyncBatchNorm, whose statistics are of all processes"
@@ -99,12 +105,12 @@ class Wiring:
         return None
 
     def needs_gradients(self) -> bool:
-        """Whether one of the tensors that the steps read wants a gradient."""
-        return any(needs_gradient(child) for _, conv, bn in self.steps for child in (conv, bn))
+        """Whether a weight or a bias that the steps read wants a gradient."""
+        return any(needs_gradient(module) for part in self.parts for module in part[1:3] if not isinstance(module, str))
 
     def norms_need_gradients(self) -> bool:
         """Whether a BN's weight or bias wants a gradient."""
-        return any(needs_gradient(bn) for _, _, bn in self.steps)
+        return any(not isinstance(part, CallPart) and needs_gradient(part.bn) for part in self.parts)
 
 
 def needs_gradient(child: nn.Module | None) -> bool:
@@ -116,18 +122,19 @@ def needs_gradient(child: nn.Module | None) -> bool:
     )
 
 
-def _modules_of(module: nn.Module, step: ConvStep | NormStep | CallStep) -> tuple[nn.Module | None, nn.Module | None]:
-    """(the convolution, or what a CallStep calls; the BN) of a step."""
+def _part(module: nn.Module, step: Step) -> Part:
+    # What is at a path is of the class that `wire` compared.
     if isinstance(step, CallStep):
-        return child_at(module, step.what) if step.is_module else None, None
-    conv = child_at(module, step.conv) if isinstance(step, ConvStep) else None
-    return conv, None if step.bn is None else child_at(module, step.bn)
+        return CallPart(step, child_at(module, step.what) if step.is_module else None)
+    bn: Any = None if step.bn is None else child_at(module, step.bn)
+    conv: Any = child_at(module, step.conv) if isinstance(step, ConvStep) else None
+    return ConvPart(step, conv, bn) if isinstance(step, ConvStep) else NormPart(step, bn)
 
 
 def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
-    """(name, child) of everything a recipe depends on: all of a block, but only its own members for a run."""
+    """(name, child) of everything that a recipe depends on: all of a block, but only its members for a run."""
     if not recipe.whole:
-        return [(name, module._modules[name]) for name in recipe.modules]
+        return [(name, child) for name in recipe.modules if (child := module._modules[name]) is not None]
     members = []
     for name, child in module._modules.items():
         if child is not None:
@@ -137,11 +144,13 @@ def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
     return members
 
 
-def wire(module: nn.Module, recipe: Recipe) -> Wiring | str:
-    """Looks a recipe's modules up; the reason, if they no longer are what the recipe was read from."""
+def wire(module: nn.Module, recipe: Recipe) -> LiveModules | str:
+    """Looks a recipe's modules up; returns a reason if they no longer are what the recipe was read from."""
     if recipe.whole:
         same = fusible.signature(module) == recipe.signature
     else:
-        children = ((name, module._modules.get(name)) for name in recipe.modules)
-        same = tuple((name, fusible.original_class(child)) for name, child in children) == recipe.signature
-    return Wiring(module, recipe) if same else "its submodules changed after it was fused: call fuse_ again"
+        children = [(name, module._modules.get(name)) for name in recipe.modules]
+        same = recipe.signature == tuple(
+            (name, type(None) if child is None else fusible.original_class(child)) for name, child in children
+        )
+    return LiveModules(module, recipe) if same else "its submodules changed after it was fused: call fuse_ again"

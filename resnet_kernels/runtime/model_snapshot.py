@@ -1,9 +1,10 @@
-"""Watch: has anything about a model changed but the values of its tensors?"""
+"""A snapshot of a model that reveals every change but that of its tensors' values."""
 
 from __future__ import annotations
 
 import os
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +16,13 @@ from .live_modules import has_global_hooks
 
 
 class Watch:
-    """All that a CUDA graph of a model takes for granted, and whether it still holds.
+    """Everything that a CUDA graph of a model relies on, apart from the values of tensors.
 
-    Values aside: which modules, parameters and buffers there are, of which class, at which address, with which attributes
-    (modes, eps, strides, a fused module's plan), whether there are hooks, and the settings of PyTorch and of ours that decide
-    which kernels run. Attributes that are changed inside, a list's elements, go unseen.
+    These are the modules, parameters and buffers with their classes, addresses and attributes (modes, eps, strides, a fused
+    module's plan), the absence of hooks, and the settings of PyTorch and of ours that decide which kernels run. A change
+    inside an attribute, such as a list's element, goes unseen.
 
-    It holds on to the memory of the tensors, so that no address can come back as another's.
+    The snapshot keeps the memory of the tensors, so that no address can be another tensor's later.
     """
 
     def __init__(self, model: nn.Module):
@@ -29,9 +30,9 @@ class Watch:
         self._classes = [*map(type, self._modules)]
         self._attributes = [module.__dict__ for module in self._modules]
         self._attributes_then = [dict(attributes) for attributes in self._attributes]
-        registries = [r for m in self._modules for r in (m._parameters, m._buffers, m._modules)]
+        registries: list[dict[str, Any]] = [r for m in self._modules for r in (m._parameters, m._buffers, m._modules)]
         self._registries = [registry for registry in registries if registry]
-        self._empty = [registry for registry in registries if not registry]
+        self._empty: list[dict[Any, Any]] = [registry for registry in registries if not registry]
         self._empty += [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._members = [*chain.from_iterable(map(dict.values, self._registries))]
         self._ids = [*map(id, self._members)]
@@ -43,7 +44,7 @@ class Watch:
         self._settings = _settings()
 
     def is_current(self) -> bool:
-        """Whether all of it is as it was. It takes the host as long as a small network takes a GPU."""
+        """Whether nothing has changed. The check takes the host as long as a small network takes a GPU."""
         try:
             same_attributes = self._attributes == self._attributes_then
         except (RuntimeError, ValueError):
@@ -60,13 +61,13 @@ class Watch:
         )
 
 
-def _settings() -> tuple:
-    """What else decides which kernels run."""
+def _settings() -> tuple[object, ...]:
+    """The settings that decide which kernels run."""
     return (
         os.environ.get(ENVIRONMENT_VARIABLE),
         tuned_table.generation(),
         torch.backends.cudnn.enabled,
-        torch.backends.cudnn.conv.fp32_precision,
+        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # PyTorch's stubs lack it
         torch.backends.cuda.matmul.fp32_precision,
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from ...graph.recipe import CallStep, ConvStep, NormStep
 from ...ops.conv_candidates import ConvProblem
-from ...runtime.bn import scale_shift
 from ...runtime.gpu import multi_layer, plan
 from ...runtime.gpu.constants import Constants
 from ...runtime.gpu.multi_layer import APART, Link, LinkProblem, Stem, StemProblem
-from ...runtime.gpu.parts import Part
+from ...runtime.parts import CallPart, ConvPart, NormPart, Part, scale_shift
 from .autotuner import Problem
 from .random_operands import Draw, output_shape, random_conv, random_norm
 
@@ -32,9 +31,9 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
     for role, conv in convs.items():
         residual = None if role != "conv3" else projected if asked.shortcut else 1
         step = ConvStep(role, None, conv.relu, reads[role], makes[role], residual)
-        parts[role] = Part(step, random_conv(conv, draw), None)
+        parts[role] = ConvPart(step, random_conv(conv, draw), None)
     if asked.norm:
-        parts["norm"] = Part(NormStep("norm", True, y, normed), None, random_norm(asked.conv3.weight_shape[0], draw))
+        parts["norm"] = NormPart(NormStep("norm", True, y, normed), random_norm(asked.conv3.weight_shape[0], draw))
     inputs = {
         0: (asked.conv2 or asked.conv3).x_shape(batch),
         1: asked.shortcut.x_shape(batch) if asked.shortcut else output_shape(asked.conv3, batch),
@@ -46,10 +45,10 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
 
 def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
     """A network's first convolution and its max-pool."""
-    conv = Part(ConvStep("conv", None, asked.conv.relu, 0, 1), random_conv(asked.conv, Draw(dtype, device)), None)
+    conv = ConvPart(ConvStep("conv", None, asked.conv.relu, 0, 1), random_conv(asked.conv, Draw(dtype, device)), None)
     kernel_size, stride, padding, dilation, ceil_mode = asked.window
     pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
-    parts = Stem(conv, Part(CallStep("pool", True, (1,), 2), pool, None)).parts
+    parts = Stem(conv, CallPart(CallStep("pool", True, (1,), 2), pool)).parts
     inputs = {0: asked.conv.x_shape(batch)}
     return _problem_of_parts(asked, parts, {1: asked.conv}, inputs, [2], batch, dtype, device, calls)
 
@@ -87,14 +86,19 @@ def _problem_of_parts(
     def run(link: Link | Stem | None, backend: str, values: dict, vectors: dict) -> tuple[Tensor, ...]:
         own = parts
         if values[0].dtype == torch.float64:
-            own = [part if part.bn is None else part._replace(bn=copy.deepcopy(part.bn).double()) for part in parts]
+            own = [
+                part._replace(bn=copy.deepcopy(part.bn).double()) if isinstance(part, NormPart) else part
+                for part in parts
+            ]
         chosen = {} if link is None else {part.step.out: link for part in link.parts}
         norms = {
-            part.step.out: Constants(*scale_shift(None, part.bn)) for part in own if part.step.out in chosen and part.bn
+            part.step.out: Constants(*scale_shift(None, part.bn))
+            for part in own
+            if part.step.out in chosen and isinstance(part, NormPart)
         }
         values, vectors = dict(values), vectors | norms
         for launch in plan.in_order(own, chosen):
-            launch.run(launch.what, values, vectors, backend)
+            launch.run(values, vectors, backend)
         return tuple(values[value] for value in results)
 
     def truth(values: dict, vectors: dict) -> tuple[Tensor, ...]:

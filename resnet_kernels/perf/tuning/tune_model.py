@@ -25,8 +25,9 @@ from ...fusion.text_table import table
 from ...graph import fusible
 from ...ops import cudnn, tuned_table
 from ...ops.dtypes import autocast_dtype
-from ...runtime import eligibility, fused_module
+from ...runtime import eligibility
 from ...runtime.gpu import multi_layer
+from ...runtime.state import state_of, states_in
 from . import autotuner, problems, table_file
 from .autotuner import Problem
 
@@ -230,7 +231,7 @@ def _check(model: object, x: object, training: bool, seconds: float | None) -> N
 
 
 def _why_nothing(model: nn.Module, x: Tensor) -> str | None:
-    backends = {m.__dict__["_rk_state"].backend for m in model.modules() if fused_module.is_fused(m)}
+    backends = {state.backend for state in states_in(model)}
     if not backends:
         return "no block of this model is fused; rk.fuse fuses it, rk.explain says what can't be"
     if "auto" not in backends:
@@ -242,7 +243,7 @@ def _why_nothing(model: nn.Module, x: Tensor) -> str | None:
 
 def _dtype(model: nn.Module, x: Tensor) -> torch.dtype:
     """The dtype that the model's convolutions compute x in."""
-    state = model.__dict__.get("_rk_state")
+    state = state_of(model)
     if state is not None and state.normalize is not None:
         x = next(p for p in model.parameters() if p.is_floating_point())
     return autocast_dtype(x) or x.dtype

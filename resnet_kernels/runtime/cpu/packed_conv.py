@@ -1,6 +1,6 @@
-"""BN as a scale and a shift, and the packed weights that oneDNN wants, with what makes them stale.
+"""The packed weights that oneDNN wants, and the changes that make them stale.
 
-On a GPU nothing folded is kept but of a frozen model: plan.py reads the live tensors in each call. oneDNN has no
+On a GPU nothing folded is kept, except for a frozen model: plan.py reads the live tensors in each call. oneDNN has no
 per-channel scale, so on the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to
 notice every change of its sources. A version counter is not enough: fused optimizers, BN's own running statistics,
 `p.data.mul_()` and NumPy write under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and
@@ -12,15 +12,16 @@ from __future__ import annotations
 
 import math
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ...graph.fusible import BatchNorm
 from ...kernels.geometry import Geometry
 from ...ops import onednn, reference
 from ...ops.library import is_dense
-from ..bn import scale_shift
+from ..parts import scale_shift, settings
 
 # Each sample is a cache miss, and 16 of them see every change of a whole tensor.
 _SAMPLES = 16
@@ -33,7 +34,7 @@ class SizedConv(NamedTuple):
     """A packed convolution for inputs of one size. weight: None where folding has overflowed."""
 
     geometry: Geometry
-    arguments: tuple
+    arguments: tuple[Any, ...]
     weight: Tensor | None
     for_aten: bool
 
@@ -67,10 +68,10 @@ class PackedConv:
         "bias",
     )
 
-    def __init__(self, conv: nn.Conv2d, bn: nn.Module | None, x: Tensor):
+    def __init__(self, conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor):
         dtype = x.dtype
         self._conv, self._bn = conv, bn
-        self._settings = _settings(conv, bn)
+        self._settings = settings(conv, bn)
         self._dtype = dtype
         self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
         if bn is not None:
@@ -81,7 +82,7 @@ class PackedConv:
         weight = self._folded(scale)
         self.bias = onednn.as_bias(shift, dtype)
         self._gain = weight.float().abs().sum((1, 2, 3)).max().item()
-        self._offset = 0.0 if shift is None else self.bias.float().abs().max().item()
+        self._offset = 0.0 if self.bias is None else self.bias.float().abs().max().item()
         self._unfolded = None
         if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
             self._unfolded = conv.weight.detach().to(dtype), shift, scale
@@ -108,6 +109,11 @@ class PackedConv:
         """The convolution of an input of this shape, packed now if the size is new; None where there are too many layouts."""
         sized = self._sizes.get((shape, torch.get_num_threads()))
         return self._add(shape) if sized is None else sized
+
+    def _at(self, shape: torch.Size) -> SizedConv:
+        sized = self.at(shape)
+        assert sized is not None  # `fits` has said so
+        return sized
 
     def _add(self, shape: torch.Size, folded: Tensor | None = None) -> SizedConv | None:
         geometry = Geometry.of_module(self._conv, shape[2:])
@@ -145,18 +151,18 @@ class PackedConv:
             layout = onednn.note_layout(problem, weight)
         return layout, weight
 
-    def is_of(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+    def is_of(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
         return (
             conv is self._conv
             and bn is self._bn
-            and _settings(conv, bn) == self._settings
+            and settings(conv, bn) == self._settings
             and all(map(operator.is_, [registry.get(name) for registry, name in self._places], self._sources))
         )
 
-    def is_unchanged(self, conv: nn.Conv2d, bn: nn.Module | None) -> bool:
+    def is_unchanged(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether the packed copies still are what conv and bn say."""
-        if conv is not self._conv or bn is not self._bn or _settings(conv, bn) != self._settings:
+        if conv is not self._conv or bn is not self._bn or settings(conv, bn) != self._settings:
             return False
         for registry, name, source, pointer, version, live, then in self._watched:
             if registry.get(name) is not source:
@@ -174,11 +180,13 @@ class PackedConv:
         """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
         return self._gain * x_bound + (self._offset if offset is None else offset)
 
-    def out_shape(self, x_shape: torch.Size, geometry: Geometry) -> torch.Size:
-        return torch.Size(geometry.out_shape(x_shape, self._conv.weight.shape))
+    def out_shape(self, x_shape: torch.Size) -> torch.Size:
+        """The output's shape for an input that it `fits`."""
+        return torch.Size(self._at(x_shape).geometry.out_shape(x_shape, self._conv.weight.shape))
 
-    def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple:
-        """What `__call__` comes down to where oneDNN's ReLU is safe; see onednn.call."""
+    def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple[Any, ...]:
+        """The one call of oneDNN that `__call__` makes where oneDNN's ReLU is safe; see onednn.call."""
+        assert sized.weight is not None  # it is one call
         return onednn.call(sized.weight, self.bias, residual is not None, sized.arguments, relu, overwrite_residual)
 
     def __call__(
@@ -188,18 +196,15 @@ class PackedConv:
 
         See onednn.run.
         """
-        sized = self.at(x.shape)
+        sized = self._at(x.shape)
         if self._unfolded is not None:
             weight, shift, scale = self._unfolded
             return reference.conv_bias_act(x, weight, shift, residual, scale, sized.geometry, relu)
+        assert sized.weight is not None
         if sized.for_aten:
             return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
         x = reference.pad_if_asymmetric(x, sized.geometry)
         return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
-
-
-def _settings(conv: nn.Conv2d, bn: nn.Module | None) -> tuple:
-    return conv.stride, conv.padding, conv.dilation, None if bn is None else bn.eps
 
 
 def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:
@@ -222,7 +227,7 @@ def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
     if not is_dense(tensor):
         return None
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    memory = memoryview(tensor.as_strided((tensor.numel(),), (1,)).view(integer).numpy())
+    memory = tensor.as_strided((tensor.numel(),), (1,)).view(integer).numpy().data
     if samples is None or tensor.numel() <= samples:
         return memory
     step = tensor.numel() // samples

@@ -18,20 +18,19 @@ _MOST_PROGRAMS = 256
 
 
 class Copies:
-    """All that was made from a fused module's weights. It is dropped as a whole, so whoever holds it knows by identity
-    whether copies still hold.
+    """Everything that was made from a fused module's weights. It is dropped as a whole, so identity shows whether it holds.
 
-    packs: by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, and the number of threads.
-    Both are the CPU's; what a frozen module has elsewhere is reached by `first`.
+    packs: packed weights by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, and the
+    number of threads. Both are the CPU's. On other devices a frozen module's copies are reached by `first`.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.packs: dict[str, PackedConv] = {}
-        self.programs: dict[tuple, PackedProgram] = {}
-        self._first: dict[tuple, tuple[tuple, Any]] = {}
+        self.programs: dict[tuple[Any, ...], PackedProgram] = {}
+        self._first: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 
-    def first(self, key: tuple, sources: tuple, make: Callable[[], Any]) -> Any:
-        """What `make` made of these very sources under this key at first, whatever is in them now."""
+    def first(self, key: tuple[Any, ...], sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """The first result of `make` for this key and these very source objects, whatever is in them now."""
         found = self._first.get(key)
         if found is None or any(a is not b for a, b in zip(found[0], sources)):
             found = self._first[key] = sources, make()
@@ -58,39 +57,43 @@ class Copies:
         return program
 
 
-def _program_key(recipe: Recipe, x: Tensor) -> tuple:
+def _program_key(recipe: Recipe, x: Tensor) -> tuple[Any, ...]:
     return recipe.modules, x.shape, x.dtype, torch.get_num_threads()
 
 
 class PackedProgram:
-    """A recipe on oneDNN as a flat list of calls: what is left of the host's work once nothing has changed; for one size.
+    """A recipe as a flat list of oneDNN calls for one size of the input: the least work for a call in which nothing changed.
 
     Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
-    oneDNN's own ReLU is safe in all steps. Without entries where a step needs more than one call.
+    oneDNN's own ReLU is safe in all steps. There are no entries where a step needs more than one call.
     """
 
     def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
         self._result = recipe.result
-        self.entries: list[list[tuple]] = []  # for an input that is not ours to write over, and for one that is
+        self.entries: list[
+            list[tuple[Any, ...]]
+        ] = []  # for an input that must not be written over, and for one that may
         shapes, sized = {0: x.shape}, {}
-        for step in recipe.steps:
-            if not isinstance(step, ConvStep):
+        steps = [step for step in recipe.steps if isinstance(step, ConvStep)]
+        if len(steps) < len(recipe.steps):
+            return
+        for step in steps:
+            conv = packs[step.conv].at(shapes[step.x])
+            if conv is None or not conv.is_one_call:
                 return
-            sized[step.out] = packs[step.conv].at(shapes[step.x])
-            if sized[step.out] is None or not sized[step.out].is_one_call:
-                return
-            shapes[step.out] = packs[step.conv].out_shape(shapes[step.x], sized[step.out].geometry)
+            sized[step.out] = conv
+            shapes[step.out] = packs[step.conv].out_shape(shapes[step.x])
             if step.residual is not None and shapes[step.residual] != shapes[step.out]:
                 return  # an add that broadcasts
         self.entries = [
             [
                 (step, *packs[step.conv].call(sized[step.out], step.residual, step.relu, self._overwrites(step, owned)))
-                for step in recipe.steps
+                for step in steps
             ]
             for owned in (False, True)
         ]
         bounds = {0: (1.0, 0.0)}
-        for step in recipe.steps:
+        for step in steps:
             pack, (slope, constant) = packs[step.conv], bounds[step.x]
             more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
             bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
@@ -102,12 +105,15 @@ class PackedProgram:
         return step.overwrites_residual and (step.residual != 0 or owned)
 
     def is_safe(self, bound: float) -> bool:
+        """Whether no step overflows on an input within this bound."""
         return onednn.is_safe(self._largest[0] * bound + self._largest[1])
 
     def result_bound(self, bound: float) -> float:
+        """A bound on the output, for an input within `bound`."""
         return self._bound[0] * bound + self._bound[1]
 
     def __call__(self, x: Tensor, owned: bool, path: str) -> Tensor:
+        """Runs all calls on x. owned: it may be written over. path: of the module, for profilers."""
         values = {0: x}
         del x
         for step, function, swapped, arguments in profiler_ranges.around(self.entries[owned], path):

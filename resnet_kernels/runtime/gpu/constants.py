@@ -1,11 +1,10 @@
-"""What a plan's launches read besides activations: scales and shifts, and the weights that have to be copied.
+"""Constants: the tensors that a plan's launches read besides activations. They are scales, shifts and copied weights.
 
-All of it is made in each call from the live tensors, so that nothing can go stale, in two launches whatever the network: one
-writes all scales and shifts (kernels/bn_scale_shift.py), the other all weights that get their scale, or that cuDNN can't read
-as they are (kernels/fold_weights.py). Both are as good in a CUDA graph. Where a kernel can't take a tensor, PyTorch does the
-same.
+Each call makes them from the live tensors, so that nothing can go stale. That takes two launches whatever the network: one
+writes all scales and shifts (kernels/bn_scale_shift.py), the other all weights that get their scale or that cuDNN cannot read
+as they are (kernels/fold_weights.py). Both work in a CUDA graph. Where a kernel cannot take a tensor, PyTorch does the same.
 
-Of frozen modules it is made once and kept: frozen_constants.py.
+The constants of frozen modules are made once and kept: frozen_constants.py.
 """
 
 from __future__ import annotations
@@ -16,16 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from ...ops import backends
-from ..bn import scale_shift
+from ..parts import ConvPart, NormPart, scale_shift
 from .forms import Form, needs_copy
-from .parts import Part
+
+# What has constants: a convolution, or a BN in a link.
+Layer = ConvPart | NormPart
 
 
 class Constants(NamedTuple):
-    """A layer's scale and shift, (C,), and its weight: None stands for the module's own, in the dtype of the call.
+    """A layer's scale and shift, (C,), and its weight. None stands for the module's own weight, in the dtype of the call.
 
-    Without a BN the shift is the convolution's bias. With BN in the weight there is no scale, and the shift is in the weight's
-    dtype.
+    Without a BN the shift is the convolution's bias. With the scale in the weight there is no scale, and the shift has the
+    weight's dtype.
     """
 
     scale: Tensor | None
@@ -37,31 +38,37 @@ class LiveConstants:
     """The constants of a plan's layers.
 
     Args:
-        parts: convolutions, and BNs that are part of a link.
+        layers: convolutions, and BNs that are part of a link.
         in_form: the forms of convolutions (forms.py), by the value that each makes.
         dtype: of the call.
     """
 
-    def __init__(self, parts: list[Part], in_form: dict[int, Form], dtype: torch.dtype):
-        self.layers, self.dtype, self.forms = parts, dtype, in_form
+    def __init__(self, layers: list[Layer], in_form: dict[int, Form], dtype: torch.dtype):
+        self.layers, self.dtype, self.forms = layers, dtype, in_form
         # A projection's bias goes into another layer's, so its place has to be among the shifts.
         added = {form.adds for form in in_form.values() if form.folds}
-        self._bare = [part for part in parts if part.bn is None and not _shift_is_read(part, in_form, added)]
-        self._parts = [part for part in parts if part.bn is not None or _shift_is_read(part, in_form, added)]
-        self._on_cudnn = [part for part in parts if part.step.out in in_form and in_form[part.step.out].on_cudnn]
+        self._bare = [
+            part
+            for part in layers
+            if isinstance(part, ConvPart) and part.bn is None and not _shift_is_read(part, in_form, added)
+        ]
+        self._parts = [part for part in layers if part.bn is not None or _shift_is_read(part, in_form, added)]
+        self._on_cudnn = [
+            part for part in layers if isinstance(part, ConvPart) and _on_cudnn(in_form.get(part.step.out))
+        ]
         # Looked up in each call, past nn.Module's own lookup, which takes ten times as long.
         self._sources = [source for part in self._parts for source in _sources(part)]
         self.norms: Any = None
         self.weights: Any = None
-        self._copied: list[Part] = []
+        self._copied: list[ConvPart] = []
 
-    def has_vectors(self, part: Part) -> bool:
+    def has_vectors(self, part: Layer) -> bool:
         """Whether a scale or a shift is made for a part; if not, a kernel reads the convolution's own bias."""
         return part not in self._bare
 
     @property
-    def tables(self) -> tuple:
-        """What the launches read besides the model's own tensors: whoever replays them has to keep it."""
+    def tables(self) -> tuple[Any, ...]:
+        """What the launches read besides the model's own tensors. Whoever replays them has to keep it."""
         return self.norms, self.weights
 
     def read(self) -> dict[int, Constants]:
@@ -73,14 +80,14 @@ class LiveConstants:
 
     def vectors(self) -> tuple[dict[int, Constants], tuple[Tensor, Tensor] | None]:
         """All constants but weights; and the scales and shifts of all layers as two tensors, if one launch wrote them."""
-        found = {part.step.out: Constants(None, part.child.bias) for part in self._bare}
+        found = {part.step.out: Constants(None, part.conv.bias) for part in self._bare}
         flat = None
         if self._parts:
             flat, vectors = self._scales_and_shifts()
             found.update((part.step.out, Constants(*pair)) for part, pair in zip(self._parts, vectors))
         return found, flat
 
-    def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor, Tensor]]]:
+    def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor | None, Tensor | None]]]:
         """The scales and shifts of all parts, in one launch: flat, if it was one, and by part."""
         tensors = [registry[name] for registry, name in self._sources]
         eps = tuple([0.0 if part.bn is None else part.bn.eps for part in self._parts])
@@ -101,7 +108,7 @@ class LiveConstants:
 
     def _copy_weights(self, found: dict[int, Constants], flat: tuple[Tensor, Tensor] | None) -> None:
         """Puts the weights that are folded, cast or laid out anew into `found`, in one launch where it takes them all."""
-        if self.weights is None or not self.weights.is_of([part.child.weight for part in self._copied]):
+        if self.weights is None or not self.weights.is_of([part.conv.weight for part in self._copied]):
             self.weights, self._copied = self._table_of_weights(flat is not None)
         # A projection's shift is read by two.
         before = dict(found)
@@ -113,19 +120,20 @@ class LiveConstants:
         for part in self._on_cudnn:
             form = self.forms[part.step.out]
             if form.folds and part not in self._copied:
-                weight = scaled_weight(part.child.weight, before[part.step.out].scale, self.dtype)
+                weight = scaled_weight(part.conv.weight, before[part.step.out].scale, self.dtype)
                 found[part.step.out] = Constants(None, folded_bias(part, form, before, self.dtype), weight)
 
-    def _table_of_weights(self, by_kernel: bool) -> tuple[Any, list[Part]]:
+    def _table_of_weights(self, by_kernel: bool) -> tuple[Any, list[ConvPart]]:
         """The table of the weights that are copied, and whose they are; (None, []) where there are none."""
-        if not _on_triton(self._on_cudnn[0].child.weight.device):
+        if not _on_triton(self._on_cudnn[0].conv.weight.device):
             return None, []
         from ...kernels import fold_weights
 
         starts = dict(zip((part.step.out for part in self._parts), self.norms.starts)) if by_kernel else {}
-        layers, copied = [], []
+        layers: list[fold_weights.Layer] = []
+        copied: list[ConvPart] = []
         for part in self._on_cudnn:
-            form, weight = self.forms[part.step.out], part.child.weight
+            form, weight = self.forms[part.step.out], part.conv.weight
             folds = form.folds and by_kernel
             if not (folds or (needs_copy(weight, self.dtype) and not form.folds)):
                 continue
@@ -136,27 +144,32 @@ class LiveConstants:
             layers.append(
                 fold_weights.Layer(
                     weight.detach(), at if has_scale else None, None if form.bare else at,
-                    starts.get(form.adds) if folds else None,
+                    starts.get(form.adds) if folds and form.adds is not None else None,
                 )
             )  # fmt: skip
             copied.append(part)
         return (fold_weights.Table(layers, self.dtype) if layers else None), copied
 
 
-def _shift_is_read(part: Part, in_form: dict[int, Form], added: set[int | None]) -> bool:
+def _on_cudnn(form: Form | None) -> bool:
+    return form is not None and form.on_cudnn
+
+
+def _shift_is_read(part: Layer, in_form: dict[int, Form], added: set[int | None]) -> bool:
     """Whether a convolution without a BN has a bias that goes into a folded one, its own or that of the one that adds it."""
     form = in_form.get(part.step.out)
     folds = form is not None and form.folds
-    return part.bn is None and _bias(part) is not None and (part.step.out in added or folds)
+    return part.bn is None and bias_of(part) is not None and (part.step.out in added or folds)
 
 
-def _sources(part: Part) -> list[tuple[dict[str, Any], str]]:
+def _sources(part: Layer) -> list[tuple[dict[str, Any], str]]:
     """Where a part's (weight, bias, running_mean, running_var, conv_bias) are found in each call."""
-    places = [(part.bn, name) for name in ("weight", "bias", "running_mean", "running_var")] + [(part.child, "bias")]
+    bn_places = [(part.bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
+    places = [*bn_places, (part.conv if isinstance(part, ConvPart) else None, "bias")]
     return [_NOTHING if module is None else (_registry(module, name), name) for module, name in places]
 
 
-_NOTHING = ({"nothing": None}, "nothing")
+_NOTHING: tuple[dict[str, Any], str] = ({"nothing": None}, "nothing")
 
 
 def _registry(module: nn.Module, name: str) -> dict[str, Any]:
@@ -165,16 +178,17 @@ def _registry(module: nn.Module, name: str) -> dict[str, Any]:
     return next(registry for registry in registries if name in registry)
 
 
-def _bias(part: Part) -> Tensor | None:
-    return None if part.child is None else part.child.bias
+def bias_of(part: Layer) -> Tensor | None:
+    """The bias of a layer's convolution."""
+    return part.conv.bias if isinstance(part, ConvPart) else None
 
 
 def _on_triton(device: torch.device) -> bool:
     return backends.why_not_on("triton", device, torch.float32) is None
 
 
-def _by_pytorch(part: Part) -> tuple[Tensor | None, Tensor | None]:
-    return scale_shift(_bias(part), part.bn)
+def _by_pytorch(part: Layer) -> tuple[Tensor | None, Tensor | None]:
+    return scale_shift(bias_of(part), part.bn)
 
 
 def scaled_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -186,7 +200,7 @@ def scaled_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> T
     return weight if weight.data_ptr() % 16 == 0 else weight.clone(memory_format=torch.channels_last)
 
 
-def folded_bias(part: Part, form: Form, found: dict[int, Constants], dtype: torch.dtype) -> Tensor | None:
+def folded_bias(part: ConvPart, form: Form, found: dict[int, Constants], dtype: torch.dtype) -> Tensor | None:
     """The bias of a convolution with its scale in the weight: its shift, and that of the projection that it adds."""
     shift = found[part.step.out].shift
     if form.adds is not None and (more := found[form.adds].shift) is not None:

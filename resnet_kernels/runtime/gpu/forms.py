@@ -1,11 +1,11 @@
-"""In which form a plan runs each convolution: on which kernel, and, on cuDNN, what follows it inside or in a pass of its own.
+"""The form of each convolution in a plan: its kernel, and, on cuDNN, which operations run inside or in a pass of their own.
 
-A table's answer goes first. Without one bytes decide, layer by layer: cuDNN's fused operation needs BN's scale in the weight,
-a read and a write of the weight in each call, while a pass of its own reads and writes the output. At batch 256 the outputs
-are larger, at batch 1 the weights of the late stages are. Frozen weights are folded once, which costs a call nothing.
+A table's answer comes first. Without one bytes decide, layer by layer. cuDNN's fused operation needs BN's scale in the weight:
+a read and a write of the weight in each call. A pass of its own reads and writes the output. At batch 256 the outputs are
+larger; at batch 1 the weights of the late stages are. Frozen weights are folded once, which costs a call nothing.
 
 A projection is never finished by itself: the convolution that adds it takes over its scale and shift. If both are folded,
-their biases are added up; if neither is, one pass applies both.
+their biases are added up. If neither is, one pass applies both.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...graph.recipe import ConvStep
 from ...kernels.geometry import Geometry
 from ...ops import backends, conv_candidates
+from ..parts import ConvPart, Part
 from . import multi_layer
 from .multi_layer import Link, Stem
-from .parts import Part
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,10 @@ class Form:
     """How one convolution runs.
 
     name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size. run: the candidate.
-    folds: its weight and bias come from the launch that folds all of a plan.
-    adds: the projection whose shift, and scale unless it is folded, this one applies; by the value that the projection makes.
-    bare: it is such a projection: nothing follows its convolution. broadcasts: its residual is smaller than its output, so
-    that eager's own add and ReLU follow.
+    folds: the weight and the bias come from the launch that folds all weights of a plan.
+    adds: the number of the projection whose shift, and scale unless it is folded, this convolution applies.
+    bare: the convolution is such a projection, so nothing follows it. broadcasts: the residual has another shape than the
+    output, so eager's own add and ReLU follow.
     """
 
     name: str
@@ -57,7 +56,8 @@ def choose(
     """The forms of the convolutions that are in no link, by the value that each makes.
 
     Args:
-        result: the value that the caller gets.
+        parts: steps that follow each other.
+        result: the number of the caller's value.
         chosen: the links, by each value that one of their parts makes.
         x: the plan's input.
         backend: "tuned" decides by a table or by bytes, "cudnn" folds whatever has a BN; for any other it is the form's name.
@@ -65,19 +65,21 @@ def choose(
     """
     shapes = multi_layer.shapes_of(parts, {0: x.shape}, x.dtype)
     found: dict[int, Form] = {}
-    untuned: list[Part] = []
+    untuned: list[ConvPart] = []
     for part in parts:
         step = part.step
-        if not isinstance(step, ConvStep) or step.out in chosen:
+        if not isinstance(part, ConvPart) or step.out in chosen:
             continue
-        asked = multi_layer.conv_problem(part, shapes[step.x])
+        asked = multi_layer.conv_problem(part, shapes[part.step.x])
         broadcasts = multi_layer.broadcasts(part, shapes)
         if broadcasts:
             asked = asked._replace(residual=False, relu=False)
         name = backend
-        if backend == "tuned" and not (name := conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)):
-            untuned.append(part)
-            name = _by_bytes(part, asked, shapes, x, frozen)
+        if backend == "tuned":
+            by_table = conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)
+            if by_table is None:
+                untuned.append(part)
+            name = by_table or _by_bytes(part, asked, shapes, x, frozen)
         folds = name in conv_candidates.FOLDING and part.bn is not None
         found[step.out] = _form(name, asked, x, folds=folds, broadcasts=broadcasts)
     if backends.untuned(x.device, x.dtype) == "cudnn":
@@ -92,7 +94,7 @@ def _form(name: str, asked: conv_candidates.ConvProblem, x: Tensor, **more: Any)
 
 
 def _by_bytes(
-    part: Part, asked: conv_candidates.ConvProblem, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
+    part: ConvPart, asked: conv_candidates.ConvProblem, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
 ) -> str:
     """The name of an untuned convolution's form by itself."""
     folded = asked._replace(scale=False)
@@ -104,11 +106,11 @@ def _by_bytes(
     return conv_candidates.untuned(asked, x.dtype, x.device)
 
 
-def _projections(untuned: list[Part], parts: Sequence[Part], result: int) -> list[tuple[Part, Part]]:
+def _projections(untuned: list[ConvPart], parts: Sequence[Part], result: int) -> list[tuple[ConvPart, ConvPart]]:
     """Pairs of untuned convolutions: one that adds, and the projection that makes what it adds."""
     makers = {part.step.out: part for part in untuned}
-    readers = [value for part in parts for value in part.reads] + [result]
-    pairs = [(part, makers.get(part.step.residual)) for part in untuned]
+    readers = [value for part in parts for value in part.step.inputs] + [result]
+    pairs = [(part, makers.get(part.step.residual)) for part in untuned if part.step.residual is not None]
     return [
         (adding, projection)
         for adding, projection in pairs
@@ -120,7 +122,7 @@ def _projections(untuned: list[Part], parts: Sequence[Part], result: int) -> lis
 
 
 def _together(
-    adding: Part, projection: Part, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
+    adding: ConvPart, projection: ConvPart, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
 ) -> dict[int, Form]:
     asked, bare = (multi_layer.conv_problem(part, shapes[part.step.x]) for part in (adding, projection))
     fused = conv_candidates.untuned(asked._replace(scale=False), x.dtype, x.device)
@@ -137,19 +139,19 @@ def _together(
     }
 
 
-def _folding_bytes(part: Part, x: Tensor, frozen: bool) -> int:
-    """What folding adds to a call's traffic: nothing where the weight is kept, or has to be copied anyway."""
-    weight = part.child.weight
+def _folding_bytes(part: ConvPart, x: Tensor, frozen: bool) -> int:
+    """The bytes that folding adds to a call: none where the weight is kept, or has to be copied anyway."""
+    weight = part.conv.weight
     if frozen or needs_copy(weight, x.dtype):
         return 0
     return weight.numel() * (weight.element_size() + x.element_size())
 
 
 def needs_copy(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether cuDNN can't read a weight as it is, in `dtype` and channels_last."""
+    """Whether a weight has to be copied before cuDNN can read it in `dtype` and channels_last."""
     return weight.dtype != dtype or not weight.is_contiguous(memory_format=torch.channels_last)
 
 
 def _pass_bytes(part: Part, shapes: dict[int, Sequence[int]], x: Tensor) -> int:
-    """What a pass over the output adds to a call's traffic."""
+    """The bytes that a pass over the output adds to a call."""
     return 2 * math.prod(shapes[part.step.out]) * x.element_size()

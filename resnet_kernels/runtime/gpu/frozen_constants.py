@@ -1,7 +1,7 @@
-"""The constants of a plan of frozen modules: made once, and handed out again until one of the modules thaws.
+"""The constants of frozen modules: made once, and reused until one of the modules thaws.
 
-What constants.py makes in each call, and besides it each weight and bias that a kernel would have to copy: one in another
-dtype or layout. Where a kernel reads the model's own weight, this is that very memory.
+They are what constants.py makes in each call, and also each weight and bias that a kernel would have to copy because of its
+dtype or layout. Where a kernel reads the model's own weight, the constant is that very memory.
 """
 
 from __future__ import annotations
@@ -9,45 +9,50 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...graph.recipe import ConvStep
-from ..bn import bn_tensors
 from ..cpu.program import Copies
 from ..freezing import FrozenCopies
-from ..live_modules import Wiring
+from ..live_modules import LiveModules
+from ..parts import ConvPart, bn_tensors
 from ..state import FusedState
-from .constants import Constants, LiveConstants, folded_bias, scaled_weight
-from .parts import Part
+from .constants import Constants, Layer, LiveConstants, bias_of, folded_bias, scaled_weight
 
 # For all plans: what one has put among a block's copies, another may read at once, so it has to be written by then.
 _making = threading.Lock()
 
 
 class FrozenConstants:
-    """In the place of a plan's LiveConstants.
+    """The constants of a plan whose modules are all frozen, in the place of its LiveConstants.
 
-    What is made of a layer stays with the copies of its block, where the plans of other sizes find it. So all are of the
-    values that the first of them has read, and another size needs no copy of its own.
+    A layer's constants stay with the copies of its block, where the plans of other sizes find them. So all sizes use the
+    values that the first of them has read, and no other size needs copies of its own.
 
     Args:
-        live: the same constants, made in each call: for what is not frozen any more, and to make them.
-        states, wirings: of the modules that the plan runs.
+        live: the same constants, made in each call. They serve once a module is no longer frozen.
+        states: of the blocks that the plan runs.
+        modules: of these blocks.
+        device: of the plan.
     """
 
     def __init__(
-        self, live: LiveConstants, states: Sequence[FusedState], wirings: Sequence[Wiring], device: torch.device
+        self,
+        live: LiveConstants,
+        states: Sequence[FusedState[Any]],
+        modules: Sequence[LiveModules],
+        device: torch.device,
     ):
-        self._live, self._states, self._wirings, self._device = live, states, wirings, device
-        owners = {id(child): i for i, wiring in enumerate(wirings) for child in wiring.children}
-        self._owners = [owners[id(part.bn if part.child is None else part.child)] for part in live.layers]
+        self._live, self._states, self._modules, self._device = live, states, modules, device
+        owners = {id(child): i for i, block in enumerate(modules) for child in block.children}
+        self._owners = [owners[id(part[1])] for part in live.layers]
         self._made: _Made | None = None
 
     @property
-    def tables(self) -> tuple:
-        """As LiveConstants.tables, with the constants themselves: a replay reads these, and does not write them."""
+    def tables(self) -> tuple[Any, ...]:
+        """LiveConstants.tables, and the constants themselves: a replay reads these, and does not write them."""
         return self._live.tables, self._made
 
     def read(self) -> dict[int, Constants]:
@@ -67,7 +72,7 @@ class FrozenConstants:
             made = self._made
             if made is not None and made.copies.hold():
                 return made  # another thread was here first
-            copies = FrozenCopies.of(self._states, self._wirings)
+            copies = FrozenCopies.of(self._states, self._modules)
             if copies is None:
                 return None
             # Ordinary tensors, even if this call is in inference mode: the next one need not be.
@@ -82,17 +87,17 @@ class FrozenConstants:
         found, _ = live.vectors()
         for part, copies in zip(live.layers, kept):
             out = part.step.out
-            bias, eps = None if part.child is None else part.child.bias, None if part.bn is None else part.bn.eps
+            bias, eps = bias_of(part), None if part.bn is None else part.bn.eps
             if live.has_vectors(part):
                 sources = bias, *bn_tensors(part.bn), eps
-                found[out] = copies.first(("vectors", _path(part)), sources, lambda out=out: found[out])
+                found[out] = copies.first(("vectors", _path(part)), sources, partial(found.__getitem__, out))
             elif bias is not None and out not in live.forms:
                 # In a link. A chain reads it in fp32, and would have to copy any other.
                 wide = copies.first(("bias", _path(part)), (bias,), partial(_wide, bias))
                 found[out] = Constants(None, wide)
         vectors = dict(found)  # a projection's shift is read by two
         for part, copies in zip(live.layers, kept):
-            if not isinstance(part.step, ConvStep):
+            if not isinstance(part, ConvPart):
                 continue
             form, (scale, shift, _) = live.forms.get(part.step.out), vectors[part.step.out]
             inside = None
@@ -100,8 +105,8 @@ class FrozenConstants:
                 inside = None if part.bn is None else scale
                 scale, shift = None, folded_bias(part, form, vectors, live.dtype)
             key = "weight", _path(part), live.dtype, inside is None
-            make = partial(scaled_weight, part.child.weight, inside, live.dtype)
-            found[part.step.out] = Constants(scale, shift, copies.first(key, (part.child.weight, inside), make))
+            make = partial(scaled_weight, part.conv.weight, inside, live.dtype)
+            found[part.step.out] = Constants(scale, shift, copies.first(key, (part.conv.weight, inside), make))
         return found
 
 
@@ -135,8 +140,8 @@ def _wide(vector: Tensor) -> Tensor:
     return vector.detach().float()
 
 
-def _path(part: Part) -> str:
-    return part.step.conv if isinstance(part.step, ConvStep) else part.step.bn
+def _path(part: Layer) -> str:
+    return part.step.conv if isinstance(part, ConvPart) else part.step.bn
 
 
 def _is_capturing(device: torch.device) -> bool:

@@ -1,0 +1,80 @@
+"""A step of a recipe together with its live modules."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from ..graph.fusible import BatchNorm
+from ..graph.recipe import CallStep, ConvStep, NormStep
+from ..ops import reference
+
+
+class ConvPart(NamedTuple):
+    """A convolution and what follows it. path: the path of the block that the step is from."""
+
+    step: ConvStep
+    conv: nn.Conv2d
+    bn: BatchNorm | None
+    path: str = ""
+
+
+class NormPart(NamedTuple):
+    """A BN that comes before its convolution."""
+
+    step: NormStep
+    bn: BatchNorm
+    path: str = ""
+
+
+class CallPart(NamedTuple):
+    """A call. child: the module to call; None for an add or a ReLU."""
+
+    step: CallStep
+    child: nn.Module | None
+    path: str = ""
+
+
+Part = ConvPart | NormPart | CallPart
+
+
+def label(part: Part) -> str:
+    """The name of a part, as profilers show it: "layer1.0.conv1+bn1+relu"."""
+    return f"{part.path}.{part.step}".lstrip(".")
+
+
+def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any, ...]:
+    """The settings of modules that a plan or a packed weight rests on.
+
+    Args:
+        child: a convolution or a max-pool; other modules have no settings of interest.
+        bn: the BN that follows.
+    """
+    eps = None if bn is None else bn.eps
+    if isinstance(child, nn.Conv2d):
+        return child.stride, child.padding, child.dilation, child.groups, child.padding_mode, eps
+    if type(child) is nn.MaxPool2d:
+        return *window_of(child), child.return_indices, eps
+    return (eps,)
+
+
+def window_of(pool: nn.MaxPool2d) -> tuple[Any, ...]:
+    """Kernel size, stride, padding and dilation of a pool, each an int or a pair, and its ceil_mode."""
+    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+
+
+def bn_tensors(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """A BN's (weight, bias, running_mean, running_var); four times None for no BN."""
+    return (None, None, None, None) if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)
+
+
+def scale_shift(conv_bias: Tensor | None, bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None]:
+    """A BN in eval mode as (scale, shift), (C_out,) in fp32 each, computed from the live tensors.
+
+    Without a BN they are (None, the convolution's bias).
+    """
+    if bn is None:
+        return None, conv_bias
+    assert bn.running_mean is not None and bn.running_var is not None  # fusible.why_not_bn
+    return reference.bn_scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, conv_bias, bn.eps)

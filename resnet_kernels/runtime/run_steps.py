@@ -1,0 +1,132 @@
+"""Steps of a recipe, one by one, on PyTorch's operations and on our ops: what no backend does in a way of its own.
+
+A kernel reads a residual of the output's shape and dtype. Eager's add also broadcasts and promotes, so where a residual
+differs the add and the ReLU follow by themselves: `with_residual` is the only place that decides this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import fusible
+from ..graph.fusible import BatchNorm
+from ..kernels.geometry import Geometry
+from ..ops import add_relu, backends
+from . import profiler_ranges
+from .parts import CallPart, Part, bn_tensors
+
+Values = dict[int, Tensor]
+
+
+def run_steps(
+    parts: Sequence[Part], values: Values, result: int, path: str, run: Callable[[Part, Values], Tensor]
+) -> Tensor:
+    """Runs parts in order, and drops each value as soon as it is dead: peak memory is eager's.
+
+    Args:
+        parts: the steps of a recipe with their modules.
+        values: the input, by its number 0; the caller must hold no other reference to it.
+        result: the number of the output.
+        path: of the module that the steps are of, for profilers.
+        run: computes one part's output from the values.
+    """
+    for part in profiler_ranges.around(parts, path):
+        values[part.step.out] = run(part, values)
+        for dead in part.step.frees:
+            del values[dead]
+    return values[result]
+
+
+def residual_of(part: Part, values: Values) -> Tensor | None:
+    """The tensor that a part adds; None if it adds none."""
+    return None if isinstance(part, CallPart) or part.step.residual is None else values[part.step.residual]
+
+
+def with_residual(
+    run: Callable[[Tensor | None, bool], Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    residual: Tensor | None,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """run(residual, relu) where a kernel can add the residual; else run(None, False), with the add and the ReLU behind it.
+
+    Args:
+        run: an operation that can end in an add and a ReLU.
+        shape: of its output.
+        dtype: of its output.
+        residual: None for no add.
+        relu: whether a ReLU is last.
+        backend: resolved.
+    """
+    if residual is None or (residual.shape == shape and residual.dtype == dtype):
+        return run(residual, relu)
+    return add(run(None, False), residual, relu, backend)
+
+
+def add(x: Tensor, residual: Tensor, relu: bool, backend: str) -> Tensor:
+    """x + residual, with or without a ReLU, channels_last. Shapes broadcast and dtypes promote as in eager."""
+    if relu and x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride():
+        return add_relu(x, residual, backend=backends.as_requested(backend))
+    y = torch.add(x, residual).contiguous(memory_format=torch.channels_last)
+    return torch.relu_(y) if relu else y
+
+
+def convolve(
+    conv: nn.Conv2d,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """ops.conv_bias_act with a module's geometry: relu(conv(x, weight) * scale + shift + residual)."""
+    geometry = Geometry.of_module(conv, x.shape[2:])
+
+    def run(residual: Tensor | None, relu: bool) -> Tensor:
+        return torch.ops.resnet_kernels.conv_bias_act.default(
+            x, weight, shift, residual, scale, *geometry, relu, backend
+        )
+
+    return with_residual(run, geometry.out_shape(x.shape, weight.shape), x.dtype, residual, relu, backend)
+
+
+def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, backend: str) -> Tensor:
+    """ops.batch_norm_act: relu(bn(x) + residual), with all that nn.BatchNorm2d does to its buffers on the way."""
+    frozen = fusible.is_frozen(bn)
+    weight, bias, mean, var = bn_tensors(bn)
+    if not (frozen or bn.track_running_stats):
+        mean = var = None
+    momentum = 0.0 if frozen else _count_batch(bn)
+
+    def run(residual: Tensor | None, relu: bool) -> Tensor:
+        return torch.ops.resnet_kernels.batch_norm_act.default(
+            x, residual, weight, bias, mean, var, not frozen, momentum, bn.eps, relu, backend
+        )[0]
+
+    return with_residual(run, x.shape, x.dtype, residual, relu, backend)
+
+
+def _count_batch(bn: BatchNorm) -> float:
+    """Counts a batch, and returns its share in the running statistics, as nn.BatchNorm2d.forward does."""
+    if bn.track_running_stats and bn.num_batches_tracked is not None:
+        bn.num_batches_tracked.add_(1)
+        if bn.momentum is None:
+            return 1.0 / float(bn.num_batches_tracked)
+    return 0.0 if bn.momentum is None else bn.momentum
+
+
+def call(part: CallPart, values: Values, backend: str) -> Tensor:
+    """A child module, an add or a ReLU."""
+    inputs = [values[i] for i in part.step.inputs]
+    if part.child is not None:
+        return part.child(*inputs)
+    if part.step.what == "relu":
+        return torch.relu(*inputs)
+    return add(inputs[0], inputs[1], part.step.what == "add_relu", backend)
