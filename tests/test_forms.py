@@ -174,7 +174,7 @@ def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3, free
 
     def init(plan, *arguments):
         original(plan, *arguments)
-        found.update((name, launch.run.args[0]) for name, launch in plan.launches if hasattr(launch.run, "args"))
+        found.update((name, launch.run.args[1]) for name, launch in plan.launches if len(launch.run.args) == 2)
 
     with torch.device("meta"):
         fused = rk.fuse(net().eval().to(dtype, memory_format=layout), backend="auto", freeze=freeze)
@@ -193,7 +193,7 @@ class _Anything(dict):
         return None
 
 
-def _shape_only(form, part, values, constants, backend):
+def _shape_only(part, form, values, constants, backend):
     x = values[part.step.x]
     shape = gpu_plan._geometry(part, x).out_shape(x.shape, part.conv.weight.shape)
     values[part.step.out] = torch.empty(shape, dtype=x.dtype, device="meta").contiguous(memory_format=CHANNELS_LAST)

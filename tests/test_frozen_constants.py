@@ -21,6 +21,7 @@ from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime import freezing, state
 from resnet_kernels.runtime.gpu import frozen_constants
 from resnet_kernels.runtime.gpu.constants import Constants
+from resnet_kernels.runtime.parts import ConvPart
 
 fixtures = (hopper,)
 CONTIGUOUS = torch.contiguous_format

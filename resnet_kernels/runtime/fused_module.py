@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -55,10 +55,11 @@ class Fused(_Base):
         drop_copies(self)
         super()._load_from_state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    @functools.wraps(nn.Module.load_state_dict)
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # the user's class may take others
         """Loads weights, as nn.Module.load_state_dict does, and drops the copies of the old ones."""
         try:
-            return super().load_state_dict(state_dict, strict, assign)
+            return super().load_state_dict(*args, **kwargs)
         finally:
             for module in self.modules():
                 drop_copies(module)
