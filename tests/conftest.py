@@ -18,8 +18,8 @@ os.environ.pop("RESNET_KERNELS_BACKEND", None)
 # So would a table that was measured on this machine.
 os.environ["RESNET_KERNELS_CACHE"] = os.devnull
 
-import interpreter
 import pytest
+from helpers import interpreter
 
 if "TRITON_INTERPRET" in os.environ:
     interpreter.hurry()
@@ -80,9 +80,3 @@ def is_quick(marker: pytest.Mark, item: pytest.Item) -> bool:
     """Whether a marker slow(unless=predicate) leaves an item's parameters in the quick tests."""
     unless = marker.kwargs.get("unless")
     return unless is not None and bool(unless(**item.callspec.params))
-
-
-def runnable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend can't be tested here, None if it can."""
-    reason = backends.why_not(backend, device_type, dtype)
-    return None if reason is None else f"{backend} {reason}"

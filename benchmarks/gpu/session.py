@@ -79,11 +79,11 @@ def in_a_process(name: str) -> Callable[[Session, float], dict[str, Any]]:
 def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
     """The tests that have something for a GPU, a process a file, several at a time: compiling is a CPU's work."""
     end = time.monotonic() + seconds
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if _FOR_GPUS.search(path.read_text())]
+    files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if _FOR_GPUS.search(path.read_text())]
     # A whole network's parity takes longest, and says most.
     files.sort(key=lambda path: path.name != "test_parity.py")
     if session.dry:
-        files = [ROOT / "tests" / "test_timing.py"]
+        files = [ROOT / "tests" / "perf" / "test_timing.py"]
     found: dict[str, Any] = {}
 
     def test(path: Path) -> None:
