@@ -1,6 +1,8 @@
 """Set-up shared by all tests: Triton's interpreter where there is no GPU, an importable torchvision, no network."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -35,6 +37,14 @@ if torch.version.cuda is None:
         pass  # a torchvision that has them
 
 from resnet_kernels.ops import backends
+
+# benchmarks/ is tested in the checkout; the package where it is installed, which comes first.
+sys.path.append(str(Path(__file__).parents[1]))
+
+# The fixtures that several test files use.
+pytest_plugins = (
+    "helpers.hopper", "helpers.recorder", "helpers.stages", "helpers.stem_nets", "helpers.tiny", "helpers.tuned_tables"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

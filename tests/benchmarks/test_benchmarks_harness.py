@@ -13,8 +13,6 @@ import torch
 from torch import nn
 
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
-# Behind everything else: the package may be installed, the benchmarks never are.
-sys.path.append(str(Path(__file__).parents[2]))
 
 import benchmarks
 from benchmarks import cases, conftest, extra_info, harness

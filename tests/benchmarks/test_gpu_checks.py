@@ -4,15 +4,12 @@ import importlib
 import json
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="its checks are of Triton kernels")
-sys.path.insert(0, str(Path(__file__).parents[2]))
 
 gpu_checks = importlib.import_module("benchmarks.gpu.checks")
 gpu_jobs = importlib.import_module("benchmarks.gpu.jobs")

@@ -15,7 +15,6 @@ import torch
 pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))
 
 gpu_session = importlib.import_module("benchmarks.gpu.session")
 Session = gpu_session.Session

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import ENVIRONMENT, TRAIN, tiny, tiny_in_zoo  # noqa: F401 (a fixture)
+from helpers.tiny import ENVIRONMENT, TRAIN, tiny
 from torch import nn
 from torch.nn import functional as F
 

@@ -9,7 +9,7 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import TRAIN, tiny_in_zoo  # noqa: F401 (a fixture)
+from helpers.tiny import TRAIN
 
 import resnet_kernels as rk
 from resnet_kernels.cli import main as cli

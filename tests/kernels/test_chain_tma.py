@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget, skip_unless_runnable
-from test_planted_bugs import planted
+from helpers.oracle import assert_within_budget
+from helpers.planted import planted
 
 from resnet_kernels.kernels.geometry import Geometry
 
@@ -16,6 +16,8 @@ from resnet_kernels.kernels.sm90 import conv as sm90_conv
 from resnet_kernels.kernels.sm90.chain import Layer, Shortcut
 from resnet_kernels.kernels.sm90.chain_layout import CONFIGS, Kind, ShortcutShape, choose_config, kind_of, why_not
 from resnet_kernels.kernels.sm90.conv_tiles import TmaConfig
+
+pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
 FP16 = torch.float16
 IDENTITY, SUBSAMPLED = "identity", "subsampled"
@@ -71,17 +73,6 @@ CASES = (
     Case("one row", 1, 32, 1, 33, 32, 64, 8),
     Case("1x1 image", 5, 64, 1, 1, 64, 64, 64),
 )
-
-
-@pytest.fixture(autouse=True)
-def _runnable_with_nan_outputs(device):
-    skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not sm90_conv.runs_on(device):
-        pytest.skip("needs compute capability 9")
-    # PyTorch then fills what torch.empty gives with NaN: an output that nothing is stored to can't be right by chance.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def chain(case: Case, device, dtype=FP16, real=False, norm=True) -> dict:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget, skip_unless_runnable
-from test_conv_bias_act import Case, operands, truth
-from test_planted_bugs import planted
+from helpers.convolutions import Case, operands, truth
+from helpers.oracle import assert_within_budget
+from helpers.planted import planted
 
 from resnet_kernels import ops
 from resnet_kernels.kernels.geometry import Geometry, normalise
@@ -21,6 +21,8 @@ from resnet_kernels.kernels.sm90.conv_layout import ConvShape, plan, why_not, wh
 from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS, choose_box, choose_config
 
 WHOLE, SPLIT = ([config for config in CONFIGS if (config.split_k > 1) is split] for split in (False, True))
+
+pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
 FP16 = torch.float16
 
@@ -61,19 +63,6 @@ CASES = (
     Case("one row", 1, 32, 1, 33, 32),
     Case("padding wider than the image", 1, 16, 2, 2, 16, padding=3),
 )
-
-
-@pytest.fixture(autouse=True)
-def _runnable_with_nan_outputs(device):
-    skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not sm90_conv.runs_on(device):
-        pytest.skip("needs compute capability 9")
-    # PyTorch then fills what torch.empty gives with NaN: an output that nothing is stored to can't be right by chance.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-    # A planted bug may leave what is no zero.
-    split_k_counters._of_stream.cache_clear()
 
 
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):

@@ -3,12 +3,14 @@
 import importlib
 import importlib.util
 import inspect
-import sys
 
 import pytest
 import torch
+from helpers import epilogues, folded_weights
+from helpers.batch_norms import compare, vectors
+from helpers.convolutions import Case, operands, truth
 from helpers.oracle import skip_unless_runnable
-from test_conv_bias_act import Case, operands, truth
+from helpers.planted import plant, planted
 
 from resnet_kernels.kernels.geometry import normalise
 
@@ -49,20 +51,6 @@ def failures(kernel, device) -> int:
     return wrong
 
 
-def planted(kernel: str, tmp_path, old: str, new: str):
-    """A module of kernels/ ("epilogue", "sm90.stem"), with a piece of its source replaced."""
-    room, _, name = f"resnet_kernels.kernels.{kernel}".rpartition(".")
-    source = inspect.getsource(importlib.import_module(f"{room}.{name}"))
-    assert old in source, f"the kernel no longer has {old!r}: plant this bug anew"
-    path = tmp_path / f"planted_{name}.py"
-    path.write_text(source.replace(old, new))
-    spec = importlib.util.spec_from_file_location(f"{room}.planted_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.slow(unless=lambda name: name in [*BUGS][:3])
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device):
@@ -95,16 +83,8 @@ BATCH_NORM_BUGS = {
 }  # fmt: skip
 
 
-def plant(name: str, kernel, monkeypatch) -> None:
-    """Puts a module in the place of one of the package's kernels."""
-    monkeypatch.setattr(importlib.import_module("resnet_kernels.kernels"), name, kernel, raising=False)
-    monkeypatch.setitem(sys.modules, f"resnet_kernels.kernels.{name}", kernel)
-
-
 def batch_norm_failures(monkeypatch, device) -> int:
     """How many calls go wrong: shapes with several splits, ragged tiles, and a large mean."""
-    from test_batch_norm_act import compare, vectors
-
     # So few that a split has several tiles of rows, as it has in a large layer.
     for where in (*BATCH_NORM_FILES, "batch_norm_tiles"):
         monkeypatch.setattr(importlib.import_module(f"resnet_kernels.kernels.{where}"), "MOST_SPLITS", 2)
@@ -162,10 +142,8 @@ EPILOGUE_BUGS = {
 @pytest.mark.parametrize("name", [*EPILOGUE_BUGS, "nothing"])
 def test_planted_bug_in_the_epilogue_is_caught(name, tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
-    from test_epilogue import is_exact
-
     kernel = planted("epilogue", tmp_path, *EPILOGUE_BUGS.get(name, ("if RELU:", "if RELU:")))
-    assert is_exact(kernel, device) == (name not in EPILOGUE_BUGS)
+    assert epilogues.is_exact(kernel, device) == (name not in EPILOGUE_BUGS)
 
 
 FOLD_BUGS = {
@@ -185,7 +163,5 @@ FOLD_BUGS = {
 @pytest.mark.parametrize("name", [*FOLD_BUGS, "nothing"])
 def test_planted_bug_in_folding_is_caught(name, tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
-    from test_fold_weights import is_exact
-
     kernel = planted("fold_weights", tmp_path, *FOLD_BUGS.get(name, ("if ALIGNED:", "if ALIGNED:")))
-    assert is_exact(kernel, device) == (name not in FOLD_BUGS)
+    assert folded_weights.is_exact(kernel, device) == (name not in FOLD_BUGS)

@@ -7,8 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.oracle import assert_within_budget
-from test_conv_bias_act_tma import _runnable_with_nan_outputs  # noqa: F401  (a fixture for every test)
-from test_planted_bugs import planted
+from helpers.planted import planted
 
 from resnet_kernels.kernels.geometry import Geometry
 
@@ -16,6 +15,8 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from resnet_kernels.kernels.sm90 import stem
 from resnet_kernels.kernels.sm90.stem_layout import CONFIGS, GEOMETRY, POOL, choose_config, plan, split_rows, why_not
+
+pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
 FP16, BF16 = torch.float16, torch.bfloat16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -5,13 +5,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget, skip_unless_runnable
-from test_conv_bias_act import Case, operands, truth
-from test_planted_bugs import planted
+from helpers.convolutions import Case, operands, truth
+from helpers.oracle import assert_within_budget
+from helpers.planted import planted
 
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.sm90 import conv
 from resnet_kernels.kernels.sm90 import tap_sharing as kernel
+
+pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
 FP16 = torch.float16
 SAME = Geometry(padding=(1, 1, 1, 1))
@@ -22,16 +24,6 @@ CASES = (
     Case("one row of many pairs", 1, 32, 1, 70, 8),
     Case("one pixel of 70 images", 70, 32, 2, 2, 16),
 )
-
-
-@pytest.fixture(autouse=True)
-def _runnable_with_nan_outputs(device):
-    skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not conv.runs_on(device):
-        pytest.skip("needs compute capability 9")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def run(case, x, weight, bias, residual, scale, relu, config=kernel.CONFIGS[0]):

@@ -1,7 +1,5 @@
 """ops/tuned_table.py and what asks it: tables are found, merged, distrusted, obeyed. The CPU plays a device with tables."""
 
-import contextlib
-import json
 import os
 import stat
 import warnings
@@ -12,51 +10,14 @@ import pytest
 import torch
 from helpers.oracle import assert_within_budget, skip_unless_runnable
 from helpers.tiny import tiny
+from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
 
 import resnet_kernels as rk
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
-from resnet_kernels.ops.conv_candidates import ConvProblem
 from resnet_kernels.runtime import eligibility
-
-KEY = tuned_table.DeviceKey("Fake GPU 1", "9.0")
-CPU = torch.device("cpu")
-CONV = ConvProblem(8, 6, 5, (16, 8, 3, 3), Geometry((1, 1), (1, 1, 1, 1)), True, True, False, True)
-
-
-def record(key, winner, batch=256, dtype="fp32"):
-    return {"key": str(key), "batch": batch, "dtype": dtype, "winner": winner}
-
-
-def table(*records, **changes):
-    return json.dumps({"schema": tuned_table.SCHEMA, "device": KEY._asdict(), "records": list(records), **changes})
-
-
-@pytest.fixture
-def fake_device(monkeypatch, tmp_path):
-    """CPU tensors are on a device that may have tables: the package's in package/, the user's in cache/."""
-    for name in ("package", "cache"):
-        (tmp_path / name).mkdir()
-    monkeypatch.setattr(tuned_table, "device_key", lambda device: KEY)
-    monkeypatch.setattr(tuned_table, "PACKAGE_DIRECTORY", tmp_path / "package")
-    monkeypatch.setenv(tuned_table.CACHE_VARIABLE, str(tmp_path / "cache"))
-    precision = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "ieee"
-    tuned_table.forget()
-    yield tmp_path
-    torch.backends.cudnn.conv.fp32_precision = precision
-    tuned_table.forget()
-
-
-@pytest.fixture
-def write(fake_device):
-    def write(text, where="cache"):
-        (fake_device / where / KEY.file_name).write_text(text)
-        tuned_table.forget()
-
-    return write
 
 
 def choose(key="k", batch=256, dtype=torch.float32):
@@ -272,15 +233,6 @@ def operands(residual=False):
     return x, weight, vectors[0], added, vectors[1], Geometry((1, 1), (1, 1, 1, 1)), True
 
 
-@contextlib.contextmanager
-def ran(monkeypatch):
-    """The names of the candidates that run meanwhile."""
-    names, original = [], conv_candidates.run
-    with monkeypatch.context() as patch:
-        patch.setattr(conv_candidates, "run", lambda name, *rest: (names.append(name), original(name, *rest))[1])
-        yield names
-
-
 @pytest.mark.filterwarnings("ignore:.*which can't run here")
 @pytest.mark.parametrize(
     ("winner", "runs"),
@@ -334,10 +286,6 @@ def test_cudnn_and_a_pass_after_it(device):
         assert_within_budget(y, expected, reference.conv_bias_act(*wide, *call[5:]))
         assert y.is_contiguous(memory_format=torch.channels_last)
     assert all(map(torch.equal, before, tensors))
-
-
-def small_model():
-    return randomise_batch_norms_(tiny(10, 3)).eval()
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from helpers.oracle import skip_unless_runnable
-from test_tuned import CONV, CPU, KEY, fake_device, ran, record, small_model, table, write  # noqa: F401, fixtures
+from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
 from torch import nn
 
 import resnet_kernels as rk
@@ -83,7 +83,7 @@ def assert_untouched(model, before):
             assert now == then
 
 
-def test_a_model_is_measured_and_runs_by_it_at_once(fake_device, quick, monkeypatch, device):  # noqa: F811
+def test_a_model_is_measured_and_runs_by_it_at_once(fake_device, quick, monkeypatch, device):
     skip_unless_runnable("triton", device, torch.float32)
     monkeypatch.setattr(autotuner, "fastest", lambda default, clocks: TILE if TILE in clocks[-1] else default)
     # The interpreter would be left out at first sight.
@@ -114,7 +114,7 @@ def _cost(r):
     return r["bytes"] + r["flops"] / 1e6
 
 
-def test_what_is_known_is_not_measured_again(fake_device, won):  # noqa: F811
+def test_what_is_known_is_not_measured_again(fake_device, won):
     fused, x = rk.fuse(small_model()), images()
     first = rk.tune(fused, x, progress=False)
     assert len(won) == len(first) > 3
@@ -125,7 +125,7 @@ def test_what_is_known_is_not_measured_again(fake_device, won):  # noqa: F811
     assert len(won) == 2 * len(first) and {problem.batch for problem in won} == {2, 3}
 
 
-def test_explain_says_what_a_table_decides(fake_device, won, write):  # noqa: F811
+def test_explain_says_what_a_table_decides(fake_device, won, write):
     fused = rk.fuse(small_model())
     assert not any(row.table for row in rk.explain(fused))
     rk.tune(fused, images(), progress=False)
@@ -145,7 +145,7 @@ def test_explain_says_what_a_table_decides(fake_device, won, write):  # noqa: F8
     assert all(row.table == "trains on own kernels" for row in rk.explain(rk.fuse(small_model().train())))
 
 
-def test_plans_and_captured_graphs_of_another_table_are_made_anew(write):  # noqa: F811
+def test_plans_and_captured_graphs_of_another_table_are_made_anew(write):
     write(table(record("something else", "eager")))
     fused, x = rk.fuse(small_model()), images()
 
@@ -188,7 +188,7 @@ def test_nothing_to_tune(make, reason, tmp_path, monkeypatch, capsys):
     assert not capsys.readouterr().err
 
 
-def test_nothing_to_tune_in_fp64(fake_device):  # noqa: F811
+def test_nothing_to_tune_in_fp64(fake_device):
     result = rk.tune(rk.fuse(small_model().double()), images(dtype=torch.float64), progress=False)
     assert "nothing to tune: in torch.float64 no layer of this model has a choice" in str(result)
     assert not list((fake_device / "cache").iterdir())
@@ -229,26 +229,26 @@ def test_nothing_to_tune_in_fp64(fake_device):  # noqa: F811
         (lambda model, x: rk.tune(model, x.to("meta")), ValueError, "x is on meta and the model on cpu: move one"),
     ],
 )
-def test_errors(call, error, message, fake_device):  # noqa: F811
+def test_errors(call, error, message, fake_device):
     with pytest.raises(error, match=message):
         call(rk.fuse(small_model()), images())
     assert not list((fake_device / "cache").iterdir())
 
 
-def test_not_inside_a_capture(fake_device, monkeypatch):  # noqa: F811
+def test_not_inside_a_capture(fake_device, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="tune can't run while a CUDA graph is captured"):
         rk.tune(rk.fuse(small_model()), images())
 
 
-def test_not_where_the_environment_decides(fake_device, monkeypatch):  # noqa: F811
+def test_not_where_the_environment_decides(fake_device, monkeypatch):
     monkeypatch.setenv("RESNET_KERNELS_BACKEND", "eager")
     with pytest.raises(ValueError, match="RESNET_KERNELS_BACKEND must not be set"):
         rk.tune(rk.fuse(small_model()), images())
 
 
-def test_a_file_that_is_no_table_of_this_device_stays(fake_device, won):  # noqa: F811
+def test_a_file_that_is_no_table_of_this_device_stays(fake_device, won):
     path = fake_device / "cache" / KEY.file_name
     for text in ("damaged", table(device={"name": "Other", "capability": "9.0"})):
         path.write_text(text)
@@ -257,14 +257,14 @@ def test_a_file_that_is_no_table_of_this_device_stays(fake_device, won):  # noqa
         assert path.read_text() == text and not won
 
 
-def test_nowhere_to_put_the_table(fake_device, won, monkeypatch):  # noqa: F811
+def test_nowhere_to_put_the_table(fake_device, won, monkeypatch):
     monkeypatch.setattr(tuned_table, "cache_directory", lambda: None)
     with pytest.raises(ValueError, match="there is no home directory to put the table in: set RESNET_KERNELS_CACHE"):
         rk.tune(rk.fuse(small_model()), images(), progress=False)
     assert not won
 
 
-def test_progress_without_tqdm_is_a_line_a_layer(fake_device, won, monkeypatch, capsys):  # noqa: F811
+def test_progress_without_tqdm_is_a_line_a_layer(fake_device, won, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tqdm", None)
     result = rk.tune(rk.fuse(small_model()), images())
     said = capsys.readouterr()
@@ -275,14 +275,14 @@ def test_progress_without_tqdm_is_a_line_a_layer(fake_device, won, monkeypatch, 
     assert not said.out
 
 
-def test_progress_with_tqdm_is_a_bar(fake_device, won, capsys):  # noqa: F811
+def test_progress_with_tqdm_is_a_bar(fake_device, won, capsys):
     pytest.importorskip("tqdm", reason="needs tqdm")
     result = rk.tune(rk.fuse(small_model()), images())
     said = capsys.readouterr()
     assert f"{len(result)}/{len(result)}" in said.err and "tune: 100%" in said.err and not said.out
 
 
-def test_what_the_time_did_not_suffice_for_is_left(fake_device, won, monkeypatch):  # noqa: F811
+def test_what_the_time_did_not_suffice_for_is_left(fake_device, won, monkeypatch):
     fused, x = rk.fuse(small_model()), images()
     clock = [0.0]
     monkeypatch.setattr(tune_model.time, "perf_counter", lambda: clock[0])
@@ -308,7 +308,7 @@ def test_what_the_time_did_not_suffice_for_is_left(fake_device, won, monkeypatch
 @pytest.mark.parametrize(
     "what", (KeyboardInterrupt(), autotuner.DeviceLost("tile x: illegal address", record("lost", None)))
 )
-def test_whoever_stops_it_keeps_what_was_measured(what, fake_device, won, monkeypatch):  # noqa: F811
+def test_whoever_stops_it_keeps_what_was_measured(what, fake_device, won, monkeypatch):
     fused, x, original = rk.fuse(small_model()), images(), autotuner.measure
 
     def stopped(problem, seconds, samples=False):
@@ -328,7 +328,7 @@ def test_whoever_stops_it_keeps_what_was_measured(what, fake_device, won, monkey
     assert tuned_table.choice(won[0].key, 2, torch.float32, CPU) == list(won[0].candidates)[-1]
 
 
-def test_training(fake_device, won):  # noqa: F811
+def test_training(fake_device, won):
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -355,7 +355,7 @@ def test_training(fake_device, won):  # noqa: F811
     assert not any(m.training for m in fused.modules())
 
 
-def test_it_measures_the_dtype_that_is_computed_in(fake_device, won):  # noqa: F811
+def test_it_measures_the_dtype_that_is_computed_in(fake_device, won):
     fused = rk.fuse(small_model())
     with torch.autocast("cpu", torch.bfloat16):
         rk.tune(fused, images(), progress=False)
@@ -371,7 +371,7 @@ def test_it_measures_the_dtype_that_is_computed_in(fake_device, won):  # noqa: F
 
 
 @pytest.mark.parametrize("mode", (torch.inference_mode, torch.enable_grad))
-def test_in_any_grad_mode_and_compiled(mode, fake_device, won):  # noqa: F811
+def test_in_any_grad_mode_and_compiled(mode, fake_device, won):
     fused, x = rk.fuse(small_model()), images()
     with mode():
         result = rk.tune(torch.compile(fused, backend="aot_eager"), x.clone(), progress=False)
@@ -381,7 +381,7 @@ def test_in_any_grad_mode_and_compiled(mode, fake_device, won):  # noqa: F811
 
 # The last one is an earlier version's.
 @pytest.mark.parametrize("winner", ("warp drive", "tma 1x2x3", "cudnn+add_relu"))
-def test_an_unknown_candidate_is_ignored_with_one_warning(winner, write):  # noqa: F811
+def test_an_unknown_candidate_is_ignored_with_one_warning(winner, write):
     other = CONV._replace(residual=True)
     write(table(record(CONV, winner, 256), record(other, winner, 256)))
 
@@ -393,7 +393,7 @@ def test_an_unknown_candidate_is_ignored_with_one_warning(winner, write):  # noq
     assert len(warned) == 1
 
 
-def test_a_winner_of_another_batch_that_does_not_fit_here_is_no_warning(write):  # noqa: F811
+def test_a_winner_of_another_batch_that_does_not_fit_here_is_no_warning(write):
     write(table(record(CONV, "split", 1)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")

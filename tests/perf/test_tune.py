@@ -11,10 +11,8 @@ import pytest
 import torch
 from helpers.oracle import runnable, skip_unless_eager_runs, skip_unless_runnable
 from helpers.tiny import tiny
-from test_tuned import KEY, ran, small_model, table
-from test_tuned import fake_device as fake_device
-from test_tuned import record as entry
-from test_tuned import write as write
+from helpers.tuned_tables import KEY, ran, small_model, table
+from helpers.tuned_tables import record as entry
 
 import resnet_kernels as rk
 from resnet_kernels.cli import main as cli

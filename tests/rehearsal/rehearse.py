@@ -116,8 +116,7 @@ def train(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
 
 def copies(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
     """Launches whose every operand is copied first."""
-    sys.path.append(str(Path(__file__).parents[1] / "kernels"))
-    from test_temporaries import LAUNCHES
+    from helpers.copied_operands import LAUNCHES
 
     return {name: dict(launched(run)) for name, run in LAUNCHES.items()}
 

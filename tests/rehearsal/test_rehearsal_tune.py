@@ -1,7 +1,6 @@
 """Every candidate that `tune` would measure, rehearsed; a file of its own, as it takes as long as all of test_rehearsal.py."""
 
 import pytest
-from test_rehearsal import rehearse as rehearse
 
 
 @pytest.mark.slow

@@ -5,18 +5,15 @@ import copy
 import pytest
 import torch
 from helpers import pretend
+from helpers.forms import cheaper, forms_of, prepared
 from helpers.oracle import assert_within_budget, skip_unless_runnable
-from test_launches import CHANNELS_LAST, basic_blocks, bottlenecks, preacts, run
+from helpers.stages import CHANNELS_LAST, FP16, basic_blocks, bottlenecks, d2l, preacts, run
 from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels import models
-from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.runtime.gpu import forms
-from resnet_kernels.runtime.gpu import plan as gpu_plan
-
-FP16 = torch.float16
 
 
 @pytest.fixture
@@ -27,26 +24,7 @@ def called(monkeypatch, device):
     return pretend.nvidia(monkeypatch)
 
 
-def d2l(device):
-    blocks = models.d2l.Residual(16, 16), models.d2l.Residual(16, 32, use_1x1conv=True, strides=2)
-    return nn.Sequential(*blocks), torch.randn(2, 16, 9, 8, device=device)
-
-
 STAGES = (bottlenecks, preacts, basic_blocks, d2l)
-
-
-def prepared(make, dtype=torch.float32, layout=CHANNELS_LAST):
-    stage, x = make("cpu")
-    for module in stage.modules():
-        if isinstance(module, nn.Conv2d) and module.bias is not None:
-            nn.init.normal_(module.bias)  # a new one may be zero
-    return randomise_batch_norms_(stage).eval().to(dtype, memory_format=layout), x.to(dtype, memory_format=layout)
-
-
-def cheaper(monkeypatch, what):
-    """Makes folding, or a pass over the output, the cheaper one everywhere."""
-    if what is not None:
-        monkeypatch.setattr(forms, "_pass_bytes", lambda *_: float("inf") if what == "folding" else 0)
 
 
 @pytest.mark.slow(unless=lambda make, what, layout: layout is CHANNELS_LAST and make in [*STAGES][:2])
@@ -98,12 +76,6 @@ def test_autocast_casts_in_one_launch(called, monkeypatch):
     oracle = run(copy.deepcopy(stage).double(), x.double())
     assert y.dtype == FP16 and len(launched) == 1 and len(launched[0].addresses) == 10
     assert_within_budget(y, eager.to(FP16), oracle)
-
-
-def plan_of(fused):
-    states = [m.__dict__["_rk_state"] for m in fused.modules() if "_rk_state" in m.__dict__]
-    (plan,) = [plan for state in states for plan in state.plans.values()]
-    return plan
 
 
 @pytest.mark.parametrize("what", ("folding", "a pass"))
@@ -166,37 +138,6 @@ def test_an_add_that_broadcasts(what, called, monkeypatch):
     assert rk.explain(fused).rows[0].fused
     y = run(fused, x)
     assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
-
-
-def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3, freeze=False):
-    """By the name of each step, the forms of a network's plans; nothing is computed."""
-    found, original = {}, gpu_plan.Plan.__init__
-
-    def init(plan, *arguments):
-        original(plan, *arguments)
-        found.update((name, launch.run.args[0]) for name, launch in plan.launches if hasattr(launch.run, "args"))
-
-    with torch.device("meta"):
-        fused = rk.fuse(net().eval().to(dtype, memory_format=layout), backend="auto", freeze=freeze)
-        x = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=layout)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gpu_plan.Plan, "__init__", init)
-        for kind in ("constants.LiveConstants", "frozen_constants.FrozenConstants"):
-            patch.setattr(f"resnet_kernels.runtime.gpu.{kind}.read", lambda constants: _Anything())
-        patch.setattr(gpu_plan, "convolve_as", _shape_only)
-        run(fused, x)
-    return found
-
-
-class _Anything(dict):
-    def __missing__(self, key):
-        return None
-
-
-def _shape_only(form, part, values, constants, backend):
-    x = values[part.step.x]
-    shape = gpu_plan._geometry(part, x).out_shape(x.shape, part.child.weight.shape)
-    values[part.step.out] = torch.empty(shape, dtype=x.dtype, device="meta").contiguous(memory_format=CHANNELS_LAST)
 
 
 def test_bytes_decide(called):

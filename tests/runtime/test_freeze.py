@@ -2,19 +2,17 @@
 
 import copy
 import importlib
-import io
 import json
-import pickle
 import threading
 
 import pytest
 import torch
+from helpers import frozen
+from helpers.frozen import CHANGES, COPIES, REPLACED_TENSORS, THAWS, X, call, edit, is_stale, plain_model
 from helpers.oracle import skip_unless_runnable
-from test_capture import Recorder
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime import freezing
 from resnet_kernels.runtime.cpu import packed_conv
 
@@ -26,155 +24,53 @@ def _needs_onednn():
     skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    monkeypatch.setattr(capture, "_Recorder", Recorder)
-    monkeypatch.setattr(Recorder, "recordings", 0)
-    return Recorder
-
-
-def _model():
-    block = rk.models.resnet_v1.BasicBlock
-    stem = nn.Sequential(nn.Conv2d(3, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32), nn.ReLU())
-    return randomise_batch_norms_(nn.Sequential(stem, block(32, 32), block(32, 32))).eval()
-
-
 def _frozen():
-    return rk.fuse(_model(), backend="cpu", freeze=True)
-
-
-X = torch.randn(2, 3, 20, 20)
-
-
-def _call(model, x=X):
-    """The second call with the model as it is: the first packs."""
-    with torch.no_grad():
-        model(x)
-        return model(x)
-
-
-def _eagers(fused, x=X):
-    return _call(rk.unfuse_(copy.deepcopy(fused)), x)
-
-
-def _is_stale(fused, x=X):
-    return not torch.allclose(_call(fused, x), _eagers(fused, x), rtol=1e-4, atol=1e-4)
-
-
-def _edit(fused):
-    """What the promise rules out."""
-    with torch.no_grad():
-        fused[0][0].weight.mul_(-2)
-        fused[1].conv1.weight.data.mul_(3)
-        fused[1].bn2.running_mean.numpy()[:] += 5
-        fused[2].conv2.weight.data = fused[2].conv2.weight.data * 2
+    return rk.fuse(plain_model(), backend="cpu", freeze=True)
 
 
 def _edited():
     fused = _frozen()
-    before = _call(fused)
-    assert not _is_stale(fused)
-    _edit(fused)
-    assert torch.equal(_call(fused), before), "weights are compared"
-    assert _is_stale(fused), "the edit must matter"
+    before = call(fused)
+    assert not is_stale(fused)
+    edit(fused)
+    assert torch.equal(call(fused), before), "weights are compared"
+    assert is_stale(fused), "the edit must matter"
     return fused
 
 
 def test_weights_are_not_compared(monkeypatch):
     fused = _frozen()
-    _call(fused)
+    call(fused)
 
     def refuse(*arguments):
         raise AssertionError("weights were compared")
 
     monkeypatch.setattr(packed_conv.PackedConv, "is_unchanged", refuse)
-    _call(fused)
+    call(fused)
     with pytest.raises(AssertionError, match="compared"):
-        _call(rk.fuse(_model(), backend="cpu"))
+        call(rk.fuse(plain_model(), backend="cpu"))
 
 
 def test_an_edit_is_not_seen_at_a_new_size_either():
     """All sizes are of the weights that were folded first, in each layout; afterwards all are of the new ones."""
     fused, sizes = _frozen(), [torch.randn(1, 3, size, size) for size in (48, 56, 5, 30)]
     plain = rk.unfuse_(copy.deepcopy(fused))
-    _call(fused)
-    _edit(fused)
+    call(fused)
+    edit(fused)
     for x in sizes:
-        torch.testing.assert_close(_call(fused, x), _call(plain, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(call(fused, x), call(plain, x), rtol=1e-4, atol=1e-4)
     rk.refresh(fused)
-    assert not any(_is_stale(fused, x) for x in sizes)
-
-
-def _train(fused):
-    fused.train().eval()
-
-
-def _train_around(fused):
-    nn.Sequential(nn.Identity(), fused).train().eval()
-
-
-def _load(fused):
-    fused.load_state_dict({name: value * 1.5 for name, value in fused.state_dict().items()})
-
-
-def _load_around(fused):
-    around = nn.ModuleDict({"net": fused})
-    around.load_state_dict({name: value * 1.5 for name, value in around.state_dict().items()})
-
-
-def _load_assigning(fused):
-    fused.load_state_dict({name: value * 1.5 for name, value in fused.state_dict().items()}, assign=True)
-
-
-def _load_strictly_in_vain(fused):
-    state = {name: value * 1.5 for name, value in fused.state_dict().items()}
-    del state["2.conv1.weight"]
-    with pytest.raises(RuntimeError, match="Missing key"):
-        fused.load_state_dict(state)
-
-
-def _to(fused):
-    fused.to(torch.float64).to(torch.float32)
-
-
-def _half_around(fused):
-    nn.Sequential(fused).double().float()
-
-
-def _refresh(fused):
-    rk.refresh(fused)
-
-
-def _refresh_around(fused):
-    rk.refresh(nn.Sequential(fused))
-
-
-def _training_step(fused):
-    fused.train()
-    fused(X).square().mean().backward()
-    torch.optim.SGD(fused.parameters(), lr=0.1).step()
-    fused.eval()
-
-
-def _gradients(fused):
-    with pytest.warns(RuntimeWarning, match="gradients are on"):
-        fused(X)
-
-
-THAWS = [
-    _train, _train_around, _load, _load_around, _load_assigning, _load_strictly_in_vain, _to, _half_around, _refresh,
-    _refresh_around, _training_step, _gradients,
-]  # fmt: skip
+    assert not any(is_stale(fused, x) for x in sizes)
 
 
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_thawed_by(thaw):
     fused = _edited()
     thaw(fused)
-    assert not _is_stale(fused)
+    assert not is_stale(fused)
     assert rk.explain(fused).frozen, "only the copies go, not the promise"
-    _edit(fused)
-    assert _is_stale(fused)
+    edit(fused)
+    assert is_stale(fused)
 
 
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
@@ -192,45 +88,14 @@ def test_a_block_thaws_alone():
     assert len(fused[1]._rk_state.copies.packs) == 0 < len(fused[2]._rk_state.copies.packs)
     rk.refresh(fused[2])
     rk.refresh(fused[0])
-    assert not _is_stale(fused)
-
-
-def _hook(fused):
-    fused[1].bn1.register_forward_hook(lambda module, inputs, output: output * 2)
-
-
-def _bn_mode(fused):
-    fused[1].bn2.train()
-
-
-def _module(fused):
-    fused[2].conv1 = nn.Conv2d(32, 32, 3, padding=1, bias=False)
-
-
-def _parameter(fused):
-    fused[2].conv1.weight = nn.Parameter(torch.randn(32, 32, 3, 3))
-
-
-def _eps(fused):
-    fused[1].bn1.eps = 1.0
-
-
-def _stride(fused):
-    fused[0][0].stride = (2, 2)
-
-
-def _bias(fused):
-    fused[1].conv1.bias = nn.Parameter(torch.ones(32))
-
-
-CHANGES = (_hook, _bn_mode, _module, _parameter, _eps, _stride, _bias)
+    assert not is_stale(fused)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:resnet_kernels. in a")
 def test_what_is_looked_at_as_ever(change):
     fused = _frozen()
-    before = _call(fused)
+    before = call(fused)
     change(fused)
     expected = rk.unfuse_(copy.deepcopy(fused))
     with torch.no_grad():
@@ -241,48 +106,37 @@ def test_what_is_looked_at_as_ever(change):
 
 def test_functional_call_uses_the_given_parameters():
     fused = _frozen()
-    _call(fused)
+    call(fused)
     given = {name: parameter * 2 for name, parameter in fused.named_parameters()}
     with torch.no_grad():
         y = torch.func.functional_call(fused, given, X)
         expected = torch.func.functional_call(rk.unfuse_(copy.deepcopy(fused)), given, X)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    assert not _is_stale(fused)
+    assert not is_stale(fused)
 
 
-def _pickled(model):
-    return pickle.loads(pickle.dumps(model))
-
-
-def _saved(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize("copied", (copy.deepcopy, _pickled, _saved), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("copied", COPIES, ids=lambda f: f.__name__)
 def test_copies_keep_the_promise_and_fold_their_own(copied):
     fused = _edited()
     twin = copied(fused)
-    assert rk.explain(twin).frozen and not _is_stale(twin) and _is_stale(fused)
-    _edit(twin)
-    assert _is_stale(twin)
+    assert rk.explain(twin).frozen and not is_stale(twin) and is_stale(fused)
+    edit(twin)
+    assert is_stale(twin)
 
 
 def test_it_has_to_be_promised_again():
     fused = _frozen()
-    _call(fused)
+    call(fused)
     assert not rk.fuse_(fused, backend="cpu").frozen and not rk.explain(fused).frozen
-    _edit(fused)
-    assert not _is_stale(fused)
+    edit(fused)
+    assert not is_stale(fused)
     assert rk.fuse_(fused, backend="cpu", freeze=True).frozen
     rk.unfuse_(fused)
     assert not rk.explain(fused).frozen and not freezing.frozen_states(fused)
 
 
 def test_explain_says_frozen():
-    frozen, plain = _frozen(), rk.fuse(_model())
+    frozen, plain = _frozen(), rk.fuse(plain_model())
     assert str(rk.explain(frozen)).endswith(", frozen") and "frozen" not in str(rk.explain(plain))
     assert json.loads(rk.explain(frozen).to_json())["frozen"] is True
     assert json.loads(rk.explain(plain).to_json())["frozen"] is False
@@ -290,7 +144,7 @@ def test_explain_says_frozen():
 
 @pytest.mark.parametrize("freeze", (None, 1, "yes", torch.ones(())), ids=repr)
 def test_freeze_is_a_bool(freeze):
-    model = _model()
+    model = plain_model()
     for fuse in (rk.fuse, rk.fuse_):
         with pytest.raises(TypeError, match="freeze must be True or False, got"):
             fuse(model, freeze=freeze)
@@ -304,7 +158,7 @@ def test_a_model_without_blocks_is_not_frozen():
 
 
 def test_verify_sees_a_broken_promise():
-    model = _model()
+    model = plain_model()
     fused = rk.fuse(model, backend="cpu", freeze=True)
     assert rk.verify(model, fused, X)
     with torch.no_grad():
@@ -318,7 +172,7 @@ def test_captured_graphs_are_dropped_with_the_copies(recorder):
     fused = _frozen()
     run = capture.CapturedModel(fused, copy=True, max_graphs=8)
     run(X)
-    for thaw in (_train, _load, _load_around, _to, _refresh):
+    for thaw in (frozen.train, frozen.load, frozen.load_around, frozen.to, frozen.refresh):
         run(X)
         count = recorder.recordings
         thaw(fused)
@@ -332,10 +186,10 @@ def test_captured_graphs_are_dropped_with_the_copies(recorder):
 
 
 def test_captured_graphs_of_other_models_stay(recorder):
-    fused = rk.fuse(_model(), backend="cpu")
+    fused = rk.fuse(plain_model(), backend="cpu")
     run = capture.CapturedModel(fused, copy=True, max_graphs=8)
     run(X)
-    for thaw in (_train, _load, _load_around, _refresh):
+    for thaw in (frozen.train, frozen.load, frozen.load_around, frozen.refresh):
         thaw(fused)
         run(X)
     assert recorder.recordings == 1
@@ -344,19 +198,26 @@ def test_captured_graphs_of_other_models_stay(recorder):
 def test_copies_of_several_blocks_hold_together():
     """What a plan of several blocks asks."""
     fused = _frozen()
-    _call(fused)
+    call(fused)
     states = [fused[i]._rk_state for i in (1, 2)]
     wirings = [state.wiring[state.plan.modules] for state in states]
     make = lambda: freezing.FrozenCopies.of(states, wirings)  # noqa: E731
     copies = make()
-    _edit(fused)
+    edit(fused)
     assert copies.hold()
-    for thaw in (_train, _load, _to, _refresh, lambda fused: rk.refresh(fused[2]), _parameter, _bias):
+    for thaw in (
+        frozen.train,
+        frozen.load,
+        frozen.to,
+        frozen.refresh,
+        lambda fused: rk.refresh(fused[2]),
+        *REPLACED_TENSORS,
+    ):
         copies = make()
         assert copies.hold()
         thaw(fused)
         assert not copies.hold()
-    assert freezing.FrozenCopies.of([states[0], rk.fuse(_model())[1]._rk_state], wirings) is None
+    assert freezing.FrozenCopies.of([states[0], rk.fuse(plain_model())[1]._rk_state], wirings) is None
 
 
 def test_plans_are_dropped_with_the_copies():
@@ -387,9 +248,9 @@ def test_loading_while_other_threads_call():
     try:
         for state in states * 10:
             fused.load_state_dict(state)
-            assert not _is_stale(fused)
+            assert not is_stale(fused)
     finally:
         stop.set()
         for worker in workers:
             worker.join()
-    assert not failures and not _is_stale(fused)
+    assert not failures and not is_stale(fused)

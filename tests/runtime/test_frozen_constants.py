@@ -6,13 +6,12 @@ import threading
 from types import SimpleNamespace
 
 import pytest
-import test_freeze
 import torch
-from helpers import pretend
+from helpers import frozen, pretend
+from helpers.forms import cheaper, forms_of, plan_of, prepared
+from helpers.frozen import CHANGES, COPIES, THAWS, X, call, eagers, edit, is_stale, plain_model
 from helpers.oracle import skip_unless_runnable
-from test_forms import cheaper, d2l, forms_of, plan_of, prepared
-from test_freeze import THAWS, X, _call, _eagers, _edit, _is_stale
-from test_launches import CHANNELS_LAST, FP16, Net, basic_blocks, bottlenecks, hopper, preacts, run
+from helpers.stages import CHANNELS_LAST, FP16, Net, basic_blocks, bottlenecks, d2l, preacts, run
 from torch import nn
 
 import resnet_kernels as rk
@@ -22,10 +21,9 @@ from resnet_kernels.runtime import freezing, state
 from resnet_kernels.runtime.gpu import frozen_constants
 from resnet_kernels.runtime.gpu.constants import Constants
 
-fixtures = (hopper,)
 CONTIGUOUS = torch.contiguous_format
 STAGES = (bottlenecks, preacts, basic_blocks, d2l)
-QUICK = (test_freeze._train, test_freeze._load, test_freeze._to, test_freeze._refresh)
+QUICK = (frozen.train, frozen.load, frozen.to, frozen.refresh)
 
 
 @pytest.fixture(autouse=True)
@@ -56,16 +54,16 @@ def written(monkeypatch):
 
 def _frozen():
     """Its weights are contiguous, so that each of them is copied: no edit of any is seen."""
-    return rk.fuse(test_freeze._model(), freeze=True)
+    return rk.fuse(plain_model(), freeze=True)
 
 
 def _edited():
     fused = _frozen()
-    before = _call(fused)
-    assert not _is_stale(fused)
-    _edit(fused)
-    assert torch.equal(_call(fused), before), "weights are read"
-    assert _is_stale(fused), "the edit must matter"
+    before = call(fused)
+    assert not is_stale(fused)
+    edit(fused)
+    assert torch.equal(call(fused), before), "weights are read"
+    assert is_stale(fused), "the edit must matter"
     return fused
 
 
@@ -126,13 +124,13 @@ def test_every_launch_takes_the_kept_weight(make, hopper):
 def test_thawed_by(thaw):
     fused = _edited()
     thaw(fused)
-    assert not _is_stale(fused)
+    assert not is_stale(fused)
     assert rk.explain(fused).frozen, "only the constants go, not the promise"
-    _edit(fused)
-    assert _is_stale(fused)
+    edit(fused)
+    assert is_stale(fused)
 
 
-@pytest.mark.slow(unless=lambda thaw: thaw is test_freeze._refresh)
+@pytest.mark.slow(unless=lambda thaw: thaw is frozen.refresh)
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_planted_bug_constants_that_always_hold_are_stale(thaw, monkeypatch):
     monkeypatch.setattr(freezing.FrozenCopies, "hold", lambda self: True)
@@ -145,61 +143,59 @@ def test_a_block_thaws_alone_in_a_plan_of_several():
     fused = _edited()
     assert len(plan_of(fused).wirings) == 3
     rk.refresh(fused[2])  # the plan is the first block's
-    assert _is_stale(fused)
-    first, second = _call(fused[1], Y), _call(fused[2], Y)
-    assert not torch.allclose(first, _eagers(fused[1], Y)) and torch.allclose(second, _eagers(fused[2], Y), atol=1e-4)
+    assert is_stale(fused)
+    first, second = call(fused[1], Y), call(fused[2], Y)
+    assert not torch.allclose(first, eagers(fused[1], Y)) and torch.allclose(second, eagers(fused[2], Y), atol=1e-4)
     rk.refresh(fused[0])
     rk.refresh(fused[1])
-    assert not _is_stale(fused)
+    assert not is_stale(fused)
 
 
 Y = torch.randn(2, 32, 20, 20)
 
 
-@pytest.mark.parametrize("change", test_freeze.CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 @pytest.mark.filterwarnings("ignore:resnet_kernels. in a")
 def test_what_is_looked_at_as_ever(change):
     fused = _frozen()
-    before = _call(fused)
+    before = call(fused)
     change(fused)
     with torch.no_grad():
         y = fused(X)
-    torch.testing.assert_close(y, _eagers(fused), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(y, eagers(fused), rtol=1e-4, atol=1e-4)
     assert y.shape != before.shape or not torch.allclose(y, before), "the change must matter"
 
 
 def test_functional_call_uses_the_given_parameters():
     fused = _frozen()
-    before = _call(fused)
+    before = call(fused)
     given = {name: parameter * 2 for name, parameter in fused.named_parameters()}
     with torch.no_grad():
         y = torch.func.functional_call(fused, given, X)
         expected = torch.func.functional_call(rk.unfuse_(copy.deepcopy(fused)), given, X)
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
-    assert torch.equal(_call(fused), before)
+    assert torch.equal(call(fused), before)
 
 
 @pytest.mark.slow(unless=lambda copied: copied is copy.deepcopy)
-@pytest.mark.parametrize(
-    "copied", (copy.deepcopy, test_freeze._pickled, test_freeze._saved), ids=lambda f: f.__name__.strip("_")
-)
+@pytest.mark.parametrize("copied", COPIES, ids=lambda f: f.__name__.strip("_"))
 def test_copies_keep_the_promise_and_make_their_own(copied):
     fused = _edited()
     twin = copied(fused)
-    assert rk.explain(twin).frozen and not _is_stale(twin) and _is_stale(fused)
-    _edit(twin)
-    assert _is_stale(twin)
+    assert rk.explain(twin).frozen and not is_stale(twin) and is_stale(fused)
+    edit(twin)
+    assert is_stale(twin)
 
 
 def test_all_sizes_are_of_the_weights_that_were_read_first(written):
     """And share their copies: another size costs no memory."""
     fused, sizes = _frozen(), [torch.randn(1, 3, size, size) for size in (5, 12)]
     plain = rk.unfuse_(copy.deepcopy(fused))
-    _call(fused)
-    _edit(fused)
+    call(fused)
+    edit(fused)
     written.clear()
     for x in sizes:
-        torch.testing.assert_close(_call(fused, x), _call(plain, x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(call(fused, x), call(plain, x), rtol=1e-4, atol=1e-4)
     assert "weight" not in written
     weights = [
         [constants.weight.data_ptr() for constants in plan.constants.read().values()]
@@ -207,18 +203,18 @@ def test_all_sizes_are_of_the_weights_that_were_read_first(written):
     ]
     assert len(weights) == 3 and weights[0] == weights[1] == weights[2]
     rk.refresh(fused)
-    assert not any(_is_stale(fused, x) for x in sizes)
+    assert not any(is_stale(fused, x) for x in sizes)
 
 
 def test_each_dtype_has_its_own():
     fused = _frozen()
-    before = _call(fused)
+    before = call(fused)
     live = rk.fuse(rk.unfuse_(copy.deepcopy(fused)))
     with torch.autocast("cpu", FP16):
-        half = _call(fused)
+        half = call(fused)
         assert half.dtype == FP16
-        assert torch.equal(half, _call(live))
-    assert torch.equal(_call(fused), before)
+        assert torch.equal(half, call(live))
+    assert torch.equal(call(fused), before)
 
 
 @pytest.mark.parametrize("backend", ("triton", "auto"))
@@ -300,8 +296,8 @@ def capturing(monkeypatch):
 
 def test_a_capture_keeps_nothing(capturing, written):
     fused = _frozen()
-    _call(fused)
-    before = _call(rk.refresh(fused))
+    call(fused)
+    before = call(rk.refresh(fused))
     rk.refresh(fused[2])  # the plan is the first block's, and stays
     plan = plan_of(fused)
     capturing.append(True)
@@ -309,16 +305,16 @@ def test_a_capture_keeps_nothing(capturing, written):
     assert not {id(t) for t in _tensors(plan)} & {id(t) for c in inside.values() for t in c}
     capturing.clear()
     written.clear()
-    assert torch.equal(_call(fused), before) and "vectors" in written
+    assert torch.equal(call(fused), before) and "vectors" in written
 
 
 def test_a_capture_reads_what_was_made_before_and_keeps_it(capturing, written):
     fused = _frozen()
-    before = _call(fused)
+    before = call(fused)
     constants = {id(t) for t in _tensors(plan_of(fused))}
     capturing.append(True)
     written.clear()
-    assert torch.equal(_call(fused), before) and not written
+    assert torch.equal(call(fused), before) and not written
     tables = state.tables_of(fused)
     rk.refresh(fused)
     assert not state.tables_of(fused)
@@ -331,7 +327,7 @@ def test_a_capture_reads_what_was_made_before_and_keeps_it(capturing, written):
 
 def test_threads_that_come_at_once_make_them_once(written):
     fused = _frozen()
-    _call(fused)
+    call(fused)
     plan = plan_of(fused)
     rk.refresh(fused[2])
     start, found = threading.Barrier(4), []
@@ -354,21 +350,21 @@ def test_threads_that_come_at_once_make_them_once(written):
 def test_a_thaw_while_they_are_made_is_seen():
     """What was made of old weights while new ones are loaded does not hold."""
     fused = _frozen()
-    _call(fused)
+    call(fused)
     plan = plan_of(fused)
     rk.refresh(fused[2])
     original = plan.constants._live.vectors
 
     def vectors():
         found = original()
-        _edit(fused)
+        edit(fused)
         rk.refresh(fused)
         return found
 
     plan.constants._live.vectors = vectors
     plan.constants.read()
     assert not plan.constants._made.copies.hold()
-    assert not _is_stale(fused)
+    assert not is_stale(fused)
 
 
 class _Stream(SimpleNamespace):

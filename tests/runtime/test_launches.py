@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from helpers.oracle import assert_within_budget, runnable
+from helpers.stages import CHANNELS_LAST, Net, basic_blocks, bottlenecks, image, preacts, prepared, run
 from torch import nn
 
 import resnet_kernels as rk
@@ -15,7 +16,6 @@ pytestmark = pytest.mark.skipif(
     runnable("triton", "cuda" if torch.cuda.is_available() else "cpu", torch.float32) is not None,
     reason="needs Triton",
 )
-CHANNELS_LAST = torch.channels_last
 
 
 @pytest.fixture
@@ -44,11 +44,6 @@ def plans(monkeypatch):
 
     monkeypatch.setattr("resnet_kernels.runtime.inference.Plan", Spy)
     return made
-
-
-def run(module, x):
-    with torch.inference_mode():
-        return module(x)
 
 
 def close(a, b):
@@ -157,66 +152,6 @@ def test_a_copy_and_a_pickle_make_plans_of_their_own(stage, x):
 
 # Chains and merged shortcuts: Hopper's kernels, in the interpreter.
 
-FP16 = torch.float16
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """A machine of compute capability 9, or the interpreter in its place."""
-    from resnet_kernels.kernels.sm90 import conv
-
-    if not (torch.cuda.is_available() and conv.runs_on(torch.device("cuda"))):
-        if torch.cuda.is_available():
-            pytest.skip("needs compute capability 9")
-        monkeypatch.setattr(conv, "runs_on", lambda device: True)
-
-
-@pytest.fixture
-def ran(monkeypatch):
-    """The launches of each call, by the text that profilers show."""
-    seen, original = [], gpu_plan.Plan.run
-
-    def run(plan, *rest):
-        seen.extend(name for name, _ in plan.launches)
-        return original(plan, *rest)
-
-    images = gpu_plan.Plan.run_images
-
-    def run_images(plan, *rest):
-        y = images(plan, *rest)
-        seen.extend(name for name, _ in plan.launches if y is not None)
-        return y
-
-    monkeypatch.setattr(gpu_plan.Plan, "run", run)
-    monkeypatch.setattr(gpu_plan.Plan, "run_images", run_images)
-    return seen
-
-
-def bottlenecks(device):
-    downsample = nn.Sequential(nn.Conv2d(64, 128, 1, 2, bias=False), nn.BatchNorm2d(128))
-    blocks = [rk.models.resnet_v1.Bottleneck(64, 32, 2, downsample)]
-    blocks += [rk.models.resnet_v1.Bottleneck(128, 32) for _ in range(2)]
-    return nn.Sequential(*blocks), torch.randn(2, 64, 8, 8, device=device)
-
-
-def preacts(device):
-    units = [rk.models.resnet_v2.PreactBottleneck(64, 128, 32), rk.models.resnet_v2.PreactBottleneck(128, 128, 32)]
-    units.append(rk.models.resnet_v2.PreactBottleneck(128, 128, 32, stride=2))
-    return nn.Sequential(*units), torch.randn(2, 64, 4, 4, device=device)
-
-
-def basic_blocks(device):
-    downsample = nn.Sequential(nn.Conv2d(16, 32, 1, 2, bias=False), nn.BatchNorm2d(32))
-    blocks = rk.models.resnet_v1.BasicBlock(16, 32, 2, downsample), rk.models.resnet_v1.BasicBlock(32, 32)
-    return nn.Sequential(*blocks), torch.randn(2, 16, 8, 8, device=device)
-
-
-def prepared(make, device):
-    stage, x = make(device)
-    stage = randomise_batch_norms_(stage).eval().to(device, FP16, memory_format=CHANNELS_LAST)
-    return stage, x.to(FP16, memory_format=CHANNELS_LAST)
-
-
 EXPECTED = {
     bottlenecks: [
         "0.conv1+bn1+relu",
@@ -279,23 +214,6 @@ def test_a_width_that_no_chain_takes_is_merged_at_least(device, hopper, ran):
     y = run(rk.fuse(stage, backend="triton"), x)
     assert ran[2:4] == ["0.downsample.0+downsample.1 -> 0.conv3+bn3+add+relu", "1.conv1+bn1+relu"]
     assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
-
-
-class Net(nn.Module):
-    """A network's stem, and a block so that there is something to fuse behind it."""
-
-    def __init__(self, pool):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 7, 2, 3, bias=False), nn.BatchNorm2d(16)
-        self.relu, self.maxpool = nn.ReLU(inplace=True), pool
-        self.layer1 = rk.models.resnet_v1.BasicBlock(16, 16)
-
-    def forward(self, x):
-        return self.layer1(self.maxpool(self.relu(self.bn1(self.conv1(x)))))
-
-
-def image(device):
-    return torch.randn(1, 3, 18, 20, device=device)
 
 
 @pytest.mark.parametrize("pool", (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2)), ids=("taken", "another window"))

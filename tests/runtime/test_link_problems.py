@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from helpers.oracle import assert_within_budget
-from test_launches import Net, bottlenecks, hopper, image, preacts, prepared, ran, run  # noqa: F401, fixtures
-from test_tuned import fake_device, record, table, write  # noqa: F401, fixtures
+from helpers.stages import Net, bottlenecks, image, preacts, prepared, run
+from helpers.tuned_tables import record, table
 from torch import nn
 
 import resnet_kernels as rk
@@ -18,7 +18,7 @@ FP16 = torch.float16
 
 
 @pytest.fixture
-def links_of(hopper, device):  # noqa: F811
+def links_of(hopper, device):
     """The questions that a model asks about links."""
 
     def ask(make):
@@ -54,7 +54,7 @@ def test_candidates_agree_with_fp64(links_of, make, device):
 
 
 @pytest.mark.slow
-def test_a_stem(hopper, device):  # noqa: F811
+def test_a_stem(hopper, device):
     net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
     (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))
     assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
@@ -80,7 +80,7 @@ def test_a_wrong_launch_can_not_win(links_of, device, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*which can't run here")
-def test_a_table_decides_how_much_is_one_launch(links_of, write, device, ran):  # noqa: F811
+def test_a_table_decides_how_much_is_one_launch(links_of, write, device, ran):
     stage, x = prepared(bottlenecks, device)
     first, second, last = links_of(bottlenecks)
     expected = copy.deepcopy(stage).double()(x.double())

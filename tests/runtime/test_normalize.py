@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from helpers.oracle import assert_within_budget
-from test_stem_run import Net, launches, prepared  # noqa: F401
+from helpers.stem_nets import Net, prepared
 from torch import nn
 
 import resnet_kernels as rk
@@ -159,7 +159,7 @@ def test_verify_says_that_it_can_not_compare(images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("floats", (False, True))
-def test_the_stem_kernel_normalises_while_it_packs(floats, launches, images):  # noqa: F811
+def test_the_stem_kernel_normalises_while_it_packs(floats, launches, images):
     model = prepared(Net())
     model.layer1 = nn.Sequential(model.layer1[0])
     half, x = model.half(), images[:1]
