@@ -1,6 +1,6 @@
 """Public names and their signatures are those of data/public_api.txt, so that none changes by accident.
 
-    PYTHONPATH=. python tests/test_public_api.py     writes the file anew
+`PYTHONPATH=. python tests/test_public_api.py` writes the file anew.
 """
 
 import difflib

@@ -1,85 +1,23 @@
 """fuse, fuse_, unfuse_, explain: the same model, with everything a user may do to it."""
 
 import copy
-import io
 import json
 import pickle
 import threading
-from collections import OrderedDict
 
 import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
 from helpers.oracle import assert_within_budget, skip_unless_eager_runs, skip_unless_runnable
+from helpers.small_resnet import PlainResidual, close, fused_names, ran_fused, small_resnet
 from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, onednn
-from resnet_kernels.runtime import fused_module, inference
+from resnet_kernels.runtime import fused_module
 from resnet_kernels.runtime.cpu import packed_conv
-
-IMAGE = (2, 3, 64, 64)
-
-
-class PlainResidual(nn.Module):
-    """A residual block as a notebook has it: module level, so that it pickles."""
-
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1, self.conv2 = (
-            nn.Conv2d(channels, channels, 3, padding=1),
-            nn.Conv2d(channels, channels, 3, padding=1),
-        )
-        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        y += x
-        return F.relu(y)
-
-
-def small_resnet(block=rk.models.resnet_v1.Bottleneck, layers=(2, 1, 1, 1), **options):
-    return randomise_batch_norms_(rk.models.ResNet(block, layers, num_classes=10, **options)).eval()
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return small_resnet()
-
-
-@pytest.fixture
-def x():
-    return torch.randn(IMAGE)
-
-
-def fused_names(model):
-    return [row.path for row in rk.explain(model).fused]
-
-
-def ran_fused(module, x):
-    """How many recipes this call runs fused."""
-    seen = []
-    original = inference.run_recipe
-
-    def spy(recipe, *rest):
-        seen.append(str(recipe))
-        return original(recipe, *rest)
-
-    inference.run_recipe = spy
-    try:
-        with torch.no_grad():
-            module(x)
-    finally:
-        inference.run_recipe = original
-    return len(seen)
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_fuse_copies_and_fuse_in_place_does_not(model, x):
@@ -171,54 +109,6 @@ def test_nothing_is_left_half_fused_when_swapping_fails(model, monkeypatch):
     assert not any("_rk_state" in m.__dict__ for m in mine.modules())
 
 
-@pytest.mark.parametrize("add_before", (True, False))
-def test_hooks_fire_whether_added_before_or_after(model, x, add_before):
-    mine, seen = copy.deepcopy(model), []
-
-    def add():
-        for path in ("layer1.0", "layer1.0.conv2", "layer1.1.bn3", "layer2.0.downsample", "bn1", "layer1"):
-            mine.get_submodule(path).register_forward_hook(lambda m, i, o, path=path: seen.append((path, o.clone())))
-
-    if add_before:
-        add()
-    rk.fuse_(mine)
-    if not add_before:
-        add()
-    assert not seen, "reading a model must not fire its hooks"
-    with torch.no_grad(), pytest.warns(RuntimeWarning, match="a hook on"):
-        y = mine(x)
-        fired = list(seen)
-        seen.clear()
-        close(y, rk.unfuse_(mine)(x))
-    assert [path for path, _ in fired] == [path for path, _ in seen] and len(fired) == 6
-    for (_, a), (_, b) in zip(fired, seen):
-        close(a, b)
-
-
-def test_hooks_registered_after_the_dict_of_hooks_was_replaced_fire(model, x):
-    """`module._forward_hooks = OrderedDict()` is a common way of removing hooks."""
-    fused, seen = rk.fuse(model), []
-    with torch.no_grad():
-        fused(x), fused(x)
-        for path in ("layer1.0", "layer1.0.conv2", "layer1", "bn1"):
-            module = fused.get_submodule(path)
-            module._forward_hooks = OrderedDict()
-            module.register_forward_hook(lambda m, i, o, path=path: seen.append(path))
-        with pytest.warns(RuntimeWarning, match="a hook on"):
-            fused(x)
-    assert seen == ["bn1", "layer1.0.conv2", "layer1.0", "layer1"]
-
-
-def test_a_forward_set_on_a_fused_block_runs(model):
-    """Regression: a block that was verified once ran its recipe past a forward set on the instance later."""
-    fused, x = rk.fuse(nn.Sequential(model.layer1, model.layer2)), torch.randn(1, 64, 8, 8)
-    with torch.no_grad():
-        for _ in range(3):
-            fused(x)
-        fused[0][1].forward = torch.zeros_like
-        close(fused(x), model.layer2(torch.zeros(1, 256, 8, 8)))
-
-
 class Broadcasts(nn.Module):
     """Adds a (N, C, 1, 1) value to a map: once as a convolution's residual, once the other way round, once alone."""
 
@@ -250,142 +140,6 @@ def test_an_add_that_broadcasts(form, backend, device):
     with torch.no_grad():
         for _ in range(3):
             close(fused(x), plain(x))
-
-
-def test_a_hook_on_a_block_may_keep_its_output(model, x):
-    """Regression guard: the next block writes its residual add over its input only when nobody else holds it."""
-    mine = rk.fuse(model)
-    kept = []
-    mine.layer1[0].register_forward_hook(lambda m, i, o: kept.append(o))
-    with torch.no_grad():
-        mine(x)
-        copies = [k.clone() for k in kept]
-        mine.layer1[1](kept[0])
-        assert torch.equal(kept[0], copies[0])
-        close(kept[0], model.layer1(model.maxpool(model.relu(model.bn1(model.conv1(x))))) * 0 + copies[0])
-
-
-def test_stage_never_writes_over_its_callers_input(model):
-    fused = rk.fuse(model)
-    x = torch.randn(2, 64, 8, 8).contiguous(memory_format=torch.channels_last)
-    before = x.clone()
-    identity = rk.fuse(nn.Sequential(*(small_resnet(rk.models.resnet_v1.BasicBlock).layer1[:2])))
-    with torch.no_grad():
-        identity(x), fused.layer1(x)
-    assert torch.equal(x, before)
-
-
-def test_global_hooks_fire(model, x):
-    fused, seen = rk.fuse(model), []
-    handle = nn.modules.module.register_module_forward_hook(lambda m, i, o: seen.append(type(m).__name__))
-    try:
-        with torch.no_grad(), pytest.warns(RuntimeWarning, match="global module hook"):
-            fused(x)
-    finally:
-        handle.remove()
-    assert seen.count("Conv2d") == sum(isinstance(m, nn.Conv2d) for m in model.modules())
-
-
-def test_symbolic_trace_and_feature_extraction(model, x):
-    fused = rk.fuse(model)
-    traced, plain = torch.fx.symbolic_trace(fused), torch.fx.symbolic_trace(model)
-    assert [n.target for n in traced.graph.nodes] == [n.target for n in plain.graph.nodes]
-    with torch.no_grad():
-        close(traced(x), model(x))
-
-
-def test_torch_jit_trace(model, x):
-    fused = rk.fuse(model)
-    with torch.no_grad():
-        close(torch.jit.trace(fused, x, check_trace=False)(x), model(x))
-
-
-def test_torch_compile(model, x):
-    """On the CPU the compiler gets the model's own graph, whole."""
-    compiled = torch.compile(rk.fuse(model), fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        close(compiled(x), model(x))
-
-
-def test_torch_compile_sees_the_fused_ops(model, device):
-    skip_unless_runnable("triton", device, torch.float32)
-    stage = copy.deepcopy(model.layer1).to(device)
-    fused = rk.fuse(stage, backend="triton")
-    graphs = []
-
-    def record(graph, example_inputs):
-        graphs.append(graph)
-        return graph
-
-    x = torch.randn(1, 64, 6, 6, device=device)
-    with torch.no_grad():
-        compiled = torch.compile(fused, fullgraph=True, backend=record)
-        close(compiled(x), stage(x))
-    calls = [node for node in graphs[0].graph.nodes if "conv_bias_act" in str(node.target)]
-    assert len(calls) == 7  # three and three convolutions, and a shortcut
-
-
-@pytest.mark.parametrize("copy_of", [
-    copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: copy.copy(m)
-], ids=("deepcopy", "pickle", "copy"))  # fmt: skip
-def test_copies(model, x, copy_of):
-    fused = rk.fuse(model)
-    with torch.no_grad():
-        expected = fused(x)
-        twin = copy_of(fused)
-        assert type(twin) is type(fused) and isinstance(twin.layer1[0], rk.models.resnet_v1.Bottleneck)
-        assert ran_fused(twin, x) == 6 and torch.equal(twin(x), expected)
-        if copy_of is copy.deepcopy:
-            twin.layer1[0].conv1.weight.zero_()
-            assert torch.equal(fused(x), expected) and not torch.equal(twin(x), expected)
-        assert len(rk.explain(rk.unfuse_(twin)).fused) == 6
-
-
-def test_torch_save_of_the_whole_model(model, x):
-    buffer = io.BytesIO()
-    fused = rk.fuse(model)
-    with torch.no_grad():
-        expected = fused(x)
-        torch.save(fused, buffer)
-        buffer.seek(0)
-        loaded = torch.load(buffer, weights_only=False)
-        assert torch.equal(loaded(x), expected) and ran_fused(loaded, x) == 6
-
-
-def test_state_dict_round_trips(model, x):
-    fused, other = rk.fuse(model), small_resnet()
-    with torch.no_grad():
-        for p in fused.parameters():
-            p.mul_(1.1)
-        other.load_state_dict(fused.state_dict())
-        close(fused(x), other(x))
-        fresh = rk.fuse(small_resnet())
-        fresh(x)
-        fresh.load_state_dict(model.state_dict())
-        close(fresh(x), model(x))
-
-
-def test_double_and_back(model, x):
-    fused = rk.fuse(model)
-    with torch.no_grad():
-        fused(x)
-        wide = fused.double()
-        with pytest.warns(RuntimeWarning, match='"cpu" backend runs float32 and bfloat16, got torch.float64'):
-            wide(x.double())
-        torch.testing.assert_close(wide(x.double()), copy.deepcopy(model).double()(x.double()), rtol=0, atol=0)
-        fused.float()
-        assert ran_fused(fused, x) == 6
-
-
-def test_to_bfloat16(model, x):
-    skip_unless_runnable("cpu", torch.device("cpu"), torch.bfloat16)
-    fused = rk.fuse(model)
-    with torch.no_grad():
-        fused(x)
-        fused.to(torch.bfloat16)
-        assert fused(x.bfloat16()).dtype == torch.bfloat16 and ran_fused(fused, x.bfloat16()) == 6
-        fused.float()
-        assert ran_fused(fused, x) == 6
 
 
 @pytest.fixture
@@ -625,48 +379,6 @@ def test_threads_share_one_fused_model(model):
     assert not errors
     for got, right in zip(results, expected):
         close(got, right)
-
-
-def test_replicas_of_data_parallel_run_on_their_own_parameters(model, x):
-    """nn.DataParallel's replicas share __dict__ entries, the fused state among them, and run in threads."""
-    fused = rk.fuse(model)
-    with torch.no_grad():
-        fused(x)
-        blocks_ = fused.layer1[0], fused.layer1[0]._replicate_for_data_parallel()
-        block, replica = blocks_
-        for name in list(replica._modules):
-            replica._modules[name] = copy.deepcopy(block._modules[name])
-        for p in replica.modules():
-            for tensor in p._parameters.values():
-                if tensor is not None:
-                    tensor.mul_(1.5)
-        inputs = torch.randn(1, 64, 8, 8)
-        for _ in range(2):
-            for b in blocks_:
-                close(b(inputs), type(b)._rk_original_class.forward(b, inputs))
-
-
-def test_functorch_forward_ad_and_vmap(model, x):
-    fused, stage = rk.fuse(model), model.layer1
-    batch = torch.randn(3, 2, 64, 8, 8)
-    with torch.no_grad():
-        close(torch.vmap(fused.layer1)(batch), torch.vmap(stage)(batch))
-        _, ours = torch.func.jvp(fused.layer1, (batch[0],), (batch[1],))
-        _, theirs = torch.func.jvp(stage, (batch[0],), (batch[1],))
-    close(ours, theirs)
-    with torch.autograd.forward_ad.dual_level(), torch.no_grad():
-        dual = torch.autograd.forward_ad.make_dual(batch[0], batch[1])
-        tangents = [torch.autograd.forward_ad.unpack_dual(m(dual)).tangent for m in (fused.layer1, stage)]
-    close(*tangents)
-
-
-def test_functional_call_uses_the_given_parameters(model, x):
-    fused = rk.fuse(model)
-    given = {name: p * 1.2 for name, p in model.named_parameters()}
-    with torch.no_grad():
-        fused(x)
-        close(torch.func.functional_call(fused, given, (x,)), torch.func.functional_call(model, given, (x,)))
-        close(fused(x), model(x))
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16,), ids=str)

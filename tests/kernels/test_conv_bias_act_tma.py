@@ -1,11 +1,12 @@
 """Hopper's kernel in the interpreter: exact on integers in every tile and view, and what keeps a convolution from it."""
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers.convolutions import Case, operands, truth
+from helpers.merged_shortcuts import MERGED, merge, merged_operands, name_of
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
 
@@ -83,10 +84,6 @@ def test_exact_on_integers_as_the_pointer_kernel_is(case, device):
         assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
         smallest = conv_bias_act.CONFIGS[3]
         assert torch.equal(y, run(conv_bias_act, case, x, weight, *use, config=smallest))
-
-
-def name_of(config) -> str:
-    return f"{config.block_m}x{config.block_n}x{config.block_k}, {config.split_k}"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=name_of)
@@ -204,135 +201,6 @@ def test_layouts_and_addresses_do_not_matter(device):
     for image in (x, x.contiguous(memory_format=torch.channels_last), wide[..., ::2], shifted):
         y = run(sm90_conv, case, image, weight, strided_bias, residual, scale, True)
         assert torch.equal(y.double().cpu(), expected)
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A block's last convolution and its projection, from c_in channels."""
-
-    conv: Case
-    c_in: int
-    stride: int = 1
-    size: tuple = ()  # (h, w) of the projection's input
-
-    @property
-    def shortcut(self) -> Case:
-        return Case("", self.conv.n, self.c_in, *self.size, self.conv.c_out, (1, 1), self.stride, 0)
-
-
-MERGED = (
-    Merged(Case("Bottleneck", 2, 64, 7, 7, 256, (1, 1), padding=0), 128, 2, (14, 14)),
-    Merged(Case("first stage", 2, 64, 6, 6, 72, (1, 1), padding=0), 64, 1, (6, 6)),
-    Merged(Case("BasicBlock", 1, 64, 8, 6, 64), 32, 2, (16, 12)),
-    Merged(Case("odd sizes, ragged channels", 3, 40, 5, 7, 24), 24, 2, (9, 13)),
-    Merged(Case("stride on the convolution too", 2, 24, 7, 7, 16, stride=2), 8, 2, (7, 7)),
-)
-# Scales that can't be factored out, and those that can: zeros, signs, sizes.
-AWKWARD = (
-    (1, 0),
-    (0, 1),
-    (0, 0),
-    (-2, 4),
-    (2, -1),
-    (1, 2.0**-60),
-    (2.0**-60, 1),
-    (0, -2),
-    (-4, 0.5),
-    (2.0**60, 2.0**60),
-)
-
-
-def merged_operands(merged: Merged, device, real=False):
-    """Both convolutions' operands; scales are powers of two, so that their ratio is exact."""
-    conv, shortcut = (operands(case, FP16, device, real) for case in (merged.conv, merged.shortcut))
-    if not real:
-        sign = torch.tensor([1.0, -1.0], device=device).repeat(len(conv[4]) // 2)
-        conv, shortcut = (*conv[:4], conv[4] * sign), (*shortcut[:4], shortcut[4] * 0.5)
-    return conv, shortcut
-
-
-def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=False, config=None):
-    """(y, the definition in fp64); use: which of scale, bias, shortcut's scale, shortcut's bias there are."""
-    (x, weight, bias, added, scale), (x0, weight0, bias0, _, scale0) = conv, shortcut
-    scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
-    added = added if residual else None
-    geometries = [normalise(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
-    shapes = [ConvShape(t.shape, w.shape, g) for t, w, g in zip((x, x0), (weight, weight0), geometries)]
-    assert why_not_merged(*shapes, x.dtype) is None
-    y = sm90_conv.launch(
-        x, weight, bias, added, scale, geometries[0], relu, config,
-        sm90_conv.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
-    )  # fmt: skip
-    expected = truth(merged.conv, x, weight, bias, added, scale, False)
-    expected = expected + truth(merged.shortcut, x0, weight0, bias0, None, scale0, False)
-    return y, expected.clamp_min(0) if relu else expected
-
-
-@pytest.mark.parametrize("merged", MERGED, ids=lambda merged: str(merged.conv))
-def test_merged_shortcut_is_exact(merged, device):
-    tensors = merged_operands(merged, device)
-    for use in ((True,) * 4, (False,) * 4, (True, True, False, True), (False, False, True, True)):
-        y, expected = merge(merged, *tensors, use)
-        assert expected.abs().max() <= 2048 and torch.equal(y.double().cpu(), expected)
-        assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
-    y, expected = merge(merged, *tensors, relu=False, residual=True)
-    assert torch.equal(y.double().cpu(), expected)
-
-
-@pytest.mark.slow(unless=lambda config: config == WHOLE[0])
-@pytest.mark.parametrize("config", WHOLE, ids=name_of)
-def test_merged_shortcut_is_exact_in_every_config(config, device, monkeypatch):
-    """Several tiles a program, the first of them parked: its memory is used again."""
-    monkeypatch.setattr(sm90_conv, "multiprocessors", lambda device: 1)
-    config = replace(config, programs_per_sm=1)
-    for merged in (MERGED[0], MERGED[3]):
-        conv, shortcut = merged_operands(merged, device)
-        for zero in ((), (0,), (0, -1)):
-            shortcut[4][list(zero)] = 0.0
-            y, expected = merge(merged, conv, shortcut, config=config)
-            assert torch.equal(y.double().cpu(), expected)
-
-
-@pytest.mark.parametrize("channels", (1, len(AWKWARD)), ids=("one a tile", "all at once"))
-def test_merged_shortcut_takes_any_scale(channels, device):
-    merged = MERGED[3]
-    (*conv, scale), (*shortcut, scale0) = merged_operands(merged, device)
-    for first in range(0, len(AWKWARD), channels):
-        new, new0 = scale.clone(), scale0.clone()
-        values = torch.tensor(AWKWARD[first : first + channels], device=device)
-        new[3 : 3 + channels], new0[3 : 3 + channels] = values.unbind(1)
-        y, expected = merge(merged, (*conv, new), (*shortcut, new0), (True, False) * 2, relu=False)
-        assert torch.equal(y.cpu(), expected.to(FP16))
-
-
-def test_merged_shortcut_keeps_nan_and_inf(device):
-    """Of scales and of either input, as PyTorch has them; inf times 0 included."""
-    merged = Merged(Case("", 2, 32, 5, 5, 32, (1, 1), padding=0), 32, 2, (9, 9))
-    (x, weight, bias, residual, scale), (x0, weight0, bias0, none, scale0) = merged_operands(merged, device)
-    nan, inf = float("nan"), float("inf")
-    x[0, 0, 1, 1], x[0, 1, 2, 2], x0[1, 0, 2, 2], x0[1, 1, 4, 4] = nan, inf, nan, -inf
-    awkward = torch.tensor([nan, inf, -inf, 0.0, 1.0], device=device)
-    grid = torch.cartesian_prod(awkward, awkward)
-    scale[: len(grid)], scale0[: len(grid)] = grid.unbind(1)
-    y, expected = merge(merged, (x, weight, bias, residual, scale), (x0, weight0, bias0, none, scale0))
-    expected = torch.where(expected.isnan(), expected, expected.clamp_min(0))
-    assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
-    assert torch.equal(y.double().cpu().nan_to_num(1e5, 2e5, 3e5), expected.nan_to_num(1e5, 2e5, 3e5))
-
-
-@pytest.mark.parametrize("least", (0.5, 1e-12), ids=("as trained", "with dead channels"))
-def test_merged_shortcut_is_as_accurate_as_eager(least, device):
-    merged = MERGED[0]
-    conv, shortcut = merged_operands(merged, device, real=True)
-    dead = torch.arange(len(shortcut[4]), device=device) % 7 == 0
-    shortcut = (*shortcut[:4], torch.where(dead, shortcut[4] * least, shortcut[4]))
-    y, expected = merge(merged, conv, shortcut)
-    branches = []
-    for case, (x, weight, bias, _, scale) in ((merged.conv, conv), (merged.shortcut, shortcut)):
-        z = torch.conv2d(x, weight, None, case.stride, case.padding)
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        branches.append(torch.batch_norm(z, scale, bias, zero, one, False, 0.0, 0.0, False))
-    assert_within_budget(y, torch.relu(sum(branches)), expected)
 
 
 def test_the_predicate_says_why_not_merged():
