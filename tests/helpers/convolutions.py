@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from resnet_kernels.kernels.geometry import normalise
 
@@ -19,13 +22,13 @@ class Case:
     h: int
     w: int
     c_out: int
-    kernel: tuple = (3, 3)
-    stride: object = 1
-    padding: object = 1
-    dilation: object = 1
+    kernel: tuple[int, int] = (3, 3)
+    stride: int | Sequence[int] = 1
+    padding: int | Sequence[int] | Sequence[Sequence[int]] = 1
+    dilation: int | Sequence[int] = 1
     groups: int = 1
 
-    def __str__(self):
+    def __str__(self) -> str:
         return self.name
 
 
@@ -55,18 +58,26 @@ def operands(case: Case, dtype, device, real=False):
     return x, weight, bias, integers(out, -8, 8, dtype, device), scale
 
 
-def arguments(case: Case) -> dict:
+def arguments(case: Case) -> dict[str, Any]:
+    """The geometry, as conv_bias_act takes it."""
     return dict(stride=case.stride, padding=case.padding, dilation=case.dilation, groups=case.groups)
 
 
-def truth(case: Case, x, weight, bias, residual, scale, relu):
+def truth(
+    case: Case,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    relu: bool,
+) -> Tensor:
     """The definition in fp64, by PyTorch on the CPU, with padding done by hand."""
     geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
     top, bottom, left, right = geometry.padding
-    wide = [None if t is None else t.double().cpu() for t in (x, weight, bias, residual, scale)]
-    y = torch.nn.functional.pad(wide[0], (left, right, top, bottom))
-    y = torch.conv2d(y, wide[1], None, geometry.stride, 0, geometry.dilation, geometry.groups)
-    y = y if wide[4] is None else y * wide[4][:, None, None]
-    y = y if wide[2] is None else y + wide[2][:, None, None]
-    y = y if wide[3] is None else y + wide[3]
+    y = torch.nn.functional.pad(x.double().cpu(), (left, right, top, bottom))
+    y = torch.conv2d(y, weight.double().cpu(), None, geometry.stride, 0, geometry.dilation, geometry.groups)
+    y = y if scale is None else y * scale.double().cpu()[:, None, None]
+    y = y if bias is None else y + bias.double().cpu()[:, None, None]
+    y = y if residual is None else y + residual.double().cpu()
     return torch.relu(y) if relu else y

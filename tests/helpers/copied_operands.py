@@ -41,7 +41,7 @@ def shared_taps() -> None:
 
 def chained(projection: bool) -> None:
     layer = lambda *shape, relu=True: chain.Layer(copied(*shape), vector(shape[0]), vector(shape[0]), relu)  # noqa: E731
-    residual = copied(2, 256, 8, 8)
+    residual: torch.Tensor | chain.Shortcut = copied(2, 256, 8, 8)
     if projection:
         residual = chain.Shortcut(copied(2, 64, 8, 8), layer(256, 64, 1, 1, relu=False), POINTWISE)
     chain.launch(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import torch
+from torch import Tensor
 
 CHANNELS_LAST = torch.channels_last
 
@@ -32,7 +33,15 @@ def operands(shape, given, dtype, device, vectors=torch.float32):
     return [x] + [v if there else None for v, there in zip((scale, shift, residual, own_scale, own_shift), given)]
 
 
-def truth(x, scale, shift, residual, own_scale, own_shift, relu):
+def truth(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    residual: Tensor | None,
+    own_scale: Tensor | None,
+    own_shift: Tensor | None,
+    relu: bool,
+) -> Tensor:
     """The definition, in fp64."""
 
     def affine(value, scale, shift):
@@ -46,10 +55,10 @@ def truth(x, scale, shift, residual, own_scale, own_shift, relu):
 
 
 def is_exact(kernel, device) -> bool:
-    """Whether all calls give the definition's integers; test_planted_bugs.py asks, too."""
+    """Whether all calls give the definition's integers; on good source they do, and with a planted bug they must not."""
     calls = itertools.product(((1, 17, 7, 7), (2, 64, 7, 5), (1, 144, 3, 3)), GIVEN[:4], (True, False))
     return all(
-        torch.equal(kernel.launch(*arguments, relu).double(), truth(*arguments, relu))
+        torch.equal(kernel.launch(*call).double(), truth(*call))
         for shape, given, relu in calls
-        for arguments in [operands(shape, given, torch.float32, device)]
+        for call in [[*operands(shape, given, torch.float32, device), relu]]
     )

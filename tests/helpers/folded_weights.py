@@ -29,7 +29,7 @@ def layers(kernel, shapes, dtype, layout, device):
 
 
 def is_exact(kernel, device, dtypes=((torch.float32, torch.float32),), shapes=SHAPES, layouts=(None,)) -> bool:
-    """Whether all copies are the definition's integers; test_planted_bugs.py asks, too."""
+    """Whether all copies are the definition's integers."""
     for (source, dtype), layout in itertools.product(dtypes, layouts):
         for i, some in enumerate((shapes, shapes[::-1], ((16, 16, 3, 3), (32, 32, 1, 1)))):
             some_layout = layout or (CHANNELS_LAST, torch.contiguous_format)[i % 2]

@@ -21,7 +21,7 @@ class Merged:
     conv: Case
     c_in: int
     stride: int = 1
-    size: tuple = ()  # (h, w) of the projection's input
+    size: tuple[int, int] = (0, 0)  # (h, w) of the projection's input
 
     @property
     def shortcut(self) -> Case:
@@ -52,8 +52,8 @@ def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=F
     scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
     added = added if residual else None
     geometries = [normalise(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
-    shapes = [ConvShape(t.shape, w.shape, g) for t, w, g in zip((x, x0), (weight, weight0), geometries)]
-    assert why_not_merged(*shapes, x.dtype) is None
+    shape, shape0 = ConvShape(x.shape, weight.shape, geometries[0]), ConvShape(x0.shape, weight0.shape, geometries[1])
+    assert why_not_merged(shape, shape0, x.dtype) is None
     y = sm90_conv.launch(
         x, weight, bias, added, scale, geometries[0], relu, config,
         sm90_conv.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
