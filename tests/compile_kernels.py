@@ -2,7 +2,7 @@
 
     python tests/compile_kernels.py                a table
     python tests/compile_kernels.py --all          the same, of every case
-    python tests/compile_kernels.py --json FILE    the same as records, which tests/test_compile.py checks
+    python tests/compile_kernels.py --json FILE    the same as records, which tests/kernels/test_compile.py checks
 
 A case is a kernel with its compile-time arguments, as the launcher would specialise it for a layer of a real network; the
 convolutions carry their heaviest epilogue (scale, bias, residual and ReLU).

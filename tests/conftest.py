@@ -1,6 +1,8 @@
 """Set-up shared by all tests: Triton's interpreter where there is no GPU, an importable torchvision, no network."""
 
 import os
+import sys
+from pathlib import Path
 
 import torch
 
@@ -18,8 +20,8 @@ os.environ.pop("RESNET_KERNELS_BACKEND", None)
 # So would a table that was measured on this machine.
 os.environ["RESNET_KERNELS_CACHE"] = os.devnull
 
-import interpreter
 import pytest
+from helpers import interpreter
 
 if "TRITON_INTERPRET" in os.environ:
     interpreter.hurry()
@@ -35,6 +37,14 @@ if torch.version.cuda is None:
         pass  # a torchvision that has them
 
 from resnet_kernels.ops import backends
+
+# benchmarks/ is tested in the checkout; the package where it is installed, which comes first.
+sys.path.append(str(Path(__file__).parents[1]))
+
+# The fixtures that several test files use.
+pytest_plugins = (
+    "helpers.hopper", "helpers.recorder", "helpers.stages", "helpers.stem_nets", "helpers.tiny", "helpers.tuned_tables"
+)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -55,9 +65,10 @@ def _says_again():
 
 # What takes longest, the dearest first: --dist loadfile keeps a file on one worker, and the last one should be a short one.
 DEAREST = (
-    "test_rehearsal_tune", "test_rehearsal", "test_conv_bias_act_tma", "test_conv_bias_act", "test_stem", "test_training",
-    "test_chain_tma", "test_counting", "test_parity", "test_train_processes", "test_gpu_session", "test_batch_norm_act",
-    "test_compile", "test_cli", "test_train", "test_fusion",
+    "test_rehearsal_tune", "test_rehearsal", "test_conv_bias_act_tma", "test_conv_bias_act", "test_stem",
+    "test_training", "test_training_loops", "test_merged_shortcut_tma", "test_chain_tma", "test_counting",
+    "test_parity", "test_train_processes", "test_gpu_session", "test_batch_norm_act", "test_compile", "test_cli",
+    "test_train", "test_fusion", "test_fused_under_torch",
 )  # fmt: skip
 
 
@@ -80,9 +91,3 @@ def is_quick(marker: pytest.Mark, item: pytest.Item) -> bool:
     """Whether a marker slow(unless=predicate) leaves an item's parameters in the quick tests."""
     unless = marker.kwargs.get("unless")
     return unless is not None and bool(unless(**item.callspec.params))
-
-
-def runnable(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend can't be tested here, None if it can."""
-    reason = backends.why_not(backend, device_type, dtype)
-    return None if reason is None else f"{backend} {reason}"

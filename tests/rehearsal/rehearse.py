@@ -116,7 +116,7 @@ def train(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
 
 def copies(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
     """Launches whose every operand is copied first."""
-    from test_temporaries import LAUNCHES
+    from helpers.copied_operands import LAUNCHES
 
     return {name: dict(launched(run)) for name, run in LAUNCHES.items()}
 

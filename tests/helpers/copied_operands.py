@@ -1,0 +1,67 @@
+"""Launches whose every operand lies in a layout that no kernel reads, so that the launchers have to copy it."""
+
+import torch
+
+from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.sm90 import chain, conv, stem, stem_layout, tap_sharing
+from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
+
+FP16 = torch.float16
+
+
+SAME = Geometry(padding=(1, 1, 1, 1))
+POINTWISE = Geometry(padding=(0, 0, 0, 0))
+
+
+def copied(*shape: int) -> torch.Tensor:
+    """A tensor that no kernel reads as it is: every second element of a larger one."""
+    return torch.zeros(*shape[:-1], 2 * shape[-1], dtype=FP16)[..., ::2]
+
+
+def vector(count: int) -> torch.Tensor:
+    return torch.zeros(count, 2)[:, 0]
+
+
+def convolution(residual: bool, split: int = 1, projection: bool = False) -> None:
+    config = next(c for c in CONFIGS if c.split_k == split)
+    shortcut = None
+    if projection:
+        shortcut = conv.Shortcut(copied(2, 64, 8, 8), copied(64, 64, 1, 1), vector(64), vector(64), POINTWISE)
+    conv.launch(
+        copied(2, 128, 8, 8), copied(64, 128, 3, 3), vector(64), copied(2, 64, 8, 8) if residual else None, vector(64),
+        SAME, True, config, shortcut,
+    )  # fmt: skip
+
+
+def shared_taps() -> None:
+    tap_sharing.launch(
+        copied(2, 64, 8, 8), copied(64, 64, 3, 3), vector(64), copied(2, 64, 8, 8), vector(64), SAME, True
+    )
+
+
+def chained(projection: bool) -> None:
+    layer = lambda *shape, relu=True: chain.Layer(copied(*shape), vector(shape[0]), vector(shape[0]), relu)  # noqa: E731
+    residual: torch.Tensor | chain.Shortcut = copied(2, 256, 8, 8)
+    if projection:
+        residual = chain.Shortcut(copied(2, 64, 8, 8), layer(256, 64, 1, 1, relu=False), POINTWISE)
+    chain.launch(
+        copied(2, 64, 8, 8), layer(64, 64, 3, 3), SAME, layer(256, 64, 1, 1), residual,
+        (vector(256), vector(256)), layer(64, 256, 1, 1),
+    )  # fmt: skip
+
+
+def stem_and_pool() -> None:
+    config = next(c for c in stem_layout.CONFIGS if c.descriptor)
+    stem.launch(copied(2, 3, 32, 32), copied(64, 3, 7, 7), vector(64), vector(64), config=config)
+
+
+LAUNCHES = {
+    "convolution with a residual": lambda: convolution(True),
+    "split convolution with a residual": lambda: convolution(True, split=4),
+    "convolution with a projection": lambda: convolution(False, projection=True),
+    "convolution with a projection and a residual": lambda: convolution(True, projection=True),
+    "shared taps": shared_taps,
+    "chain": lambda: chained(False),
+    "chain with a projection": lambda: chained(True),
+    "stem": stem_and_pool,
+}

@@ -1,0 +1,59 @@
+"""A small ResNet to fuse, and what of it runs fused."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import resnet_kernels as rk
+from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.runtime import inference
+
+
+class PlainResidual(nn.Module):
+    """A residual block as a notebook has it: module level, so that it pickles."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.conv2 = (
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.Conv2d(channels, channels, 3, padding=1),
+        )
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        y += x
+        return F.relu(y)
+
+
+def small_resnet(block=rk.models.resnet_v1.Bottleneck, layers=(2, 1, 1, 1), **options):
+    return randomise_batch_norms_(rk.models.ResNet(block, layers, num_classes=10, **options)).eval()
+
+
+def fused_names(model):
+    return [row.path for row in rk.explain(model).fused]
+
+
+def ran_fused(module, x):
+    """How many recipes this call runs fused."""
+    seen = []
+    original = inference.run_recipes
+
+    def spy(blocks, *rest):
+        seen.extend(str(recipe) for recipe, *_ in blocks)
+        return original(blocks, *rest)
+
+    inference.run_recipes = spy
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        inference.run_recipes = original
+    return len(seen)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,257 @@
+"""Results files: what is read from them, what is refused, and when a change is more than noise."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import pytest
+from helpers import results_files as files
+
+from resnet_kernels.perf import read_results, regressions
+from resnet_kernels.perf.results import ResultsError
+
+RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
+OLDEST = Path(__file__).parents[1] / "data" / "results_schema_0.json"
+
+
+def read(tmp_path, benchmarks, name="results.json", **more):
+    return read_results.read(files.write(tmp_path / name, {**files.document(benchmarks), **more}))
+
+
+@pytest.mark.parametrize("path", [p for p in RESULTS if not p.name.startswith("costs-")], ids=lambda path: path.name)
+def test_the_repository_s_files_are_read(path):
+    read = read_results.read(path)
+    assert read.cases and all("fused" in case.contenders for case in read.cases.values())
+
+
+def test_a_file_without_the_fields_of_today():
+    read = read_results.read(OLDEST)
+    assert read.devices == {"cpu": "cpu (AVX512) Intel(R) Xeon(R) Processor, 2 threads"}
+    assert (read.date, read.commit, read.contenders) == ("2026-11-22", "920f682", ["eager", "fused", "compile"])
+    case = read.cases["model-forward-resnet50-224px-b8-fp32-cpu"]
+    assert (case.level, case.direction, case.system, case.subject) == ("model", "forward", "torchvision", "resnet50")
+    assert (case.size, case.batch, case.dtype, case.label) == (224, 8, "float32", "resnet50 224px b8 fp32")
+    assert not case.interleaved and case.best_peer() == "compile"
+    # The ratios that the file has, of interleaved rounds, and not those of the medians.
+    assert case.speed("fused", "eager") == pytest.approx(1 / case.contenders["fused"].ratios["eager"])
+    assert case.speed("fused", "compile") == case.contenders["compile"].ratios["fused"]
+    assert case.speed("compile", "fused") == pytest.approx(1 / case.contenders["compile"].ratios["fused"])
+    assert case.contenders["compile"].parity_failure and not case.contenders["fused"].parity_failure
+
+
+@pytest.mark.parametrize(
+    "name, system",
+    [
+        ("op-forward-3x3_64-56px-b1-fp32-cpu", "torchvision"),
+        ("block-forward-preact_256-56px-b1-fp32-cpu", "slim"),
+        ("block-forward-backward-residual_64-56px-b1-fp32-cpu", "d2l"),
+        ("model-forward-d2l_resnet18_keras-28px-b16-fp32-cpu", "d2l-keras"),
+        ("model-forward-resnet_v2_50-64px-b2-fp32-cpu", "slim"),
+    ],
+)
+def test_fields_from_a_case_s_name(name, system, tmp_path):
+    benchmark = files.benchmark()
+    info = benchmark["extra_info"]
+    for field in ("schema", "system", "level", "subject", "direction", "image_size", "ours"):
+        del info[field]
+    benchmark["group"] = name
+    [case] = read(tmp_path, [benchmark]).cases.values()
+    assert case.system == system and f"-{case.direction}-{case.subject}-" in name and case.contenders["fused"].ours
+
+
+def test_ratios_are_of_rounds(tmp_path):
+    """Eager is the faster in the median, and in most rounds the slower: it met the machine's slow phase."""
+    fused, eager = files.benchmark("fused"), files.benchmark("eager")
+    fused["stats"].update(data=[1.0, 1.0, 4.0, 4.0, 4.0], median=4.0)
+    eager["stats"].update(data=[2.0, 2.0, 2.0, 8.0, 3.0], median=2.0)
+    [case] = read(tmp_path, [eager, fused]).cases.values()
+    assert case.interleaved and case.speed("fused", "eager") == 2.0 and case.speed("eager", "fused") == 0.5
+
+
+def test_without_samples_the_file_s_own_ratios_count(tmp_path):
+    """As pytest-benchmark's storage has it, without --benchmark-save-data."""
+    fused, eager = files.benchmark("fused", interleaved_ratio_to_eager=0.5), files.benchmark("eager")
+    del fused["stats"]["data"], eager["stats"]["data"]
+    [case] = read(tmp_path, [eager, fused]).cases.values()
+    assert not case.interleaved and case.speed("fused", "eager") == 2.0
+
+
+def test_the_best_peer_is_not_ours(tmp_path):
+    times = {"eager": 5.0, "compile": 3.0, "openvino": 2.9, "fused": 4.0, "triton": 1.0, "fused-graph": 1.0}
+    [case] = read(tmp_path, [files.benchmark(name, t, noise=0) for name, t in times.items()]).cases.values()
+    assert case.best_peer() == "openvino" and case.best_peer("missing") is None
+    [case] = read(tmp_path, [files.benchmark("fused"), files.benchmark("triton")]).cases.values()
+    assert case.best_peer() is None
+
+
+def _with(change):
+    document = files.document([files.benchmark("eager"), files.benchmark("fused")])
+    change(document)
+    return document
+
+
+@pytest.mark.parametrize(
+    "contents, message",
+    [
+        ("", "is empty"),
+        ('{"benchmarks": [', "is damaged: Expecting"),
+        (json.dumps(files.few())[:5000], "is damaged: "),
+        ("[]", "is not from --benchmark-json"),
+        ('{"weights_MB": 102}', "is not from --benchmark-json"),
+        ('{"benchmarks": {}}', "is not from --benchmark-json"),
+        (files.document([]), "holds no benchmark"),
+        (files.document([5]), "is damaged: "),
+        (_with(lambda d: d["benchmarks"][0].pop("stats")), "is damaged: 'stats' is missing"),
+        (
+            _with(lambda d: d["benchmarks"][0]["extra_info"].update(schema=2)),
+            "of schema version 2, known here are 0 to 1",
+        ),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(schema="1")), "of schema version '1'"),
+        (_with(lambda d: d["benchmarks"][0]["stats"].update(median=math.nan)), "a median must be a finite number"),
+        (_with(lambda d: d["benchmarks"][0]["stats"].update(median="fast")), "a median must be a finite number"),
+        (_with(lambda d: d["benchmarks"][0]["stats"].update(data=[1.0, 0.0])), "a sample must be above 0"),
+        (_with(lambda d: d["benchmarks"][0]["stats"]["data"].pop()), "not the same number of rounds"),
+        (_with(lambda d: d["benchmarks"].append(d["benchmarks"][0])), "a contender is there twice"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(device="cpu (AVX2)")), "one file from two devices"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(kernels=[{"name": "k"}])), "'path' is missing"),
+        (_with(lambda d: d["benchmarks"][0].update(extra_info=None)), "is damaged: "),
+    ],
+)
+def test_a_bad_file_is_one_line(contents, message, tmp_path):
+    path = files.write(tmp_path / "bad.json", contents)
+    with pytest.raises(ResultsError) as error:
+        read_results.read(path)
+    assert message in str(error.value) and str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    for path, message in (
+        (tmp_path / "none.json", "No such file"),
+        (tmp_path, "directory"),
+        (tmp_path / "binary.json", "UTF-8"),
+    ):
+        with pytest.raises(ResultsError, match=message):
+            read_results.read(path)
+
+
+# Regressions.
+
+CASES = [("resnet50", 1), ("resnet50", 8), ("resnet18", 1), ("resnet18", 8)]
+
+
+def run_of(tmp_path, name, fused=1.0, machine=1.0, peers=1.0, seed=0, contenders=("eager", "fused", "compile"), **more):
+    """A file in which fused, peers, or the whole machine take so many times their usual time."""
+    factors = {"eager": machine, "fused": machine * fused, "compile": machine * peers, "openvino": machine * peers}
+    usual = {"eager": 0.02, "fused": 0.014, "compile": 0.015, "openvino": 0.013}
+    benchmarks = [
+        files.benchmark(c, usual[c] * batch * factors[c], subject=subject, batch=batch, seed=seed, **more)
+        for subject, batch in CASES
+        for c in contenders
+    ]
+    return read(tmp_path, benchmarks, name)
+
+
+def test_a_slower_machine_is_no_regression(tmp_path):
+    comparison = regressions.compare(run_of(tmp_path, "new", machine=1.4, seed=1), run_of(tmp_path, "old"))
+    assert {change.verdict for change in comparison.changes} == {"within noise"} and len(comparison.changes) == 8
+    assert comparison.drift == pytest.approx(1.4, rel=0.05) and comparison.margin == regressions.MARGIN
+
+
+@pytest.mark.parametrize("interleaved", (True, False))
+@pytest.mark.parametrize("fused, verdict", [(1.1, "slower"), (0.9, "faster"), (1.02, "within noise")])
+def test_changes_of_ours(fused, verdict, interleaved, tmp_path):
+    more = {} if interleaved else {"schema": 0}
+    new = run_of(tmp_path, "new", fused, machine=0.8, seed=1, **more)
+    comparison = regressions.compare(new, run_of(tmp_path, "old", **more))
+    assert len(comparison.of_ours(verdict)) == 4 and comparison.controls == 4 and not comparison.missing
+    for change in comparison.changes:
+        expected = fused if change.ours else 1.0
+        assert change.low <= change.factor <= change.high and change.unit == "eager"
+        assert change.factor == pytest.approx(expected, rel=0.02)
+    assert [change.ours for change in comparison.changes] == [True] * 4 + [False] * 4
+
+
+def test_peers_that_change_widen_the_margin(tmp_path):
+    """Nobody touched them: what they changed by is what nothing at all changes by, from run to run."""
+    comparison = regressions.compare(run_of(tmp_path, "new", 1.1, peers=1.08, seed=1), run_of(tmp_path, "old"))
+    assert comparison.margin > 0.2 and not comparison.of_ours("slower")
+    # Another version is another program: no control.
+    newer = run_of(tmp_path, "new", 1.1, peers=1.08, seed=1, version="torch 2.14.0")
+    assert regressions.compare(newer, run_of(tmp_path, "old")).margin == regressions.MARGIN
+    alone = {"contenders": ("eager", "fused")}
+    comparison = regressions.compare(run_of(tmp_path, "new", 1.1, seed=1, **alone), run_of(tmp_path, "old", **alone))
+    assert (
+        comparison.margin == regressions.MARGIN and len(comparison.of_ours("slower")) == 4 and comparison.controls == 0
+    )
+
+
+def test_few_noisy_rounds_prove_nothing(tmp_path):
+    noisy = {"rounds": 5, "noise": 0.4}
+    comparison = regressions.compare(run_of(tmp_path, "new", 1.06, seed=1, **noisy), run_of(tmp_path, "old", **noisy))
+    assert not comparison.of_ours("slower")
+
+
+def test_without_eager_times_stand_alone(tmp_path):
+    alone = {"contenders": ("fused",)}
+    comparison = regressions.compare(run_of(tmp_path, "new", 1.2, seed=1, **alone), run_of(tmp_path, "old", **alone))
+    assert comparison.drift is None and {change.unit for change in comparison.changes} == {""}
+    assert len(comparison.of_ours("slower")) == 4
+
+
+def test_what_one_file_lacks_is_listed(tmp_path):
+    old = run_of(tmp_path, "old", contenders=("eager", "fused", "openvino"))
+    new = run_of(tmp_path, "new", contenders=("eager", "fused", "compile"))
+    comparison = regressions.compare(new, old)
+    assert len(comparison.changes) == 4 and len(comparison.missing) == 8 and comparison.alike
+    assert "model-forward-resnet18-224px-b1-fp32-cpu, openvino" in comparison.missing
+    without = [files.benchmark(name) for name in ("eager", "fused")]
+    for benchmark in without:
+        del benchmark["stats"]["data"]
+    comparison = regressions.compare(read(tmp_path, without, "a"), read(tmp_path, without, "b"))
+    assert not comparison.changes and "no samples" in comparison.missing[0]
+
+
+def test_turns_and_no_turns_are_told_apart(tmp_path):
+    old = run_of(tmp_path, "old", schema=0)
+    comparison = regressions.compare(run_of(tmp_path, "new", 1.2, seed=1), old)
+    assert not comparison.alike and len(comparison.of_ours("slower")) == 4
+
+
+def test_two_machines_do_not_compare(tmp_path):
+    old = run_of(tmp_path, "old")
+    for more in ({"threads": 8}, {"device": "cpu (AVX2)"}, {"device": "cuda (Some GPU)"}):
+        with pytest.raises(ResultsError, match="times of two machines don't compare"):
+            regressions.compare(run_of(tmp_path, "new", **more), old)
+    other = read(tmp_path, [files.benchmark(subject="resnet34")])
+    with pytest.raises(ResultsError, match="no case in common"):
+        regressions.compare(other, old)
+
+
+@pytest.mark.parametrize("n", (9, 20, 101))
+def test_intervals_of_a_median_hold_it(n):
+    """Of 2000 intervals of heavy-tailed samples, as times are, at most 2% miss the true median: 1% by construction."""
+    chance = random.Random(n)
+    missed, widths = 0, []
+    for _ in range(2000):
+        samples = [math.exp(chance.gauss(0, 1)) for _ in range(n)]
+        median, low, high = regressions._median(samples)
+        assert min(samples) <= low <= median <= high <= max(samples)
+        missed += not low <= 1 <= high
+        widths.append(math.log(high / low))
+    assert missed <= 40
+    # Nor are they right by being the whole range.
+    assert n < 20 or sum(widths) / len(widths) < 9 / math.sqrt(n)
+
+
+def test_intervals_of_a_change_hold_it():
+    chance = random.Random(0)
+    draw = lambda middle: [middle + 0.1 * chance.gauss(0, 1) for _ in range(30)]  # noqa: E731
+    missed = 0
+    for _ in range(1000):
+        medians = [regressions._median(draw(middle)) for middle in (0.5, 0.2, 0.1, 0.3)]
+        middle, low, high = regressions._joined(medians[:2], medians[2:])
+        assert low <= middle <= high
+        missed += not low <= 0.3 <= high
+    assert missed <= 20

@@ -1,0 +1,103 @@
+"""What `tune` measures about layers that could share a launch, and what a table's answer does."""
+
+import copy
+
+import pytest
+import torch
+from helpers.oracle import assert_within_budget
+from helpers.stages import Net, bottlenecks, image, preacts, prepared, run
+from helpers.tuned_tables import record, table
+from torch import nn
+
+import resnet_kernels as rk
+from resnet_kernels.perf.tuning import autotuner, multi_layer_problems, problems
+from resnet_kernels.runtime.gpu import plan
+from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
+
+FP16 = torch.float16
+
+
+@pytest.fixture
+def links_of(hopper, device):
+    """The questions that a model asks about links."""
+
+    def ask(make):
+        stage, x = prepared(make, device)
+        noted = problems.note(stage, x)
+        return [asked for asked, _ in noted if isinstance(asked, LinkProblem)]
+
+    return ask
+
+
+def test_a_stage_asks_about_each_of_its_links(links_of):
+    first, second, last = links_of(bottlenecks)
+    assert str(last) == (
+        "link conv2 32x4x4->32 3x3/1 p1,1,1,1 d1 g1 scale bias relu; "
+        "conv3 32x4x4->128 1x1/1 p0,0,0,0 d1 g1 scale bias residual relu"
+    )
+    assert str(second).endswith("; conv1 128x4x4->32 1x1/1 p0,0,0,0 d1 g1 scale bias relu")
+    assert "; shortcut 64x8x8->128 1x1/2 p0,0,0,0 d1 g1 scale bias; conv3 " in str(first)
+    assert "; norm; conv1 " in str(links_of(preacts)[0])
+
+
+@pytest.mark.parametrize("make", (bottlenecks, preacts), ids=lambda f: f.__name__)
+def test_candidates_agree_with_fp64(links_of, make, device):
+    for asked in links_of(make):
+        problem = multi_layer_problems.link_problem(asked, 3, FP16, device)
+        operands = problem.operands()
+        assert problem.default in problem.candidates and len(problem.candidates) > 1
+        eager, truth = problem.eager(*operands), problem.reference(*operands)
+        assert len(truth) == 1 + (asked.conv1 is not None) and all(t.dtype == torch.float64 for t in truth)
+        for name, candidate in problem.candidates.items():
+            for y, *others in zip(candidate(*operands), eager, truth, strict=True):
+                assert_within_budget(y, *others, f"{name} of {problem}")
+
+
+@pytest.mark.slow
+def test_a_stem(hopper, device):
+    net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
+    (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))
+    assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
+    problem = multi_layer_problems.stem_problem(asked, 2, FP16, device)
+    assert list(problem.candidates) == ["apart", "conv+pool"]
+    assert not any("refused" in row for row in autotuner.measure(problem, 0.01)["candidates"].values())
+
+
+def test_a_wrong_launch_can_not_win(links_of, device, monkeypatch):
+    asked = links_of(bottlenecks)[-1]
+    problem = multi_layer_problems.link_problem(asked, 2, FP16, device)
+    result = autotuner.measure(problem, 0.01)
+    assert result["winner"] in problem.candidates and not any("refused" in r for r in result["candidates"].values())
+    original = plan.chain
+
+    def wrong(link, values, *rest):
+        original(link, values, *rest)
+        values[link.conv3.step.out] *= 1.01
+
+    monkeypatch.setattr(plan, "chain", wrong)
+    result = autotuner.measure(problem, 0.01)
+    assert result["winner"] == "apart" and "errs by" in result["candidates"]["conv2+conv3"]["refused"]
+
+
+@pytest.mark.filterwarnings("ignore:.*which can't run here")
+def test_a_table_decides_how_much_is_one_launch(links_of, write, device, ran):
+    stage, x = prepared(bottlenecks, device)
+    first, second, last = links_of(bottlenecks)
+    expected = copy.deepcopy(stage).double()(x.double())
+    answers = [
+        (None, "conv2+conv3+conv1", "conv2+conv3"),
+        ("shortcut+conv3", "conv2+conv3", "apart"),
+        ("conv2+shortcut+conv3+conv1", "conv2+conv3+conv1", "a name of another version"),
+    ]
+    fused, arrows = rk.fuse(stage), []
+    for winners in answers:
+        rows = [record(asked, w, 2, "fp16") for asked, w in zip((first, second, last), winners) if w]
+        write(table(*rows, record("conv any", "eager", dtype="fp16")))
+        ran.clear()
+        assert_within_budget(run(fused, x), run(stage, x), expected)
+        arrows.append([name.count("->") for name in ran])
+    assert arrows == [
+        [0, 0, 0, 0, 0, 2, 1],
+        [0, 0, 1, 0, 1, 0, 0, 0],
+        [0, 3, 2, 0, 0],
+    ]
