@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from oracle import DTYPES, assert_within_budget, skip_unless_runnable
 
 from resnet_kernels import ops
-from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.ops import onednn, reference
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
@@ -89,7 +89,7 @@ def operands(case: Case, dtype, device, real=False):
     """Operands of a case; as integers small enough for every partial sum and rounding to be exact in bfloat16."""
     group_in = case.c_in // case.groups
     shapes = (case.n, case.c_in, case.h, case.w), (case.c_out, group_in, *case.kernel)
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     out = (case.n, case.c_out, *geometry.out_size((case.h, case.w), case.kernel))
     if real:
         x, weight, residual = (torch.randn(shape) for shape in (*shapes, out))
@@ -113,7 +113,7 @@ def arguments(case: Case) -> dict:
 
 def truth(case: Case, x, weight, bias, residual, scale, relu):
     """The definition in fp64, by PyTorch on the CPU, with padding done by hand."""
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     top, bottom, left, right = geometry.padding
     wide = [None if t is None else t.double().cpu() for t in (x, weight, bias, residual, scale)]
     y = torch.nn.functional.pad(wide[0], (left, right, top, bottom))
@@ -155,7 +155,7 @@ def test_as_accurate_as_eager(case, backend, dtype, device):
     x, weight, bias, residual, scale = operands(case, dtype, device, real=True)
     x = x.contiguous(memory_format=torch.channels_last)
     y = ops.conv_bias_act(x, weight, bias, residual, scale=scale, backend=backend, **arguments(case))
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     # Eager as a user would have it: convolution, BN, add and ReLU apart, each rounded.
     z = torch.conv2d(
         reference.pad_if_asymmetric(x, geometry), weight, None, geometry.stride, geometry.conv2d_padding,
@@ -220,7 +220,7 @@ def test_every_shipped_config_is_exact(index, dtype, device):
         case = Case("", 2, c_in, 7, 7, 72)
         x, weight, bias, residual, scale = operands(case, dtype, device)
         y = kernel.launch(
-            x, weight, bias, residual, scale, normalise(1, 1, 1, 1), True, config=kernel.CONFIGS[index]
+            x, weight, bias, residual, scale, normalize(1, 1, 1, 1), True, config=kernel.CONFIGS[index]
         )  # fmt: skip
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
@@ -322,7 +322,7 @@ def test_any_geometry_is_exact(n, c_in, c_out, groups, size, kernel, stride, dil
     torch.manual_seed(seed)
     padding = (sides[:2], sides[2:])
     case = Case("", n, c_in * groups, *size, c_out * groups, kernel, stride, padding, dilation, groups)
-    out_h, out_w = normalise(stride, padding, dilation, groups).out_size(size, kernel)
+    out_h, out_w = normalize(stride, padding, dilation, groups).out_size(size, kernel)
     if out_h < 1 or out_w < 1:
         with pytest.raises(ValueError, match="must fit into the padded input"):
             ops.conv_bias_act(torch.ones(n, case.c_in, *size), torch.ones(case.c_out, c_in, *kernel), **arguments(case))
@@ -346,7 +346,7 @@ def test_gradients(case, backend, device):
         y = run(*leaves)
         return torch.autograd.grad(y, leaves, upstream.to(dtype))
 
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
 
     def plain(x, weight, bias, residual, scale):
         return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, True)
@@ -384,7 +384,7 @@ def test_torch_library_opcheck(backend, device):
     x, weight, bias, residual, scale = operands(Case("", 2, 16, 6, 6, 16), torch.float32, device, real=True)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual, scale)]
     torch.library.opcheck(
-        torch.ops.resnet_kernels.conv_bias_act.default, (*leaves, *normalise(1, 1, 1, 1), True, backend)
+        torch.ops.resnet_kernels.conv_bias_act.default, (*leaves, *normalize(1, 1, 1, 1), True, backend)
     )
 
 

@@ -10,7 +10,7 @@ from test_conv_bias_act import Case, operands, truth
 from test_planted_bugs import planted
 
 from resnet_kernels import ops
-from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.kernels.geometry import Geometry, normalize
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -77,7 +77,7 @@ def _runnable_with_nan_outputs(device):
 
 
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     assert why_not(x.shape, weight.shape, geometry, x.dtype) is None
     return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
 
@@ -267,7 +267,7 @@ def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=F
     (x, weight, bias, added, scale), (x0, weight0, bias0, _, scale0) = conv, shortcut
     scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
     added = added if residual else None
-    geometries = [normalise(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
+    geometries = [normalize(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
     shapes = [ConvShape(t.shape, w.shape, g) for t, w, g in zip((x, x0), (weight, weight0), geometries)]
     assert why_not_merged(*shapes, x.dtype) is None
     y = sm90_conv.launch(

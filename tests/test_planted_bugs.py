@@ -10,7 +10,7 @@ import torch
 from oracle import skip_unless_runnable
 from test_conv_bias_act import Case, operands, truth
 
-from resnet_kernels.kernels.geometry import normalise
+from resnet_kernels.kernels.geometry import normalize
 
 CASES = (
     Case("", 2, 16, 7, 6, 24),
@@ -42,7 +42,7 @@ def failures(kernel, device) -> int:
     wrong = 0
     for case in CASES:
         x, weight, bias, residual, scale = operands(case, torch.float32, device)
-        geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+        geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
         for relu in (True, False):
             y = kernel.launch(x, weight, bias, residual, scale, geometry, relu)
             wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, relu))
