@@ -7,6 +7,7 @@ import torch
 from oracle import assert_within_budget, skip_unless_runnable
 from test_planted_bugs import planted
 
+from resnet_kernels.kernels import target
 from resnet_kernels.kernels.geometry import Geometry
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -76,7 +77,7 @@ CASES = (
 @pytest.fixture(autouse=True)
 def _runnable_with_nan_outputs(device):
     skip_unless_runnable("triton", device, FP16)
-    if device.type == "cuda" and not sm90_conv.runs_on(device):
+    if device.type == "cuda" and not target.is_hopper(device):
         pytest.skip("needs compute capability 9")
     # PyTorch then fills what torch.empty gives with NaN: an output that nothing is stored to can't be right by chance.
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -392,7 +393,7 @@ BUG_CASES = (
 )
 KERNEL_BUGS = {
     "rows from where y's are": ("n, h - lead_h, w", "n, h, w"),
-    "columns from where y's are": ("w - lead_w, 0, 0", "w, 0, 0"),
+    "columns from where y's are": ("w - lead_w, KERNEL_H", "w, KERNEL_H"),
     "row skew forgotten": ("IN_PAIRS, SKEW_H, SKEW_W", "IN_PAIRS, 0, SKEW_W"),
     "column skew forgotten": ("IN_PAIRS, SKEW_H, SKEW_W", "IN_PAIRS, SKEW_H, 0"),
     "images of one tile": ("tile // (tiles_w * tiles_h) * BOX_N", "tile // (tiles_w * tiles_h) * 0"),
@@ -415,7 +416,7 @@ KERNEL_BUGS = {
     "sum written where the norm is wanted": ("y if KEEP_SUM else p", "y"),
     "norm written where the sum is wanted": ("y if KEEP_SUM else p", "p"),
     "next conv1 of the sum": ("z = _dot(p,", "z = _dot(y,"),
-    "z of the last block alone": ("w1_desc.load([0, channel]).T, z,", "w1_desc.load([0, channel]).T, None,"),
+    "z of the last block alone": ("w1_desc.load([0, channel]).T, UPCAST, z)", "w1_desc.load([0, channel]).T, UPCAST)"),
 }  # fmt: skip
 # These show on real numbers alone.
 ROUNDING_BUGS = {
@@ -425,12 +426,12 @@ ROUNDING_BUGS = {
         """            y = y.to(y_desc.dtype)
             p = y
             if norm_scale_desc is not None:
-                p = _relu(_affine_block(y.to(tl.float32),""",
+                p = relu(_affine_block(y.to(tl.float32),""",
         """            exact = y
             y = y.to(y_desc.dtype)
             p = y
             if norm_scale_desc is not None:
-                p = _relu(_affine_block(exact,""",
+                p = relu(_affine_block(exact,""",
     ),
     "sum rounded before the residual": ("y = _affine_block(y, scale3_desc, shift3_desc, channel) + residual",
                                         "y = _affine_block(y, scale3_desc, shift3_desc, channel).to(y_desc.dtype) + residual"),

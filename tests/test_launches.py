@@ -164,12 +164,12 @@ FP16 = torch.float16
 @pytest.fixture
 def hopper(monkeypatch):
     """A machine of compute capability 9, or the interpreter in its place."""
-    from resnet_kernels.kernels.sm90 import conv
+    from resnet_kernels.kernels import target
 
-    if not (torch.cuda.is_available() and conv.runs_on(torch.device("cuda"))):
+    if not (torch.cuda.is_available() and target.is_hopper(torch.device("cuda"))):
         if torch.cuda.is_available():
             pytest.skip("needs compute capability 9")
-        monkeypatch.setattr(conv, "runs_on", lambda device: True)
+        monkeypatch.setattr(target, "is_hopper", lambda device: True)
 
 
 @pytest.fixture

@@ -4,9 +4,9 @@
     shift = bias + (conv_bias - running_mean) * scale
 
 The kernel computes in fp32, whatever the dtypes are. A folded copy of the convolution's weight would have to be watched for
-changes that leave no trace (fused optimizers, p.data). Scale and shift are computed anew in each call instead. The kernel takes
-a table of addresses, which is copied to the device only when it changes. One launch serves all layers, because a launch costs
-about as much as a convolution at batch 1, and a ResNet-50 has 53.
+changes that leave no trace (fused optimizers, p.data). Scale and shift are computed anew in each call instead. The kernel
+takes a table of addresses, which is copied to the device only when it changes. One launch serves all layers, because a launch
+costs about as much as a convolution at batch 1, and a ResNet-50 has 53.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BLOCK_SIZE = 512
 NUM_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# A layer's (weight, bias, running_mean, running_var, conv_bias), each (C,) or None. The statistics are there, or the layer has no
-# BN: then only the convolution's bias is there, and with an eps of 0 the scale is 1.
+# A layer's (weight, bias, running_mean, running_var, conv_bias), each (C,) or None. The statistics are there, or the layer has
+# no BN: then only the convolution's bias is there, and with an eps of 0 the scale is 1.
 Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -106,7 +106,7 @@ class Layers:
 
 
 def takes(vectors: Sequence[Vectors]) -> bool:
-    """Whether a table can hold these vectors: contiguous, of one dtype that the kernel reads, as long as their layer is wide."""
+    """Whether a table can hold these vectors: contiguous, of one dtype that the kernel reads, one length a layer."""
     tensors = [(tensor, _one_of(layer)) for layer in vectors for tensor in layer if tensor is not None]
     first = _one_of(vectors[0])
     return first.dtype in DTYPES and all(
