@@ -203,7 +203,7 @@ class Prepared:
         return known[place]
 
     def _call_of(self, stream: Any, arguments: list[Any]) -> tuple[Callable[..., Any], list[Any], int | None]:
-        """Returns what Triton would call for a launch: C function, arguments, and the first one that goes in a nested tuple."""
+        """Returns what Triton would call for a launch: C function, arguments, and the first that goes in a nested tuple."""
         calls: list[tuple[Any, ...]] = []
         run = copy.copy(self._compiled.run)
         function, run.launch = _around(run.launch, lambda *given: calls.append(given))

@@ -174,12 +174,11 @@ def kind_of(
     conv2_shape: Sequence[int], shortcut: ShortcutShape | None, next_shape: Sequence[int] | None
 ) -> Kind:  # fmt: skip
     """Returns a chain's kind, its channels rounded up to the sizes in CONFIGS. Channels beyond the real ones are zeros."""
-    projected = shortcut is not None and shortcut.weight is not None
     width = _rounded(conv2_shape[0], (64, 128))
     return Kind(
         width,
         _rounded(next_shape[0], (width, 2 * width)) if next_shape else 0,
-        _rounded(shortcut.x[1], (64, 256)) if projected else 0,
+        _rounded(shortcut.x[1], (64, 256)) if shortcut is not None and shortcut.weight is not None else 0,
     )
 
 
