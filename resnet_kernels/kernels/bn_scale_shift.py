@@ -117,9 +117,7 @@ def takes(vectors: Sequence[Vectors]) -> bool:
 
 def _one_of(layer: Vectors) -> Tensor:
     """Returns a vector that is not None: the mean, or without a BN the convolution's bias."""
-    vector = layer[4] if layer[2] is None else layer[2]
-    assert vector is not None
-    return vector
+    return next(vector for vector in (layer[2], layer[4]) if vector is not None)
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -255,14 +255,9 @@ def launch(
 
 @lru_cache(_CACHED)
 def _plan(
-    x_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    geometry: Geometry,
-    relu: bool,
-    dtype: torch.dtype,
-    tf32: bool,
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry, relu: bool, dtype: torch.dtype, tf32: bool,
     config: ConvConfig | None,
-) -> tuple[ConvConfig, tuple[int, int], dict[str, object], launching.PreparedByKey]:
+) -> tuple[ConvConfig, tuple[int, int], dict[str, object], launching.PreparedByKey]:  # fmt: skip
     """Returns the tile, the grid, all arguments but tensors, and a dict for launching.launch to fill.
 
     tf32 is not read. It is part of the cache's key because `constexprs` asks for the setting.

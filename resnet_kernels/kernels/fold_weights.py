@@ -109,9 +109,7 @@ class Table:
         self.source, self.dtype, self.device = weights[0].dtype, dtype, weights[0].device
         self._has_bias = [layer.shift is not None for layer in layers]
         self._widths = [weight.shape[0] for weight in weights]
-        rows: list[tuple[int, ...]] = []
-        owners: list[int] = []
-        start = 0
+        rows, owners, start = list[tuple[int, ...]](), list[int](), 0
         for i, layer in enumerate(layers):
             rows.append(_row(layer, start, len(owners), sum(self._widths[:i])))
             owners += [i] * _programs(layer.weight)

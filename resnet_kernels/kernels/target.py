@@ -21,11 +21,10 @@ def allows_tf32(dtype: torch.dtype) -> bool:
 @cache
 def is_interpreted() -> bool:
     """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1 before Triton was imported)."""
-    import triton
-    import triton.language as tl
+    from triton import JITFunction, language
 
     # A function of Triton's own, which was decorated as our kernels are.
-    return not isinstance(tl.cdiv, triton.JITFunction)
+    return not isinstance(language.cdiv, JITFunction)
 
 
 def dot_needs_fp32(dtype: torch.dtype) -> bool:

@@ -180,8 +180,7 @@ def print_shapes(net: nn.Sequential, size: Sequence[int] = (1, 1, 224, 224)) -> 
         raise TypeError(f"net must be an nn.Sequential, got {type(net).__name__}")
     modes = [(module, module.training) for module in net.modules()]
     parameter = next(net.parameters(), torch.empty(0))
-    x = torch.zeros(*size, dtype=parameter.dtype, device=parameter.device)
-    shapes: list[torch.Size] = []
+    x, shapes = torch.zeros(*size, dtype=parameter.dtype, device=parameter.device), list[torch.Size]()
     net.eval()
     try:
         with torch.no_grad():
