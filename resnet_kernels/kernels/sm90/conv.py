@@ -8,8 +8,8 @@ pixel of 128 images, "batch as M"; 28x28: 4x4 pixels of 8 images). The weight is
 persistent: each walks over tiles a grid apart. conv_device.py computes a tile.
 
 A block's projection can be merged: y = act(scale * conv(h, w) + scale2 * conv(x, w2) + bias + bias2), as two loops into one
-accumulator. The first sum is multiplied by scale / scale2, then both by scale2. If that ratio is 0, inf, NaN or beyond 2**32
-in a channel of a tile, the tile parks its first sum in memory instead. So every scale gives the right result.
+accumulator. The first sum is multiplied by scale / scale2, then both by scale2. If a channel's ratio is inf, NaN,
+2**32 away from 1, or 0 by underflow, its tile parks the first sum in memory instead. So every scale gives the right result.
 
 Few tiles with long loops are split (SPLIT_K): each share's sums go to memory, and the last share to finish adds all of them,
 always in the same order.

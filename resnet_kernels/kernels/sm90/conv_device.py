@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .. import elementwise
 
-# Beyond this ratio the smaller of two scales can't be factored out: the other's sums, divided by it, might overflow.
+# Beyond this ratio the smaller of two scales can't be factored out: its sums, so much larger than the other's, might overflow.
 _MOST_RATIO = tl.constexpr(2.0**32)
 
 
@@ -225,7 +225,7 @@ def load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.const
 
 @triton.jit
 def must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.constexpr):
-    """Whether a channel of a tile has a scale / shortcut_scale that is inf, NaN, or beyond _MOST_RATIO up or down."""
+    """Whether a channel of a tile has a scale / shortcut_scale of inf or NaN, or one that _MOST_RATIO excludes."""
     scale, shortcut_scale = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
     ratio = tl.div_rn(scale, shortcut_scale)
     size = tl.abs(ratio)
