@@ -60,7 +60,7 @@ CONFIGS: tuple[TmaConfig, ...] = (
     TmaConfig(64, 64, 32, num_warps=4, num_stages=4, parts=2, programs_per_sm=4),
     # So few pixels that most of the machine would idle: batch 1 from stage 2 on.
     *(TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3, split_k=n) for n in (4, 8, 16)),
-    # Wide in pixels; only a table chooses it. An instruction multiplies 256 pixels, and weights are read from L2 half as often.
+    # Wide in pixels; only a table chooses it. An instruction multiplies 256 pixels, and weights come from L2 half as often.
     TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1),
     # The same for 64 output channels.
     TmaConfig(256, 64, 64, num_warps=4, num_stages=2, parts=4, programs_per_sm=2),
