@@ -1,4 +1,4 @@
-"""What this process and a device can run: Triton's interpreter, Hopper's instructions, TF32.
+"""Properties of the process and of a device that kernels depend on: the interpreter, Hopper's instructions, TF32.
 
 Importing this module does not import Triton, which may be absent.
 """

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +28,7 @@ def build(name: str) -> nn.Module:
     raise ValueError(f"--model must be one of {known}, torchvision:NAME or timm:NAME, got {name!r}")
 
 
-def _import(package: str, extra: str) -> Any:
+def _import(package: str, extra: str):
     try:
         return __import__(package, fromlist=["_"])
     except ImportError as error:

@@ -246,10 +246,10 @@ def launch(
     vectors = (conv3.scale, conv3.shift, *(projection or 4 * (None,))[1:3], *(next_norm or (None, None)))
     described |= dict(zip(BLOCK_VECTORS, vectors))
     tensors = {name: None if tensor is None else _aligned(tensor) for name, tensor in described.items()}
-    tensors |= dict(scale2_ptr=contiguous(conv2.scale), shift2_ptr=contiguous(conv2.shift))
     tensors |= dict(
-        scale1_ptr=contiguous(next_conv1 and next_conv1.scale), shift1_ptr=contiguous(next_conv1 and next_conv1.shift)
-    )
+        scale2_ptr=contiguous(conv2.scale), shift2_ptr=contiguous(conv2.shift),
+        scale1_ptr=contiguous(next_conv1 and next_conv1.scale), shift1_ptr=contiguous(next_conv1 and next_conv1.shift),
+    )  # fmt: skip
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)
     launching.launch(
         _chain_tma_kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views,
