@@ -24,8 +24,8 @@ BLOCK_SIZE = 512
 NUM_WARPS = 4
 DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
-# A layer's (weight, bias, running_mean, running_var, conv_bias), each (C,) or None. With a BN it has running statistics. Without
-# one it has only the convolution's bias, and with an eps of 0 its scale is 1.
+# A layer's (weight, bias, running_mean, running_var, conv_bias), each (C,) or None. With a BN it has running statistics.
+# Without one it has only the convolution's bias, and with an eps of 0 its scale is 1.
 Vectors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
