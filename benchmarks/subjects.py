@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import resnet_kernels as rk
-from resnet_kernels.kernels.geometry import normalise
+from resnet_kernels.kernels.geometry import normalize
 from resnet_kernels.models import d2l, resnet_v1, resnet_v2
 from resnet_kernels.ops.reference import pad_if_asymmetric
 
@@ -23,7 +23,7 @@ class ConvBiasAct(nn.Module):
         self.backend, self.relu = backend, conv.relu
         padding = conv.kernel // 2 if conv.padding is None else conv.padding
         self.options = {"stride": conv.stride, "padding": padding}
-        self.geometry = normalise(**self.options, dilation=1, groups=1)
+        self.geometry = normalize(**self.options, dilation=1, groups=1)
         # He's initialisation: the outputs are as large as the inputs, and half of them negative.
         fan_in = conv.c_in * conv.kernel**2
         self.weight = nn.Parameter(torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel) * (2 / fan_in) ** 0.5)

@@ -358,12 +358,12 @@ def stem_cases() -> list[Case]:
         )  # fmt: skip
         cases.setdefault(repr(case), case)
     names = _kernel(STEM_PACK_KERNEL).arg_names
-    for image, normalise in (("fp32", False), ("bf16", True), ("u8", True)):
+    for image, normalize in (("fp32", False), ("bf16", True), ("u8", True)):
         types = dict(x_ptr="*" + image, packed_ptr="*bf16", w_ptr="*bf16", packed_w_ptr="*bf16")
         types |= {name: "fp32" for name in names if name.startswith(("mean", "std"))}
-        given = dict(NORMALISE=normalise, UNIT=image == "u8", BLOCK=stem_layout.PACK_BLOCK)
+        given = dict(NORMALIZE=normalize, UNIT=image == "u8", BLOCK=stem_layout.PACK_BLOCK)
         types |= {name: "i32" for name in names if name not in types | given}
-        layer = f"from {image}{', normalised' if normalise else ''}"
+        layer = f"from {image}{', normalized' if normalize else ''}"
         cases[layer] = Case(
             STEM_PACK_KERNEL, str(stem_layout.PACK_BLOCK), "bf16", layer, stem_layout.PACK_WARPS, 3, types, (), given
         )  # fmt: skip
@@ -456,7 +456,7 @@ def batch_norm_cases() -> list[Case]:
     ):
         rows = 256 * size * size
         split = batch_norm_tiles.choose_split(rows, n_channels, DTYPES[dtype].itemsize)
-        integers = dict(n_rows=rows, n_channels=n_channels, rows_per_split=split.rows, n_splits=split.count)
+        integers = dict(n_rows=rows, n_channels=n_channels, rows_per_split=split.rows, n_splits=split.n_splits)
         tiles = dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
         types = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "residual_ptr", "dz_ptr"), "*" + dtype)
         types |= dict.fromkeys(BATCH_NORM_VECTORS, "*fp32") | {

@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import elementwise
 from .launching import Launcher
 
-# 1024 elements on 4 warps: 8 fp32 (two 16-byte loads) a thread and operand.
+# 1024 elements on 4 warps: a thread takes 8 fp32 of each operand, two 16-byte loads.
 BLOCK_SIZE = 1024
 NUM_WARPS = 4
 _CACHED = 512
@@ -22,18 +23,22 @@ _CACHED = 512
 
 @triton.jit
 def _add_relu_kernel(x_ptr, residual_ptr, y_ptr, n_elements, BLOCK_SIZE: tl.constexpr):
-    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
+    # int64: an activation of 64x112x112 passes 2**31 elements at batch 2675.
     offs = tl.program_id(0).to(tl.int64) * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
     mask = offs < n_elements
     x = tl.load(x_ptr + offs, mask=mask).to(tl.float32)
     residual = tl.load(residual_ptr + offs, mask=mask).to(tl.float32)
-    # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
-    y = tl.maximum(x + residual, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    y = elementwise.relu(x + residual)
     tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def launch(x: Tensor, residual: Tensor) -> Tensor:
-    """Returns relu(x + residual), in x's layout; both of one shape, dtype, layout and dense."""
+    """Returns relu(x + residual), in x's layout.
+
+    Args:
+        x: any shape, fp16, bf16 or fp32, dense in memory.
+        residual: x's shape, dtype and strides.
+    """
     y = torch.empty_like(x)
     if y.numel():
         _launcher(y.numel())(x.device, x_ptr=x, residual_ptr=residual, y_ptr=y)

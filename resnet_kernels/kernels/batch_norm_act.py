@@ -5,13 +5,14 @@
                dweight = sum(dz * (x - mean)) * rstd,    dbias = sum(dz)
                dx = weight * rstd * (dz - dbias / rows - (x - mean) * rstd * dweight / rows)
 
-Passes over data, as reads + writes of one activation each: statistics 1, apply 2 (3 with a residual); reduce 2, apply 3.
-Eager BN, add and ReLU apart take 6 (9) forward and 8 (9) backward. With a residual the backward needs y, which the next
-layer holds anyway: reduce 3 and the write of dz, apply 3. Without one ReLU's mask is computed again from x, not read.
+Cost in reads and writes of one activation each: forward 1 for the statistics and 2 to apply them (3 with a residual),
+backward 2 to reduce and 3 to apply. Eager BN, add and ReLU take 6 (9) forward and 8 (9) backward. With a residual the
+backward reads y, which the next layer holds anyway: 3 and the write of dz to reduce, 3 to apply. Without a residual it
+computes ReLU's mask again from x.
 
-Statistics are sound at a mean of 1000 and a deviation of 1, and next to outliers: never E[x^2] - E[x]^2. Each lane sums in
-fp32 around its own first value; lanes and splits are combined as in Chan et al. 1979, in fp64, which is a few thousand values
-in all. Every sum has a fixed order, so results are deterministic; nothing is atomic.
+Statistics are sound at a mean of 1000 and a deviation of 1, and next to outliers: they are never E[x^2] - E[x]^2. Each lane
+sums in fp32 around its own first value. Lanes and splits are combined as in Chan et al. 1979, in fp64, a few thousand values
+in all. Every sum has a fixed order and nothing is atomic, so results are deterministic.
 
 Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithm 1 and section 3.
 """
@@ -25,6 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import elementwise
+from .batch_norm_device import lane_sum, load_affine, load_partial, normalize, row_tile, rstd_of, store_partial
 from .batch_norm_tiles import (
     CACHED,
     FINISH_CHANNELS,
@@ -34,19 +37,18 @@ from .batch_norm_tiles import (
     STAGES,
     Split,
     blocks,
-    channels_last,
     choose_split,
-    contiguous,
     splits,
     tiles,
 )
 from .launching import Launcher
+from .layouts import channels_last, contiguous
 
 
 @triton.jit
 def _statistics_kernel(
     x_ptr,  # (n_rows, n_channels)
-    partial_ptr,  # (2, n_splits, n_channels) fp64: sums, and sums of squares around their own mean
+    partial_ptr,  # (2, n_splits, n_channels) fp64: sums, and sums of squares around the split's own mean
     n_rows,
     n_channels,
     rows_per_split,
@@ -54,17 +56,9 @@ def _statistics_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    lane = tl.arange(0, BLOCK_ROWS)
-    start = split * rows_per_split
+    start = tl.program_id(0) * rows_per_split
     end = tl.minimum(start + rows_per_split, n_rows)
-
-    # A scalar start and small offsets: half the registers of 64-bit pointers. int64, as a 64x112x112 activation passes 2**31
-    # elements at batch 2675.
-    at = start.to(tl.int64) * n_channels
-    offs = lane[:, None] * n_channels + offs_c[None, :]
+    lane, offs_c, mask_c, at, offs = row_tile(start, n_channels, BLOCK_ROWS, BLOCK_CHANNELS)
     mask = (start + lane < end)[:, None] & mask_c[None, :]
     pivot = _finite(tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32))
     total = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
@@ -80,31 +74,23 @@ def _statistics_kernel(
     count = (tl.maximum(end - start - lane + BLOCK_ROWS - 1, 0) // BLOCK_ROWS).to(tl.float32)[:, None]
     from_pivot = total / tl.maximum(count, 1.0)
     squares -= total * from_pivot
-    # In fp64: a lane's mean of 1000 would lose in fp32 what its sum has kept.
+    # fp64: in fp32 a lane's mean of 1000 would lose what its sum has kept.
     lane_mean = pivot.to(tl.float64) + from_pivot
     rows_sum = tl.sum(count * lane_mean, 0)
-    off_centre = (lane_mean - (rows_sum / (end - start))[None, :]).to(tl.float32)
-    rows_squares = _sum(squares + count * off_centre * off_centre)
-    partial_ptrs = partial_ptr + split * n_channels + offs_c
-    tl.store(partial_ptrs, rows_sum, mask=mask_c)
-    tl.store(partial_ptrs + tl.num_programs(0) * n_channels, rows_squares, mask=mask_c)
-
-
-@triton.jit
-def _sum(lanes):
-    # Once a program, so fp64 is cheap on GPUs with little of it, too; eager on the CPU sums in fp64 throughout.
-    return tl.sum(lanes.to(tl.float64), 0)
+    off_center = (lane_mean - (rows_sum / (end - start))[None, :]).to(tl.float32)
+    rows_squares = lane_sum(squares + count * off_center * off_center)
+    store_partial(partial_ptr, rows_sum, rows_squares, n_channels, offs_c, mask_c)
 
 
 @triton.jit
 def _finite(x):
-    # Around an infinite pivot the differences are NaN, and so the mean, which eager has as infinite.
+    """x, or 0 where it is not finite: around an infinite pivot the mean would be NaN, which eager has as infinite."""
     return tl.where(tl.abs(x) < float("inf"), x, 0.0)
 
 
 @triton.jit
 def _finish_statistics_kernel(
-    partial_ptr,  # as above
+    partial_ptr,  # as _statistics_kernel writes it
     mean_ptr,  # (n_channels,) fp32
     rstd_ptr,  # (n_channels,) fp32
     running_mean_ptr,  # (n_channels,) or None
@@ -118,24 +104,20 @@ def _finish_statistics_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    offs_s = tl.arange(0, BLOCK_SPLITS)
-    offs_c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
-    partial_ptrs = partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :]
-    sums = tl.load(partial_ptrs, mask=mask, other=0.0)
-    squares = tl.load(partial_ptrs + n_splits * n_channels, mask=mask, other=0.0)
+    sums, squares, mask, offs_s, offs_c, mask_c = load_partial(
+        partial_ptr, n_splits, n_channels, BLOCK_SPLITS, BLOCK_CHANNELS
+    )  # fmt: skip
     count = tl.minimum(tl.maximum(n_rows - offs_s * rows_per_split, 0), rows_per_split).to(tl.float64)[:, None]
 
     rows = n_rows.to(tl.float64)
     mean = tl.sum(sums, 0) / rows
-    off_centre = tl.where(mask, sums / tl.maximum(count, 1.0) - mean[None, :], 0.0)
-    squares = tl.sum(squares + count * off_centre * off_centre, 0)
+    off_center = tl.where(mask, sums / tl.maximum(count, 1.0) - mean[None, :], 0.0)
+    squares = tl.sum(squares + count * off_center * off_center, 0)
     mean = mean.to(tl.float32)
-    # A rounding below zero, of a channel whose values are all the same, would be the root of a negative number.
-    variance = tl.maximum((squares / rows).to(tl.float32), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    # Never below zero, which the variance of equal values could be by a rounding: its root would be NaN.
+    variance = elementwise.relu((squares / rows).to(tl.float32))
     tl.store(mean_ptr + offs_c, mean, mask=mask_c)
-    tl.store(rstd_ptr + offs_c, _rstd(variance, eps), mask=mask_c)
+    tl.store(rstd_ptr + offs_c, rstd_of(variance, eps), mask=mask_c)
     if running_mean_ptr is not None:
         old = tl.load(running_mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
         new = momentum * mean + (1 - momentum) * old
@@ -145,38 +127,6 @@ def _finish_statistics_kernel(
         unbiased = (squares / (rows - 1)).to(tl.float32)
         new = momentum * unbiased + (1 - momentum) * old
         tl.store(running_var_ptr + offs_c, new.to(running_var_ptr.dtype.element_ty), mask=mask_c)
-
-
-@triton.jit
-def _rstd(variance, eps):
-    # Correctly rounded root and division: the approximate ones err by 2 ulp for a whole channel at once.
-    root = tl.sqrt_rn(variance + eps)
-    return tl.div_rn(tl.full(root.shape, 1.0, tl.float32), root)
-
-
-@triton.jit
-def _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE: tl.constexpr):
-    """A channel's mean, rstd, weight * rstd and bias; with VARIANCE, rstd_ptr holds a variance (eval mode)."""
-    mean = tl.load(mean_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
-    if VARIANCE:
-        rstd = _rstd(rstd, eps)
-    scale = rstd
-    if weight_ptr is not None:
-        scale *= tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    bias = tl.zeros(mean.shape, tl.float32)
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    return mean, rstd, scale, bias
-
-
-@triton.jit
-def _normalised(centred, scale, bias):
-    """centred * scale + bias, in one place: the backward's ReLU mask has to see the bits that the forward saw.
-
-    centred is x - mean: x * scale - mean * scale would cancel at a mean of 1000.
-    """
-    return tl.fma(centred, scale[None, :] + tl.zeros_like(centred), bias[None, :] + tl.zeros_like(centred))
 
 
 @triton.jit
@@ -197,20 +147,15 @@ def _forward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_ROWS
-    lane = tl.arange(0, BLOCK_ROWS)
-    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
+    lane, offs_c, mask_c, at, offs = row_tile(start, n_channels, BLOCK_ROWS, BLOCK_CHANNELS)
     mask = (start + lane < n_rows)[:, None] & mask_c[None, :]
-    at = start.to(tl.int64) * n_channels
-    offs = lane[:, None] * n_channels + offs_c[None, :]
-    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
+    mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    y = _normalised(x - mean[None, :], scale, bias)
+    y = normalize(x - mean[None, :], scale, bias)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     if RELU:
-        # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = elementwise.relu(y)
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -226,30 +171,38 @@ def launch(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Runs the forward passes on checked operands, at least one element; writes the running statistics in training.
+    """Runs the forward on checked operands.
+
+    Args:
+        x: (N, C, H, W), fp16, bf16 or fp32, not empty.
+        residual: x's shape and dtype, or None.
+        weight: (C,), or None for ones.
+        bias: (C,), or None for zeros.
+        running_mean: (C,), written in training; None only in training.
+        running_var: as running_mean.
+        training: whether to normalize by the batch's own statistics.
+        momentum: weight of the batch's statistics in the running ones.
+        eps: added to the variance.
+        relu: whether a ReLU comes last.
 
     Returns:
-        y, channels_last, and, in training, mean and rstd, both (C,) fp32; None in eval mode.
+        y, channels_last; and, in training, the batch's mean and rstd, each (C,) fp32, else None and None.
     """
-    x, residual = channels_last(x), channels_last(residual)
-    weight, bias = contiguous(weight), contiguous(bias)
+    x = x.contiguous(memory_format=torch.channels_last)
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     y = torch.empty_like(x)
-    if training:
-        mean, rstd = _statistics(x, running_mean, running_var, momentum, eps)
-    else:
-        mean, rstd = running_mean.contiguous(), running_var.contiguous()
+    mean, rstd = _statistics(x, running_mean, running_var, momentum, eps) if training else (None, None)
     _forward(rows, channels, x.element_size(), eps, relu, not training)(
         x.device,
         x_ptr=x,
-        residual_ptr=residual,
+        residual_ptr=channels_last(residual),
         y_ptr=y,
-        mean_ptr=mean,
-        rstd_ptr=rstd,
-        weight_ptr=weight,
-        bias_ptr=bias,
+        mean_ptr=mean if training else contiguous(running_mean),
+        rstd_ptr=rstd if training else contiguous(running_var),
+        weight_ptr=contiguous(weight),
+        bias_ptr=contiguous(bias),
     )
-    return (y, mean, rstd) if training else (y, None, None)
+    return y, mean, rstd
 
 
 def _statistics(
@@ -257,18 +210,17 @@ def _statistics(
 ) -> tuple[Tensor, Tensor]:
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     split, sums, finish = _statistics_of(rows, channels, x.element_size(), momentum, eps)
-    partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
-    # Not halves of one tensor: the outputs of an op share no memory.
+    partial = torch.empty((2, split.n_splits, channels), dtype=torch.float64, device=x.device)
+    # Two tensors, not halves of one: the outputs of an op share no memory.
     mean, rstd = (torch.empty(channels, dtype=torch.float32, device=x.device) for _ in range(2))
-    running = (running_mean, running_var)
-    dense = [contiguous(statistic) for statistic in running]
+    new_mean, new_var = contiguous(running_mean), contiguous(running_var)
     sums(x.device, x_ptr=x, partial_ptr=partial)
     finish(
-        x.device, partial_ptr=partial, mean_ptr=mean, rstd_ptr=rstd, running_mean_ptr=dense[0], running_var_ptr=dense[1]
+        x.device, partial_ptr=partial, mean_ptr=mean, rstd_ptr=rstd, running_mean_ptr=new_mean, running_var_ptr=new_var
     )
-    for statistic, written in zip(running, dense):
-        if statistic is not written:
-            statistic.copy_(written)
+    for statistic, new in ((running_mean, new_mean), (running_var, new_var)):
+        if statistic is not new and statistic is not None and new is not None:
+            statistic.copy_(new)
     return mean, rstd
 
 
@@ -284,7 +236,7 @@ def _statistics_of(
     finish = Launcher(
         _finish_statistics_kernel, (triton.cdiv(channels, FINISH_CHANNELS),),
         dict(
-            n_rows=rows, n_channels=channels, rows_per_split=split.rows, n_splits=split.count, momentum=float(momentum),
+            n_rows=rows, n_channels=channels, rows_per_split=split.rows, n_splits=split.n_splits, momentum=float(momentum),
             eps=float(eps), BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS,
         ), FINISH_WARPS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The backward of BN, residual add and ReLU; formulas, cost and tiles are batch_norm_act.py's."""
+"""Backward of BN, residual add and ReLU. Formulas and cost: batch_norm_act.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .batch_norm_act import _affine, _normalised, _rstd, _sum
+from .batch_norm_device import lane_sum, load_affine, load_partial, normalize, row_tile, rstd_of, store_partial
 from .batch_norm_tiles import (
     CACHED,
     FINISH_CHANNELS,
@@ -19,23 +19,22 @@ from .batch_norm_tiles import (
     STAGES,
     Split,
     blocks,
-    channels_last,
     choose_split,
-    contiguous,
     splits,
     tiles,
 )
 from .launching import Launcher
+from .layouts import channels_last, contiguous
 
 
 @triton.jit
-def _through_relu(dy, y_ptr, at, offs, mask, centred, scale, bias, DTYPE: tl.constexpr):
-    """dy where ReLU let its input through: by y where it was kept, else by y computed again, rounded as it was stored."""
+def _through_relu(dy, y_ptr, at, offs, mask, centered, scale, bias, DTYPE: tl.constexpr):
+    """dy where ReLU let its input through, else 0. Without y_ptr, y is computed again and rounded to DTYPE."""
     if y_ptr is not None:
         y = tl.load(y_ptr + at + offs, mask=mask, other=0.0)
     else:
-        y = _normalised(centred, scale, bias).to(DTYPE)
-    # By `<=`, as PyTorch does: a NaN lets its gradient through.
+        y = normalize(centered, scale, bias).to(DTYPE)
+    # `<=` as in PyTorch: a NaN lets its gradient through.
     return tl.where(y.to(tl.float32) <= 0, 0.0, dy)
 
 
@@ -43,7 +42,7 @@ def _through_relu(dy, y_ptr, at, offs, mask, centred, scale, bias, DTYPE: tl.con
 def _reduce_kernel(
     dy_ptr,  # (n_rows, n_channels), x, y and dz too
     x_ptr,
-    y_ptr,  # or None: ReLU's mask is computed again
+    y_ptr,  # or None: ReLU's mask is then computed again
     dz_ptr,  # or None
     mean_ptr,
     rstd_ptr,
@@ -60,41 +59,34 @@ def _reduce_kernel(
     BLOCK_CHANNELS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    split = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    lane = tl.arange(0, BLOCK_ROWS)
-    start = split * rows_per_split
+    start = tl.program_id(0) * rows_per_split
     end = tl.minimum(start + rows_per_split, n_rows)
-    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
-    at = start.to(tl.int64) * n_channels
-    offs = lane[:, None] * n_channels + offs_c[None, :]
+    lane, offs_c, mask_c, at, offs = row_tile(start, n_channels, BLOCK_ROWS, BLOCK_CHANNELS)
+    mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     for row in tl.range(start, end, BLOCK_ROWS, num_stages=STAGES):
         mask = (row + lane < end)[:, None] & mask_c[None, :]
         dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, x - mean[None, :], 0.0)
+        centered = tl.where(mask, x - mean[None, :], 0.0)
         if RELU:
-            dz = _through_relu(dz, y_ptr, at, offs, mask, centred, scale, bias, x_ptr.dtype.element_ty)
+            dz = _through_relu(dz, y_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty)
         if dz_ptr is not None:
             tl.store(dz_ptr + at + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         sum_dz += dz
-        sum_dz_x += dz * centred
+        sum_dz_x += dz * centered
         at += BLOCK_ROWS * n_channels
-    partial_ptrs = partial_ptr + split * n_channels + offs_c
-    tl.store(partial_ptrs, _sum(sum_dz), mask=mask_c)
-    tl.store(partial_ptrs + tl.num_programs(0) * n_channels, _sum(sum_dz_x), mask=mask_c)
+    store_partial(partial_ptr, lane_sum(sum_dz), lane_sum(sum_dz_x), n_channels, offs_c, mask_c)
 
 
 @triton.jit
 def _finish_reduce_kernel(
-    partial_ptr,  # (2, n_splits, n_channels)
+    partial_ptr,  # as _reduce_kernel writes it
     rstd_ptr,
     dweight_ptr,  # (n_channels,) or None, dbias too
     dbias_ptr,
-    coefficient_ptr,  # (2, n_channels) fp32 or None: what to take off dz, constant and per unit of x - mean
+    coefficient_ptr,  # (2, n_channels) fp32 or None: _backward_kernel subtracts the first + the second * (x - mean) from dz
     n_rows,
     n_channels,
     n_splits,
@@ -103,17 +95,15 @@ def _finish_reduce_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    offs_s = tl.arange(0, BLOCK_SPLITS)
-    offs_c = tl.program_id(0) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
-    mask = (offs_s < n_splits)[:, None] & mask_c[None, :]
-    partial_ptrs = partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :]
+    sums_dz, sums_dz_x, _, _, offs_c, mask_c = load_partial(
+        partial_ptr, n_splits, n_channels, BLOCK_SPLITS, BLOCK_CHANNELS
+    )  # fmt: skip
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
     if VARIANCE:
-        rstd = _rstd(rstd, eps)
-    dbias = tl.sum(tl.load(partial_ptrs, mask=mask, other=0.0), 0)
-    dweight = tl.sum(tl.load(partial_ptrs + n_splits * n_channels, mask=mask, other=0.0), 0) * rstd
-    # Through fp32: the interpreter turns fp64 into NaN on its way to bf16 (Triton 3.9).
+        rstd = rstd_of(rstd, eps)
+    dbias = tl.sum(sums_dz, 0)
+    dweight = tl.sum(sums_dz_x, 0) * rstd
+    # Through fp32: the interpreter of Triton 3.9 turns fp64 into NaN on its way to bf16.
     if dweight_ptr is not None:
         tl.store(dweight_ptr + offs_c, dweight.to(tl.float32).to(dweight_ptr.dtype.element_ty), mask=mask_c)
     if dbias_ptr is not None:
@@ -128,7 +118,7 @@ def _finish_reduce_kernel(
 def _backward_kernel(
     dy_ptr,  # (n_rows, n_channels), x, y and dx too
     x_ptr,
-    y_ptr,  # or None: ReLU's mask is computed again
+    y_ptr,  # or None: ReLU's mask is then computed again
     dx_ptr,
     mean_ptr,
     rstd_ptr,
@@ -144,21 +134,17 @@ def _backward_kernel(
     BLOCK_CHANNELS: tl.constexpr,
 ):
     start = tl.program_id(0) * BLOCK_ROWS
-    lane = tl.arange(0, BLOCK_ROWS)
-    offs_c = tl.program_id(1) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
-    mask_c = offs_c < n_channels
+    lane, offs_c, mask_c, at, offs = row_tile(start, n_channels, BLOCK_ROWS, BLOCK_CHANNELS)
     mask = (start + lane < n_rows)[:, None] & mask_c[None, :]
-    at = start.to(tl.int64) * n_channels
-    offs = lane[:, None] * n_channels + offs_c[None, :]
-    mean, _, scale, bias = _affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
+    mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
+    centered = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
     if RELU:
-        dz = _through_relu(dz, y_ptr, at, offs, mask, centred, scale, bias, x_ptr.dtype.element_ty)
+        dz = _through_relu(dz, y_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty)
     if coefficient_ptr is not None:
         constant = tl.load(coefficient_ptr + offs_c, mask=mask_c, other=0.0)
         slope = tl.load(coefficient_ptr + n_channels + offs_c, mask=mask_c, other=0.0)
-        dz -= constant[None, :] + centred * slope[None, :]
+        dz -= constant[None, :] + centered * slope[None, :]
     tl.store(dx_ptr + at + offs, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -175,39 +161,48 @@ def launch(
     relu: bool,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Runs the backward passes.
+    """Runs the backward.
 
     Args:
-        y: the output, where a ReLU came after a residual; else None.
-        mean, rstd: as `launch` returned them; in eval mode the running mean and variance.
-        needs: whether dx, dz (the residual's gradient), dweight and dbias are asked for.
+        dy: y's gradient, of y's shape and dtype.
+        x: the forward's input, (N, C, H, W).
+        y: the forward's output if it had a residual and a ReLU, else None.
+        weight: the forward's, (C,) or None.
+        bias: the forward's, (C,) or None.
+        mean: (C,), the batch's mean; in eval mode the running mean.
+        rstd: (C,), the batch's rstd; in eval mode the running variance.
+        training: whether mean and rstd are the batch's, so that dx has to account for them.
+        eps: the forward's.
+        relu: whether the forward had a ReLU.
+        needs: which of dx, dz (the residual's gradient), dweight and dbias to compute.
 
     Returns:
-        dx, dz, dweight, dbias; None where not asked for.
+        dx, dz, dweight, dbias; None for each that `needs` leaves out.
     """
-    dy, x, y = channels_last(dy), channels_last(x), channels_last(y)
-    weight, bias, mean, rstd = (contiguous(vector) for vector in (weight, bias, mean, rstd))
+    dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
+    y = channels_last(y)
     needs_x, needs_dz, needs_weight, needs_bias = needs
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     split, reduce, finish, apply = _launchers(rows, channels, x.element_size(), eps, relu, not training, needs_dz)
     dz = torch.empty_like(x) if needs_dz else None
     dx = torch.empty_like(x) if needs_x else None
-    vector = torch.float32 if weight is None else weight.dtype
+    dtype = torch.float32 if weight is None else weight.dtype
     dweight, dbias = (
-        torch.empty(channels, dtype=vector, device=x.device) if needed else None
-        for needed in (needs_weight, needs_bias)
+        torch.empty(channels, dtype=dtype, device=x.device) if needed else None for needed in (needs_weight, needs_bias)
     )
     coefficients = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training and needs_x else None
-    affine = dict(mean_ptr=mean, rstd_ptr=rstd, weight_ptr=weight, bias_ptr=bias)
+    affine = dict(
+        mean_ptr=contiguous(mean), rstd_ptr=contiguous(rstd), weight_ptr=contiguous(weight), bias_ptr=contiguous(bias)
+    )
     if any(value is not None for value in (dz, dweight, dbias, coefficients)):
-        partial = torch.empty((2, split.count, channels), dtype=torch.float64, device=x.device)
+        partial = torch.empty((2, split.n_splits, channels), dtype=torch.float64, device=x.device)
         reduce(x.device, dy_ptr=dy, x_ptr=x, y_ptr=y, dz_ptr=dz, **affine, partial_ptr=partial)
         finish(
-            x.device, partial_ptr=partial, rstd_ptr=rstd, dweight_ptr=dweight, dbias_ptr=dbias,
+            x.device, partial_ptr=partial, rstd_ptr=affine["rstd_ptr"], dweight_ptr=dweight, dbias_ptr=dbias,
             coefficient_ptr=coefficients,
         )  # fmt: skip
     if dx is not None:
-        # Where there is a dz, ReLU's mask has been applied to it.
+        # dz has ReLU's mask in it already.
         upper, mask = (dy, y) if dz is None else (dz, None)
         apply(x.device, dy_ptr=upper, x_ptr=x, y_ptr=mask, dx_ptr=dx, **affine, coefficient_ptr=coefficients)
     return dx, dz, dweight, dbias
@@ -217,7 +212,7 @@ def launch(
 def _launchers(
     rows: int, channels: int, itemsize: int, eps: float, relu: bool, variance: bool, masked: bool
 ) -> tuple[Split, Launcher, Launcher, Launcher]:
-    """The split, and the three kernels' launchers; masked: the last one reads dz, not dy."""
+    """Returns the split and the launchers of the three kernels. masked: the last one reads dz in place of dy."""
     split = choose_split(rows, channels, itemsize)
     sizes = dict(n_rows=rows, n_channels=channels, eps=float(eps), VARIANCE=variance)
     reduce = Launcher(
@@ -226,7 +221,7 @@ def _launchers(
     )  # fmt: skip
     finish = Launcher(
         _finish_reduce_kernel, (triton.cdiv(channels, FINISH_CHANNELS),),
-        dict(sizes, n_splits=split.count, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS), FINISH_WARPS,
+        dict(sizes, n_splits=split.n_splits, BLOCK_SPLITS=MOST_SPLITS, BLOCK_CHANNELS=FINISH_CHANNELS), FINISH_WARPS,
     )  # fmt: skip
     apply = Launcher(
         _backward_kernel,

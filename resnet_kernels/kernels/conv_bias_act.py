@@ -1,21 +1,22 @@
-"""Convolution, per-channel scale and shift, residual add and ReLU in one Triton kernel (portable: no TMA, no wgmma asked for).
+"""Convolution, per-channel scale and shift, residual add and ReLU in one kernel for any GPU: it asks for no TMA and no wgmma.
 
     y[n, p, q, o] = act( scale[o] * sum_{r, s, c} x[n, p*stride + r*dil - pad, q*stride + s*dil - pad, c] * w[o, r, s, c]
                          + bias[o] + residual[n, p, q, o] )
 
-An implicit GEMM over channels_last data: M = N*out_h*out_w pixels, N = output channels of one group, K = kernel_h *
-kernel_w * c_in taps and channels. Nothing is gathered into memory first (im2col would write and read K/c_in = 9 copies of
-the input for a 3x3).
+It is an implicit GEMM over channels_last data: M = N*out_h*out_w pixels, N = output channels of one group, K = kernel_h *
+kernel_w * c_in taps and channels. Nothing is gathered into memory first: im2col would write and read K / c_in = 9 copies of
+the input for a 3x3.
 
-Cost: 2*M*N*K FLOP; HBM bytes = x + w + y (+ residual), each once. Eager convolution, BN, add and ReLU apart read and write
-y four times more. Each tap of a 3x3 reads its input tile from L2 anew: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step.
+Cost: 2*M*N*K FLOP. HBM moves x, w, y and the residual, each once. Eager convolution, BN, add and ReLU read and write y four
+times more. Each tap of a 3x3 reads its input tile from L2 anew: (BLOCK_M + BLOCK_N) * BLOCK_K elements a step.
 
-BN reaches the kernel as a live fp32 scale and shift, so the user's weight is read as it is (no folded copy to go stale),
-and the product is rounded once, at the store.
+BN comes as a live fp32 scale and shift. So the kernel reads the user's weight itself, not a folded copy that could go stale,
+and rounds once, at the store.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -24,20 +25,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import launching
+from . import elementwise, launching, target
 from .geometry import Geometry
+from .layouts import channels_last, contiguous
 from .sm90 import conv
 from .sm90.conv_layout import why_not as why_not_tma
-from .target import allows_tf32
 
-# Plans kept, as conv_bias_act_tma_plan's.
+# Plans kept: a net has some 25 layers that differ, times a few batch and image sizes.
 _CACHED = 512
 _why_not_tma = lru_cache(_CACHED)(why_not_tma)
 
 
 @dataclass(frozen=True)
 class ConvConfig:
-    """One tile shape. block_m: pixels, block_n: output channels, block_k: reduction step, in elements."""
+    """A tile's shape.
+
+    Attributes:
+        block_m: pixels.
+        block_n: output channels.
+        block_k: taps x input channels of one step.
+        num_warps: warps of a program.
+        num_stages: steps that are loading or in use at a time.
+    """
 
     block_m: int
     block_n: int
@@ -46,31 +55,38 @@ class ConvConfig:
     num_stages: int
 
     def __str__(self) -> str:
-        """What a measured table calls it: no two of CONFIGS may be called the same."""
+        """Name in a measured table, different for each of CONFIGS."""
         return f"{self.block_m}x{self.block_n}x{self.block_k} w{self.num_warps} s{self.num_stages}"
 
 
-# Shipped tiles, all held by tests to compile, fit and not spill (tests/test_compile.py prints their registers). None is
-# measured yet, which is why backend="auto" never picks this kernel.
+# tests/test_compile.py holds that every tile compiles, fits and does not spill, and prints its registers. None is measured
+# yet, which is why backend="auto" never picks this kernel.
 CONFIGS: tuple[ConvConfig, ...] = (
     ConvConfig(128, 128, 64, num_warps=8, num_stages=3),  # stages 2 to 4 at large batch
     ConvConfig(128, 64, 64, num_warps=4, num_stages=3),  # stage 1: 64 output channels
     ConvConfig(64, 64, 64, num_warps=4, num_stages=3),  # few pixels: late stages at small batch
-    ConvConfig(64, 64, 32, num_warps=4, num_stages=3),  # the stem (K = 147), channels that 64 does not divide
+    ConvConfig(64, 64, 32, num_warps=4, num_stages=3),  # the stem (K = 147), and channels that 64 does not divide
     ConvConfig(64, 32, 32, num_warps=4, num_stages=3),  # up to 32 output channels
     ConvConfig(64, 64, 16, num_warps=8, num_stages=3),  # fp32, on the FMA units: 64x64x32 on 4 warps spills
     ConvConfig(64, 16, 16, num_warps=2, num_stages=3),  # groups of a few channels, depthwise, d2l's 3 and 6 channels
 )
 
-# Pixels are counted in int32 inside the kernel, up to a tile past the last one.
+# The kernel counts pixels in int32, up to a tile past the last one.
 _MOST_PIXELS = 2**31 - 1 - 128
 
-# Program count above which a larger tile still fills the machine; an H200 has 132 multiprocessors.
+# Programs that fill the machine: a larger tile has to leave so many. An H200 has 132 multiprocessors.
 _FULL_MACHINE = 132
 
 
 def choose_config(n_pixels: int, c_in: int, c_out: int, dtype: torch.dtype) -> ConvConfig:
-    """Picks a tile for one group of a convolution. c_in, c_out: channels per group."""
+    """Picks a tile for a convolution.
+
+    Args:
+        n_pixels: the output's pixels, over the batch.
+        c_in: input channels of a group.
+        c_out: output channels of a group.
+        dtype: the operands' dtype.
+    """
     large, tall, square, short_k, narrow, fp32, tiny = CONFIGS
     if dtype == torch.float32 and c_out > 32:
         return fp32
@@ -118,8 +134,7 @@ def _conv_bias_act_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Neighbouring programs share a column of output channels only once the pixels ran out: the input, the larger operand,
-    # is read by all programs of its row while it is in L2.
+    # Programs of the same pixels are neighbors: all read their input, the larger operand, while it is in L2.
     n_tiles_n = tl.cdiv(c_out, BLOCK_N)
     pid = tl.program_id(0)
     group = tl.program_id(1)
@@ -134,7 +149,7 @@ def _conv_bias_act_kernel(
     pixel = offs_m % (out_h * out_w)
     h_start = (pixel // out_w) * STRIDE_H - pad_top
     w_start = (pixel % out_w) * STRIDE_W - pad_left
-    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
+    # int64: an activation of 64x112x112 passes 2**31 elements at batch 2675.
     row_offset = ((n.to(tl.int64) * in_h + h_start) * in_w + w_start) * (groups * c_in) + group * c_in
     w_row_offset = (group * c_out + offs_n).to(tl.int64) * (KERNEL_H * KERNEL_W * c_in)
 
@@ -143,7 +158,7 @@ def _conv_bias_act_kernel(
     for k_start in range(0, k_total, BLOCK_K):
         offs_k = k_start + tl.arange(0, BLOCK_K)
         if WHOLE_CHUNKS:
-            # The whole step lies in one tap, so its row and column are scalars.
+            # The step lies in one tap, whose row and column are scalars.
             tap = k_start // c_in
             r = tap // KERNEL_W
             s = tap % KERNEL_W
@@ -157,7 +172,7 @@ def _conv_bias_act_kernel(
             x = tl.load(x_ptrs, mask=mask_x, other=0.0)
             weight = tl.load(w_ptr + offs_k[:, None] + w_row_offset[None, :], mask=mask_n[None, :], other=0.0)
         else:
-            # Few or odd channels: each element of the step has a tap of its own, and the last step is ragged.
+            # With few or odd channels each element of the step has its own tap, and the last step is ragged.
             mask_k = offs_k < k_total
             tap = offs_k // c_in
             r = tap // KERNEL_W
@@ -187,8 +202,7 @@ def _conv_bias_act_kernel(
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + y_offset, mask=mask_y, other=0.0).to(tl.float32)
     if RELU:
-        # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
-        acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        acc = elementwise.relu(acc)
     tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -207,7 +221,7 @@ def launch(
     On Hopper that is sm90/conv.py's where its predicate lets it, this file's otherwise
     and where `config` names one of its tiles.
     """
-    if config is None and conv.runs_on(x.device):
+    if config is None and target.is_hopper(x.device):
         if _why_not_tma(x.shape, weight.shape, geometry, x.dtype) is None:
             return conv.launch(x, weight, bias, residual, scale, geometry, relu)
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
@@ -216,7 +230,7 @@ def launch(
     if y.numel() == 0:
         return y
     if batch > 1 and batch * out_h * out_w > _MOST_PIXELS:
-        # A batch beyond that goes in two.
+        # A larger batch is halved.
         half = batch // 2
         for part in (slice(0, half), slice(half, batch)):
             y[part] = launch(
@@ -225,15 +239,13 @@ def launch(
         return y
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    if residual is not None:
-        residual = residual.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.contiguous()
-    scale = None if scale is None else scale.contiguous()
-
     config, grid, fixed, prepared = _plan(
-        x.shape, weight.shape, geometry, relu, x.dtype, allows_tf32(x.dtype), config
+        x.shape, weight.shape, geometry, relu, x.dtype, target.allows_tf32(x.dtype), config
     )  # fmt: skip
-    tensors = dict(x_ptr=x, w_ptr=weight, scale_ptr=scale, bias_ptr=bias, residual_ptr=residual, y_ptr=y)
+    tensors = dict(
+        x_ptr=x, w_ptr=weight, scale_ptr=contiguous(scale), bias_ptr=contiguous(bias),
+        residual_ptr=channels_last(residual), y_ptr=y,
+    )  # fmt: skip
     launching.launch(
         _conv_bias_act_kernel, grid, x.device, tensors, fixed, prepared,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
@@ -243,15 +255,13 @@ def launch(
 
 @lru_cache(_CACHED)
 def _plan(
-    x_shape: tuple[int, ...],
-    weight_shape: tuple[int, ...],
-    geometry: Geometry,
-    relu: bool,
-    dtype: torch.dtype,
-    tf32: bool,
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry, relu: bool, dtype: torch.dtype, tf32: bool,
     config: ConvConfig | None,
-) -> tuple[ConvConfig, tuple[int, int], dict[str, object], dict]:
-    """The tile, the grid, all arguments but tensors, and what launches of them find out. tf32: part of the key alone."""
+) -> tuple[ConvConfig, tuple[int, int], dict[str, object], launching.PreparedByKey]:  # fmt: skip
+    """Returns the tile, the grid, all arguments but tensors, and a dict for launching.launch to fill.
+
+    tf32 is not read. It is part of the cache's key because `constexprs` asks for the setting.
+    """
     (batch, _, in_h, in_w), (c_out, c_in_group, *kernel), groups = x_shape, weight_shape, geometry.groups
     out_h, out_w = geometry.out_size((in_h, in_w), kernel)
     n_pixels, c_out_group = batch * out_h * out_w, c_out // groups
@@ -265,9 +275,10 @@ def _plan(
     return config, grid, integers | constexprs(dtype, weight_shape, geometry, relu, config), {}
 
 
-def constexprs(dtype: torch.dtype, weight_shape, geometry: Geometry, relu: bool, config: ConvConfig) -> dict:
-    """The kernel's compile-time arguments; shared by the launcher and the compile-only tests."""
-    interpreted = is_interpreted()
+def constexprs(
+    dtype: torch.dtype, weight_shape: Sequence[int], geometry: Geometry, relu: bool, config: ConvConfig
+) -> dict[str, object]:
+    """Returns the kernel's compile-time arguments, for the launcher and the compile-only tests."""
     return dict(
         KERNEL_H=weight_shape[2],
         KERNEL_W=weight_shape[3],
@@ -278,15 +289,9 @@ def constexprs(dtype: torch.dtype, weight_shape, geometry: Geometry, relu: bool,
         IN_BOUNDS=geometry.padding == (0, 0, 0, 0),
         WHOLE_CHUNKS=weight_shape[1] % config.block_k == 0,
         RELU=relu,
-        INPUT_PRECISION="tf32" if allows_tf32(dtype) else "ieee",
-        # The interpreter's tl.dot is wrong in bf16 (triton-lang/triton#11584).
-        UPCAST=interpreted and dtype == torch.bfloat16,
+        INPUT_PRECISION="tf32" if target.allows_tf32(dtype) else "ieee",
+        UPCAST=target.dot_needs_fp32(dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
     )
-
-
-def is_interpreted() -> bool:
-    """Whether this process runs kernels in Triton's interpreter (TRITON_INTERPRET=1 before triton was imported)."""
-    return not isinstance(_conv_bias_act_kernel, triton.JITFunction)

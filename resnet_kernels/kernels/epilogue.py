@@ -1,10 +1,10 @@
-"""All that follows a convolution in one pass over its output: BN as scale and shift, bias, residual add, ReLU.
+"""BN as scale and shift, bias, residual add and ReLU in one pass over a convolution's output.
 
     y = act( x * scale + shift + residual * residual_scale + residual_shift )
 
-over channels_last data seen as (rows = N*H*W, channels), in fp32 with one rounding at the end. Reads x and the residual once
-and writes y, over x where the caller owns it. PyTorch takes two passes for BN, three for the add and two for the ReLU. The
-residual's own scale and shift are those of a projection shortcut whose convolution left its output as it was.
+Data is channels_last, seen as (rows = N*H*W, channels). The kernel computes in fp32 and rounds once, at the end. It reads x
+and the residual once and writes y, over x if the caller owns it. PyTorch takes two passes for BN, three for the add and two
+for the ReLU. The residual's scale and shift are the BN of a projection, whose convolution then needs no epilogue.
 """
 
 from __future__ import annotations
@@ -16,19 +16,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import elementwise
 from .launching import Launcher
+from .layouts import channels_last, contiguous
 
-# A tile is four 16-byte loads a thread and operand, on 4 warps. Channels that 16 does not divide load one by one: a quarter.
+# Bytes of a tile: each of 4 warps' threads takes four 16-byte loads of each operand. Where 16 does not divide the channels,
+# elements are loaded one by one, and a tile is a quarter of that.
 TILE_BYTES = 8192
 RAGGED_TILE_BYTES = 2048
-MOST_CHANNELS = 128  # of a tile: each row is then 256 bytes of bf16, and few programs share a channel's scale and shift
+MOST_CHANNELS = 128  # in a tile: a row is then 256 bytes of bf16, and few programs load the same scale and shift
 NUM_WARPS = 4
 _CACHED = 512
 
 
 @triton.jit
 def _affine(x, scale_ptr, shift_ptr, offs_c, mask_c):
-    """x * scale + shift, each where there is one."""
+    """x * scale + shift; without a factor or a summand that is None."""
     if scale_ptr is not None:
         x *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     if shift_ptr is not None:
@@ -51,14 +54,14 @@ def _epilogue_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    # Tiles of the same rows follow each other: together they read whole rows.
+    # Programs of the same rows are neighbors: together they read whole rows.
     n_tiles = tl.cdiv(n_channels, BLOCK_CHANNELS)
     start = (tl.program_id(0) // n_tiles) * BLOCK_ROWS
     offs_c = (tl.program_id(0) % n_tiles) * BLOCK_CHANNELS + tl.arange(0, BLOCK_CHANNELS)
     lane = tl.arange(0, BLOCK_ROWS)
     mask_c = offs_c < n_channels
     mask = (start + lane < n_rows)[:, None] & mask_c[None, :]
-    # int64: a 64x112x112 activation passes 2**31 elements at batch 2675.
+    # int64: an activation of 64x112x112 passes 2**31 elements at batch 2675.
     at = start.to(tl.int64) * n_channels
     offs = lane[:, None] * n_channels + offs_c[None, :]
 
@@ -68,13 +71,12 @@ def _epilogue_kernel(
         residual = tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         y += _affine(residual, residual_scale_ptr, residual_shift_ptr, offs_c, mask_c)
     if RELU:
-        # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
-        y = tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        y = elementwise.relu(y)
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def choose_tile(n_channels: int, itemsize: int) -> dict[str, int]:
-    """The rows and channels of a tile, as constants of the kernel. itemsize: of x, in bytes."""
+    """Returns a tile's rows and channels as compile-time arguments of the kernel. itemsize: bytes of an element of x."""
     block_channels = min(MOST_CHANNELS, triton.next_power_of_2(n_channels))
     tile_bytes = RAGGED_TILE_BYTES if n_channels % 16 else TILE_BYTES
     return dict(BLOCK_ROWS=tile_bytes // itemsize // block_channels, BLOCK_CHANNELS=block_channels)
@@ -94,20 +96,22 @@ def launch(
     """Returns act(x * scale + shift + residual * residual_scale + residual_shift), channels_last.
 
     Args:
-        x: (N, C, H, W), a convolution's output; fp16, bf16 or fp32. Another layout than channels_last is converted.
-        scale, shift, residual_scale, residual_shift: (C,), fp32 or x's dtype; None for ones, zeros.
-        residual: shape and dtype of x; the vectors of its own need it.
-        relu: False leaves the ReLU away.
-        overwrite: x is the caller's own and nobody reads it again: y goes where x is. The residual must not overlap it.
+        x: (N, C, H, W), a convolution's output; fp16, bf16 or fp32. Layouts other than channels_last are converted.
+        scale: (C,), fp32 or x's dtype; None for ones.
+        shift: (C,), fp32 or x's dtype; None for zeros.
+        residual: shape and dtype of x, or None.
+        residual_scale: as scale, for the residual; None without one.
+        residual_shift: as shift, for the residual; None without one.
+        relu: whether a ReLU comes last.
+        overwrite: whether y may take x's memory, which nobody reads again. The residual must not overlap it.
     """
     x = x.contiguous(memory_format=torch.channels_last)
-    residual = None if residual is None else residual.contiguous(memory_format=torch.channels_last)
-    vectors = [None if v is None else v.contiguous() for v in (scale, shift, residual_scale, residual_shift)]
     y = x if overwrite else torch.empty_like(x)
     if y.numel():
         _launcher(x.numel() // x.shape[1], x.shape[1], x.element_size(), relu)(
-            x.device, x_ptr=x, scale_ptr=vectors[0], shift_ptr=vectors[1], residual_ptr=residual,
-            residual_scale_ptr=vectors[2], residual_shift_ptr=vectors[3], y_ptr=y,
+            x.device, x_ptr=x, scale_ptr=contiguous(scale), shift_ptr=contiguous(shift),
+            residual_ptr=channels_last(residual), residual_scale_ptr=contiguous(residual_scale),
+            residual_shift_ptr=contiguous(residual_shift), y_ptr=y,
         )  # fmt: skip
     return y
 
@@ -115,6 +119,6 @@ def launch(
 @lru_cache(_CACHED)
 def _launcher(rows: int, channels: int, itemsize: int, relu: bool) -> Launcher:
     tile = choose_tile(channels, itemsize)
-    # Programs: tiles of rows x tiles of channels, in one dimension as there may be more than 65535 of rows.
+    # Programs: tiles of rows x tiles of channels, in one dimension, because there may be more than 65535 tiles of rows.
     programs = triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"])
     return Launcher(_epilogue_kernel, (programs,), dict(n_rows=rows, n_channels=channels, RELU=relu, **tile), NUM_WARPS)

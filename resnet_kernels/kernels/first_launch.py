@@ -1,4 +1,4 @@
-"""The smallest launch: shows whether Triton can launch on a device at all. Reasons and use: ops/triton_check.py."""
+"""Smallest possible launch, which shows whether Triton can launch on a device at all. ops/triton_check.py uses it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,12 @@ def _first_launch_kernel(answer_ptr, ANSWER: tl.constexpr):
 
 
 def launch(device: torch.device) -> None:
-    """Launches once and waits for the answer; raises whatever goes wrong."""
-    # Before there is any tensor: Triton builds its part of the driver here, which takes a C compiler.
+    """Launches once and waits for the answer.
+
+    Raises:
+        RuntimeError: if the kernel wrote something else. Any error of Triton's or the driver's is passed on.
+    """
+    # Before there is any tensor: Triton builds its part of the driver here, for which it needs a C compiler.
     triton.runtime.driver.active.get_current_device()
     answer = torch.zeros(1, dtype=torch.int32, device=device)
     with torch.cuda.device(device):

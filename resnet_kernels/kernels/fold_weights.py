@@ -1,11 +1,11 @@
-"""Weights with BN's scale in them, channels_last and in the dtype of a call, all of a run of layers in one launch.
+"""Weights with BN's scale folded in, channels_last and in a call's dtype, all layers in one launch.
 
     weight' = weight * scale        bias' = shift (+ the shift of the projection that the layer adds)
 
-from the live weights and the scales and shifts that bn_scale_shift.py has just written, in fp32 with one rounding. Each weight
-is read and written once: what a convolution with its epilogue inside needs instead of a pass over its output. Layers without a
-scale are copied as they are: a cast for autocast, another layout for cuDNN. Kernels take addresses, so a table of them goes to
-the device when it changes, and not otherwise.
+The kernel reads the live weights, and the scales and shifts that bn_scale_shift.py has just written. It computes in fp32 and
+rounds once. Each weight is read and written once. A convolution that applies its own bias and ReLU then needs no pass over its
+output. Layers without a scale are copied: cast for autocast, or converted to the layout that cuDNN wants. The kernel takes a
+table of addresses, which is copied to the device only when it changes.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from torch import Tensor
 from .bn_scale_shift import DTYPES
 from .launching import Launcher
 
-# 2048 elements on 4 warps: two 16-byte loads a thread. A 1x1 of 64 channels fills a quarter of a tile.
+# A tile is 2048 elements on 4 warps: two 16-byte loads a thread. A 1x1 with 64 input channels fills a quarter of it.
 BLOCK_O = 8
 BLOCK_K = 256
 NUM_WARPS = 4
-# Columns of the table, int64: see _row.
+# Columns of the table. _row lists them in order.
 FIELDS = tl.constexpr(10)
 
 
 class Layer(NamedTuple):
-    """A layer to copy.
+    """A layer whose weight is copied.
 
-    weight: (C_out, C_in, kernel_h, kernel_w), contiguous or channels_last.
-    scale, shift: where its vectors start among those of all layers; None for no scale, and for no bias.
-    more: where another shift starts, to be added to the bias.
+    Attributes:
+        weight: (C_out, C_in, kernel_h, kernel_w), contiguous or channels_last.
+        scale: index of its first element in all layers' scales; None if the weight is not scaled.
+        shift: index of its first element in all layers' shifts; None if the layer has no bias.
+        more: index of the first element of another shift that is added to the bias, or None.
     """
 
     weight: Tensor
@@ -46,10 +48,10 @@ class Layer(NamedTuple):
 @triton.jit
 def _fold_weights_kernel(
     table_ptr,  # (n_layers, FIELDS) int64
-    layers_ptr,  # (n_programs,) int32: each program's layer
+    layers_ptr,  # (n_programs,) int32: the layer of each program
     scale_ptr,  # (all channels,) fp32
     shift_ptr,
-    weights_ptr,  # all layers' weights, one after the other, (C_out, kernel_h, kernel_w, C_in) each
+    weights_ptr,  # all layers' weights, each (C_out, kernel_h, kernel_w, C_in)
     biases_ptr,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -62,7 +64,7 @@ def _fold_weights_kernel(
     source_ptr = address.to(tl.pointer_type(DTYPE))
     if ALIGNED:
         source_ptr, start, n_k = tl.multiple_of(source_ptr, 16), tl.multiple_of(start, 16), tl.multiple_of(n_k, 16)
-    # A layer's programs: tiles of output channels x tiles of (taps, input channels), in the order of the source's memory.
+    # Programs of a layer: tiles of output channels x tiles of (taps, input channels), in the order of the source's memory.
     tile = tl.program_id(0) - tl.load(row_ptr + 4).to(tl.int32)
     n_tiles = tl.cdiv(n_k, BLOCK_K)
     offs_o = (tile // n_tiles) * BLOCK_O + tl.arange(0, BLOCK_O)
@@ -72,19 +74,19 @@ def _fold_weights_kernel(
 
     weight = tl.load(source_ptr + (offs_o[:, None] * n_k + offs_k[None, :]), mask=mask)
     scale_start = tl.load(row_ptr + 5)
-    # A vector that is not there has no elements.
+    # A scale that is None has no elements.
     scale = tl.load(scale_ptr + scale_start + offs_o, mask=offs_o < tl.where(scale_start < 0, 0, c_out), other=1.0)
     folded = (weight.to(tl.float32) * scale[:, None]).to(weights_ptr.dtype.element_ty)
     inner = tl.load(row_ptr + 6).to(tl.int32)
     if inner == n_k:
         tl.store(weights_ptr + start + (offs_o[:, None] * n_k + offs_k[None, :]), folded, mask=mask)
     else:
-        # From taps innermost to channels innermost: reads are in order, and writes meet in L2.
+        # From taps innermost to channels innermost: reads are in order, and L2 collects the scattered writes.
         offs_k = (offs_k % inner) * (n_k // inner) + offs_k // inner
         tl.store(weights_ptr + start + (offs_o[:, None] * n_k + offs_k[None, :]), folded, mask=mask)
 
     shift_start, more_start = tl.load(row_ptr + 7), tl.load(row_ptr + 8)
-    # The first tile of each row writes the bias.
+    # The first tile of each row of tiles writes the bias.
     c_out = tl.where(shift_start < 0, 0, tl.where(tile % n_tiles == 0, c_out, 0))
     mask_o = offs_o < c_out
     shift = tl.load(shift_ptr + shift_start + offs_o, mask=mask_o, other=0.0)
@@ -94,11 +96,11 @@ def _fold_weights_kernel(
 
 
 class Table:
-    """Weights that are where they were: a table on the device, and one launch a call. Holds addresses, no tensors.
+    """Table of the layers' addresses on the device, and the kernel's launcher. It keeps no weight alive.
 
     Args:
-        layers: of one dtype (fp32, fp16, bf16), on one device; `takes` each.
-        dtype: of the copies.
+        layers: their weights are such as `takes` accepts, of one dtype (fp32, fp16, bf16), on one device.
+        dtype: the copies' dtype.
     """
 
     def __init__(self, layers: Sequence[Layer], dtype: torch.dtype):
@@ -107,29 +109,37 @@ class Table:
         self.source, self.dtype, self.device = weights[0].dtype, dtype, weights[0].device
         self._has_bias = [layer.shift is not None for layer in layers]
         self._widths = [weight.shape[0] for weight in weights]
-        rows, owners, start = [], [], 0
+        rows, owners, start = list[tuple[int, ...]](), list[int](), 0
         for i, layer in enumerate(layers):
-            rows.append([*_row(layer, start, len(owners), sum(self._widths[:i]))])
+            rows.append(_row(layer, start, len(owners), sum(self._widths[:i])))
             owners += [i] * _programs(layer.weight)
             start += layer.weight.numel()
         self._numel = start
-        # 16-byte loads and stores: no address or row is off them.
+        # Then loads and stores of 16 bytes fit every address and row.
         aligned = all(row[0] % 16 == 0 and row[3] % 16 == 0 for row in rows)
         fixed = dict(DTYPE=DTYPES[self.source], ALIGNED=aligned, BLOCK_O=BLOCK_O, BLOCK_K=BLOCK_K)
-        # Programs: tiles of all layers, one after the other.
+        # Programs: the tiles of all layers.
         self._launcher = Launcher(_fold_weights_kernel, (len(owners),), fixed, NUM_WARPS)
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self._owners = torch.tensor(owners, dtype=torch.int32, device=self.device)
         self._nothing = torch.empty(0, device=self.device)
-        # Shapes alone, for views of all copies in one call.
+        # Shapes without memory, from which one call makes views of all copies.
         self._like = [weight.permute(0, 2, 3, 1).detach().to("meta") for weight in weights]
 
     def is_of(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the weights still are where they were."""
+        """Whether the table holds these weights' addresses."""
         return [weight.data_ptr() for weight in weights] == self.addresses
 
     def launch(self, scale: Tensor | None, shift: Tensor | None) -> list[tuple[Tensor, Tensor | None]]:
-        """Returns (weight, bias) of each layer; scale, shift: (all channels,) fp32, None where no layer has one."""
+        """Copies all weights.
+
+        Args:
+            scale: (all channels,) fp32; None if no layer has a scale.
+            shift: (all channels,) fp32; None if no layer has a shift.
+
+        Returns:
+            (weight, bias) of each layer, the weight channels_last; bias is None for a layer without a shift.
+        """
         scale, shift = (self._nothing if vector is None else vector for vector in (scale, shift))
         weights = torch.empty(self._numel, dtype=self.dtype, device=self.device)
         biases = torch.empty(sum(self._widths), dtype=self.dtype, device=self.device)
@@ -138,22 +148,30 @@ class Table:
             weights_ptr=weights, biases_ptr=biases,
         )  # fmt: skip
         copies = torch._C._nn.unflatten_dense_tensors(weights, self._like)
-        biases = biases.split(self._widths)
         return [
-            (copy.permute(0, 3, 1, 2), bias if there else None)
-            for copy, bias, there in zip(copies, biases, self._has_bias)
+            (copy.permute(0, 3, 1, 2), bias if has_bias else None)
+            for copy, bias, has_bias in zip(copies, biases.split(self._widths), self._has_bias)
         ]
 
 
 def takes(weight: Tensor) -> bool:
-    """Whether a weight can be copied: of a dtype that we read, in one of the two layouts, not empty."""
+    """Whether the kernel can copy a weight: 4-d, of a dtype that it reads, contiguous or channels_last, not empty."""
     dense = weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)
     return weight.dtype in DTYPES and weight.dim() == 4 and dense and 0 < weight.numel() < 2**31
 
 
 def _row(layer: Layer, start: int, first_program: int, first_bias: int) -> tuple[int, ...]:
+    """Returns a layer's row of the table, with -1 for an index that is None.
+
+    Args:
+        layer: the layer.
+        start: index of its first element in weights_ptr.
+        first_program: its first program.
+        first_bias: index of its first element in biases_ptr.
+    """
     c_out, n_k = layer.weight.shape[0], layer.weight[0].numel()
     in_order = layer.weight.is_contiguous(memory_format=torch.channels_last)
+    # Elements that follow each other: a channel's taps, or the whole row if channels are innermost already.
     inner = n_k if in_order else layer.weight[0, 0].numel()
     starts = [-1 if at is None else at for at in (layer.scale, layer.shift, layer.more)]
     return (

@@ -1,14 +1,14 @@
-"""The geometry of a convolution: stride, padding of all four sides, dilation, groups; checked once, used everywhere.
+"""Geometry of a convolution: stride, padding of all four sides, dilation and groups.
 
-torch.nn.functional.conv2d pads symmetrically. TensorFlow's SAME does not (3x3 stride 2 on an even size pads (0, 1)), so
-padding is kept as (top, bottom, left, right) throughout.
+torch.nn.functional.conv2d pads symmetrically. TensorFlow's SAME does not: a 3x3 at stride 2 on an even size pads (0, 1). So
+padding is (top, bottom, left, right) throughout.
 """
 
 from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,13 @@ Padding = int | Sequence[int] | Sequence[Sequence[int]]
 
 
 class Geometry(NamedTuple):
-    """Normalised arguments of a 2-d convolution.
+    """Normalized arguments of a 2-d convolution.
 
-    stride, dilation: (h, w). padding: (top, bottom, left, right), in pixels.
+    Attributes:
+        stride: (h, w).
+        padding: (top, bottom, left, right), in pixels.
+        dilation: (h, w).
+        groups: channel groups.
     """
 
     stride: tuple[int, int] = (1, 1)
@@ -31,8 +35,9 @@ class Geometry(NamedTuple):
     def out_size(self, in_size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """Returns (out_h, out_w) for an input of (h, w) and a kernel of (h, w)."""
         top, bottom, left, right = self.padding
-        padded = (in_size[0] + top + bottom, in_size[1] + left + right)
-        return tuple((padded[i] - self.dilation[i] * (kernel[i] - 1) - 1) // self.stride[i] + 1 for i in (0, 1))
+        height = in_size[0] + top + bottom - self.dilation[0] * (kernel[0] - 1) - 1
+        width = in_size[1] + left + right - self.dilation[1] * (kernel[1] - 1) - 1
+        return height // self.stride[0] + 1, width // self.stride[1] + 1
 
     def out_shape(self, x_shape: Sequence[int], weight_shape: Sequence[int]) -> tuple[int, int, int, int]:
         """Returns (N, C_out, out_h, out_w)."""
@@ -40,38 +45,44 @@ class Geometry(NamedTuple):
 
     @property
     def symmetric(self) -> bool:
-        """Whether conv2d's own (h, w) padding can express it."""
+        """Whether conv2d's own (h, w) padding can express this padding."""
         top, bottom, left, right = self.padding
         return top == bottom and left == right
 
     @property
     def conv2d_padding(self) -> tuple[int, int]:
-        """The (h, w) padding to hand to conv2d; (0, 0) where the input has to be padded beforehand."""
+        """Padding (h, w) for conv2d; (0, 0) if the padding is not symmetric, so that the input has to be padded first."""
         return (self.padding[0], self.padding[2]) if self.symmetric else (0, 0)
 
     @classmethod
     def of_module(cls, conv: nn.Conv2d, in_size: Sequence[int]) -> Geometry:
-        """Reads a Conv2d as it is now, for an input of (h, w): TensorFlow's SAME (models/same_padding.py) depends on it.
+        """Reads the geometry of a Conv2d as it is now.
 
-        `padding="same"` included: the odd pixel goes to the bottom and the right.
+        With `padding="same"` the odd pixel goes to the bottom and the right.
+
+        Args:
+            conv: the module.
+            in_size: (h, w) of its input, on which the padding of models.Conv2dSame depends.
         """
-        if hasattr(conv, "same_padding"):
-            return cls(conv.stride, conv.same_padding(*in_size), conv.dilation, conv.groups)
-        if isinstance(conv.padding, str):
+        same_padding = getattr(conv, "same_padding", None)
+        if same_padding is not None:
+            padding = same_padding(*in_size)
+        elif isinstance(conv.padding, str):
             # Conv2d keeps the resolved string padding as (left, right, top, bottom).
             left, right, top, bottom = conv._reversed_padding_repeated_twice
+            padding = (top, bottom, left, right)
         else:
             top, left = conv.padding
-            bottom, right = conv.padding
-        return cls(conv.stride, (top, bottom, left, right), conv.dilation, conv.groups)
+            padding = (top, top, left, left)
+        return cls(conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # pairs; torch says (int, ...)
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     # SymInt (torch.compile with dynamic shapes) is no numbers.Integral; bool is one.
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def _pair(name: str, value: IntOrPair, least: int) -> tuple[int, int]:
+def _pair(name: str, value: object, least: int) -> tuple[int, int]:
     pair = (value, value) if _is_int(value) else value
     if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2 or not all(_is_int(v) for v in pair):
         raise TypeError(f"{name} must be an int or a pair of ints (h, w), got {value!r}")
@@ -80,34 +91,34 @@ def _pair(name: str, value: IntOrPair, least: int) -> tuple[int, int]:
     return int(pair[0]), int(pair[1])
 
 
-def normalise(stride: IntOrPair, padding: Padding, dilation: IntOrPair, groups: int) -> Geometry:
-    """Checks a user's geometry.
+def normalize(stride: IntOrPair, padding: Padding, dilation: IntOrPair, groups: int) -> Geometry:
+    """Checks a user's geometry and normalizes it.
 
     Args:
         stride: int or (h, w), at least 1.
         padding: int, (h, w) or ((top, bottom), (left, right)), at least 0.
-        dilation: as stride.
+        dilation: int or (h, w), at least 1.
         groups: int, at least 1.
 
     Raises:
-        TypeError: if one is no int or pair of ints. ValueError: if one is out of range.
+        TypeError: if an argument is neither an int nor a sequence of ints as listed.
+        ValueError: if a number is too small.
     """
     if (
         type(stride) is type(padding) is type(dilation) is type(groups) is int
         and min(stride, dilation, groups) > 0 <= padding
     ):
-        # By far the commonest arguments, in a tenth of the time.
+        # By far the commonest arguments take a tenth of the time here.
         return Geometry((stride, stride), (padding,) * 4, (dilation, dilation), groups)
     if not _is_int(groups):
         raise TypeError(f"groups must be an int, got {groups!r}")
     if groups < 1:
         raise ValueError(f"groups must be at least 1, got {groups}")
-    nested = isinstance(padding, Sequence) and len(padding) == 2 and all(isinstance(p, Sequence) for p in padding)
-    if nested and not isinstance(padding, str):
+    if isinstance(padding, str) or not (_is_int(padding) or isinstance(padding, Sequence)):
+        raise TypeError(f"padding must be an int, (h, w) or ((top, bottom), (left, right)), got {padding!r}")
+    if isinstance(padding, Sequence) and len(padding) == 2 and all(isinstance(p, Sequence) for p in padding):
         sides = _pair("padding (top, bottom)", padding[0], 0) + _pair("padding (left, right)", padding[1], 0)
     else:
-        if isinstance(padding, str) or not (_is_int(padding) or isinstance(padding, Sequence)):
-            raise TypeError(f"padding must be an int, (h, w) or ((top, bottom), (left, right)), got {padding!r}")
         height, width = _pair("padding", padding, 0)
         sides = (height, height, width, width)
     return Geometry(_pair("stride", stride, 1), sides, _pair("dilation", dilation, 1), int(groups))
@@ -116,16 +127,32 @@ def normalise(stride: IntOrPair, padding: Padding, dilation: IntOrPair, groups: 
 def check_operands(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None, geometry: Geometry
 ) -> None:
-    """Raises the error a user should see before any kernel is launched: shapes, dtypes and devices of a convolution."""
-    named = {"x": x, "weight": weight, "bias": bias, "residual": residual, "scale": scale}
+    """Checks types, shapes, dtypes and devices of a convolution's operands before any kernel is launched.
+
+    Args:
+        x: (N, C_in, H, W), floating point.
+        weight: (C_out, C_in / groups, kernel_h, kernel_w), x's dtype.
+        bias: (C_out,), x's dtype or fp32 (fp64 if x is), or None.
+        residual: the output's shape, x's dtype, or None.
+        scale: as bias.
+        geometry: the checked geometry.
+
+    Raises:
+        TypeError: if an operand is no tensor or has the wrong dtype.
+        ValueError: if shapes do not fit together, or an operand is on another device than x.
+    """
+    named: dict[str, Tensor | None] = {"x": x, "weight": weight, "bias": bias, "residual": residual, "scale": scale}
     for name, value in named.items():
         optional = name not in ("x", "weight")
         if not isinstance(value, Tensor) and not (optional and value is None):
             accepted = "a torch.Tensor or None" if optional else "a torch.Tensor"
             raise TypeError(f"{name} must be {accepted}, got {type(value).__name__}")
-    for name, rank, axes in (("x", 4, "(N, C, H, W)"), ("weight", 4, "(C_out, C_in / groups, kernel_h, kernel_w)")):
-        if named[name].dim() != rank:
-            raise ValueError(f"{name} must have {rank} dimensions {axes}, got shape {tuple(named[name].shape)}")
+    for name, value, axes in (
+        ("x", x, "(N, C, H, W)"),
+        ("weight", weight, "(C_out, C_in / groups, kernel_h, kernel_w)"),
+    ):
+        if value.dim() != 4:
+            raise ValueError(f"{name} must have 4 dimensions {axes}, got shape {tuple(value.shape)}")
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}")
     if weight.dtype != x.dtype:
@@ -152,8 +179,7 @@ def check_operands(
             f"{geometry.dilation}, input {x.shape[2]}x{x.shape[3]} with padding (top, bottom, left, right) "
             f"{geometry.padding}"
         )
-    for name in ("bias", "scale"):
-        vector = named[name]
+    for name, vector in (("bias", bias), ("scale", scale)):
         if vector is None:
             continue
         if tuple(vector.shape) != (c_out,):

@@ -1,4 +1,4 @@
-"""Model zoo, in plain PyTorch: fuse what it builds with `resnet_kernels.fuse`."""
+"""Model zoo in plain PyTorch. `resnet_kernels.fuse` fuses its models."""
 
 from .d2l import Residual, d2l_resnet18, d2l_resnet18_keras, print_shapes, resnet_block
 from .resnet_v1 import (
@@ -25,7 +25,7 @@ from .resnet_v2 import (
 )
 from .same_padding import Conv2dSame, MaxPool2dSame
 
-# What the command line's --model knows.
+# Models that the command line's --model accepts.
 BY_NAME = {
     f.__name__: f
     for f in (

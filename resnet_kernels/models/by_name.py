@@ -1,4 +1,4 @@
-"""Models by name ("resnet50", "torchvision:resnet50", "timm:resnet50"), and a batch of images for one."""
+"""Models by name ("resnet50", "torchvision:resnet50", "timm:resnet50"), and a batch of images for each."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from .. import models
 
 
 def build(name: str) -> nn.Module:
-    """A new model by its name.
+    """Builds a model with random weights.
+
+    Args:
+        name: of the zoo, "torchvision:NAME" or "timm:NAME".
 
     Raises:
-        ValueError: if nothing has that name, or its package isn't installed.
+        ValueError: if the name is unknown, or its package isn't installed.
     """
     source, _, rest = name.rpartition(":")
     if not source and rest in models.BY_NAME:
@@ -35,12 +38,12 @@ def _import(package: str, extra: str):
 
 
 def image_size(name: str) -> int:
-    """Height and width of the images that a model by that name is made for."""
+    """Returns the height and width of images for a model by its name: 28 for d2l's, 224 for all others."""
     return 28 if name.startswith("d2l_") else 224
 
 
 def image_batch(model: nn.Module, batch_size: int, size: int) -> Tensor:
-    """Random images as the model takes them, (batch_size, C, size, size)."""
+    """Returns random images, (batch_size, C, size, size), channels_last, of the first convolution's dtype and device."""
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
     x = torch.randn(batch_size, first.in_channels, size, size)
     return x.to(first.weight.device, first.weight.dtype, memory_format=torch.channels_last)

@@ -1,4 +1,4 @@
-"""What the zoo's constructors ask of a size."""
+"""Checks of the sizes that the zoo's constructors take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import numbers
 
 
 def at_least_one(**sizes: object) -> None:
-    """Raises TypeError for a size that is no int, ValueError for one below 1; both name it."""
+    """Checks that sizes, given by name, are ints of at least 1.
+
+    Raises:
+        TypeError: if a size is no int.
+        ValueError: if a size is below 1.
+    """
     for name, size in sizes.items():
         if not isinstance(size, numbers.Integral) or isinstance(size, bool):
             raise TypeError(f"{name} must be an int, got {size!r}")

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 
 def loss_function(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy, mean over the batch, of what a model puts out: logits, or probabilities if it ends in a Softmax.
+    """Returns the loss for a model: cross-entropy, averaged over the batch.
 
-    Of probabilities as Keras has it: clipped to [1e-7, 1 - 1e-7], then the negative logarithm.
+    It takes (logits, labels), or (probabilities, labels) if the model ends in a Softmax. As in Keras, probabilities are
+    clipped to [1e-7, 1 - 1e-7] before the logarithm.
     """
     if not isinstance(list(model.modules())[-1], nn.Softmax):
         return F.cross_entropy

@@ -7,10 +7,17 @@ from torch import nn
 
 
 def randomise_batch_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Gives a fresh model BN values that a trained one could have, in place.
+    """Gives the BNs of a fresh model values that a trained one could have, in place.
 
     With means of 0, variances of 1 and weights of 1 a wrong scale or shift would go unseen. Weights below 1 on the last BN
     of a block keep a deep network's activations from growing without bound.
+
+    Args:
+        model: the model.
+        seed: seed of the random values.
+
+    Returns:
+        The model.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

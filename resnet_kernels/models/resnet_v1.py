@@ -1,4 +1,4 @@
-"""ResNet v1.5 in plain PyTorch, with torchvision's constructor options and state_dict keys: the zoo and the reference.
+"""ResNet v1.5 in plain PyTorch, with torchvision's constructor options and state_dict keys.
 
 Sources: He et al. 2016 (arXiv:1512.03385), table 1; v1.5 has the stride of a Bottleneck on its 3x3 (Goyal et al. 2017,
 arXiv:1706.02677); ResNeXt: Xie et al. 2017 (arXiv:1611.05431); wide: Zagoruyko and Komodakis 2016 (arXiv:1605.07146).
@@ -7,6 +7,7 @@ arXiv:1706.02677); ResNeXt: Xie et al. 2017 (arXiv:1611.05431); wide: Zagoruyko 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +16,34 @@ NormLayer = Callable[[int], nn.Module]
 
 
 def conv3x3(in_planes: int, out_planes: int, stride: int = 1, groups: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """3x3 convolution without bias that keeps the image's size at stride 1."""
+    """Builds a 3x3 convolution without bias that keeps the image's size at stride 1."""
     return nn.Conv2d(in_planes, out_planes, 3, stride, dilation, dilation, groups, bias=False)
 
 
 def conv1x1(in_planes: int, out_planes: int, stride: int = 1) -> nn.Conv2d:
-    """1x1 convolution without bias."""
+    """Builds a 1x1 convolution without bias."""
     return nn.Conv2d(in_planes, out_planes, 1, stride, bias=False)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride)."""
+    """Residual block of two 3x3 convolutions: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride).
+
+    Args:
+        inplanes: input channels.
+        planes: output channels.
+        stride: stride of the first 3x3.
+        downsample: the shortcut; the identity if None.
+        groups: 1, as in torchvision.
+        base_width: 64, as in torchvision.
+        dilation: 1, as in torchvision.
+        norm_layer: makes a norm from its channel count; BatchNorm2d if None.
+
+    Raises:
+        ValueError: if groups is not 1 or base_width not 64.
+        NotImplementedError: if dilation is above 1.
+
+    Source: arXiv:1512.03385, figure 5, left.
+    """
 
     expansion = 1
 
@@ -55,6 +73,7 @@ class BasicBlock(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns relu(bn2(conv2(relu(bn1(conv1(x))))) + shortcut(x))."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         out += x if self.downsample is None else self.downsample(x)
@@ -62,7 +81,20 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride)."""
+    """Residual block of 1x1, 3x3 and 1x1 convolutions: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride).
+
+    Args:
+        inplanes: input channels.
+        planes: a quarter of the output channels.
+        stride: stride of the 3x3.
+        downsample: the shortcut; the identity if None.
+        groups: groups of the 3x3.
+        base_width: width of the 3x3 is planes * base_width / 64 * groups.
+        dilation: dilation of the 3x3.
+        norm_layer: makes a norm from its channel count; BatchNorm2d if None.
+
+    Source: arXiv:1512.03385, figure 5, right; arXiv:1706.02677 for the stride.
+    """
 
     expansion = 4
 
@@ -91,6 +123,7 @@ class Bottleneck(nn.Module):
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns relu(bn3(conv3(h)) + shortcut(x)) with h = relu(bn2(conv2(relu(bn1(conv1(x))))))."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -99,19 +132,24 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """ResNet over BasicBlock or Bottleneck (or a class with their signature, `resnet_kernels.Bottleneck` say).
+    """ResNet of four stages: (N, in_channels, H, W) -> (N, num_classes).
 
     Args:
-        block: the residual block's class.
-        layers: blocks in each of the four stages.
+        block: BasicBlock, Bottleneck, or a class with their signature, such as resnet_kernels.Bottleneck.
+        layers: number of blocks in each of the four stages.
         num_classes: outputs of the classifier.
-        zero_init_residual: start each block as the identity (its last BN's weight at zero; Goyal et al. 2017, section 5.1).
-        groups, width_per_group: of the 3x3 convolutions; ResNeXt 32x4d is (32, 4).
-        replace_stride_with_dilation: for stages 2 to 4, keep the resolution and dilate instead.
+        zero_init_residual: whether each block starts as the identity, with a weight of zero in its last BN
+            (arXiv:1706.02677, section 5.1).
+        groups: groups of the 3x3 convolutions; 32 in ResNeXt 32x4d.
+        width_per_group: channels of each group in the first stage; 4 in ResNeXt 32x4d.
+        replace_stride_with_dilation: for each of stages 2 to 4, whether to dilate and keep the resolution.
         norm_layer: makes a norm from its channel count; BatchNorm2d if None.
-        in_channels: of the images. Not torchvision's; the last, so that its positional arguments keep their meaning.
+        in_channels: channels of the images. torchvision has no such argument, so it is the last.
 
-    x: (N, in_channels, H, W) -> (N, num_classes). Raises ValueError if replace_stride_with_dilation has not three elements.
+    Raises:
+        ValueError: if replace_stride_with_dilation has other than three elements.
+
+    Source: arXiv:1512.03385, table 1.
     """
 
     def __init__(
@@ -144,10 +182,10 @@ class ResNet(nn.Module):
         self.layer3 = self._make_layer(block, 256, layers[2], 2, dilate[1])
         self.layer4 = self._make_layer(block, 512, layers[3], 2, dilate[2])
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
-        self.fc = nn.Linear(512 * block.expansion, num_classes)
-        self._initialise(zero_init_residual)
+        self.fc = nn.Linear(self.inplanes, num_classes)
+        self._initialize(zero_init_residual)
 
-    def _initialise(self, zero_init_residual: bool) -> None:
+    def _initialize(self, zero_init_residual: bool) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -157,9 +195,9 @@ class ResNet(nn.Module):
         if zero_init_residual:
             for module in self.modules():
                 if isinstance(module, (BasicBlock, Bottleneck)):
-                    last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
-                    if last.weight is not None:
-                        nn.init.constant_(last.weight, 0)
+                    weight = (module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight
+                    if isinstance(weight, Tensor):
+                        nn.init.constant_(weight, 0)
 
     def _make_layer(
         self, block: type[nn.Module], planes: int, blocks: int, stride: int = 1, dilate: bool = False
@@ -168,7 +206,7 @@ class ResNet(nn.Module):
         if dilate:
             self.dilation *= stride
             stride = 1
-        out_planes = planes * block.expansion
+        out_planes = planes * block.expansion  # type: ignore[attr-defined]  # blocks have it; torchvision's signature says Module
         shortcut = None
         if stride != 1 or self.inplanes != out_planes:
             shortcut = nn.Sequential(conv1x1(self.inplanes, out_planes, stride), self._norm_layer(out_planes))
@@ -181,41 +219,42 @@ class ResNet(nn.Module):
         return nn.Sequential(*units)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def resnet18(**options) -> ResNet:
-    """ResNet-18; options as ResNet's."""
+def resnet18(**options: Any) -> ResNet:
+    """Builds ResNet-18. Options are those of ResNet."""
     return ResNet(BasicBlock, (2, 2, 2, 2), **options)
 
 
-def resnet34(**options) -> ResNet:
-    """ResNet-34; options as ResNet's."""
+def resnet34(**options: Any) -> ResNet:
+    """Builds ResNet-34. Options are those of ResNet."""
     return ResNet(BasicBlock, (3, 4, 6, 3), **options)
 
 
-def resnet50(**options) -> ResNet:
-    """ResNet-50; options as ResNet's."""
+def resnet50(**options: Any) -> ResNet:
+    """Builds ResNet-50. Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **options)
 
 
-def resnet101(**options) -> ResNet:
-    """ResNet-101; options as ResNet's."""
+def resnet101(**options: Any) -> ResNet:
+    """Builds ResNet-101. Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 23, 3), **options)
 
 
-def resnet152(**options) -> ResNet:
-    """ResNet-152; options as ResNet's."""
+def resnet152(**options: Any) -> ResNet:
+    """Builds ResNet-152. Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 8, 36, 3), **options)
 
 
-def resnext50_32x4d(**options) -> ResNet:
-    """ResNeXt-50: 3x3 convolutions in 32 groups of 4 channels; options as ResNet's."""
+def resnext50_32x4d(**options: Any) -> ResNet:
+    """Builds ResNeXt-50: 3x3 convolutions in 32 groups of 4 channels (arXiv:1611.05431). Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **{"groups": 32, "width_per_group": 4, **options})
 
 
-def wide_resnet50_2(**options) -> ResNet:
-    """ResNet-50 with 3x3 convolutions twice as wide; options as ResNet's."""
+def wide_resnet50_2(**options: Any) -> ResNet:
+    """Builds ResNet-50 with 3x3 convolutions twice as wide (arXiv:1605.07146). Options are those of ResNet."""
     return ResNet(Bottleneck, (3, 4, 6, 3), **{"width_per_group": 128, **options})

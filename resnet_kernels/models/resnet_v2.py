@@ -1,8 +1,8 @@
-"""ResNet v2 (full pre-activation) as TF-slim has it, in plain PyTorch.
+"""ResNet v2 (full pre-activation) in plain PyTorch, as in TF-slim.
 
-BN and ReLU come before a block's convolutions, nothing after its add; so a BN and a ReLU follow the last block. The stride
-of a block of units is in its LAST unit, and a strided 3x3 or 7x7 pads the same on both sides, whatever the input's size.
-slim's L2 of 1e-4 on the convolutions' weights is the optimizer's weight_decay.
+BN and ReLU come before a block's convolutions, and nothing after its add, so a BN and a ReLU follow the last block. A block of
+units has its stride in its LAST unit. A strided 3x3 or 7x7 pads both sides alike, whatever the input's size. slim's L2 of 1e-4
+on the convolutions' weights is left to the optimizer's weight_decay.
 
 Sources: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), figure 1(b) and appendix; TF-slim,
 nets/resnet_v2.py and nets/resnet_utils.py.
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +26,12 @@ _UNIT_SCOPE = "bottleneck_v2"
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, bias: bool = False) -> nn.Conv2d:
-    """A convolution with slim's initial weights: truncated normal over the fan-in, zero bias."""
+    """Builds a convolution with slim's initial weights: truncated normal over the fan-in, zero bias."""
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2, bias=bias)
-    # 1.3 makes up for what truncation at two deviations takes from the variance of 2 / fan_in.
+    # 1.3 restores the variance of 2 / fan_in, which truncation at two deviations reduces.
     std = math.sqrt(1.3 * 2.0 / (in_channels * kernel_size**2))
     nn.init.trunc_normal_(conv.weight, std=std, a=-2 * std, b=2 * std)
-    if bias:
+    if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
 
@@ -45,17 +45,18 @@ class PreactBottleneck(nn.Module):
 
         preact = relu(bn(x));  y = shortcut + conv1x1(relu(bn(conv3x3(relu(bn(conv1x1(preact)))))))
 
-    Where in_channels differs from depth the shortcut is a 1x1 convolution of preact, with bias and without BN; elsewhere it
-    is x itself, before BN and ReLU, subsampled by the stride.
+    If in_channels differs from depth, the shortcut is a 1x1 convolution of preact, with bias and without BN. Otherwise it is x
+    itself, before BN and ReLU, subsampled by the stride.
 
     Args:
-        in_channels: of the input.
+        in_channels: channels of the input.
         depth: channels of the output.
         depth_bottleneck: channels of the 3x3 convolution.
-        stride: of the 3x3 convolution and of the shortcut.
+        stride: stride of the 3x3 convolution and of the shortcut.
 
     Raises:
-        TypeError, ValueError: if one of them is no int of at least 1.
+        TypeError: if an argument is no int.
+        ValueError: if an argument is below 1.
 
     Source: arXiv:1603.05027, figure 1(b).
     """
@@ -74,6 +75,7 @@ class PreactBottleneck(nn.Module):
         self.subsample = nn.MaxPool2d(1, stride) if stride > 1 and not projects else None
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns y of the class's formula."""
         preact = F.relu(self.preact(x))
         if self.shortcut is not None:
             shortcut = self.shortcut(preact)
@@ -85,10 +87,12 @@ class PreactBottleneck(nn.Module):
 
 
 class Block(NamedTuple):
-    """A run of units at one depth.
+    """Description of successive units at one depth.
 
-    scope: its name, in the end points and as an attribute of the network. unit_fn: makes a unit from (in_channels, depth,
-    depth_bottleneck, stride), PreactBottleneck say. args: (depth, depth_bottleneck, stride) of each unit.
+    Attributes:
+        scope: name in the end points, and attribute of the network.
+        unit_fn: makes a unit from (in_channels, depth, depth_bottleneck, stride), such as PreactBottleneck.
+        args: (depth, depth_bottleneck, stride) of each unit.
     """
 
     scope: str
@@ -97,10 +101,17 @@ class Block(NamedTuple):
 
 
 def resnet_v2_block(scope: str, base_depth: int, num_units: int, stride: int) -> Block:
-    """A Block of num_units bottlenecks, 4 * base_depth deep, with the stride in the last of them.
+    """Describes a block of bottlenecks that are 4 * base_depth deep.
+
+    Args:
+        scope: the block's name.
+        base_depth: channels of the 3x3 convolutions.
+        num_units: number of bottlenecks.
+        stride: stride of the last one.
 
     Raises:
-        TypeError, ValueError: if base_depth, num_units or stride is no int of at least 1.
+        TypeError: if base_depth, num_units or stride is no int.
+        ValueError: if one of them is below 1.
     """
     at_least_one(base_depth=base_depth, num_units=num_units, stride=stride)
     strides = [1] * (num_units - 1) + [stride]
@@ -108,9 +119,9 @@ def resnet_v2_block(scope: str, base_depth: int, num_units: int, stride: int) ->
 
 
 class ResNetV2(nn.Module):
-    """ResNet v2 over blocks of units.
+    """ResNet v2, a network of blocks of units.
 
-    x: (N, in_channels, H, W), any floating dtype that the parameters have. Returns, by `num_classes` and `global_pool`:
+    The input is (N, in_channels, H, W), of the parameters' dtype. num_classes and global_pool determine the output:
 
         num_classes, global_pool        (N, num_classes)          logits
         num_classes, no global_pool     (N, num_classes, h, w)    a map of logits
@@ -121,17 +132,18 @@ class ResNetV2(nn.Module):
     logits.
 
     Args:
-        blocks: the network's Blocks, first to last.
-        num_classes: classes, or None for features.
-        in_channels: of the input.
-        global_pool: average over the map before the logits.
-        include_root_block: start with a 7x7 convolution and a max-pool, each of stride 2; without them the first block gets
-            the input, which should then come from a convolution without activation.
+        blocks: the blocks, first to last.
+        num_classes: number of classes, or None for features.
+        in_channels: channels of the input.
+        global_pool: whether to average over the map before the logits.
+        include_root_block: whether to start with a 7x7 convolution and a max-pool, each of stride 2. Without them the first
+            block gets the input, which should then come from a convolution without activation.
         scope: the network's name in its end points.
 
     Raises:
-        TypeError: if an argument is of the wrong type. ValueError: if there is no block, a block has no unit, a scope is
-        taken twice or by a submodule, or a number is below 1.
+        TypeError: if an argument is of the wrong type.
+        ValueError: if there is no block, a block has no unit, a scope is taken twice or by a submodule, or a number is
+            below 1.
 
     Source: TF-slim, nets/resnet_v2.py.
     """
@@ -161,7 +173,7 @@ class ResNetV2(nn.Module):
         self.logits = None if num_classes is None else _conv(channels, num_classes, 1, bias=True)
 
     def _add_blocks(self, blocks: Sequence[Block], channels: int) -> tuple[int, tuple[str, ...]]:
-        """Adds each block's units, and returns the last one's channels and the blocks' scopes."""
+        """Adds each block's units and returns the channels of the last one, and the blocks' scopes."""
         blocks = list(blocks)
         if not blocks:
             raise ValueError("blocks must hold at least one Block, got none")
@@ -174,7 +186,7 @@ class ResNetV2(nn.Module):
                 raise TypeError(f"blocks must have scopes of type str, got {block.scope!r}")
             if not block.scope.isidentifier() or hasattr(self, block.scope) or block.scope in ("postnorm", "logits"):
                 raise ValueError(f"blocks must have scopes that are free as attribute names, got {block.scope!r}")
-            units = OrderedDict()
+            units: OrderedDict[str, nn.Module] = OrderedDict()
             for number, (depth, depth_bottleneck, stride) in enumerate(block.args, 1):
                 units[f"unit_{number}"] = block.unit_fn(channels, depth, depth_bottleneck, stride)
                 channels = depth
@@ -182,22 +194,23 @@ class ResNetV2(nn.Module):
         return channels, tuple(block.scope for block in blocks)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Returns logits or features, as the class describes."""
         x = self._root(x)
         for scope in self._block_scopes:
             x = getattr(self, scope)(x)
         return self._head(x)
 
     def end_points(self, x: Tensor) -> OrderedDict[str, Tensor]:
-        """Runs the network and returns what its units and blocks give, in order, by slim's names.
+        """Runs the network and returns the outputs of its units and blocks, in order, by slim's names.
 
             <scope>/block1/unit_1/bottleneck_v2    each unit's output
-            <scope>/block1                         each block's: its last unit's
-            logits                                 what the network itself returns
-            predictions                            their softmax over the classes
+            <scope>/block1                         each block's output, which is its last unit's
+            logits                                 the network's own output
+            predictions                            softmax of the logits over the classes
 
-        The last two only if there are classes.
+        The last two exist only if there are classes.
         """
-        points = OrderedDict()
+        points: OrderedDict[str, Tensor] = OrderedDict()
         x = self._root(x)
         for scope in self._block_scopes:
             path = f"{self.scope}/{scope}"
@@ -211,7 +224,9 @@ class ResNetV2(nn.Module):
         return points
 
     def _root(self, x: Tensor) -> Tensor:
-        return x if self.conv1 is None else self.pool1(self.conv1(x))
+        for layer in (self.conv1, self.pool1):
+            x = x if layer is None else layer(x)
+        return x
 
     def _head(self, x: Tensor) -> Tensor:
         x = F.relu(self.postnorm(x))
@@ -222,7 +237,7 @@ class ResNetV2(nn.Module):
         return torch.flatten(x, 1) if self.global_pool else x
 
 
-def _standard(scope: str, num_units: tuple[int, int, int, int], options: dict) -> ResNetV2:
+def _standard(scope: str, num_units: tuple[int, int, int, int], options: dict[str, Any]) -> ResNetV2:
     depths, strides = (64, 128, 256, 512), (2, 2, 2, 1)
     blocks = [
         resnet_v2_block(f"block{number}", depth, units, stride)
@@ -231,21 +246,21 @@ def _standard(scope: str, num_units: tuple[int, int, int, int], options: dict) -
     return ResNetV2(blocks, **{"scope": scope, **options})
 
 
-def resnet_v2_50(**options) -> ResNetV2:
-    """ResNet-50 v2; options as ResNetV2's."""
+def resnet_v2_50(**options: Any) -> ResNetV2:
+    """Builds ResNet-50 v2. Options are those of ResNetV2."""
     return _standard("resnet_v2_50", (3, 4, 6, 3), options)
 
 
-def resnet_v2_101(**options) -> ResNetV2:
-    """ResNet-101 v2; options as ResNetV2's."""
+def resnet_v2_101(**options: Any) -> ResNetV2:
+    """Builds ResNet-101 v2. Options are those of ResNetV2."""
     return _standard("resnet_v2_101", (3, 4, 23, 3), options)
 
 
-def resnet_v2_152(**options) -> ResNetV2:
-    """ResNet-152 v2; options as ResNetV2's."""
+def resnet_v2_152(**options: Any) -> ResNetV2:
+    """Builds ResNet-152 v2. Options are those of ResNetV2."""
     return _standard("resnet_v2_152", (3, 8, 36, 3), options)
 
 
-def resnet_v2_200(**options) -> ResNetV2:
-    """ResNet-200 v2; options as ResNetV2's."""
+def resnet_v2_200(**options: Any) -> ResNetV2:
+    """Builds ResNet-200 v2. Options are those of ResNetV2."""
     return _standard("resnet_v2_200", (3, 24, 36, 3), options)

@@ -143,7 +143,7 @@ def _why_not_triton(device_type: str, dtype: torch.dtype) -> str | None:
     if device_type == "cuda":
         return None
     if device_type == "cpu":
-        from ..kernels.conv_bias_act import is_interpreted
+        from ..kernels.target import is_interpreted
 
         if is_interpreted():
             return None

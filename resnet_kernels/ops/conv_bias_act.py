@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalise
+from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalize
 from . import backends, conv_candidates, onednn, reference
 from .dtypes import autocast_dtype
 from .library import LIBRARY
@@ -127,7 +127,7 @@ def conv_bias_act(
 
     Source: He et al. 2016 (arXiv:1512.03385), figure 2 and 5; BN as a scale and a shift: Ioffe and Szegedy 2015.
     """
-    geometry = normalise(stride, padding, dilation, groups)
+    geometry = normalize(stride, padding, dilation, groups)
     backends.check_name(backend)
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
         x, weight, residual = (

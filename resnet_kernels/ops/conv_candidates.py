@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels import target
 from ..kernels.geometry import Geometry
 from . import backends, cudnn, onednn, reference, tuned_table
 
@@ -110,14 +111,13 @@ def _tiles() -> dict[str, Any]:
 def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
     if name.startswith("pointer "):
         return True
-    from ..kernels.sm90 import conv as sm90_conv
     from ..kernels.sm90 import conv_layout, tap_sharing
 
     conv = conv_layout.ConvShape(problem.x_shape(batch), problem.weight_shape, problem.geometry)
     if name.startswith("shared "):
-        return sm90_conv.runs_on(device) and tap_sharing.why_not(*conv, dtype) is None
+        return target.is_hopper(device) and tap_sharing.why_not(*conv, dtype) is None
     return (
-        sm90_conv.runs_on(device)
+        target.is_hopper(device)
         and conv_layout.why_not(*conv, dtype) is None
         and conv_layout.why_not_tile(conv, tile) is None
     )
@@ -160,7 +160,7 @@ def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device
         from ..kernels.sm90.conv_layout import ConvShape, why_not
 
         shapes = ConvShape(problem.x_shape(batch), problem.weight_shape, geometry)
-        if name != "triton" or (kernel.runs_on(device) and why_not(*shapes, dtype) is None):
+        if name != "triton" or (target.is_hopper(device) and why_not(*shapes, dtype) is None):
             return kernel.Bound(shapes, relu, dtype, device, None if name == "triton" else _tiles()[name])
     return lambda x, weight, bias, residual, scale: run(name, x, weight, bias, residual, scale, geometry, relu)
 

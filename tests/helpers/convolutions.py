@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resnet_kernels.kernels.geometry import normalise
+from resnet_kernels.kernels.geometry import normalize
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def operands(case: Case, dtype, device, real=False):
     """Operands of a case; as integers small enough for every partial sum and rounding to be exact in bfloat16."""
     group_in = case.c_in // case.groups
     shapes = (case.n, case.c_in, case.h, case.w), (case.c_out, group_in, *case.kernel)
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     out = (case.n, case.c_out, *geometry.out_size((case.h, case.w), case.kernel))
     if real:
         x, weight, residual = (torch.randn(shape) for shape in (*shapes, out))
@@ -73,7 +73,7 @@ def truth(
     relu: bool,
 ) -> Tensor:
     """The definition in fp64, by PyTorch on the CPU, with padding done by hand."""
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     top, bottom, left, right = geometry.padding
     y = torch.nn.functional.pad(x.double().cpu(), (left, right, top, bottom))
     y = torch.conv2d(y, weight.double().cpu(), None, geometry.stride, 0, geometry.dilation, geometry.groups)

@@ -6,17 +6,16 @@ import pytest
 import torch
 
 from helpers.oracle import skip_unless_runnable
+from resnet_kernels.kernels import target
 
 
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine of compute capability 9, or the interpreter in its place."""
-    from resnet_kernels.kernels.sm90 import conv
-
-    if not (torch.cuda.is_available() and conv.runs_on(torch.device("cuda"))):
+    if not (torch.cuda.is_available() and target.is_hopper(torch.device("cuda"))):
         if torch.cuda.is_available():
             pytest.skip("needs compute capability 9")
-        monkeypatch.setattr(conv, "runs_on", lambda device: True)
+        monkeypatch.setattr(target, "is_hopper", lambda device: True)
 
 
 @pytest.fixture
@@ -26,9 +25,9 @@ def hopper_with_nan_outputs(device: torch.device) -> Iterator[None]:
     An output element that nothing is stored to can't be right by chance then.
     """
     skip_unless_runnable("triton", device, torch.float16)
-    from resnet_kernels.kernels.sm90 import conv, split_k_counters
+    from resnet_kernels.kernels.sm90 import split_k_counters
 
-    if device.type == "cuda" and not conv.runs_on(device):
+    if device.type == "cuda" and not target.is_hopper(device):
         pytest.skip("needs compute capability 9")
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield

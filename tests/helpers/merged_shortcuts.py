@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.convolutions import Case, operands, truth
-from resnet_kernels.kernels.geometry import normalise
+from resnet_kernels.kernels.geometry import normalize
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -51,7 +51,7 @@ def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=F
     (x, weight, bias, added, scale), (x0, weight0, bias0, _, scale0) = conv, shortcut
     scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
     added = added if residual else None
-    geometries = [normalise(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
+    geometries = [normalize(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
     shape, shape0 = ConvShape(x.shape, weight.shape, geometries[0]), ConvShape(x0.shape, weight0.shape, geometries[1])
     assert why_not_merged(shape, shape0, x.dtype) is None
     y = sm90_conv.launch(

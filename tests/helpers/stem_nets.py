@@ -31,9 +31,10 @@ def prepared(net):
 def launches(monkeypatch):
     """The calls of the stem kernel, on a CPU that passes for Hopper."""
     pytest.importorskip("triton")
-    from resnet_kernels.kernels.sm90 import conv, stem
+    from resnet_kernels.kernels import target
+    from resnet_kernels.kernels.sm90 import stem
 
     calls, launch = [], stem.launch
-    monkeypatch.setattr(conv, "runs_on", lambda device: True)
+    monkeypatch.setattr(target, "is_hopper", lambda device: True)
     monkeypatch.setattr(stem, "launch", lambda *args, **kwargs: calls.append(args) or launch(*args, **kwargs))
     return calls

@@ -383,7 +383,7 @@ BUG_CASES = (
 )
 KERNEL_BUGS = {
     "rows from where y's are": ("n, h - lead_h, w", "n, h, w"),
-    "columns from where y's are": ("w - lead_w, 0, 0", "w, 0, 0"),
+    "columns from where y's are": ("w - lead_w, KERNEL_H", "w, KERNEL_H"),
     "row skew forgotten": ("IN_PAIRS, SKEW_H, SKEW_W", "IN_PAIRS, 0, SKEW_W"),
     "column skew forgotten": ("IN_PAIRS, SKEW_H, SKEW_W", "IN_PAIRS, SKEW_H, 0"),
     "images of one tile": ("tile // (tiles_w * tiles_h) * BOX_N", "tile // (tiles_w * tiles_h) * 0"),
@@ -406,7 +406,7 @@ KERNEL_BUGS = {
     "sum written where the norm is wanted": ("y if KEEP_SUM else p", "y"),
     "norm written where the sum is wanted": ("y if KEEP_SUM else p", "p"),
     "next conv1 of the sum": ("z = _dot(p,", "z = _dot(y,"),
-    "z of the last block alone": ("w1_desc.load([0, channel]).T, z,", "w1_desc.load([0, channel]).T, None,"),
+    "z of the last block alone": ("w1_desc.load([0, channel]).T, UPCAST, z)", "w1_desc.load([0, channel]).T, UPCAST)"),
 }  # fmt: skip
 # These show on real numbers alone.
 ROUNDING_BUGS = {
@@ -416,12 +416,12 @@ ROUNDING_BUGS = {
         """            y = y.to(y_desc.dtype)
             p = y
             if norm_scale_desc is not None:
-                p = _relu(_affine_block(y.to(tl.float32),""",
+                p = relu(_affine_block(y.to(tl.float32),""",
         """            exact = y
             y = y.to(y_desc.dtype)
             p = y
             if norm_scale_desc is not None:
-                p = _relu(_affine_block(exact,""",
+                p = relu(_affine_block(exact,""",
     ),
     "sum rounded before the residual": ("y = _affine_block(y, scale3_desc, shift3_desc, channel) + residual",
                                         "y = _affine_block(y, scale3_desc, shift3_desc, channel).to(y_desc.dtype) + residual"),

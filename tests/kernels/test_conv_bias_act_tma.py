@@ -11,11 +11,11 @@ from helpers.oracle import assert_within_budget
 from helpers.planted import planted
 
 from resnet_kernels import ops
-from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.kernels.geometry import Geometry, normalize
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from resnet_kernels.kernels import conv_bias_act
+from resnet_kernels.kernels import conv_bias_act, target
 from resnet_kernels.kernels.sm90 import conv as sm90_conv
 from resnet_kernels.kernels.sm90 import split_k_counters
 from resnet_kernels.kernels.sm90.conv_layout import ConvShape, plan, why_not, why_not_merged
@@ -67,7 +67,7 @@ CASES = (
 
 
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     assert why_not(x.shape, weight.shape, geometry, x.dtype) is None
     return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
 
@@ -257,8 +257,8 @@ def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
         taken.append(arguments[0].shape[0])
         return sm90_conv.launch(*arguments)
 
-    stand_in = type("module", (), dict(launch=staticmethod(launch), runs_on=staticmethod(lambda device: True)))
-    monkeypatch.setattr(conv_bias_act, "conv", stand_in)
+    monkeypatch.setattr(conv_bias_act, "conv", type("module", (), dict(launch=staticmethod(launch))))
+    monkeypatch.setattr(target, "is_hopper", lambda device: True)
     for case, expected in (
         (CASES[0], [2]),
         (Case("", 2, 64, 7, 7, 64, stride=2), [2]),
@@ -276,9 +276,9 @@ def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
 
 def test_it_runs_on_compute_capability_9_alone(monkeypatch):
     for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
-        monkeypatch.setattr(sm90_conv, "_capability", lambda device, value=capability: value)
-        assert sm90_conv.runs_on(torch.device("cuda", 0)) is (expected and torch.version.hip is None)
-    assert not sm90_conv.runs_on(torch.device("cpu"))
+        monkeypatch.setattr(target, "_capability", lambda device, value=capability: value)
+        assert target.is_hopper(torch.device("cuda", 0)) is (expected and torch.version.hip is None)
+    assert not target.is_hopper(torch.device("cpu"))
 
 
 def test_boxes_waste_nothing_where_they_need_not():
@@ -328,7 +328,7 @@ BUGS = {
     "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
     "dropped ReLU": (PARTS, "    if RELU:\n", "    if False:\n"),
     "swapped scale and shift": (PARTS, "acc *= tl.load(scale_ptr + offs_c", "acc *= tl.load(bias_ptr + offs_c"),
-    "second half's pixels": (PARTS, "FIRST + HALF, PARTS // 2,", "FIRST, PARTS // 2,"),
+    "second half's pixels": (PARTS, "PARTS // 2, FIRST + HALF, shortcut", "PARTS // 2, FIRST, shortcut"),
     "transposed taps": (PARTS, "r = tap // columns + skipped_r\n        s = tap % columns + skipped_s",
                         "s = tap // columns + skipped_r\n        r = tap % columns + skipped_s"),
     "weight of another tap": (PARTS, "w_desc.load([channel, tap * (N_CHUNKS * BLOCK_K) + c])",
@@ -346,8 +346,8 @@ BUGS = {
     "skipped taps' weights": (PARTS, "s = tap % columns + skipped_s", "s = tap % columns"),
     "a tap too many skipped on the right": (PARTS, "tl.minimum(in_w - w, COLUMNS)", "tl.minimum(in_w - w - 1, COLUMNS)"),
     "one parity for another": (PARTS, "x_descs[parity]", "x_descs[parity // 2 * 2]"),
-    "edge filled with the next row": (PLAN, "_dense((batch, in_h, in_w, c_in), (*box, config.block_k))",
-                                      "_dense((batch, in_h, in_w, c_in), (*box, config.block_k))"
+    "edge filled with the next row": (PLAN, "dense_view((batch, in_h, in_w, c_in), (*box, config.block_k))",
+                                      "dense_view((batch, in_h, in_w, c_in), (*box, config.block_k))"
                                       "._replace(shape=(batch, in_h - 1, in_w + 1, c_in))"),
     "padding of the wrong side": (PLAN, "geometry.padding[0], geometry.padding[2]",
                                   "geometry.padding[1], geometry.padding[3]"),
@@ -363,7 +363,7 @@ BUGS = {
                                   "scale = tl.load(shortcut_scale_ptr + offs_c, mask=offs_c < c_out, other=1.0)"),
     "never parked": (KERNEL, "if PARKS and must_park", "if False and must_park"),
     "parked without its scale": (KERNEL, "park(acc * scale[:, None], ", "park(acc, "),
-    "parked in one place": (PARTS, "park(right, parked_ptr, FIRST + HALF,", "park(right, parked_ptr, FIRST,"),
+    "parked in one place": (PARTS, "PARTS // 2, FIRST + HALF)", "PARTS // 2, FIRST)"),
     "shortcut's bias forgotten": (PARTS, "if shortcut_bias_ptr is not None:", "if False:"),
     "shortcut's last channels": (PLAN, "SHORTCUT_CHUNKS=cdiv(shortcut.weight[1], config.block_k)", "SHORTCUT_CHUNKS=1"),
     "shortcut without its stride": (PLAN, "step_h * in_w * c_in, step_w * c_in, 1), box)", "in_w * c_in, c_in, 1), box)"),

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 
 from resnet_kernels.kernels import launching
-from resnet_kernels.kernels.launching import View
+from resnet_kernels.kernels.sm90.descriptors import View
 
 FIXED, OPTIONS = dict(n=5, BLOCK=16), dict(num_warps=4)
 VIEWS = {"x_ptr": View((4, 4), (4, 1), (2, 2), 8)}

@@ -12,7 +12,7 @@ from helpers.convolutions import Case, operands, truth
 from helpers.oracle import skip_unless_runnable
 from helpers.planted import plant, planted
 
-from resnet_kernels.kernels.geometry import normalise
+from resnet_kernels.kernels.geometry import normalize
 
 CASES = (
     Case("", 2, 16, 7, 6, 24),
@@ -44,7 +44,7 @@ def failures(kernel, device) -> int:
     wrong = 0
     for case in CASES:
         x, weight, bias, residual, scale = operands(case, torch.float32, device)
-        geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+        geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
         for relu in (True, False):
             y = kernel.launch(x, weight, bias, residual, scale, geometry, relu)
             wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, relu))
@@ -63,19 +63,20 @@ def test_nothing_planted_nothing_caught(tmp_path, device):
     assert failures(planted("conv_bias_act", tmp_path, "if RELU:", "if RELU:"), device) == 0
 
 
-BATCH_NORM_FILES = ("batch_norm_act", "batch_norm_act_backward")
+# Imported in this order: those after the first take its functions from it.
+BATCH_NORM_FILES = ("batch_norm_device", "batch_norm_act", "batch_norm_act_backward")
 BATCH_NORM_BUGS = {
     "E[x^2] - E[x]^2": ("difference = tl.where(mask, x - pivot, 0.0)", "difference = tl.where(mask, x, 0.0)"),
     "rows past the end counted": ("difference = tl.where(mask, x - pivot, 0.0)", "difference = x - pivot"),
-    "splits' means taken for equal": ("squares + count * off_centre * off_centre, 0)\n    mean", "squares, 0)\n    mean"),
-    "lanes' means taken for equal": ("_sum(squares + count * off_centre * off_centre)", "_sum(squares)"),
+    "splits' means taken for equal": ("squares + count * off_center * off_center, 0)\n    mean", "squares, 0)\n    mean"),
+    "lanes' means taken for equal": ("lane_sum(squares + count * off_center * off_center)", "lane_sum(squares)"),
     "biased running variance": ("squares / (rows - 1)", "squares / rows"),
     "momentum the wrong way round": ("momentum * mean + (1 - momentum) * old", "(1 - momentum) * mean + momentum * old"),
-    "dropped ReLU": ("    if RELU:\n        # propagate_nan", "    if RELU and False:\n        # propagate_nan"),
+    "dropped ReLU": ("    if RELU:\n        y = elementwise", "    if RELU and False:\n        y = elementwise"),
     "ReLU ignored in the backward": ("tl.where(y.to(tl.float32) <= 0, 0.0, dy)", "dy"),
-    "ReLU's mask without the bias": ("_normalised(centred, scale, bias).to(DTYPE)",
-                                     "_normalised(centred, scale, 0 * bias).to(DTYPE)"),
-    "statistics taken for constants": ("dz -= constant[None, :] + centred * slope[None, :]", "dz -= constant[None, :]"),
+    "ReLU's mask without the bias": ("normalize(centered, scale, bias).to(DTYPE)",
+                                     "normalize(centered, scale, 0 * bias).to(DTYPE)"),
+    "statistics taken for constants": ("dz -= constant[None, :] + centered * slope[None, :]", "dz -= constant[None, :]"),
     "swapped weight and bias gradients": ("dweight_ptr + offs_c, dweight.to", "dweight_ptr + offs_c, dbias.to"),
     "weight forgotten": ("scale *= tl.load(weight_ptr", "scale *= 1 + 0 * tl.load(weight_ptr"),
     "eps forgotten": ("variance + eps", "variance + 0 * eps"),
@@ -86,7 +87,7 @@ BATCH_NORM_BUGS = {
 def batch_norm_failures(monkeypatch, device) -> int:
     """How many calls go wrong: shapes with several splits, ragged tiles, and a large mean."""
     # So few that a split has several tiles of rows, as it has in a large layer.
-    for where in (*BATCH_NORM_FILES, "batch_norm_tiles"):
+    for where in (*BATCH_NORM_FILES[1:], "batch_norm_tiles"):
         monkeypatch.setattr(importlib.import_module(f"resnet_kernels.kernels.{where}"), "MOST_SPLITS", 2)
     wrong = 0
     for shape, mean, with_residual in (
@@ -108,17 +109,19 @@ def batch_norm_failures(monkeypatch, device) -> int:
 def test_planted_bug_in_training_is_caught(name, tmp_path, device, monkeypatch):
     skip_unless_runnable("triton", device, torch.float32)
     old, new = BATCH_NORM_BUGS[name]
-    # Both before anything is planted: the one takes its tiles from the other when it is first imported.
-    forward, _ = (importlib.import_module(f"resnet_kernels.kernels.{where}") for where in BATCH_NORM_FILES)
-    where = BATCH_NORM_FILES[old not in inspect.getsource(forward)]
-    plant(where, planted(where, tmp_path, old, new), monkeypatch)
+    sources = {f: inspect.getsource(importlib.import_module(f"resnet_kernels.kernels.{f}")) for f in BATCH_NORM_FILES}
+    (spoilt,) = [file for file, source in sources.items() if old in source]
+    for file in BATCH_NORM_FILES:
+        plant(
+            file, planted(file, tmp_path, *((old, new) if file == spoilt else ("import annotations",) * 2)), monkeypatch
+        )
     assert batch_norm_failures(monkeypatch, device) > 0
 
 
 def test_nothing_planted_in_training_nothing_caught(tmp_path, device, monkeypatch):
     skip_unless_runnable("triton", device, torch.float32)
     for where in BATCH_NORM_FILES:
-        plant(where, planted(where, tmp_path, "if RELU:", "if RELU:"), monkeypatch)
+        plant(where, planted(where, tmp_path, "import annotations", "import annotations"), monkeypatch)
     assert batch_norm_failures(monkeypatch, device) == 0
 
 

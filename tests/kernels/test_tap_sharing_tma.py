@@ -9,8 +9,8 @@ from helpers.convolutions import Case, operands, truth
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
 
+from resnet_kernels.kernels import target
 from resnet_kernels.kernels.geometry import Geometry
-from resnet_kernels.kernels.sm90 import conv
 from resnet_kernels.kernels.sm90 import tap_sharing as kernel
 
 pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
@@ -97,7 +97,10 @@ BUGS = {
     "taps swapped": ("even = tl.dot(left, x0, even)", "even = tl.dot(right, x0, even)"),
     "middle tap of the row before": ("first + C_IN, UPCAST", "first, UPCAST"),
     "channel chunks forgotten": ("c = k % N_CHUNKS * BLOCK_K", "c = 0 * k"),
-    "the odd columns' residual": ("None, None, odd_residual_desc", "None, None, even_residual_desc"),
+    "the odd columns' residual": (
+        "odd, scale_ptr, bias_ptr, odd_residual_desc",
+        "odd, scale_ptr, bias_ptr, even_residual_desc",
+    ),
     "every other tile left out": ("n_tiles, tl.num_programs(0))", "n_tiles, 2 * tl.num_programs(0))"),
     "odd columns where the even are": ("strides, sides, odd * channels)", "strides, sides, 0 * channels)"),
     "images of one tile": ("box // (tiles_w * tiles_h) * BOX_N", "box // (tiles_w * tiles_h) * 0"),
@@ -132,7 +135,7 @@ def test_nothing_planted_nothing_caught(tmp_path, device):
 def test_a_table_can_choose_it(device, monkeypatch):
     from resnet_kernels.ops import conv_candidates
 
-    monkeypatch.setattr(conv, "runs_on", lambda device: True)
+    monkeypatch.setattr(target, "is_hopper", lambda device: True)
     case = CASES[0]
     x, weight, bias, residual, scale = operands(case, FP16, device)
     asked = conv_candidates.ConvProblem(64, 8, 12, tuple(weight.shape), SAME, True, True, True, True)

@@ -90,10 +90,10 @@ def test_several_tiles_in_a_split(shape, with_residual, most, device, monkeypatc
 def test_splits_cover_all_rows_once(rows, channels, itemsize):
     kernel = pytest.importorskip("resnet_kernels.kernels.batch_norm_act", reason="needs Triton")
     split = kernel.choose_split(rows, channels, itemsize)
-    assert (split.count - 1) * split.rows < rows <= split.count * split.rows
-    assert split.rows % split.block_rows == 0 and split.count <= kernel.MOST_SPLITS
+    assert (split.n_splits - 1) * split.rows < rows <= split.n_splits * split.rows
+    assert split.rows % split.block_rows == 0 and split.n_splits <= kernel.MOST_SPLITS
     # Many rows: as many programs as there are multiprocessors on an H200, at least.
-    programs = split.count * -(-channels // split.block_channels)
+    programs = split.n_splits * -(-channels // split.block_channels)
     assert programs >= 132 or rows < 132 * split.block_rows
 
 

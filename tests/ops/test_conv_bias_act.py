@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resnet_kernels import ops
-from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.kernels import target
+from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.ops import onednn, reference
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
@@ -92,7 +93,7 @@ def test_as_accurate_as_eager(case, backend, dtype, device):
     x, weight, bias, residual, scale = operands(case, dtype, device, real=True)
     x = x.contiguous(memory_format=torch.channels_last)
     y = ops.conv_bias_act(x, weight, bias, residual, scale=scale, backend=backend, **arguments(case))
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     # Eager as a user would have it: convolution, BN, add and ReLU apart, each rounded.
     z = torch.conv2d(
         reference.pad_if_asymmetric(x, geometry), weight, None, geometry.stride, geometry.conv2d_padding,
@@ -157,7 +158,7 @@ def test_every_shipped_config_is_exact(index, dtype, device):
         case = Case("", 2, c_in, 7, 7, 72)
         x, weight, bias, residual, scale = operands(case, dtype, device)
         y = kernel.launch(
-            x, weight, bias, residual, scale, normalise(1, 1, 1, 1), True, config=kernel.CONFIGS[index]
+            x, weight, bias, residual, scale, normalize(1, 1, 1, 1), True, config=kernel.CONFIGS[index]
         )  # fmt: skip
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
@@ -259,7 +260,7 @@ def test_any_geometry_is_exact(n, c_in, c_out, groups, size, kernel, stride, dil
     torch.manual_seed(seed)
     padding = (sides[:2], sides[2:])
     case = Case("", n, c_in * groups, *size, c_out * groups, kernel, stride, padding, dilation, groups)
-    out_h, out_w = normalise(stride, padding, dilation, groups).out_size(size, kernel)
+    out_h, out_w = normalize(stride, padding, dilation, groups).out_size(size, kernel)
     if out_h < 1 or out_w < 1:
         with pytest.raises(ValueError, match="must fit into the padded input"):
             ops.conv_bias_act(torch.ones(n, case.c_in, *size), torch.ones(case.c_out, c_in, *kernel), **arguments(case))
@@ -283,7 +284,7 @@ def test_gradients(case, backend, device):
         y = run(*leaves)
         return torch.autograd.grad(y, leaves, upstream.to(dtype))
 
-    geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
+    geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
 
     def plain(x, weight, bias, residual, scale):
         return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, True)
@@ -321,7 +322,7 @@ def test_torch_library_opcheck(backend, device):
     x, weight, bias, residual, scale = operands(Case("", 2, 16, 6, 6, 16), torch.float32, device, real=True)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual, scale)]
     torch.library.opcheck(
-        torch.ops.resnet_kernels.conv_bias_act.default, (*leaves, *normalise(1, 1, 1, 1), True, backend)
+        torch.ops.resnet_kernels.conv_bias_act.default, (*leaves, *normalize(1, 1, 1, 1), True, backend)
     )
 
 
@@ -377,8 +378,8 @@ def test_environment_variable_goes_over_the_argument(monkeypatch, device):
 def test_triton_on_cpu_tensors_names_the_interpreter(monkeypatch):
     from resnet_kernels.ops import backends
 
-    kernels = pytest.importorskip("resnet_kernels.kernels.conv_bias_act", reason="needs triton")
-    monkeypatch.setattr(kernels, "is_interpreted", lambda: False)
+    pytest.importorskip("triton", reason="needs triton")
+    monkeypatch.setattr(target, "is_interpreted", lambda: False)
     backends.why_not.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):

@@ -202,9 +202,9 @@ def test_candidates_have_names_of_their_own():
 
 def test_hopper_is_offered_what_fits(monkeypatch):
     pytest.importorskip("triton", reason="needs triton")
-    from resnet_kernels.kernels.sm90 import conv
+    from resnet_kernels.kernels import target
 
-    monkeypatch.setattr(conv, "runs_on", lambda device: True)
+    monkeypatch.setattr(target, "is_hopper", lambda device: True)
     backends.why_not.cache_clear()
     cuda = torch.device("cuda", 0)
     if backends.why_not("cudnn", "cuda", torch.bfloat16) is None:

@@ -1,10 +1,11 @@
-"""How chain.py lays a chain out: which it takes, tiles as data, views of the tensors.
+"""Layout of chain.py's launches: the shapes that the kernel takes, tiles as data, views of the tensors.
 
-The 3x3's views and boxes of pixels are conv_layout.py's; all behind it is pointwise, over the same boxes.
+conv_layout.py lays out the 3x3. All later layers are pointwise, over the same boxes of pixels.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -12,17 +13,24 @@ from typing import NamedTuple
 import torch
 
 from ..geometry import Geometry
-from ..launching import View
 from . import conv_layout as conv
 from .conv_layout import ConvShape, LaunchPlan
 from .conv_tiles import TmaConfig
+from .descriptors import View, dense_view
 
 
 @dataclass(frozen=True)
 class ChainConfig:
-    """One tile shape. block_m: pixels, block_c: channels of y made at a time, block_k: input channels of the 3x3's steps.
+    """A tile's shape.
 
-    num_stages: of the 3x3's loop, tail_stages: of the loop over y's channels; programs_per_sm: resident at a time.
+    Attributes:
+        block_m: pixels.
+        block_c: channels of y that are computed at a time.
+        block_k: input channels of a step of the 3x3.
+        num_warps: warps of a program.
+        num_stages: stages of the 3x3's loop.
+        tail_stages: stages of the loop over y's channels.
+        programs_per_sm: programs that an SM holds at a time.
     """
 
     block_m: int
@@ -35,9 +43,12 @@ class ChainConfig:
 
 
 class Kind(NamedTuple):
-    """What decides over registers, rounded up to the sizes below. width: the 3x3's output channels, next_width: z's, 0: no z.
+    """The numbers of channels that determine the registers, rounded up to the sizes in CONFIGS.
 
-    shortcut_in: input channels of the projection, 0: the residual is added as it is.
+    Attributes:
+        width: output channels of the 3x3.
+        next_width: z's channels; 0 without a z.
+        shortcut_in: input channels of the projection; 0 without one.
     """
 
     width: int
@@ -45,18 +56,18 @@ class Kind(NamedTuple):
     shortcut_in: int
 
 
-# Blocks of 32 channels: y's own sums then are a quarter of h's, and where z is summed up too, two programs still fit.
-# Where only one fits, nobody else works while it waits: more of its loads are under way at a time.
+# Blocks of 32 channels: y's sums are then a quarter of h's, and two programs fit on an SM even with z's sums. A program that
+# is alone on its SM has more stages, because no other one works while it waits.
 _TWO = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=2)
 _TWO_NEXT = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=2)
 _TWO_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=3, tail_stages=3, programs_per_sm=2)
-# Twice the registers a thread, half the threads: 8 warps would keep 153 registers, too many for two programs.
+# Half the threads with twice the registers each: 8 warps would take 153 registers a thread, too many for two programs.
 _TWO_FIRST = ChainConfig(128, 32, 64, num_warps=4, num_stages=4, tail_stages=3, programs_per_sm=2)
 _ONE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=4, programs_per_sm=1)
 _ONE_WIDE = ChainConfig(128, 32, 64, num_warps=8, num_stages=4, tail_stages=3, programs_per_sm=1)
 
-# A projection without a z is not among them: the ptxas of Triton 3.6.0 loads h over the projection's input, which the next
-# block of channels still needs (wrong by half on an H200; tests/compile_kernels.py looks for it in every chain).
+# A projection without a z is left out: the ptxas of Triton 3.6.0 overwrites the projection's input, which the next block of
+# channels still needs, with h (wrong by half on an H200; tests/compile_kernels.py looks for this in every chain).
 CONFIGS: dict[Kind, ChainConfig] = {
     Kind(64, 0, 0): _TWO,
     Kind(64, 64, 0): _TWO_NEXT,
@@ -82,7 +93,13 @@ _CACHED = 256
 
 
 class ShortcutShape(NamedTuple):
-    """What lies beside the chain. x: (N, C, H, W); weight: (C_out, C, 1, 1), or None: x itself, subsampled."""
+    """Shapes of a residual that the kernel computes.
+
+    Attributes:
+        x: (N, C, H, W).
+        weight: (C_out, C, 1, 1) of a projection; None if x itself is subsampled.
+        geometry: the projection's or the subsampling's.
+    """
 
     x: tuple[int, ...]
     weight: tuple[int, ...] | None
@@ -90,20 +107,24 @@ class ShortcutShape(NamedTuple):
 
 
 def why_not(
-    x_shape,
-    conv2_shape,
+    x_shape: Sequence[int],
+    conv2_shape: Sequence[int],
     geometry: Geometry,
-    conv3_shape,
+    conv3_shape: Sequence[int],
     dtype: torch.dtype,
     shortcut: ShortcutShape | None = None,
-    next_shape=None,
+    next_shape: Sequence[int] | None = None,
 ) -> str | None:
-    """What keeps a chain from this kernel; None if nothing does.
+    """Returns why the kernel can't run a chain, or None if it can.
 
     Args:
-        x_shape: (N, C_in, H, W), the 3x3's input. conv2_shape, conv3_shape, next_shape: of the weights, (C_out, C_in, h, w).
-        geometry: the 3x3's. dtype: of x and the weights.
-        shortcut: None for a residual that has y's shape. next_shape: None for a chain without the next block's conv1.
+        x_shape: (N, C_in, H, W), the 3x3's input.
+        conv2_shape: (C_out, C_in, h, w), the 3x3's weight.
+        geometry: the 3x3's.
+        conv3_shape: (C_out, C_in, 1, 1), the weight of the block's last 1x1.
+        dtype: the dtype of x and the weights.
+        shortcut: shapes of a residual that the kernel computes; None for a residual of y's shape.
+        next_shape: (C_out, C_in, 1, 1), the weight of the next block's first 1x1, or None.
     """
     reason = conv.why_not(x_shape, conv2_shape, geometry, dtype)
     if reason is not None:
@@ -136,7 +157,7 @@ def why_not(
     return None
 
 
-def _why_not_shortcut(shortcut: ShortcutShape, hidden_shape, c_out: int) -> str | None:
+def _why_not_shortcut(shortcut: ShortcutShape, hidden_shape: tuple[int, ...], c_out: int) -> str | None:
     x_shape, weight, geometry = shortcut
     if geometry.padding != (0, 0, 0, 0) or geometry.groups != 1:
         return f"padding must be 0 and groups 1, got {geometry}"
@@ -149,14 +170,15 @@ def _why_not_shortcut(shortcut: ShortcutShape, hidden_shape, c_out: int) -> str 
     return None
 
 
-def kind_of(conv2_shape, shortcut: ShortcutShape | None, next_shape) -> Kind:
-    """The kind of chain, sizes rounded up to those that CONFIGS has: what is too much is zeros."""
-    projected = shortcut is not None and shortcut.weight is not None
+def kind_of(
+    conv2_shape: Sequence[int], shortcut: ShortcutShape | None, next_shape: Sequence[int] | None
+) -> Kind:  # fmt: skip
+    """Returns a chain's kind, its channels rounded up to the sizes in CONFIGS. Channels beyond the real ones are zeros."""
     width = _rounded(conv2_shape[0], (64, 128))
     return Kind(
         width,
         _rounded(next_shape[0], (width, 2 * width)) if next_shape else 0,
-        _rounded(shortcut.x[1], (64, 256)) if projected else 0,
+        _rounded(shortcut.x[1], (64, 256)) if shortcut is not None and shortcut.weight is not None else 0,
     )
 
 
@@ -165,13 +187,15 @@ def _rounded(channels: int, sizes: tuple[int, ...]) -> int:
 
 
 def choose_config(kind: Kind, c_in: int) -> ChainConfig:
-    """The tile of a kind that `why_not` lets pass; c_in: the 3x3's input channels."""
+    """Returns the tile of a kind that `why_not` lets pass. c_in: the 3x3's input channels."""
     config = CONFIGS[kind]
     return config if c_in % config.block_k == 0 else replace(config, block_k=32)
 
 
 @dataclass(frozen=True)
 class ChainPlan(LaunchPlan):
+    """Launch of chain.py's kernel, with its tile."""
+
     config: ChainConfig
 
 
@@ -188,9 +212,19 @@ def plan(
     upcast: bool = False,
     config: ChainConfig | None = None,
 ) -> ChainPlan:
-    """Lays out a chain that `why_not` lets pass; shared by the launcher and the compile-only tests.
+    """Lays out a chain that `why_not` lets pass, for the launcher and the compile-only tests.
 
-    relus: after conv2, after the add, after the next block's conv1.
+    Args:
+        x_shape: as in `why_not`.
+        conv2_shape: as in `why_not`.
+        geometry: as in `why_not`.
+        c_out: y's channels.
+        shortcut: as in `why_not`.
+        next_shape: as in `why_not`.
+        relus: whether a ReLU follows conv2, the add, and the next block's first 1x1.
+        keep_sum: whether y is the sum itself.
+        upcast: whether products need fp32 operands (target.dot_needs_fp32).
+        config: the tile; None to choose one.
     """
     kind = kind_of(conv2_shape, shortcut, next_shape)
     config = config or choose_config(kind, conv2_shape[1])
@@ -201,32 +235,31 @@ def plan(
     width, (batch, out_h, out_w) = conv2_shape[0], front.views["y_desc"].shape[:3]
     box = front.views["y_desc"].box[:3]
 
-    def pixels(channels: int, block: int, in_size=(out_h, out_w), stride=(1, 1)) -> View:
+    def pixels(
+        channels: int, block: int, in_size: Sequence[int] = (out_h, out_w), stride: tuple[int, int] = (1, 1)
+    ) -> View:  # fmt: skip
         row = in_size[1] * channels
         strides = (in_size[0] * row, stride[0] * row, stride[1] * channels, 1)
         return View((batch, out_h, out_w, channels), strides, (*box, block))
-
-    def matrix(rows: int, columns: int, block: tuple[int, int]) -> View:
-        return View((rows, columns), (columns, 1), block)
 
     y = pixels(c_out, config.block_c)
     views = dict(
         x_desc=front.views["x_desc"],
         w2_desc=front.views["w_desc"],
-        w3_desc=matrix(c_out, width, (config.block_c, kind.width)),
+        w3_desc=dense_view((c_out, width), (config.block_c, kind.width)),
+        residual_desc=y,
+        y_desc=y,
     )
-    views |= dict(residual_desc=y, y_desc=y)
     if shortcut is not None:
         c_shortcut, *in_size = shortcut.x[1:]
         block = kind.shortcut_in or config.block_c
         views["residual_desc"] = pixels(c_shortcut, block, in_size, shortcut.geometry.stride)
-    if kind.shortcut_in:
-        views["ws_desc"] = matrix(c_out, c_shortcut, (config.block_c, kind.shortcut_in))
+        if kind.shortcut_in:
+            views["ws_desc"] = dense_view((c_out, c_shortcut), (config.block_c, kind.shortcut_in))
     if next_shape is not None:
-        views["w1_desc"] = matrix(next_shape[0], c_out, (kind.next_width, config.block_c))
+        views["w1_desc"] = dense_view((next_shape[0], c_out), (kind.next_width, config.block_c))
         views["z_desc"] = pixels(next_shape[0], kind.next_width)
-    vector = View((c_out,), (1,), (config.block_c,))
-    views |= dict.fromkeys(BLOCK_VECTORS, vector)
+    views |= dict.fromkeys(BLOCK_VECTORS, dense_view((c_out,), (config.block_c,)))
     shared = "KERNEL_H KERNEL_W N_CHUNKS IN_PAIRS SKEW_H SKEW_W UPCAST BOX_N BOX_H BOX_W BLOCK_K".split()
     return ChainPlan(
         views,

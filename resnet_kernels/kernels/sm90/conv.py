@@ -1,28 +1,26 @@
-"""conv_bias_act for Hopper (sm_90): tiles travel by TMA, products run on wgmma. Formula as in conv_bias_act.py.
+"""Convolution with its epilogue for Hopper (sm_90): tiles travel by TMA, products run on wgmma. Formula: ../conv_bias_act.py.
 
-An implicit GEMM like its portable sibling's, but a tile of pixels is a box of the image, [BOX_N, BOX_H, BOX_W] pixels by
-BLOCK_K channels, so that one descriptor load fetches a whole operand: no pointers, no masks, no registers for either.
-Outside the image a descriptor reads zeros, which is the padding; outside the output it stores nothing, which is the ragged
-edge. conv_layout.py views 3x3, 1x1 and stride 2 so that one kernel does all three, and chooses the box for the
-least waste (7x7: one pixel of 128 images, "batch as M"; 28x28: 4x4 pixels of 8 images). The weight is read where it is,
-as (O, R*S*I). Programs are persistent: each walks over tiles a grid apart. What is done to a tile:
-conv_device.py.
+It is an implicit GEMM like the portable kernel's. But a tile of pixels is a box of the image, [BOX_N, BOX_H, BOX_W] pixels by
+BLOCK_K channels, so that one descriptor load fetches a whole operand: no pointers, no masks, no registers for either. Outside
+the image a descriptor reads zeros, which are the padding. Outside the output it stores nothing, which handles the ragged edge.
+conv_layout.py views 3x3, 1x1 and stride 2 so that one kernel does all three, and chooses the box that wastes least (7x7: one
+pixel of 128 images, "batch as M"; 28x28: 4x4 pixels of 8 images). The weight is read where it is, as (O, R*S*I). Programs are
+persistent: each walks over tiles a grid apart. conv_device.py computes a tile.
 
-A block's projection can be merged: y = act(scale * conv(h, w) + scale2 * conv(x, w2) + bias + bias2), two loops into one
-accumulator. The first sum is multiplied by scale / scale2, both by scale2. A tile with a channel whose ratio won't do (0, inf,
-NaN, or 2**32 apart) parks its first sum in memory instead, so every scale is right; any branch is over whole tiles.
+A block's projection can be merged: y = act(scale * conv(h, w) + scale2 * conv(x, w2) + bias + bias2), as two loops into one
+accumulator. The first sum is multiplied by scale / scale2, then both by scale2. If a channel's ratio is inf, NaN,
+2**32 away from 1, or 0 by underflow, its tile parks the first sum in memory instead. So every scale gives the right result.
 
-Few tiles with long loops are split (SPLIT_K): each share's sums go to memory, and the share that arrives last adds all of
-them, always in the same order.
+Few tiles with long loops are split (SPLIT_K): each share's sums go to memory, and the last share to finish adds all of them,
+always in the same order.
 
-Cost: as conv_bias_act.py; a 3x3 reads its input from L2 once a tap. On an H200, in bf16 at batch 256, it reaches
-376 TFLOP/s in ResNet-50's 3x3 of stage 1 and 585 to 674 in those of stages 2 to 4; cuBLAS 653 in the same run. Registers,
-shared memory, programs an SM: tests/compile_kernels.py.
+Cost: as in conv_bias_act.py; a 3x3 reads its input from L2 once a tap. On an H200, in bf16 at batch 256, it reaches 376
+TFLOP/s in ResNet-50's 3x3 of stage 1 and 585 to 674 in those of stages 2 to 4; cuBLAS reaches 653 in the same run.
+tests/compile_kernels.py prints registers, shared memory and programs an SM.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -32,9 +30,12 @@ from torch import Tensor
 
 from .. import launching
 from ..geometry import Geometry
+from ..layouts import contiguous
+from ..target import dot_needs_fp32, multiprocessors
 from .conv_device import add_up, arrives_last, convolve, load_scales, multiply_add, must_park, park, store_part
 from .conv_layout import ConvShape, plan
 from .conv_tiles import TmaConfig
+from .descriptors import aligned
 from .split_k_counters import zeros
 
 
@@ -49,11 +50,11 @@ def _conv_bias_act_tma_kernel(
     shortcut_w_desc,  # (c_out, shortcut's c_in) or None
     residual_desc,  # as y, or None
     y_desc,  # (n, out_h, out_w, c_out)
-    scale_ptr,  # (c_out,) or None, as the next three
+    scale_ptr,  # (c_out,) or None, and so the next three
     bias_ptr,
     shortcut_scale_ptr,
     shortcut_bias_ptr,
-    parked_ptr,  # fp32, BLOCK_N * BLOCK_M numbers a program, at SPLIT_K > 1 a share of a tile; or None
+    parked_ptr,  # fp32, BLOCK_N * BLOCK_M numbers a program, or a share of a tile at SPLIT_K > 1; or None
     counter_ptr,  # int32 zeros, (n_tiles,), at SPLIT_K > 1
     n_tiles,
     tiles_h,
@@ -62,7 +63,7 @@ def _conv_bias_act_tma_kernel(
     c_out,
     in_h,
     in_w,
-    lead_h,  # rows from a box's first output row up to its first input row; at stride 2 pairs of rows
+    lead_h,  # rows from a box's first output row up to its first input row; pairs of rows at stride 2
     lead_w,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
@@ -70,9 +71,9 @@ def _conv_bias_act_tma_kernel(
     SHORTCUT_CHUNKS: tl.constexpr,
     RAGGED: tl.constexpr,  # BLOCK_K does not divide c_in
     IN_PAIRS: tl.constexpr,
-    SKEW_H: tl.constexpr,  # at stride 2: the row of its pair at which the first tap is
+    SKEW_H: tl.constexpr,  # at stride 2: the first tap's row in its pair
     SKEW_W: tl.constexpr,
-    SKIP: tl.constexpr,  # taps outside of the image: the box is one pixel of many images
+    SKIP: tl.constexpr,  # skip taps outside of the image: the box is one pixel of many images
     SPLIT_K: tl.constexpr,  # programs that share a tile's steps
     FLATTEN: tl.constexpr,  # tiles and their steps are one loop, so that the next tile's loads go on behind this one's
     RELU: tl.constexpr,
@@ -89,55 +90,61 @@ def _conv_bias_act_tma_kernel(
     PARKS: tl.constexpr = shortcut_desc is not None and shortcut_scale_ptr is not None
     for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN):
         tile = share // SPLIT_K
-        # Channels first: programs of one box of pixels, the larger operand, run at a time.
+        # Channels first: programs of one box of pixels, the larger operand, run at the same time.
         channel = tile % tiles_c * BLOCK_N
         box = tile // tiles_c
         w = box % tiles_w * BOX_W
         h = box // tiles_w % tiles_h * BOX_H
         n = box // (tiles_w * tiles_h) * BOX_N
         x_descs = (x_desc, x01_desc, x10_desc, x11_desc)
-        # Branches over the whole tile: one around the sums in mid-tile costs 60 registers.
+        # Each branch holds a whole tile: a branch around the sums alone costs 60 registers.
         if PARKS and must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N):
             acc = convolve(
-                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w, share % SPLIT_K, SPLIT_K,
-                KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                x_descs, w_desc, n, h - lead_h, w - lead_w, KERNEL_H, KERNEL_W, N_CHUNKS, IN_PAIRS, SKEW_H, SKEW_W, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K, channel, in_h, in_w, share % SPLIT_K, SPLIT_K, RAGGED, SKIP,
             )  # fmt: skip
             scale, _ = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
             own_ptr = parked_ptr + tl.program_id(0) * TILE
-            park(acc * scale[:, None], own_ptr, 0, BLOCK_M, PARTS)
+            park(acc * scale[:, None], own_ptr, BLOCK_M, PARTS)
             acc = multiply_add(
-                tl.zeros_like(acc), shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0, 0, 1,
-                1, 1, 0, 0, 1, 1, SHORTCUT_CHUNKS, False, False, 0, 0, False, UPCAST, BLOCK_K,
+                tl.zeros_like(acc), shortcut_desc, shortcut_w_desc, n, h, w, channel, SHORTCUT_CHUNKS, UPCAST, BLOCK_K
             )  # fmt: skip
             # Another thread may have parked what this one reads.
             tl.debug_barrier()
             store_part(
-                acc, shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, own_ptr, residual_desc, y_desc, c_out,
-                n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+                acc, shortcut_scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+                RELU, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr, parked_ptr=own_ptr,
             )  # fmt: skip
         else:
             acc = convolve(
-                x_descs, w_desc, n, h - lead_h, w - lead_w, channel, in_h, in_w, share % SPLIT_K, SPLIT_K,
-                KERNEL_H, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                x_descs, w_desc, n, h - lead_h, w - lead_w, KERNEL_H, KERNEL_W, N_CHUNKS, IN_PAIRS, SKEW_H, SKEW_W, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K, channel, in_h, in_w, share % SPLIT_K, SPLIT_K, RAGGED, SKIP,
             )  # fmt: skip
             if shortcut_desc is not None:
                 scale, shortcut_scale = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
                 acc *= tl.div_rn(scale, shortcut_scale)[:, None]
                 acc = multiply_add(
-                    acc, shortcut_desc, shortcut_w_desc, n, h, w, channel, 0, 0, 0, 1,
-                    1, 1, 0, 0, 1, 1, SHORTCUT_CHUNKS, False, False, 0, 0, False, UPCAST, BLOCK_K,
+                    acc, shortcut_desc, shortcut_w_desc, n, h, w, channel, SHORTCUT_CHUNKS, UPCAST, BLOCK_K
                 )  # fmt: skip
             if SPLIT_K == 1 or arrives_last(acc, parked_ptr, counter_ptr, share, SPLIT_K, PARTS):
                 if SPLIT_K > 1:
                     acc = add_up(parked_ptr + tile * (SPLIT_K * TILE), SPLIT_K, BLOCK_N, BLOCK_M)
                 store_part(
-                    acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, shortcut_bias_ptr, None,
-                    residual_desc, y_desc, c_out, n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+                    acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, residual_desc, y_desc, c_out,
+                    n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr,
                 )  # fmt: skip
 
 
 class Shortcut(NamedTuple):
-    """A block's projection: a 1x1 convolution of x, times scale, plus bias; tensors as `launch` takes them."""
+    """A block's projection: a 1x1 convolution of x, times scale, plus bias.
+
+    Attributes:
+        x: (N, C_in, H, W), the block's input.
+        weight: (C_out, C_in, 1, 1).
+        bias: (C_out,) or None.
+        scale: (C_out,) or None.
+        geometry: the projection's.
+    """
 
     x: Tensor
     weight: Tensor
@@ -169,11 +176,15 @@ def launch(
 
 
 class Bound:
-    """`launch` for operands of known shapes: what follows from them is decided here, once.
+    """`launch` for operands of known shapes: all that follows from the shapes is computed once, here.
 
     Args:
-        conv, projection: shapes that `why_not` and `why_not_merged` let pass; projection: the shortcut's, if there is one.
-        dtype: of the operands. device: where they are.
+        conv: shapes that `why_not` lets pass.
+        relu: whether a ReLU comes last.
+        dtype: the operands' dtype.
+        device: the operands' device.
+        config: the tile; None to choose one by the shapes.
+        projection: the shortcut's shapes, which `why_not_merged` lets pass, or None.
     """
 
     __slots__ = ("counters", "dtype", "grid", "options", "parked", "todo")
@@ -187,12 +198,12 @@ class Bound:
         config: TmaConfig | None = None,
         projection: ConvShape | None = None,
     ):
-        self.todo = todo = plan(conv, relu, is_interpreted() and dtype == torch.bfloat16, config, projection)
+        self.todo = todo = plan(conv, relu, dot_needs_fp32(dtype), config, projection)
         self.dtype, config = dtype, todo.config
         n_tiles, tile = todo.integers["n_tiles"], config.block_m * config.block_n
         programs = min(n_tiles * config.split_k, multiprocessors(device) * config.programs_per_sm)
         self.grid = (programs,)
-        # fp32 numbers: each share's sums of each tile, or the sums that a program parks of its tile.
+        # fp32 numbers in memory: the sums of every share of every tile, or those that each program parks of its tile.
         self.parked = n_tiles * config.split_k * tile if config.split_k > 1 else programs * tile if projection else 0
         self.counters = n_tiles if config.split_k > 1 else 0
         self.options = dict(
@@ -208,12 +219,13 @@ class Bound:
         scale: Tensor | None,
         shortcut: Shortcut | None = None,
     ) -> Tensor:
+        """Runs the kernel on operands of the known shapes, checked; returns y, channels_last."""
         todo, device = self.todo, x.device
         y = torch.empty(todo.y_shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
         x = aligned(x)
         parity = x if "x01_desc" in todo.views else None
         x0, w0, bias0, scale0, _ = shortcut or (None,) * 5
-        # Per call: the allocator knows which streams and graphs use it.
+        # Allocated in each call, so that the allocator knows which streams and graphs use it.
         parked = None
         if self.counters or (self.parked and scale0 is not None):
             parked = torch.empty(self.parked, dtype=torch.float32, device=device)
@@ -225,12 +237,12 @@ class Bound:
             w_desc=aligned(weight),
             y_desc=y,
             residual_desc=None if residual is None else aligned(residual),
-            scale_ptr=dense(scale),
-            bias_ptr=dense(bias),
+            scale_ptr=contiguous(scale),
+            bias_ptr=contiguous(bias),
             shortcut_desc=None if x0 is None else aligned(x0),
             shortcut_w_desc=None if w0 is None else aligned(w0),
-            shortcut_scale_ptr=dense(scale0),
-            shortcut_bias_ptr=dense(bias0),
+            shortcut_scale_ptr=contiguous(scale0),
+            shortcut_bias_ptr=contiguous(bias0),
             parked_ptr=parked,
             counter_ptr=zeros(self.counters, device) if self.counters else None,
         )
@@ -238,35 +250,3 @@ class Bound:
             _conv_bias_act_tma_kernel, self.grid, device, tensors, todo.fixed, todo.prepared, todo.views, **self.options
         )
         return y
-
-
-def is_interpreted() -> bool:
-    """Whether this process runs kernels in Triton's interpreter."""
-    return not isinstance(_conv_bias_act_tma_kernel, triton.JITFunction)
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether a device has the instructions: compute capability 9."""
-    return device.type == "cuda" and torch.version.hip is None and _capability(device)[0] == 9
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """channels_last, at an address that a descriptor takes: a multiple of 16 bytes, which a slice's need not be."""
-    tensor = tensor.contiguous(memory_format=torch.channels_last)
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone(memory_format=torch.channels_last)
-
-
-def dense(vector: Tensor | None) -> Tensor | None:
-    """A vector as a kernel reads it, element beside element."""
-    return vector if vector is None or vector.is_contiguous() else vector.contiguous()
-
-
-@lru_cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    # The interpreter has one processor.
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

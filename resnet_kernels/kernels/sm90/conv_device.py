@@ -1,7 +1,7 @@
-"""What conv.py's kernel does with a tile: multiply and add, park sums, add them up, store.
+"""Device functions of conv.py for one tile: multiply and add, park sums in memory, add them up, store.
 
-Sums lie channels by pixels, [BLOCK_N, BLOCK_M] fp32 in registers: Triton takes a reshaped left operand through registers, a
-right one from where TMA left it.
+Sums are [BLOCK_N channels, BLOCK_M pixels] fp32 in registers, so that the pixels are the right operand: Triton multiplies a
+reshaped right operand where TMA left it, and copies a left one to registers first.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Beyond 2**32 one of two scales is too small to be factored out: its own sums, so much larger, might overflow.
+from .. import elementwise
+
+# Beyond this ratio the smaller of two scales can't be factored out: its sums, so much larger than the other's, might overflow.
 _MOST_RATIO = tl.constexpr(2.0**32)
 
 
@@ -19,29 +21,32 @@ def multiply_add(
     x_desc,
     w_desc,
     n,
-    h,  # the input's row (pair of rows if IN_PAIRS) that the box's first row sees through the first tap
+    h,  # row of the input, a pair of rows if IN_PAIRS, that the box's first row sees through the first tap
     w,
     channel,
-    in_h,
-    in_w,
-    part,
-    SPLIT_K: tl.constexpr,
-    ROWS: tl.constexpr,  # of taps in this loop
-    COLUMNS: tl.constexpr,
-    FIRST_R: tl.constexpr,  # its first tap in the weight, and the step from one to the next
-    FIRST_S: tl.constexpr,
-    TAP_STEP: tl.constexpr,
-    KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,
-    RAGGED: tl.constexpr,
-    IN_PAIRS: tl.constexpr,
-    SKEW_H: tl.constexpr,
-    SKEW_W: tl.constexpr,
-    SKIP: tl.constexpr,  # leave taps outside of the image away: the box is one pixel of many images
     UPCAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    KERNEL_W: tl.constexpr = 1,
+    ROWS: tl.constexpr = 1,  # rows and columns of taps in this loop
+    COLUMNS: tl.constexpr = 1,
+    FIRST_R: tl.constexpr = 0,  # the loop's first tap in the weight, and the step from one tap to the next
+    FIRST_S: tl.constexpr = 0,
+    TAP_STEP: tl.constexpr = 1,
+    RAGGED: tl.constexpr = False,
+    IN_PAIRS: tl.constexpr = False,
+    SKEW_H: tl.constexpr = 0,
+    SKEW_W: tl.constexpr = 0,
+    SKIP: tl.constexpr = False,  # skip taps outside of the image: the box is one pixel of many images
+    in_h=0,  # read if SKIP
+    in_w=0,
+    part=0,
+    SPLIT_K: tl.constexpr = 1,
 ):
-    """acc + x * w over a rectangle of taps and all input channels, or the part-th of SPLIT_K of these steps."""
+    """acc + x * w over a rectangle of taps and all input channels, or over the part-th of SPLIT_K shares of these steps.
+
+    The defaults are those of a 1x1 convolution.
+    """
     BLOCK_N: tl.constexpr = acc.shape[0]
     BLOCK_M: tl.constexpr = acc.shape[1]
     if SKIP:
@@ -62,7 +67,7 @@ def multiply_add(
         s = tap % columns + skipped_s
         tap = (FIRST_R + r * TAP_STEP) * KERNEL_W + FIRST_S + s * TAP_STEP
         if IN_PAIRS:
-            # Counted from an even row at or above the first tap, so that no remainder is taken of a negative number.
+            # r and s count from an even row and column at or before the first tap: no remainder of a negative number is taken.
             r += SKEW_H
             s += SKEW_W
             column = s % 2 * (N_CHUNKS * BLOCK_K)
@@ -84,7 +89,7 @@ def multiply_add(
 @triton.jit
 def _multiply_add_parity(
     acc,
-    x_desc,  # every second row and column of x, from PARITY_H and PARITY_W on
+    x_desc,  # every second row and column of x, from row PARITY_H and column PARITY_W on
     w_desc,
     n,
     h,
@@ -104,6 +109,7 @@ def _multiply_add_parity(
     UPCAST: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    """acc + x * w over the taps that see one parity of rows and columns."""
     FIRST_R: tl.constexpr = (SKEW_H + PARITY_H) % 2
     FIRST_S: tl.constexpr = (SKEW_W + PARITY_W) % 2
     ROWS: tl.constexpr = (KERNEL_H - FIRST_R + 1) // 2
@@ -111,43 +117,44 @@ def _multiply_add_parity(
     if ROWS * COLUMNS > 0:
         acc = multiply_add(
             acc, x_desc, w_desc, n, h + SKEW_H * (1 - PARITY_H), w + SKEW_W * (1 - PARITY_W), channel,
-            (in_h + 1 - PARITY_H) // 2, (in_w + 1 - PARITY_W) // 2, 0, 1,
-            ROWS, COLUMNS, FIRST_R, FIRST_S, 2, KERNEL_W, N_CHUNKS, RAGGED, False, 0, 0, SKIP, UPCAST, BLOCK_K,
+            N_CHUNKS, UPCAST, BLOCK_K, KERNEL_W, ROWS, COLUMNS, FIRST_R, FIRST_S, TAP_STEP=2, RAGGED=RAGGED, SKIP=SKIP,
+            in_h=(in_h + 1 - PARITY_H) // 2, in_w=(in_w + 1 - PARITY_W) // 2,
         )  # fmt: skip
     return acc
 
 
 @triton.jit
 def convolve(
-    x_descs,  # of x, or of its four parities; three of them are None then
+    x_descs,  # of x and three times None, or of x's four parities
     w_desc,
     n,
     h,
     w,
-    channel,
-    in_h,
-    in_w,
-    part,
-    SPLIT_K: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     N_CHUNKS: tl.constexpr,
-    RAGGED: tl.constexpr,
     IN_PAIRS: tl.constexpr,
     SKEW_H: tl.constexpr,
     SKEW_W: tl.constexpr,
-    SKIP: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    channel=0,
+    in_h=0,
+    in_w=0,
+    part=0,
+    SPLIT_K: tl.constexpr = 1,
+    RAGGED: tl.constexpr = False,
+    SKIP: tl.constexpr = False,
 ):
-    """A box's sums. Of all four parities: stride 2 as four convolutions of stride 1, each with every second tap."""
+    """A box's sums. With four parities, stride 2 is four convolutions at stride 1, each with every second tap."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if x_descs[1] is None:
         acc = multiply_add(
-            acc, x_descs[0], w_desc, n, h, w, channel, in_h, in_w, part, SPLIT_K,
-            KERNEL_H, KERNEL_W, 0, 0, 1, KERNEL_W, N_CHUNKS, RAGGED, IN_PAIRS, SKEW_H, SKEW_W, SKIP, UPCAST, BLOCK_K,
+            acc, x_descs[0], w_desc, n, h, w, channel, N_CHUNKS, UPCAST, BLOCK_K, KERNEL_W, ROWS=KERNEL_H, COLUMNS=KERNEL_W,
+            RAGGED=RAGGED, IN_PAIRS=IN_PAIRS, SKEW_H=SKEW_H, SKEW_W=SKEW_W, SKIP=SKIP, in_h=in_h, in_w=in_w,
+            part=part, SPLIT_K=SPLIT_K,
         )  # fmt: skip
     else:
         for parity in tl.static_range(4):
@@ -160,7 +167,7 @@ def convolve(
 
 @triton.jit
 def _parked_ptrs(
-    parked_ptr, n_channels: tl.constexpr, n_pixels: tl.constexpr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr
+    parked_ptr, n_channels: tl.constexpr, n_pixels: tl.constexpr, BLOCK_M: tl.constexpr, FIRST: tl.constexpr = 0
 ):
     channel = tl.arange(0, n_channels)
     pixel = FIRST + tl.arange(0, n_pixels)
@@ -168,21 +175,22 @@ def _parked_ptrs(
 
 
 @triton.jit
-def park(acc, parked_ptr, FIRST: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr):
+def park(acc, parked_ptr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, FIRST: tl.constexpr = 0):
+    """Stores the sums of a tile, or of its pixels from FIRST on, in memory, in PARTS pieces."""
     if PARTS == 1:
-        tl.store(_parked_ptrs(parked_ptr, acc.shape[0], acc.shape[1], FIRST, BLOCK_M), acc)
+        tl.store(_parked_ptrs(parked_ptr, acc.shape[0], acc.shape[1], BLOCK_M, FIRST), acc)
     else:
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
-        park(left, parked_ptr, FIRST, BLOCK_M, PARTS // 2)
-        park(right, parked_ptr, FIRST + HALF, BLOCK_M, PARTS // 2)
+        park(left, parked_ptr, BLOCK_M, PARTS // 2, FIRST)
+        park(right, parked_ptr, BLOCK_M, PARTS // 2, FIRST + HALF)
 
 
 @triton.jit
 def arrives_last(acc, parked_ptr, counter_ptr, share, SPLIT_K: tl.constexpr, PARTS: tl.constexpr):
-    """Parks a share's sums; whether the other shares of its tile have all been parked. Then the counter is zero again."""
-    park(acc, parked_ptr + share * (acc.shape[0] * acc.shape[1]), 0, acc.shape[1], PARTS)
-    # Every thread has parked before one of them says so.
+    """Parks a share's sums and returns whether it is the last of its tile, which sets the counter to zero again."""
+    park(acc, parked_ptr + share * (acc.shape[0] * acc.shape[1]), acc.shape[1], PARTS)
+    # All threads park before one of them counts.
     tl.debug_barrier()
     is_last = tl.atomic_add(counter_ptr + share // SPLIT_K, 1, sem="acq_rel") == SPLIT_K - 1
     if is_last:
@@ -192,19 +200,19 @@ def arrives_last(acc, parked_ptr, counter_ptr, share, SPLIT_K: tl.constexpr, PAR
 
 @triton.jit
 def add_up(parked_ptr, N_SUMS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The sum of parked tiles that lie one behind the other, always in this order."""
+    """The sum of parked tiles that follow each other in memory, always in this order."""
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for i in range(N_SUMS):
-        # .cg: other multiprocessors wrote them, and this one's own cache would not know.
+        # .cg: other multiprocessors wrote the sums, and this one's L1 may hold older values.
         acc += tl.load(
-            _parked_ptrs(parked_ptr + i * (BLOCK_N * BLOCK_M), BLOCK_N, BLOCK_M, 0, BLOCK_M), cache_modifier=".cg"
+            _parked_ptrs(parked_ptr + i * (BLOCK_N * BLOCK_M), BLOCK_N, BLOCK_M, BLOCK_M), cache_modifier=".cg"
         )  # fmt: skip
     return acc
 
 
 @triton.jit
 def load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.constexpr):
-    """The factors of a merged tile's two sums."""
+    """Both scales of a tile with a merged shortcut; 1 for None."""
     offs_c = channel + tl.arange(0, BLOCK_N)
     scale = tl.full((BLOCK_N,), 1.0, tl.float32)
     shortcut_scale = scale
@@ -217,7 +225,7 @@ def load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.const
 
 @triton.jit
 def must_park(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N: tl.constexpr):
-    """Whether some channel's scale / shortcut_scale won't do: one is inf or NaN, or the other much smaller."""
+    """Whether a channel of a tile has a scale / shortcut_scale of inf or NaN, or one that _MOST_RATIO excludes."""
     scale, shortcut_scale = load_scales(scale_ptr, shortcut_scale_ptr, channel, c_out, BLOCK_N)
     ratio = tl.div_rn(scale, shortcut_scale)
     size = tl.abs(ratio)
@@ -231,8 +239,6 @@ def store_part(
     acc,  # (BLOCK_N channels, pixels of the part)
     scale_ptr,
     bias_ptr,
-    shortcut_bias_ptr,
-    parked_ptr,
     residual_desc,
     y_desc,
     c_out,
@@ -244,17 +250,19 @@ def store_part(
     BLOCK_M: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
-    FIRST: tl.constexpr,  # the part's first pixel in the box
     PARTS: tl.constexpr,
+    FIRST: tl.constexpr = 0,  # the part's first pixel in the box
+    shortcut_bias_ptr=None,
+    parked_ptr=None,
 ):
-    """The epilogue, in so many pieces."""
+    """Applies the epilogue to a tile, or a part of it, and stores it, in PARTS pieces."""
     if PARTS == 1:
         offs_c = channel + tl.arange(0, acc.shape[0])
         mask_c = offs_c < c_out
         if scale_ptr is not None:
             acc *= tl.load(scale_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
         if parked_ptr is not None:
-            acc += tl.load(_parked_ptrs(parked_ptr, acc.shape[0], acc.shape[1], FIRST, BLOCK_M))
+            acc += tl.load(_parked_ptrs(parked_ptr, acc.shape[0], acc.shape[1], BLOCK_M, FIRST))
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[:, None]
         if shortcut_bias_ptr is not None:
@@ -264,18 +272,17 @@ def store_part(
         if residual_desc is not None:
             acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
         if RELU:
-            # propagate_nan: a plain maximum turns NaN into 0, which torch.relu keeps.
-            acc = tl.maximum(acc, 0.0, propagate_nan=tl.PropagateNan.ALL)
+            acc = elementwise.relu(acc)
         y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
     else:
-        # In parts the residual takes less shared memory: at 128x128 104 KiB instead of 128, and two programs fit on an SM.
+        # In parts the residual takes less shared memory: at 128x128 a program has 104 KiB, not 128, and two fit on an SM.
         HALF: tl.constexpr = acc.shape[1] // 2
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         store_part(
-            left, scale_ptr, bias_ptr, shortcut_bias_ptr, parked_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, FIRST, PARTS // 2,
+            left, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+            RELU, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST, shortcut_bias_ptr, parked_ptr,
         )  # fmt: skip
         store_part(
-            right, scale_ptr, bias_ptr, shortcut_bias_ptr, parked_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, FIRST + HALF, PARTS // 2,
+            right, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
+            RELU, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST + HALF, shortcut_bias_ptr, parked_ptr,
         )  # fmt: skip

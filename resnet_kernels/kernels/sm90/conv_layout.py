@@ -1,13 +1,14 @@
-"""How conv.py lays a convolution out: which it takes, and the tensors as its descriptors see them.
+"""Layout of conv.py's launches: the shapes that the kernel takes, and its tensors as descriptors see them.
 
-Views of the input, one kernel:
+The kernel sees the input as one of these:
 
     R x S, stride 1   (N, H, W, C), as it lies in memory; a tap moves the box.
-    1x1, any stride   (N, out_h, out_w, C) with the strides multiplied; without a stride (1, 1, N*H*W, C): a plain GEMM.
-    R x S, stride 2   of even sizes (N, H/2, 2, W/2, 2C): the row's parity is a coordinate, the column's an offset of C
-                      channels, so a tap's pixels are neighbours again.
-                      Of others four, one a parity of rows and columns, (N, H/2, W/2, C) with the strides doubled: a pair's
-                      second half beyond the edge is outside of its view, where it would lie in the next row of the first.
+    1x1, any stride   (N, out_h, out_w, C) with the strides multiplied; at stride 1 (1, 1, N*H*W, C): a plain GEMM.
+    R x S, stride 2   even sizes: (N, H/2, 2, W/2, 2C). The row's parity is a coordinate, the column's an offset of C
+                      channels, so a tap's pixels are neighbors.
+                      Other sizes: four views (N, H/2, W/2, C), one for each parity of rows and columns, with the strides
+                      doubled. What lies beyond the edge is then outside of its view. In the view of pairs it would be the
+                      next row's first pixel.
 
 A merged shortcut is one more 1x1, on another tensor, into the same sums.
 """
@@ -18,13 +19,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from ..geometry import Geometry
-from ..launching import View
 from .conv_tiles import FULL_MACHINE, MOST_SHARES, TmaConfig, cdiv, choose_box, choose_config
+from .descriptors import View, dense_view
 
 # Coordinates are int32, up to a box past the last pixel.
 _MOST_PIXELS = 2**31 - 1 - 128
@@ -33,7 +34,13 @@ _CACHED = 512
 
 
 class ConvShape(NamedTuple):
-    """A convolution without its tensors: x (N, C_in, H, W), weight (C_out, C_in / groups, kernel_h, kernel_w)."""
+    """Shapes and geometry of a convolution.
+
+    Attributes:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in / groups, kernel_h, kernel_w).
+        geometry: stride, padding, dilation, groups.
+    """
 
     x: tuple[int, ...]
     weight: tuple[int, ...]
@@ -41,17 +48,20 @@ class ConvShape(NamedTuple):
 
     @property
     def is_pointwise(self) -> bool:
+        """Whether the convolution is 1x1 without padding."""
         return tuple(self.weight[2:]) == (1, 1) and self.geometry.padding == (0, 0, 0, 0)
 
 
 def why_not(
     x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry, dtype: torch.dtype
 ) -> str | None:  # fmt: skip
-    """What keeps a convolution from this kernel; None if nothing does.
+    """Returns why the kernel can't run a convolution, or None if it can.
 
     Args:
-        x_shape: (N, C_in, H, W). weight_shape: (C_out, C_in / groups, kernel_h, kernel_w).
-        dtype: of x and weight.
+        x_shape: (N, C_in, H, W).
+        weight_shape: (C_out, C_in / groups, kernel_h, kernel_w).
+        geometry: stride, padding, dilation, groups.
+        dtype: x's and the weight's dtype.
     """
     batch, c_in, in_h, in_w = x_shape
     c_out, _, *kernel = weight_shape
@@ -68,21 +78,23 @@ def why_not(
         return f"channels must be multiples of 8, got C_in={c_in}, C_out={c_out}"
     if batch * prod(geometry.out_size((in_h, in_w), kernel)) > _MOST_PIXELS:
         return f"the output must have at most {_MOST_PIXELS} pixels"
-    if geometry.stride == (1, 1) or ConvShape(x_shape, weight_shape, geometry).is_pointwise:
+    if geometry.stride == (1, 1) or ConvShape((*x_shape,), (*weight_shape,), geometry).is_pointwise:
         return None
     if geometry.stride != (2, 2):
         return f"stride must be 1 or 2, got {geometry.stride} with a kernel of {kernel[0]}x{kernel[1]}"
     if min(in_h, in_w) < 2:
-        # A descriptor has no empty axis, as the second of every two rows or columns would be.
+        # A descriptor has no empty axis, which the odd rows or columns would be.
         return f"stride 2 needs at least 2x2 pixels, got {in_h}x{in_w}"
     return None
 
 
 def why_not_merged(conv: ConvShape, shortcut: ConvShape, dtype: torch.dtype) -> str | None:
-    """What keeps a block's last convolution and its projection from one kernel; None if nothing does.
+    """Returns why one kernel can't run a block's last convolution and its projection, or None if it can.
 
     Args:
-        dtype: of both inputs and both weights.
+        conv: the convolution.
+        shortcut: the projection.
+        dtype: the dtype of both inputs and both weights.
     """
     for name, shape in (("the convolution", conv), ("the shortcut", shortcut)):
         if (reason := why_not(*shape, dtype)) is not None:
@@ -97,16 +109,14 @@ def why_not_merged(conv: ConvShape, shortcut: ConvShape, dtype: torch.dtype) -> 
 
 
 def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
-    """What keeps one tile from a convolution that `why_not` lets pass; None if nothing does."""
+    """Returns why a tile can't run a convolution that `why_not` lets pass, or None if it can."""
     (batch, _, *in_size), (c_out, _, *kernel), geometry = conv
     if _has_four_loops(conv, config.block_k) and not config.fits_four_loops:
-        return "stride 2 of such sizes runs as four loops, and their stages don't fit into shared memory"
+        return "stride 2 on such sizes runs as four loops, and their stages don't fit into shared memory"
     if config.split_k == 1 and not config.flatten:
         return None
     if _has_four_loops(conv, config.block_k):
-        return (
-            "stride 2 of such sizes runs as four loops, and only one can be split, or be one with that over the tiles"
-        )
+        return "stride 2 on such sizes runs as four loops; only a single loop can be split or flattened"
     tiles = cdiv(batch * prod(geometry.out_size(in_size, kernel)), config.block_m) * cdiv(c_out, config.block_n)
     if config.flatten:
         return None if tiles > FULL_MACHINE else f"{tiles} tiles are one for each program: there is no next one to load"
@@ -114,9 +124,10 @@ def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
 
 
 def _has_four_loops(conv: ConvShape, block_k: int) -> bool:
-    """Whether a loop for each parity of rows and columns is needed: stride 2 of odd sizes, or a ragged last step.
+    """Whether each parity of rows and columns needs a loop of its own: stride 2 on odd sizes, or with a ragged last step.
 
-    In pairs a ragged step would reach into the other column's channels: times zero, but NaN and inf stay NaN.
+    In the view of pairs a ragged step would read the other column's channels. Their weights are zero, but zero times NaN or
+    inf is NaN.
     """
     (_, c_in, in_h, in_w), _, geometry = conv
     return not conv.is_pointwise and geometry.stride != (1, 1) and bool(in_h % 2 or in_w % 2 or c_in % block_k)
@@ -124,28 +135,34 @@ def _has_four_loops(conv: ConvShape, block_k: int) -> bool:
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """A launch without its tensors: what depends on shapes only, by the names of the kernel's arguments.
+    """The part of a launch that depends on shapes only, by the names of the kernel's arguments.
 
-    views: of tensors, there or not, that are handed over as descriptors. integers: run-time numbers. constants: compile-time
-        ones.
-    prepared: what launches of it found out, see launching.py.
+    Attributes:
+        views: how descriptors see the tensors, those included that may be None.
+        integers: run-time numbers.
+        constants: compile-time arguments.
+        prepared: for launching.launch to fill.
     """
 
     views: dict[str, View]
     integers: dict[str, int]
     constants: dict[str, object]
-    prepared: dict = field(default_factory=dict, compare=False, repr=False, kw_only=True)
+    prepared: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, repr=False, kw_only=True)
 
     @cached_property
     def fixed(self) -> dict[str, object]:
-        """All that is no tensor."""
+        """All arguments but tensors."""
         return self.integers | self.constants
 
 
 @dataclass(frozen=True)
 class Plan(LaunchPlan):
-    """y_shape: (N, C_out, out_h, out_w). max_registers: of a thread, where the compiler might take so many that a program
-    less is resident.
+    """Launch of conv.py's kernel.
+
+    Attributes:
+        config: the tile.
+        y_shape: (N, C_out, out_h, out_w).
+        max_registers: limit for a thread; None unless the compiler might take so many that fewer programs fit on an SM.
     """
 
     config: TmaConfig
@@ -161,7 +178,15 @@ def plan(
     config: TmaConfig | None = None,
     shortcut: ConvShape | None = None,
 ) -> Plan:
-    """Lays out a convolution that `why_not` lets pass; shared by the launcher and the compile-only tests."""
+    """Lays out a convolution that `why_not` lets pass, for the launcher and the compile-only tests.
+
+    Args:
+        conv: the convolution.
+        relu: whether a ReLU comes last.
+        upcast: whether products need fp32 operands (target.dot_needs_fp32).
+        config: the tile; None to choose one.
+        shortcut: a projection that `why_not_merged` lets pass, or None.
+    """
     (batch, c_in, in_h, in_w), (c_out, _, kernel_h, kernel_w), geometry = conv
     pixels = (batch, *geometry.out_size((in_h, in_w), (kernel_h, kernel_w)))
     pad_h, pad_w = geometry.padding[0], geometry.padding[2]
@@ -183,24 +208,24 @@ def plan(
         views = {"x_desc": _pointwise(conv, pixels, (*box, config.block_k))}
     elif in_pairs:
         views = {
-            "x_desc": _dense((batch, in_h // 2, 2, in_w // 2, 2 * c_in), (*box[:2], 1, box[2], config.block_k))
+            "x_desc": dense_view((batch, in_h // 2, 2, in_w // 2, 2 * c_in), (*box[:2], 1, box[2], config.block_k))
         }  # fmt: skip
     elif stride == 2:
         views = _parities(conv.x, (*box, config.block_k))
     else:
-        views = {"x_desc": _dense((batch, in_h, in_w, c_in), (*box, config.block_k))}
-    # In a ragged last step the weight must not reach into the next tap: zeros there, as in x, so that inf leaks from neither.
+        views = {"x_desc": dense_view((batch, in_h, in_w, c_in), (*box, config.block_k))}
+    # In a ragged last step the weight must not be the next tap's: it is zero there, as x is, so that no inf leaks in.
     views["w_desc"] = (
-        _dense((c_out, taps, c_in), (config.block_n, 1, config.block_k))
+        dense_view((c_out, taps, c_in), (config.block_n, 1, config.block_k))
         if ragged
-        else _dense((c_out, taps * c_in), (config.block_n, config.block_k))
+        else dense_view((c_out, taps * c_in), (config.block_n, config.block_k))
     )
-    views["y_desc"] = views["residual_desc"] = _dense(
+    views["y_desc"] = views["residual_desc"] = dense_view(
         (*pixels, c_out), (*first_part(box, config.parts), config.block_n)
     )
     if shortcut:
         views["shortcut_desc"] = _pointwise(shortcut, pixels, (*box, config.block_k))
-        views["shortcut_w_desc"] = _dense(shortcut.weight[:2], (config.block_n, config.block_k))
+        views["shortcut_w_desc"] = dense_view(shortcut.weight[:2], (config.block_n, config.block_k))
     return Plan(
         views,
         dict(
@@ -223,7 +248,7 @@ def plan(
             IN_PAIRS=in_pairs,
             SKEW_H=pad_h % stride,
             SKEW_W=pad_w % stride,
-            # Not with a shortcut: both together spill.
+            # With a shortcut the kernel would spill.
             SKIP=box[1:] == (1, 1) and taps > 1 and not in_pairs and not shortcut,
             SPLIT_K=config.split_k,
             FLATTEN=config.flatten,
@@ -238,26 +263,22 @@ def plan(
         ),
         config,
         geometry.out_shape(*conv[:2]),
-        # Triton 3.6.0 takes up to 134 for a merged shortcut. Without a shortcut no limit is near.
+        # Triton 3.6.0 takes up to 134 for a merged shortcut, and far less than the limit without one.
         128 if shortcut and config.num_warps * config.programs_per_sm == 16 else None,
     )
 
 
-def _dense(shape: tuple[int, ...], box: tuple[int, ...]) -> View:
-    return View(shape, tuple(prod(shape[i + 1 :]) for i in range(len(shape))), box)
-
-
 def _pointwise(conv: ConvShape, pixels: tuple[int, int, int], box: tuple[int, ...]) -> View:
-    """What a 1x1 convolution sees of x: every stride-th pixel, or all of them in one row."""
+    """Returns x as a 1x1 convolution sees it: every stride-th pixel, or at stride 1 all pixels in the form of `pixels`."""
     _, c_in, in_h, in_w = conv.x
     step_h, step_w = conv.geometry.stride
     if step_h == step_w == 1:
-        return _dense((*pixels, c_in), box)
+        return dense_view((*pixels, c_in), box)
     return View((*pixels, c_in), (in_h * in_w * c_in, step_h * in_w * c_in, step_w * c_in, 1), box)
 
 
 def _parities(x_shape: tuple[int, ...], box: tuple[int, ...]) -> dict[str, View]:
-    """Every second row and column of x, from the first or the second on."""
+    """Returns four views of x: every second row and column, from the first or the second on."""
     batch, c_in, in_h, in_w = x_shape
     strides = (in_h * in_w * c_in, 2 * in_w * c_in, 2 * c_in, 1)
     return {
@@ -267,7 +288,7 @@ def _parities(x_shape: tuple[int, ...], box: tuple[int, ...]) -> dict[str, View]
 
 
 def first_part(box: tuple[int, int, int], parts: int) -> tuple[int, ...]:
-    """The first of so many equal pieces of a box, in the order of its pixels: images are parted first, then rows."""
+    """Returns the sides of one of `parts` equal pieces of a box, cut in the order of its pixels: images first, then rows."""
     sides = []
     for side in box:
         sides.append(max(side // parts, 1))

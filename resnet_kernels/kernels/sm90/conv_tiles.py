@@ -1,6 +1,6 @@
-"""conv.py's tiles as data, and which of them, of which shape, a layer gets.
+"""Tiles of conv.py as data, and the choice of a tile and its box for a layer.
 
-None was chosen by a measurement; what `tune` finds goes over it.
+The choice is not measured. What `tune` finds takes precedence.
 """
 
 from __future__ import annotations
@@ -11,11 +11,18 @@ from math import prod
 
 @dataclass(frozen=True)
 class TmaConfig:
-    """One tile shape. block_m: pixels, block_n: output channels, block_k: input channels of one step.
+    """A tile's shape.
 
-    parts: the epilogue goes over the tile in so many pieces; programs_per_sm: how many are resident at a time.
-    split_k: so many programs share a tile's steps; the last of them adds their sums, in one order, and stores.
-    flatten: the compiler makes one loop of a program's tiles and their steps.
+    Attributes:
+        block_m: pixels.
+        block_n: output channels.
+        block_k: input channels of one step.
+        num_warps: warps of a program.
+        num_stages: steps that are loading or in use at a time.
+        parts: pieces in which the epilogue goes over the tile.
+        programs_per_sm: programs that an SM holds at a time.
+        split_k: programs that share a tile's steps; the last one adds their sums, in one order, and stores.
+        flatten: whether the compiler makes one loop of a program's tiles and their steps.
     """
 
     block_m: int
@@ -30,61 +37,65 @@ class TmaConfig:
 
     @property
     def fits_four_loops(self) -> bool:
-        """Whether four loops' stages fit into shared memory: 128x256 pixels x channels take 249 KiB of Hopper's 227."""
+        """Whether the stages of four loops fit into shared memory: a tile of 128x256 would take 249 KiB of Hopper's 227."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k <= 3 * 256 * 64
 
     def __str__(self) -> str:
-        """What a measured table calls it: no two of CONFIGS may be called the same."""
+        """Name in a measured table, different for each of CONFIGS."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         split = f" k{self.split_k}" if self.split_k > 1 else ""
         return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}{split}{' flat' if self.flatten else ''}"
 
 
 CONFIGS: tuple[TmaConfig, ...] = (
-    # The least traffic from L2: layers of many steps that fill the machine twice over with it.
+    # The least traffic from L2: for layers of many steps that fill the machine twice over.
     TmaConfig(128, 256, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1),
-    # Two programs an SM: one multiplies while the other stores.
+    # Two programs on an SM: one multiplies while the other stores.
     TmaConfig(128, 128, 64, num_warps=8, num_stages=3, parts=4, programs_per_sm=2),
     # Stage 1: 64 output channels.
     TmaConfig(128, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=2),
     # Few pixels: late stages at small batch.
     TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3),
-    # Input channels of which steps of 64 would leave half empty.
+    # Input channels that leave half of the last step of 64 empty.
     TmaConfig(64, 64, 32, num_warps=4, num_stages=4, parts=2, programs_per_sm=4),
     # So few pixels that most of the machine would idle: batch 1 from stage 2 on.
     *(TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3, split_k=n) for n in (4, 8, 16)),
-    # Wide in pixels, for a table alone to choose: an instruction multiplies 256 of them, and the weights are read from L2
-    # half as often.
+    # Wide in pixels; only a table chooses it. An instruction multiplies 256 pixels, and weights come from L2 half as often.
     TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1),
-    # The same where there are 64 output channels.
+    # The same for 64 output channels.
     TmaConfig(256, 64, 64, num_warps=4, num_stages=2, parts=4, programs_per_sm=2),
-    # A program alone on its SM that loads the next tile while it stores this one; 3 to 9 registers more. For a table alone.
+    # A program alone on its SM loads the next tile while it stores this one, with 3 to 9 more registers. Only a table chooses
+    # it.
     TmaConfig(128, 256, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1, flatten=True),
     TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1, flatten=True),
 )
 
-# Steps that a share of a split tile has at least: fewer would be spent on filling the pipeline and on adding up.
+# The fewest steps of a share of a split tile: with less, filling the pipeline and adding up would take most of the time.
 _FEWEST_STEPS = 4
-# An H200's multiprocessors: how many programs a layer should give before its tiles may grow.
+# Programs that a layer should have before its tiles may grow: an H200's multiprocessors.
 FULL_MACHINE = 132
-
-
-# Shares of split tiles, beyond which they would only wait for each other.
+# The most shares of a launch: more would only wait for each other.
 MOST_SHARES = 2 * FULL_MACHINE
 
 
 def choose_config(
     n_pixels: int, taps: int, c_in: int, c_out: int, may_split: bool = False, four_loops: bool = False
 ) -> TmaConfig:
-    """Picks a tile: by the output's pixels over the batch, the kernel's taps, and channels.
+    """Picks a tile.
 
-    may_split: whether programs may share a tile's steps. four_loops: whether the steps are in four loops, one a parity.
+    Args:
+        n_pixels: the output's pixels, over the batch.
+        taps: the kernel's height x width.
+        c_in: input channels.
+        c_out: output channels.
+        may_split: whether programs may share a tile's steps.
+        four_loops: whether the steps are in four loops, one for each parity of rows and columns.
     """
     wide, large, tall, square, short_k, *others = CONFIGS
     if 0 < c_in % 64 <= 32:
         return short_k
     tiles = cdiv(n_pixels, 128)
-    # A program alone on its SM stores while nothing multiplies: worth it only where the loop is long.
+    # Nothing multiplies while a program that is alone on its SM stores. Only a long loop makes up for that.
     long_loop = taps * cdiv(c_in, wide.block_k) >= 16
     if not four_loops and long_loop and c_out % 256 == 0 and tiles * (c_out // 256) >= 2 * FULL_MACHINE:
         return wide
@@ -100,9 +111,9 @@ def choose_config(
 
 
 def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, int]:
-    """(images, rows, columns), powers of two of product block_m, that cover (N, out_h, out_w) with the fewest pixels.
+    """Returns the box, (images, rows, columns), that covers pixels = (N, out_h, out_w) with the fewest pixels.
 
-    Of equals the one with the longest rows: its pixels are neighbours in memory.
+    Its sides are powers of two whose product is block_m. Among equals it has the longest rows: they are contiguous in memory.
     """
     powers = [2**i for i in range(block_m.bit_length())]
     boxes = [(block_m // (h * w), h, w) for h in powers for w in powers if h * w <= block_m]
@@ -111,4 +122,5 @@ def choose_box(block_m: int, pixels: tuple[int, int, int]) -> tuple[int, int, in
 
 
 def cdiv(a: int, b: int) -> int:
+    """Returns a / b, rounded up. triton.cdiv would import Triton, which layouts do without."""
     return -(-a // b)

@@ -1,8 +1,8 @@
-"""Counters by which the programs of a launch find out which of them is the last: zero before it, and zero again after it.
+"""Counters that tell the programs of a launch which of them finishes last. They are zero before a launch and after it.
 
-Zeroing them in each call would be a second launch. Counters that are kept must not be in two launches' hands at a time:
-launches of one stream run one after another, so they share theirs; a captured launch may be replayed on any stream, beside
-any other, so it gets counters of its own for good (a graph does not run beside itself).
+Zeroing them in each call would be a second launch. So counters are kept, and two launches that may overlap must not share
+them. Launches of one stream run one after another and share theirs. A captured launch may be replayed on any stream, beside
+any other, so it owns its counters. It does not overlap with itself, because replays of one graph don't.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 _PER_STREAM = 2**12
-# 256 KiB: some 500 captured launches, a dozen ResNet-50s. What comes after them is zeroed in each replay.
+# 256 KiB serve some 500 captured launches, a dozen ResNet-50s. Counters of later ones are zeroed in each replay.
 _FOR_GRAPHS = 2**16
 _LOCK = threading.Lock()
-# By device, what no graph has yet.
+# By device, the counters that no graph owns yet.
 _LEFT: dict[torch.device, Tensor] = {}
 
 
 def zeros(count: int, device: torch.device) -> Tensor:
-    """(count,) int32 zeros for one launch on the current stream, which leaves zeros behind."""
+    """Returns (count,) int32 zeros for one launch on the current stream, which must leave zeros behind."""
     if _is_capturing(device):
         return _take(count, device)
-    # Made now, because a capture can't zero ahead of its replays.
+    # Now, because a later capture can't run the zeroing: it would only record it.
     _prepare_for_graphs(device)
     if count > _PER_STREAM:
         return torch.zeros(count, dtype=torch.int32, device=device)
@@ -46,7 +46,7 @@ def _prepare_for_graphs(device: torch.device) -> None:
         if device not in _LEFT:
             _LEFT[device] = torch.zeros(_FOR_GRAPHS, dtype=torch.int32, device=device)
             if device.type == "cuda":
-                # A replay may be on a stream that does not wait for this one.
+                # A replay may run on a stream that does not wait for this one.
                 torch.cuda.current_stream(device).synchronize()
 
 

@@ -1,19 +1,18 @@
-"""The stem of a ResNet in one kernel: max_pool(relu(conv7x7/2(x) * scale + shift)), 3x3/2, after one pass that packs.
+"""Stem of a ResNet: max_pool3x3/2(relu(conv7x7/2(x) * scale + shift)) in one kernel, after one that packs the image.
 
-Packing: the image, of any dtype and layout and normalised if asked to, becomes rows of pixels of four channels (the fourth
-and the padding zero) in the compute dtype. A 7x7/2 window is then, row by row, 7 pixels x 4 channels = 28 neighbours in
-memory, taken as 32; the next window begins 16 bytes on. The 29th to 32nd are the next pixel's: read as zeros, as their
-weights are, or its inf and NaN would spread (0 * inf is NaN).
+Packing: the image, of any dtype and layout, is normalized if asked to. It becomes rows of pixels of four channels in the
+compute dtype; the fourth channel and the padding are zero. A row of a 7x7/2 window is then 7 pixels x 4 channels = 28 elements
+that follow each other in memory, taken as 32, and the next window begins 16 bytes later. Elements 29 to 32 are the next
+pixel's. They are read as zeros, like their weights, because its inf or NaN would spread (0 * inf is NaN).
 
-Convolution and pool: a program owns a strip of pooled columns and walks down their rows. Channels multiply windows, even
-and odd columns of the convolution apart, so that the pool's vertical maximum is elementwise, the row above carried along;
-its horizontal one is elementwise too but for the left neighbour's odd column, one exchange a pooled row. BN comes before
-the maximum (its scale may be negative), ReLU behind it. No row of the convolution ever reaches memory.
+Convolution and pool: a program owns a strip of pooled columns and walks down their rows. It computes even and odd columns of
+the convolution separately, as channels x windows. So the pool's vertical maximum is elementwise, with the row above carried
+along. Its horizontal maximum is elementwise too, except for the left neighbor's odd column: one exchange a pooled row. BN
+comes before the maximum (its scale may be negative), ReLU after it. No row of the convolution ever reaches memory.
 
-Cost: x once, the packed image twice (8 bytes a pixel), y once: at 224x224 in bf16 1.5 MB an image, where eager moves 10. From
-L2 come 7 rows of 64 bytes for each pixel of the convolution.
-On an H200 it takes 0.65 ms for 256 images of 224x224 in bf16, convolution and pool apart 2.1 ms. Registers, shared memory:
-tests/compile_kernels.py.
+Cost: x once, the packed image twice (8 bytes a pixel), y once. At 224x224 in bf16 that is 1.5 MB an image, where eager moves
+10. L2 provides 7 rows of 64 bytes for each pixel of the convolution. On an H200 the stem takes 0.65 ms for 256 images of
+224x224 in bf16; separate convolution and pool take 2.1 ms. tests/compile_kernels.py prints registers and shared memory.
 """
 
 from __future__ import annotations
@@ -25,26 +24,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import launching
-from .conv import dense, is_interpreted, multiprocessors
+from .. import elementwise, launching
+from ..layouts import contiguous
+from ..target import dot_needs_fp32, multiprocessors
 from .stem_layout import BLOCK_C, PACK_BLOCK, PACK_WARPS, Plan, StemConfig, plan
 
-# A window of 8 pixels x 4 channels, and 7 of those: a weight's row.
+# Elements of a row of a window, 8 pixels x 4 channels, and of its 7 rows.
 _WINDOW = tl.constexpr(32)
 _FILTER = tl.constexpr(7 * 32)
-# Strides of images and weights, and normalisations, whose packing a plan knows.
+# Layouts and normalizations of images for which a plan keeps the packing's launches.
 _MOST_LAYOUTS = 16
 
 
 @triton.jit
-def _channel(x_ptr, mask, mean, std, NORMALISE: tl.constexpr, UNIT: tl.constexpr):
+def _channel(x_ptr, mask, mean, std, NORMALIZE: tl.constexpr, UNIT: tl.constexpr):
+    """Loads pixels of one channel, normalized; 0 where masked."""
     v = tl.load(x_ptr, mask=mask, other=0).to(tl.float32)
-    if NORMALISE:
-        # PyTorch's own three roundings: a plain division is only near.
+    if NORMALIZE:
+        # div_rn rounds as PyTorch does; Triton's plain division does not.
         if UNIT:
             v = tl.div_rn(v, tl.zeros_like(v) + 255.0)
         v = tl.div_rn(v - mean, tl.zeros_like(v) + std)
-    # The padding is zero after normalising.
+    # The padding is zero after normalization.
     return tl.where(mask, v, 0.0)
 
 
@@ -75,7 +76,7 @@ def _pack_kernel(
     std0,
     std1,
     std2,
-    NORMALISE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     UNIT: tl.constexpr,  # 0 to 255 stand for 0 to 1
     BLOCK: tl.constexpr,
 ):
@@ -89,9 +90,9 @@ def _pack_kernel(
         column = pixel % packed_w - 3
         inside = (h >= 0) & (h < in_h) & (column >= 0) & (column < in_w)
         at = x_ptr + image * stride_n + (h.to(tl.int64) * stride_h + column * stride_w)
-        red = _channel(at, inside, mean0, std0, NORMALISE, UNIT)
-        green = _channel(at + stride_c, inside, mean1, std1, NORMALISE, UNIT)
-        blue = _channel(at + 2 * stride_c, inside, mean2, std2, NORMALISE, UNIT)
+        red = _channel(at, inside, mean0, std0, NORMALIZE, UNIT)
+        green = _channel(at + stride_c, inside, mean1, std1, NORMALIZE, UNIT)
+        blue = _channel(at + 2 * stride_c, inside, mean2, std2, NORMALIZE, UNIT)
         packed = tl.join(tl.join(red, blue), tl.join(green, tl.zeros_like(green)))
         to = packed_ptr + image * (packed_h * packed_w * 4)
         offs_p = pixel[:, None, None] * 4 + tl.arange(0, 2)[None, :, None] * 2 + tl.arange(0, 2)[None, None, :]
@@ -126,7 +127,7 @@ def _conv_row(
     """Row h of the convolution with BN: even columns and odd ones, (BLOCK_C, BLOCK_W) each."""
     even = tl.zeros((w.shape[0], BLOCK_W), dtype=tl.float32)
     odd = tl.zeros((w.shape[0], BLOCK_W), dtype=tl.float32)
-    # Beyond the image's first and last row stands the row next to it, which the same pooling window holds anyway.
+    # In place of a row outside of the image comes its neighbor inside, which the same pooling window holds anyway.
     top = 2 * tl.minimum(tl.maximum(h, 0), out_h - 1)
     for r in range(7):
         weight = tl.load(w + r * _WINDOW)
@@ -134,7 +135,7 @@ def _conv_row(
             x_even = x.load([n, top + r, 0, column, 0]).reshape(BLOCK_W, _WINDOW)
             x_odd = x.load([n, top + r, 1, column, 0]).reshape(BLOCK_W, _WINDOW)
         else:
-            # The eighth pixel: zero, or its inf and NaN would spread through weights of zero.
+            # The eighth pixel reads as zero: its inf or NaN would spread through weights of zero.
             seven = (tl.arange(0, _WINDOW) < 28)[None, :]
             x_even = tl.load(x + (top + r) * (packed_w * 4), mask=seven, other=0.0)
             x_odd = tl.load(x + ((top + r) * (packed_w * 4) + 8), mask=seven, other=0.0)
@@ -148,23 +149,17 @@ def _conv_row(
     if shift is not None:
         even += shift[:, None]
         odd += shift[:, None]
-    # Rounded before the maximum, which is the same as behind it: half the registers to carry.
+    # Rounding before the maximum gives the same as after it, and takes half the registers.
     return even.to(CARRY), odd.to(CARRY)
 
 
-# What lies between its tensors and its constants.
+# The arguments between its tensors and its constants.
 _PACK_NUMBERS = _pack_kernel.arg_names[4:-3]
 
 
 @triton.jit
-def _max(a, b):
-    # propagate_nan: a plain maximum loses NaN, which torch.max_pool2d keeps.
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _stem_kernel(
-    x,  # the packed image: (n, packed_h, packed_w, 4), or if DESCRIPTOR (n, packed_h, 2, pairs, 28) described
+    x,  # pointer to the packed image, (n, packed_h, packed_w, 4); if DESCRIPTOR a descriptor, (n, packed_h, 2, pairs, 28)
     w_ptr,  # (BLOCK_C, 7, 8, 4)
     scale_ptr,  # (c_out,) or None
     shift_ptr,  # (c_out,) or None
@@ -175,11 +170,11 @@ def _stem_kernel(
     out_w,
     pooled_h,
     pooled_w,
-    pairs,  # pairs of an even and an odd column
+    pairs,  # of an even and an odd column
     c_out,
     tiles_w,
     segments,
-    rows,  # pooled rows of a segment
+    rows,  # pooled rows in a segment
     BLOCK_W: tl.constexpr,
     BLOCK_C: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -188,7 +183,7 @@ def _stem_kernel(
     CARRY: tl.constexpr = tl.float32 if UPCAST else y_ptr.dtype.element_ty
     program = tl.program_id(0)
     offs_c = tl.arange(0, BLOCK_C)
-    # Strips overlap by a column: only the first one stores its first.
+    # Strips overlap by a column, which only the left one of two stores.
     column = program % tiles_w * (BLOCK_W - 1)
     program //= tiles_w
     first = program % segments * rows
@@ -199,7 +194,7 @@ def _stem_kernel(
     if DESCRIPTOR:
         windows = x
     else:
-        # Lanes past the end read the last one's pixels.
+        # Lanes past the end read the pixels of the last lane.
         image = x + n.to(tl.int64) * packed_h * packed_w * 4
         windows = image + tl.minimum(j, pairs - 1)[:, None] * 16 + tl.arange(0, _WINDOW)[None, :]
     scale = None
@@ -208,7 +203,7 @@ def _stem_kernel(
         scale = tl.load(scale_ptr + offs_c, mask=offs_c < c_out, other=0.0).to(tl.float32)
     if shift_ptr is not None:
         shift = tl.load(shift_ptr + offs_c, mask=offs_c < c_out, other=0.0).to(tl.float32)
-    # The first lane has its own: of the first column's window, or not stored.
+    # The first lane takes its own column: it lies in the first window anyway, or the lane is not stored.
     left_lane = tl.broadcast_to(tl.maximum(lane - 1, 0)[None, :], (BLOCK_C, BLOCK_W))
     has_odd = (2 * j + 1 < out_w)[None, :]
     to = y_ptr + n.to(tl.int64) * pooled_h * pooled_w * c_out + j[None, :] * c_out + offs_c[:, None]
@@ -222,18 +217,18 @@ def _stem_kernel(
             windows, w, scale, shift, n, column, 2 * p, out_h, packed_w,
             BLOCK_W, DESCRIPTOR, UPCAST, CARRY,
         )  # fmt: skip
-        even = _max(above_even, even)
-        odd = _max(above_odd, odd)
+        even = elementwise.maximum(above_even, even)
+        odd = elementwise.maximum(above_odd, odd)
         above_even, above_odd = _conv_row(
             windows, w, scale, shift, n, column, 2 * p + 1, out_h, packed_w,
             BLOCK_W, DESCRIPTOR, UPCAST, CARRY,
         )  # fmt: skip
-        even = _max(even, above_even)
-        odd = _max(odd, above_odd)
-        # The last column may be an even one; lanes further on are not stored.
+        even = elementwise.maximum(even, above_even)
+        odd = elementwise.maximum(odd, above_odd)
+        # The image's last column may be even: then there is no odd one. Later lanes are not stored.
         odd = tl.where(has_odd, odd, float("-inf")).to(CARRY)
         left = tl.gather(odd, left_lane, 1)
-        y = _max(_max(_max(even, odd), left), tl.zeros_like(even))
+        y = elementwise.maximum(elementwise.maximum(elementwise.maximum(even, odd), left), tl.zeros_like(even))
         tl.store(to + p * (pooled_w * c_out), y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -246,14 +241,16 @@ def launch(
     std: Sequence[float] | None = None,
     config: StemConfig | None = None,
 ) -> Tensor:
-    """max_pool(relu(conv(x) * scale + shift)) of operands that `stem_plan.why_not` lets pass.
+    """Computes max_pool(relu(conv(x) * scale + shift)) of operands that stem_layout.why_not lets pass.
 
     Args:
         x: (N, 3, H, W), float32, float16, bfloat16 or uint8, any strides.
-        weight: (C_out, 3, 7, 7), float16 or bfloat16, the dtype that is computed in; any strides.
-        scale, shift: (C_out,), floating point, or None.
-        mean, std: of three channels each: (x - mean) / std is convolved, of uint8 (x / 255 - mean) / std, in fp32 up to
-            there. Both or neither.
+        weight: (C_out, 3, 7, 7), float16 or bfloat16, any strides. Its dtype is computed in.
+        scale: (C_out,), floating point, or None.
+        shift: (C_out,), floating point, or None.
+        mean: three numbers, or None. With mean and std the input is (x - mean) / std, computed in fp32; x is x / 255 if uint8.
+        std: three numbers; None without a mean.
+        config: the strip; None to choose one.
 
     Returns:
         (N, C_out, pooled_h, pooled_w) in weight's dtype, channels_last.
@@ -262,10 +259,10 @@ def launch(
     config = todo.config
     y = torch.empty(todo.y_shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
     packed, packed_weight = pack(x, weight, mean, std, todo)
-    tensors = dict(x=packed, w_ptr=packed_weight, scale_ptr=dense(scale), shift_ptr=dense(shift), y_ptr=y)
+    tensors = dict(x=packed, w_ptr=packed_weight, scale_ptr=contiguous(scale), shift_ptr=contiguous(shift), y_ptr=y)
     fixed = todo.integers | dict(
         BLOCK_W=config.block_w, BLOCK_C=BLOCK_C, DESCRIPTOR=config.descriptor,
-        UPCAST=is_interpreted() and weight.dtype == torch.bfloat16,
+        UPCAST=dot_needs_fp32(weight.dtype),
     )  # fmt: skip
     # Programs: strips, then segments of their rows, then images.
     launching.launch(
@@ -279,12 +276,12 @@ def launch(
 def pack(
     x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, todo: Plan
 ) -> tuple[Tensor, Tensor]:
-    """Returns the image as (N, rows, columns, 4) and the weight as (BLOCK_C, 7, 8, 4), in weight's dtype."""
+    """Returns the image as (N, rows, columns, 4) and the weight as (BLOCK_C, 7, 8, 4), both in the weight's dtype."""
     packed = torch.empty(todo.packed_shape, dtype=weight.dtype, device=x.device)
     packed_weight = torch.empty(todo.packed_weight_shape, dtype=weight.dtype, device=x.device)
-    statistics = (0.0,) * 6 if mean is None else (*map(float, mean), *map(float, std))
+    statistics = (0.0,) * 6 if mean is None or std is None else (*map(float, mean), *map(float, std))
     numbers = (*todo.pack_integers, *x.stride(), weight.shape[0], *weight.stride(), *statistics)
-    constants = dict(NORMALISE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK)
+    constants = dict(NORMALIZE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK)
     if len(todo.packing) >= _MOST_LAYOUTS:
         todo.packing.clear()
     # Programs: blocks of pixels, image after image, then blocks of the weight.

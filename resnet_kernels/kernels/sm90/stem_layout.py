@@ -1,22 +1,29 @@
-"""How stem.py lays a stem out: which it takes, strips as data, sizes of the packed image, programs that fill the machine."""
+"""Layout of stem.py's launches: the stems that the kernel takes, strips as data, the packed image's sizes, the programs."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from ..geometry import Geometry
-from ..launching import View
 from .conv_tiles import cdiv
+from .descriptors import View
 
 
 @dataclass(frozen=True)
 class StemConfig:
-    """One strip. block_w: pooled columns; programs_per_sm: how many are resident at a time.
+    """A strip's shape.
 
-    descriptor: windows come by TMA, through a descriptor whose strides overlap, which not every driver need take.
+    Attributes:
+        block_w: pooled columns.
+        num_warps: warps of a program.
+        num_stages: rows of windows that are loading or in use at a time.
+        programs_per_sm: programs that an SM holds at a time.
+        descriptor: whether TMA loads the windows, through a descriptor whose windows overlap. A driver may reject it.
     """
 
     block_w: int
@@ -31,7 +38,7 @@ CONFIGS: tuple[StemConfig, ...] = (
     StemConfig(64, num_warps=4, num_stages=4, programs_per_sm=2),
     # Small images and small batches.
     StemConfig(32, num_warps=4, num_stages=4, programs_per_sm=3),
-    # The same by TMA: to be measured, never chosen.
+    # The same by TMA, for measurements: choose_config never picks them.
     StemConfig(64, num_warps=4, num_stages=4, programs_per_sm=2, descriptor=True),
     StemConfig(32, num_warps=4, num_stages=4, programs_per_sm=3, descriptor=True),
 )
@@ -48,14 +55,22 @@ _CACHED = 64
 
 
 def why_not(
-    x_shape, x_dtype: torch.dtype, weight_shape, geometry: Geometry, pool: tuple, dtype: torch.dtype
+    x_shape: Sequence[int],
+    x_dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    geometry: Geometry,
+    pool: tuple[Any, ...],
+    dtype: torch.dtype,
 ) -> str | None:
-    """What keeps a stem from the kernel; None if nothing does.
+    """Returns why the kernel can't run a stem, or None if it can.
 
     Args:
-        x_shape: (N, C_in, H, W). x_dtype: the image's own. weight_shape: (C_out, C_in, kernel_h, kernel_w).
-        pool: (kernel, stride, padding, dilation, ceil_mode) of the max-pool, each an int or a pair as MaxPool2d has them.
-        dtype: that is computed in.
+        x_shape: (N, C_in, H, W).
+        x_dtype: the image's dtype.
+        weight_shape: (C_out, C_in, kernel_h, kernel_w).
+        geometry: the convolution's.
+        pool: (kernel, stride, padding, dilation, ceil_mode) of the max-pool, each an int or a pair as in MaxPool2d.
+        dtype: the dtype that is computed in.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return f"dtype must be float16 or bfloat16, got {dtype}"
@@ -64,13 +79,12 @@ def why_not(
     if tuple(weight_shape[1:]) != (3, 7, 7) or x_shape[1] != 3:
         return f"the convolution must be 7x7 on 3 channels, got {tuple(weight_shape)} on {x_shape[1]} channels"
     if weight_shape[0] % 16 or weight_shape[0] > BLOCK_C:
-        # Others compile with masks and stores of single channels, and spill.
+        # Other widths need masks and stores of single channels, and spill.
         return f"C_out must be a multiple of 16 up to {BLOCK_C}, got {weight_shape[0]}"
     if geometry != GEOMETRY:
         return f"the convolution must have stride 2 and padding 3, got {geometry}"
     kernel, stride, padding, dilation, ceil_mode = pool
-    normalised = (*map(_pair, (kernel, stride, padding, dilation)), bool(ceil_mode))
-    if normalised != POOL:
+    if (*map(_pair, (kernel, stride, padding, dilation)), bool(ceil_mode)) != POOL:
         named = dict(zip(("kernel", "stride", "padding", "dilation", "ceil_mode"), pool))
         return f"the max-pool must be 3x3, stride 2, padding 1, without ceil_mode, got {named}"
     if 0 in x_shape:
@@ -84,29 +98,49 @@ def why_not(
 
 @dataclass(frozen=True)
 class Plan:
-    """A launch without its pointers: what depends on shapes only."""
+    """The part of both launches that depends on shapes only.
+
+    Attributes:
+        config: the strip.
+        packed_shape: (n, rows, columns, 4).
+        packed_weight_shape: (BLOCK_C, 7, 8, 4).
+        y_shape: (n, c_out, pooled_h, pooled_w).
+        windows: the packed image as a descriptor sees it.
+        pack_programs: programs of the packing kernel.
+        pack_integers: its first run-time numbers.
+        programs: programs of the stem kernel.
+        integers: its run-time numbers by name.
+        prepared: for launching.launch to fill, for the stem kernel.
+        packing: the same for the packing kernel, by the arguments that do not follow from shapes.
+    """
 
     config: StemConfig
-    packed_shape: tuple[int, int, int, int]  # (n, rows, columns, 4)
+    packed_shape: tuple[int, int, int, int]
     packed_weight_shape: tuple[int, int, int, int]
     y_shape: tuple[int, int, int, int]
-    windows: View  # the packed image as a descriptor sees it
+    windows: View
     pack_programs: int
     pack_integers: tuple[int, ...]
     programs: int
     integers: dict[str, int]
-    # What launches of the kernel find out, see launching.py; those of packing by what else they depend on.
-    prepared: dict = field(default_factory=dict, compare=False, repr=False)
-    packing: dict[tuple, dict] = field(default_factory=dict, compare=False, repr=False)
+    prepared: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, repr=False)
+    packing: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @lru_cache(_CACHED)
 def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: StemConfig | None = None) -> Plan:
-    """Lays out a stem that `why_not` lets pass; shared by the launcher and the compile-only tests."""
+    """Lays out a stem that `why_not` lets pass, for the launcher and the compile-only tests.
+
+    Args:
+        x_shape: (N, 3, H, W).
+        c_out: output channels.
+        multiprocessors: the device's.
+        config: the strip; None to choose one.
+    """
     batch, _, in_h, in_w = x_shape
     out_h, out_w = GEOMETRY.out_size((in_h, in_w), (7, 7))
     pooled_h, pooled_w, pairs = cdiv(out_h, 2), cdiv(out_w, 2), cdiv(out_w, 2)
-    # Up to the last window of the last pair of columns, the convolution's or not.
+    # Up to the last window of the last pair of columns, whose odd one may lie outside of the convolution.
     packed_h, packed_w = 2 * out_h + 5, 4 * pairs + 6
     config = config or choose_config(batch, pooled_h, pooled_w, multiprocessors)
     tiles_w = max(cdiv(pooled_w - 1, config.block_w - 1), 1)
@@ -119,7 +153,7 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
         (batch, packed_h, packed_w, 4),
         (BLOCK_C, 7, 8, 4),
         (batch, c_out, pooled_h, pooled_w),
-        # 28 of 32: outside of its shape a descriptor reads zeros, and the eighth pixel has to be zero.
+        # 28 of 32: a descriptor reads zeros outside of its shape, and the eighth pixel has to be zero.
         View(
             (batch, packed_h, 2, pairs, 28),
             (packed_h * packed_w * 4, packed_w * 4, 8, 16, 1),
@@ -136,20 +170,20 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
 
 
 def choose_config(images: int, pooled_h: int, pooled_w: int, multiprocessors: int) -> StemConfig:
-    """Picks a strip: the narrow one for narrow images, and where even single rows of wide ones leave the machine idle."""
+    """Picks a strip: the narrow one for narrow images, or if wide strips cut into single rows would not fill the machine."""
     wide, narrow = CONFIGS[:2]
     rows = images * pooled_h * max(cdiv(pooled_w - 1, wide.block_w - 1), 1)
     return narrow if pooled_w <= narrow.block_w or rows < multiprocessors * wide.programs_per_sm else wide
 
 
 def split_rows(strips: int, pooled_h: int, slots: int) -> tuple[int, int]:
-    """(segments, rows of each) of a strip, so that all segments end soonest on `slots` programs at a time.
+    """Returns (segments, rows of each) of a strip, such that `slots` programs at a time finish all segments soonest.
 
-    A segment computes the row above its first once more: half as much as a pooled row.
+    A segment computes the row above its first one again, which costs half as much as a pooled row.
     """
     candidates = {cdiv(pooled_h, rows): rows for rows in range(pooled_h, 0, -1)}
     return min(candidates.items(), key=lambda split: (cdiv(strips * split[0], slots) * (split[1] + 0.5), split[0]))
 
 
-def _pair(value) -> tuple[int, int]:
+def _pair(value: Any) -> tuple[int, ...]:
     return (value, value) if isinstance(value, int) else tuple(value)

@@ -1,14 +1,14 @@
-"""3x3 convolutions at stride 1 for Hopper that share their loads: formula as in conv_bias_act.py.
+"""Convolution 3x3 at stride 1 for Hopper whose taps share loads. Formula: ../conv_bias_act.py.
 
-conv.py loads its input from L2 once a tap, nine times. Here a program owns two neighbouring columns of pixels,
-and a step is a row of the filter: four columns of x and three taps of the weight feed six products. With 128 pixels a column,
-64 channels and steps of 32 these are 44 KiB, where a load for each product is 72.
+conv.py loads its input from L2 once a tap, nine times. Here a program owns two neighboring columns of pixels, and a step is a
+row of the filter: four columns of x and three taps of the weight feed six products. With 128 pixels a column, 64 channels and
+steps of 32 a step loads 44 KiB; a load for each product would be 72.
 
-x, y and the residual are seen as their even and their odd columns, each (N, H, W/2, C), so W has to be even; a box of one
-lies beside the box of the other. What is outside the image is read as zeros, which is the padding.
+x, y and the residual are seen as their even and their odd columns, each (N, H, W/2, C), so W has to be even. A box of one lies
+beside the box of the other. A descriptor reads zeros outside the image, which are the padding.
 
-On an H200, at batch 256 in bf16, it is the fastest for 64 channels at 56x56 (149 us; load by tap 157, cuDNN 155), and for
-no other layer of ResNet-50. Nothing chooses it but a measured table.
+On an H200, at batch 256 in bf16, this kernel is the fastest for 64 channels at 56x56 (149 us; conv.py 157, cuDNN 155), and for
+no other layer of ResNet-50. Only a measured table chooses it.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from torch import Tensor
 
 from .. import launching
 from ..geometry import Geometry
-from ..launching import View
-from .conv import aligned, dense, is_interpreted, multiprocessors
+from ..layouts import contiguous
+from ..target import is_interpreted, multiprocessors
 from .conv_device import store_part
 from .conv_layout import LaunchPlan, first_part
 from .conv_layout import why_not as why_not_by_tap
 from .conv_tiles import TmaConfig, cdiv, choose_box
+from .descriptors import View, aligned, dense_view
 
 CONFIGS: tuple[TmaConfig, ...] = (
-    # Stage 1: 64 output channels. A third stage would leave room for one program an SM, eight warps take 221 registers.
+    # Stage 1: 64 output channels. With a third stage one program would fit on an SM, and eight warps would take 221 registers.
     TmaConfig(128, 64, 32, num_warps=4, num_stages=2, parts=4, programs_per_sm=2),
     # The least traffic from L2.
     TmaConfig(128, 128, 32, num_warps=8, num_stages=3, parts=4, programs_per_sm=1),
@@ -46,7 +47,7 @@ _CACHED = 128
 
 @triton.jit
 def _column(x_desc, n, h, w, c, UPCAST: tl.constexpr):
-    """A box of every second column, [BLOCK_K channels, BLOCK_M pixels]."""
+    """Loads a box of every second column, [BLOCK_K channels, BLOCK_M pixels]."""
     x = x_desc.load([n, h, w, c])
     x = x.reshape(x.shape[0] * x.shape[1] * x.shape[2], x.shape[3])
     return (x.to(tl.float32) if UPCAST else x).T
@@ -87,7 +88,7 @@ def _tap_sharing_tma_kernel(
     BLOCK_M: tl.constexpr = BOX_N * BOX_H * BOX_W
     C_IN: tl.constexpr = N_CHUNKS * BLOCK_K
     for tile in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0)):
-        # Channels first: programs of one box of pixels, the larger operand, run at a time.
+        # Channels first: programs of one box of pixels, the larger operand, run at the same time.
         channel = tile % tiles_c * BLOCK_N
         box = tile // tiles_c
         w = box % tiles_w * BOX_W
@@ -106,7 +107,7 @@ def _tap_sharing_tma_kernel(
             x1 = _column(even_desc, n, h - 1 + r, w, c, UPCAST)
             x2 = _column(odd_desc, n, h - 1 + r, w, c, UPCAST)
             x3 = _column(even_desc, n, h - 1 + r, w + 1, c, UPCAST)
-            # Turn by turn: products into one accumulator wait for each other.
+            # In turns: products into the same accumulator wait for each other.
             even = tl.dot(left, x0, even)
             odd = tl.dot(left, x1, odd)
             even = tl.dot(middle, x1, even)
@@ -114,19 +115,19 @@ def _tap_sharing_tma_kernel(
             even = tl.dot(right, x2, even)
             odd = tl.dot(right, x3, odd)
         store_part(
-            even, scale_ptr, bias_ptr, None, None, even_residual_desc, even_y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+            even, scale_ptr, bias_ptr, even_residual_desc, even_y_desc, c_out, n, h, w, channel,
+            RELU, BLOCK_M, BOX_H, BOX_W, PARTS,
         )  # fmt: skip
         store_part(
-            odd, scale_ptr, bias_ptr, None, None, odd_residual_desc, odd_y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, 0, PARTS,
+            odd, scale_ptr, bias_ptr, odd_residual_desc, odd_y_desc, c_out, n, h, w, channel,
+            RELU, BLOCK_M, BOX_H, BOX_W, PARTS,
         )  # fmt: skip
 
 
 def why_not(
     x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry, dtype: torch.dtype
 ) -> str | None:  # fmt: skip
-    """What keeps a convolution from this kernel; None if nothing does. Arguments as conv_bias_act_tma_plan.why_not."""
+    """Returns why this kernel can't run a convolution, or None if it can. Arguments: conv_layout.why_not."""
     if (reason := why_not_by_tap(x_shape, weight_shape, geometry, dtype)) is not None:
         return reason
     if tuple(weight_shape[2:]) != (3, 3) or geometry != _SAME:
@@ -142,7 +143,7 @@ def why_not(
 def plan(
     x_shape: tuple[int, ...], c_out: int, relu: bool, upcast: bool = False, config: TmaConfig = CONFIGS[0]
 ) -> LaunchPlan:  # fmt: skip
-    """Lays out a convolution that `why_not` lets pass; shared by the launcher and the compile-only tests."""
+    """Lays out a convolution that `why_not` lets pass, for the launcher and the compile-only tests."""
     batch, c_in, height, width = x_shape
     pixels = (batch, height, width // 2)
     box = choose_box(config.block_m, pixels)
@@ -152,7 +153,7 @@ def plan(
         strides = (height * width * channels, width * channels, 2 * channels, 1)
         return View((*pixels, channels), strides, sides, odd * channels)
 
-    views = {"w_desc": View((c_out, 9 * c_in), (9 * c_in, 1), (config.block_n, config.block_k))}
+    views = {"w_desc": dense_view((c_out, 9 * c_in), (config.block_n, config.block_k))}
     for odd, name in enumerate(("even", "odd")):
         views[f"{name}_desc"] = columns(c_in, (*box, config.block_k), odd)
         part = columns(c_out, (*first_part(box, config.parts), config.block_n), odd)
@@ -185,7 +186,7 @@ def launch(
     x, residual = aligned(x), None if residual is None else aligned(residual)
     tensors = dict(
         even_desc=x, odd_desc=x, w_desc=aligned(weight), even_residual_desc=residual, odd_residual_desc=residual,
-        even_y_desc=y, odd_y_desc=y, scale_ptr=dense(scale), bias_ptr=dense(bias),
+        even_y_desc=y, odd_y_desc=y, scale_ptr=contiguous(scale), bias_ptr=contiguous(bias),
     )  # fmt: skip
     # Programs: tiles of channels, then of pairs of columns, rows and images.
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)

@@ -76,6 +76,7 @@ def _gpu(recorder: _Recorder) -> Iterator[None]:
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
+    from ...kernels import target
     from ...kernels.sm90 import conv
 
     def run(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -85,7 +86,7 @@ def _gpu(recorder: _Recorder) -> Iterator[None]:
         (backends, "untuned", lambda device, dtype: "cudnn"),
         (backends, "why_not_on", lambda backend, device, dtype: None),
         (import_module("resnet_kernels.runtime.eligibility"), "is_ordinary", lambda x: isinstance(x, Tensor)),
-        (conv, "runs_on", lambda device: True),
+        (target, "is_hopper", lambda device: True),
         (conv, "multiprocessors", lambda device: MULTIPROCESSORS),
         (JITFunction, "run", run),
         (InterpretedFunction, "run", run),

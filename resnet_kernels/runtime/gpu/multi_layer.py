@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...kernels import target
 from ...kernels.geometry import Geometry
 from ...ops import backends, tuned_table
 from ...ops.conv_candidates import ConvProblem
@@ -174,9 +175,7 @@ def takes_links(device: torch.device) -> bool:
     """Whether a device runs the kernels of links."""
     if backends.why_not_on("triton", device, torch.float16) is not None:
         return False
-    from ...kernels.sm90 import conv as sm90_conv
-
-    return sm90_conv.runs_on(device)
+    return target.is_hopper(device)
 
 
 class LinkProblem(NamedTuple):
