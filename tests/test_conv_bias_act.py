@@ -12,6 +12,7 @@ from oracle import DTYPES, assert_within_budget, skip_unless_runnable
 
 from resnet_kernels import ops
 from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.ops import onednn, reference
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
@@ -219,9 +220,8 @@ def test_every_shipped_config_is_exact(index, dtype, device):
     for c_in in (40, 64):
         case = Case("", 2, c_in, 7, 7, 72)
         x, weight, bias, residual, scale = operands(case, dtype, device)
-        y = kernel.launch(
-            x, weight, bias, residual, scale, normalise(1, 1, 1, 1), True, config=kernel.CONFIGS[index]
-        )  # fmt: skip
+        given = ConvOperands(x, weight, bias, residual, scale, normalise(1, 1, 1, 1))
+        y = kernel.launch(given, kernel.CONFIGS[index])
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
 

@@ -11,6 +11,7 @@ from test_planted_bugs import planted
 
 from resnet_kernels import ops
 from resnet_kernels.kernels.geometry import Geometry, normalise
+from resnet_kernels.kernels.operands import ConvOperands
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -79,7 +80,7 @@ def _runnable_with_nan_outputs(device):
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
     geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
     assert why_not(x.shape, weight.shape, geometry, x.dtype) is None
-    return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
+    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, relu), config)
 
 
 @pytest.mark.slow(unless=lambda case: case.n < 8 and case.c_out < 128)
@@ -271,7 +272,7 @@ def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=F
     shapes = [ConvShape(t.shape, w.shape, g) for t, w, g in zip((x, x0), (weight, weight0), geometries)]
     assert why_not_merged(*shapes, x.dtype) is None
     y = sm90_conv.launch(
-        x, weight, bias, added, scale, geometries[0], relu, config,
+        ConvOperands(x, weight, bias, added, scale, geometries[0], relu), config,
         sm90_conv.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
     )  # fmt: skip
     expected = truth(merged.conv, x, weight, bias, added, scale, False)
@@ -393,15 +394,14 @@ def test_the_predicate_says_why(x_shape, weight_shape, geometry, dtype, reason):
             raise ValueError(said)
 
 
-def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
+def test_triton_is_this_kernel_on_hopper_where_it_can(monkeypatch, device):
     taken = []
 
-    def launch(*arguments):
-        taken.append(arguments[0].shape[0])
-        return sm90_conv.launch(*arguments)
-
-    stand_in = type("module", (), dict(launch=staticmethod(launch), runs_on=staticmethod(lambda device: True)))
-    monkeypatch.setattr(conv_bias_act, "conv", stand_in)
+    original = sm90_conv.launch
+    monkeypatch.setattr(
+        sm90_conv, "launch", lambda operands, *rest: (taken.append(len(operands.x)), original(operands, *rest))[1]
+    )
+    monkeypatch.setattr(sm90_conv, "runs_on", lambda device: True)
     for case, expected in (
         (CASES[0], [2]),
         (Case("", 2, 64, 7, 7, 64, stride=2), [2]),

@@ -11,6 +11,7 @@ from oracle import skip_unless_runnable
 from test_conv_bias_act import Case, operands, truth
 
 from resnet_kernels.kernels.geometry import normalise
+from resnet_kernels.kernels.operands import ConvOperands
 
 CASES = (
     Case("", 2, 16, 7, 6, 24),
@@ -44,7 +45,7 @@ def failures(kernel, device) -> int:
         x, weight, bias, residual, scale = operands(case, torch.float32, device)
         geometry = normalise(case.stride, case.padding, case.dilation, case.groups)
         for relu in (True, False):
-            y = kernel.launch(x, weight, bias, residual, scale, geometry, relu)
+            y = kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, relu))
             wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, relu))
     return wrong
 

@@ -10,6 +10,7 @@ from test_conv_bias_act import Case, operands, truth
 from test_planted_bugs import planted
 
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.kernels.sm90 import conv
 from resnet_kernels.kernels.sm90 import tap_sharing as kernel
 
@@ -36,7 +37,7 @@ def _runnable_with_nan_outputs(device):
 
 def run(case, x, weight, bias, residual, scale, relu, config=kernel.CONFIGS[0]):
     assert kernel.why_not(x.shape, weight.shape, SAME, x.dtype) is None
-    return kernel.launch(x, weight, bias, residual, scale, SAME, relu, config)
+    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, SAME, relu), config)
 
 
 @pytest.mark.slow(unless=lambda case, config: config == kernel.CONFIGS[0] or case is CASES[0])
@@ -147,5 +148,5 @@ def test_a_table_can_choose_it(device, monkeypatch):
     names = [name for name in conv_candidates.candidates(asked, 2, FP16, device) if name.startswith("shared ")]
     assert len(names) == len(kernel.CONFIGS)
     for name in names:
-        y = conv_candidates.run(name, x, weight, bias, residual, scale, SAME, True)
+        y = conv_candidates.run(name, ConvOperands(x, weight, bias, residual, scale, SAME))
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))

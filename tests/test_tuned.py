@@ -15,6 +15,7 @@ from tiny import tiny
 
 import resnet_kernels as rk
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
@@ -234,7 +235,7 @@ def test_candidates_have_names_of_their_own():
     from resnet_kernels.kernels import conv_bias_act
     from resnet_kernels.kernels.sm90 import conv_tiles, tap_sharing
 
-    tiles = conv_candidates._tiles()
+    tiles = conv_candidates.tiles()
     assert len(tiles) == sum(map(len, (conv_bias_act.CONFIGS, conv_tiles.CONFIGS, tap_sharing.CONFIGS)))
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
 
@@ -323,12 +324,12 @@ def test_cudnn_and_a_pass_after_it(device):
     *tensors, geometry, _ = operands(residual=True)
     tensors = [t.to(device) for t in tensors]
     x, weight, bias, residual, scale = tensors
-    calls = [(x, weight, bias, residual, scale, geometry, relu) for relu in (True, False)]
-    calls.append((x, weight, bias, None, None, geometry, False))
-    calls += [(x, weight, None, None, None, geometry, relu) for relu in (True, False)]
+    calls = [ConvOperands(x, weight, bias, residual, scale, geometry, relu) for relu in (True, False)]
+    calls.append(ConvOperands(x, weight, bias, geometry=geometry, relu=False))
+    calls += [ConvOperands(x, weight, geometry=geometry, relu=relu) for relu in (True, False)]
     before = [t.clone() for t in tensors]
     for call in calls:
-        y = conv_candidates.run("cudnn+epilogue", *call)
+        y = conv_candidates.run("cudnn+epilogue", call)
         wide = [None if t is None else t.double() for t in call[:5]]
         expected = reference.conv_bias_act(*call)
         assert_within_budget(y, expected, reference.conv_bias_act(*wide, *call[5:]))

@@ -1,8 +1,7 @@
 """relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
 
-Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `backends.resolve` -> `conv_candidates.run`, one of
-    kernels/conv_bias_act.py   our Triton kernel: formula, cost, tiles
-    ops/cudnn.py, ops/onednn.py, reference.py
+Three steps lead to a kernel: the op, `conv_candidates`, which picks one, and a launcher: kernels/conv_bias_act.py (formula,
+cost, tiles), kernels/sm90/, ops/cudnn.py, ops/onednn.py or ops/reference.py.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalise
+from ..kernels.operands import ConvOperands
 from . import backends, conv_candidates, onednn, reference
 from .dtypes import autocast_dtype
 from .library import LIBRARY
@@ -24,18 +24,9 @@ LIBRARY.define(
 def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
     # Resolved here and not by the caller, so that torch.compile sees one op whatever the machine has.
     name = backends.resolve(backend, x.device, x.dtype)
-    operands = (
-        x,
-        weight,
-        bias,
-        residual,
-        scale,
-        Geometry(tuple(stride), tuple(padding), tuple(dilation), groups),
-        relu,
-    )
-    if name == "tuned":
-        name = conv_candidates.winner(*operands)
-    return conv_candidates.run(name, *operands)
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    operands = ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+    return conv_candidates.run(conv_candidates.winner(operands) if name == "tuned" else name, operands)
 
 
 def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.geometry import Geometry
+from ..kernels.operands import ConvOperands
 from . import reference
 
 # fp32 and bfloat16 end at 3.4e38; a decade is left for rounding.
@@ -137,12 +138,16 @@ def arguments(geometry: Geometry) -> tuple:
     return geometry.conv2d_padding, geometry.stride, geometry.dilation, geometry.groups
 
 
-def conv_bias_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, relu: bool
-) -> Tensor:
-    """relu(conv(x, weight) + bias + residual), channels_last."""
-    if is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
-        return reference.conv_bias_act(x, weight, bias, residual, None, geometry, relu)
+def conv_bias_act(operands: ConvOperands) -> Tensor:
+    """Returns relu(conv(x, weight) * scale + bias + residual); channels_last where oneDNN runs it.
+
+    Args:
+        operands: in a dtype that `why_not` lets pass. A scale is multiplied into a copy of the weight.
+    """
+    operands = operands.folded()
+    x, weight, bias, residual, _, geometry, relu = operands
+    if x.shape[0] == 0 or is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
+        return reference.conv_bias_act(*operands)
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)

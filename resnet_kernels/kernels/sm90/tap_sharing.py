@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import launching
 from ..geometry import Geometry
 from ..launching import View
+from ..operands import ConvOperands
 from .conv import aligned, dense, is_interpreted, multiprocessors
 from .conv_device import store_part
 from .conv_layout import LaunchPlan, first_part
@@ -167,17 +168,13 @@ def plan(
     )  # fmt: skip
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-    config: TmaConfig = CONFIGS[0],
-) -> Tensor:
-    """Runs the kernel on checked operands that `why_not` lets pass; returns y, channels_last."""
+def launch(operands: ConvOperands, config: TmaConfig = CONFIGS[0]) -> Tensor:
+    """Launches the kernel on checked operands that `why_not` lets pass.
+
+    Returns:
+        y, channels_last.
+    """
+    x, weight, bias, residual, scale, geometry, relu = operands
     todo = plan(tuple(x.shape), weight.shape[0], relu, is_interpreted() and x.dtype == torch.bfloat16, config)
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last

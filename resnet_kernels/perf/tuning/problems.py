@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...fusion.convert import fuse
+from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
 from ...ops.batch_norm_act import NormProblem
 from ...ops.conv_candidates import ConvProblem
@@ -116,7 +117,7 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 
 def _runner(name: str, geometry, relu: bool) -> Callable[..., Tensor]:
-    return lambda *operands: conv_candidates.run(name, *operands, geometry, relu)
+    return lambda *tensors: conv_candidates.run(name, ConvOperands(*tensors, geometry, relu))
 
 
 BUILDERS: dict[type, Callable[..., Problem]] = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ...graph.recipe import CallStep, ConvStep, NormStep, Recipe
 from ...kernels.geometry import Geometry
+from ...kernels.operands import ConvOperands
 from ...ops import cudnn
 from .. import other_steps, profiler_ranges
 from ..bn import scale_shift
@@ -78,9 +79,8 @@ def convolve_as(form: Form, part: Part, values: Values, constants: AllConstants,
         y = form.run(x, weight, shift, residual, scale)
     else:
         own_scale, own_shift, _ = constants[form.adds]
-        y = cudnn.conv_then_epilogue(
-            x, weight, shift, residual, scale, form.geometry, step.relu, own_scale, own_shift
-        )  # fmt: skip
+        operands = ConvOperands(x, weight, shift, residual, scale, form.geometry, step.relu)
+        y = cudnn.conv_then_epilogue(operands, own_scale, own_shift)
     values[step.out] = other_steps.add_broadcast(y, values[step.residual], step.relu) if form.broadcasts else y
 
 
@@ -110,9 +110,9 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
     shortcut = kernel.Shortcut(
         x0, _weight(link.shortcut, x, constants), projection_shift, projection_scale, _geometry(link.shortcut, x0)
     )
-    values[step.out] = kernel.launch(
-        x, _weight(link.conv3, x, constants), shift, None, scale, _geometry(link.conv3, x), step.relu, shortcut=shortcut
-    )
+    weight, geometry = _weight(link.conv3, x, constants), _geometry(link.conv3, x)
+    operands = ConvOperands(x, weight, shift, None, scale, geometry, step.relu)
+    values[step.out] = kernel.launch(operands, shortcut=shortcut)
 
 
 def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
