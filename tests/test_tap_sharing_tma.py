@@ -118,9 +118,8 @@ def failures(module, device) -> int:
     count = 0
     for case, config in itertools.product(CASES[2:3], (kernel.CONFIGS[-1],)):
         x, weight, bias, residual, scale = operands(case, FP16, device)
-        y = module.launch(
-            x, weight, bias, residual, scale, SAME, True, replace(config, programs_per_sm=1)
-        )  # fmt: skip
+        given = ConvOperands(x, weight, bias, residual, scale, SAME)
+        y = module.launch(given, replace(config, programs_per_sm=1))
         count += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
     return count
 

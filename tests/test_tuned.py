@@ -21,6 +21,7 @@ from resnet_kernels.ops import backends, conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
 from resnet_kernels.runtime import eligibility
+from resnet_kernels.runtime.gpu.multi_layer import APART, ROLES
 
 KEY = tuned_table.DeviceKey("Fake GPU 1", "9.0")
 CPU = torch.device("cpu")
@@ -238,6 +239,32 @@ def test_candidates_have_names_of_their_own():
     tiles = conv_candidates.tiles()
     assert len(tiles) == sum(map(len, (conv_bias_act.CONFIGS, conv_tiles.CONFIGS, tap_sharing.CONFIGS)))
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
+
+
+SHIPPED = sorted(tuned_table.PACKAGE_DIRECTORY.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_winners_are_candidates_of_this_version(path):
+    """A renamed tile or role would turn the records that name it off, with no more than a warning."""
+    pytest.importorskip("triton", reason="needs triton")
+    key = tuned_table.DeviceKey(**json.loads(path.read_text())["device"])
+    assert key.file_name == path.name
+    known = {
+        "conv": {"cudnn", "cudnn+epilogue", *conv_candidates.tiles()},
+        "norm": {"eager", "triton"},
+        tuned_table.TRAINING: {"eager", "triton"},
+        "stem": {APART, "conv+pool"},
+    }
+    records = tuned_table.read(path, key)
+    for entry in records:
+        kind, rest = entry["key"].split(" ", 1)
+        if kind == "link" and entry["winner"] != APART:
+            roles = {layer.split()[0] for layer in rest.split("; ")}
+            assert roles <= {*ROLES} and {"conv3"} <= {*entry["winner"].split("+")} <= roles, entry["key"]
+        else:
+            assert entry["winner"] in known.get(kind, {APART}), entry["key"]
+    assert {"conv", "norm", "link"} <= {entry["key"].split()[0] for entry in records}
 
 
 def test_hopper_is_offered_what_fits(monkeypatch):

@@ -111,7 +111,7 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
 
 
 def winner(operands: ConvOperands) -> str:
-    """Returns the name of the fastest candidate by a table; without an answer that can run, the one that `auto` runs untuned."""
+    """Returns the name of the fastest candidate by a table; without an answer that can run, that of `untuned`."""
     x, weight, bias, residual, scale, geometry, relu = operands
     batch, c_in, in_h, in_w = x.shape
     epilogue = (scale is not None, bias is not None, residual is not None, relu)
