@@ -128,6 +128,8 @@ def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, de
     return name in candidates(problem, batch, dtype, device)
 
 
+# Our kernels with a tile that they choose themselves, the portable one and Hopper's: "triton" is one of them.
+_OWN_CHOICE = ("pointer auto", "tma auto")
 # Shape of x, shape of the weight, geometry.
 Shapes = tuple[tuple[int, ...], tuple[int, ...], Geometry]
 # Takes (x, weight, bias, residual, scale).
@@ -151,7 +153,7 @@ class Kernel(NamedTuple):
 
 @cache
 def _kernels() -> dict[str, Kernel]:
-    """Returns our kernels by candidate; "pointer" and "tma" without a tile choose one themselves."""
+    """Returns our kernels with each of their tiles, by candidate, and those that choose a tile themselves."""
     # Imported at the first question: Triton may be absent.
     from ..kernels import conv_bias_act
     from ..kernels.sm90 import conv, conv_layout, conv_tiles, tap_sharing
@@ -184,7 +186,7 @@ def _kernels() -> dict[str, Kernel]:
 
         return Kernel(lambda operands: tap_sharing.launch(operands, config), why_not)
 
-    kernels = {"pointer": pointer(None), "tma": tma(None)}
+    kernels = dict(zip(_OWN_CHOICE, (pointer(None), tma(None))))
     kernels |= {f"pointer {config}": pointer(config) for config in conv_bias_act.CONFIGS}
     kernels |= {f"tma {config}": tma(config) for config in conv_tiles.CONFIGS}
     return kernels | {f"shared {config}": shared(config) for config in tap_sharing.CONFIGS}
@@ -192,24 +194,23 @@ def _kernels() -> dict[str, Kernel]:
 
 def tiles() -> dict[str, Kernel]:
     """Returns our kernels with each of their tiles, by candidate."""
-    return {name: kernel for name, kernel in _kernels().items() if " " in name}
+    return {name: kernel for name, kernel in _kernels().items() if name not in _OWN_CHOICE}
 
 
-def _kernel(name: str, shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Kernel | None:
-    """Returns the kernel of ours that a candidate is; None for another's operation."""
-    if name == "triton":
-        by_tma = _kernels()["tma"]
-        return by_tma if by_tma.why_not(shapes, dtype, device) is None else _kernels()["pointer"]
-    return _kernels()[name] if " " in name else None
+def _by_triton(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str:
+    """Returns the name of the kernel that the candidate "triton" is."""
+    portable, hopper = _OWN_CHOICE
+    return portable if _kernels()[hopper].why_not(shapes, dtype, device) else hopper
 
 
 def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> Run:
     """Returns `run` for a known problem, with all decided that can be."""
     geometry, relu = problem.geometry, problem.relu
     shapes = (problem.x_shape(batch), problem.weight_shape, geometry)
-    kernel = _kernel(name, shapes, dtype, device)
-    if kernel is not None and kernel.bind is not None:
-        return kernel.bind(shapes, relu, dtype, device)
+    if name == "triton":
+        name = _by_triton(shapes, dtype, device)
+    if " " in name and (bind_kernel := _kernels()[name].bind) is not None:
+        return bind_kernel(shapes, relu, dtype, device)
     return lambda x, weight, bias, residual, scale: run(
         name, ConvOperands(x, weight, bias, residual, scale, geometry, relu)
     )
@@ -217,10 +218,11 @@ def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device
 
 def run(name: str, operands: ConvOperands) -> Tensor:
     """Returns relu(conv(x, weight) * scale + bias + residual) by a candidate that can run it; channels_last."""
-    x = operands.x
-    kernel = _kernel(name, (x.shape, operands.weight.shape, operands.geometry), x.dtype, x.device)
-    if kernel is not None:
-        return kernel.launch(operands)
+    if name == "triton":
+        x = operands.x
+        name = _by_triton((x.shape, operands.weight.shape, operands.geometry), x.dtype, x.device)
+    if " " in name:
+        return _kernels()[name].launch(operands)
     if name == "cudnn":
         y = cudnn.conv_bias_act(operands)
     elif name == "cudnn+epilogue":

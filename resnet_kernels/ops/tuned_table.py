@@ -65,7 +65,7 @@ def device_key(device: torch.device) -> DeviceKey | None:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns a dtype's name in tables; "tf32", as if it were another dtype, for float32 whose convolutions may round to it."""
+    """Returns a dtype's name in tables; "tf32", as if that were a dtype, for float32 whose convolutions may round to it."""
     return "tf32" if allows_tf32(dtype) else short_name(dtype)
 
 
