@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,10 +24,6 @@ from torch import Tensor
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 from . import backends, cudnn, onednn, reference, tuned_table
-
-if TYPE_CHECKING:
-    from ..kernels.conv_bias_act import ConvConfig
-    from ..kernels.sm90.conv_tiles import TmaConfig
 
 # Answers kept of what Hopper's kernel takes: a net has some 25 layers that differ, times a few batch and image sizes.
 _CACHED = 512
@@ -114,8 +110,10 @@ def winner(operands: ConvOperands) -> str:
     """Returns the name of the fastest candidate by a table; without an answer that can run, that of `untuned`."""
     x, weight, bias, residual, scale, geometry, relu = operands
     batch, c_in, in_h, in_w = x.shape
-    epilogue = (scale is not None, bias is not None, residual is not None, relu)
-    problem = ConvProblem(c_in, in_h, in_w, tuple(weight.shape), geometry, *epilogue)
+    problem = ConvProblem(
+        c_in, in_h, in_w, tuple(weight.shape), geometry,
+        scale is not None, bias is not None, residual is not None, relu,
+    )  # fmt: skip
     return choice(problem, batch, x.dtype, x.device) or untuned(problem, x.dtype, x.device)
 
 
@@ -165,31 +163,31 @@ def _kernels() -> dict[str, Kernel]:
             return f"needs a GPU of compute capability 9, got {device}"
         return why_not_by_shape(*shapes, dtype)
 
-    def pointer(config: ConvConfig | None) -> Kernel:
+    def pointer(config: conv_bias_act.ConvConfig | None) -> Kernel:
         return Kernel(lambda operands: conv_bias_act.launch(operands, config), lambda *_: None)
 
-    def tma(config: TmaConfig | None) -> Kernel:
-        def why_not(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str | None:
-            reason = why_not_hopper(shapes, dtype, device)
-            if reason is not None or config is None:
-                return reason
-            return conv_layout.why_not_tile(conv_layout.ConvShape(*shapes), config)
+    def tma(config: conv_tiles.TmaConfig | None) -> Kernel:
+        return Kernel(
+            lambda operands: conv.launch(operands, config),
+            lambda shapes, dtype, device: (
+                why_not_hopper(shapes, dtype, device)
+                or (None if config is None else conv_layout.why_not_tile(conv_layout.ConvShape(*shapes), config))
+            ),
+            lambda shapes, relu, dtype, device: conv.Bound(conv_layout.ConvShape(*shapes), relu, dtype, device, config),
+        )
 
-        def bind(shapes: Shapes, relu: bool, dtype: torch.dtype, device: torch.device) -> Run:
-            return conv.Bound(conv_layout.ConvShape(*shapes), relu, dtype, device, config)
+    def shared(config: conv_tiles.TmaConfig) -> Kernel:
+        return Kernel(
+            lambda operands: tap_sharing.launch(operands, config),
+            lambda shapes, dtype, device: why_not_hopper(shapes, dtype, device) or tap_sharing.why_not(*shapes, dtype),
+        )
 
-        return Kernel(lambda operands: conv.launch(operands, config), why_not, bind)
-
-    def shared(config: TmaConfig) -> Kernel:
-        def why_not(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str | None:
-            return why_not_hopper(shapes, dtype, device) or tap_sharing.why_not(*shapes, dtype)
-
-        return Kernel(lambda operands: tap_sharing.launch(operands, config), why_not)
-
-    kernels = dict(zip(_OWN_CHOICE, (pointer(None), tma(None))))
-    kernels |= {f"pointer {config}": pointer(config) for config in conv_bias_act.CONFIGS}
-    kernels |= {f"tma {config}": tma(config) for config in conv_tiles.CONFIGS}
-    return kernels | {f"shared {config}": shared(config) for config in tap_sharing.CONFIGS}
+    return (
+        dict(zip(_OWN_CHOICE, (pointer(None), tma(None))))
+        | {f"pointer {config}": pointer(config) for config in conv_bias_act.CONFIGS}
+        | {f"tma {config}": tma(config) for config in conv_tiles.CONFIGS}
+        | {f"shared {config}": shared(config) for config in tap_sharing.CONFIGS}
+    )
 
 
 def tiles() -> dict[str, Kernel]:
