@@ -127,7 +127,7 @@ def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
                 norms[str(asked)] = (asked, 16 if network.image_size > 100 else 3)
             elif not isinstance(asked, ConvProblem):
                 links[str(asked)] = (asked, 8 if network.image_size > 100 else 3)
-    tiles = [*conv_candidates._tiles(), "cudnn", "cudnn+epilogue"]
+    tiles = [*conv_candidates.tiles(), "cudnn", "cudnn+epilogue"]
     ours = [name for name in tiles if name.startswith(("tma", "shared"))]
     # Longest first: a network compiles some forty kernels.
     yield from (Job(name, checks, NETWORK_S) for name, checks in NETWORKS())

@@ -190,6 +190,7 @@ def jobs() -> Iterator[tuple[str, list[Any]]]:
 def _launch(what: str) -> None:
     """Launches one kernel, without a reference: under compute-sanitizer everything is slow."""
     from resnet_kernels.kernels.geometry import Geometry
+    from resnet_kernels.kernels.operands import ConvOperands
     from resnet_kernels.kernels.sm90 import chain, conv, conv_tiles, stem
 
     def draw(*shape: int) -> Tensor:
@@ -200,7 +201,7 @@ def _launch(what: str) -> None:
         if what == "split":
             for config in conv_tiles.CONFIGS:
                 if config.split_k > 1:
-                    conv.launch(draw(2, 512, 7, 7), draw(512, 512, 3, 3), None, None, None, padded, True, config)
+                    conv.launch(ConvOperands(draw(2, 512, 7, 7), draw(512, 512, 3, 3), geometry=padded), config)
         elif what == "stem":
             for config in stem_configs():
                 stem.launch(torch.randn(2, 3, 75, 75, device=DEVICE), draw(64, 3, 7, 7), None, None, config=config)

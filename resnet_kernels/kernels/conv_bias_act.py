@@ -28,12 +28,10 @@ from torch import Tensor
 from . import elementwise, launching, target
 from .geometry import Geometry
 from .layouts import channels_last, contiguous
-from .sm90 import conv
-from .sm90.conv_layout import why_not as why_not_tma
+from .operands import ConvOperands
 
 # Plans kept: a net has some 25 layers that differ, times a few batch and image sizes.
 _CACHED = 512
-_why_not_tma = lru_cache(_CACHED)(why_not_tma)
 
 
 @dataclass(frozen=True)
@@ -206,24 +204,17 @@ def _conv_bias_act_kernel(
     tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-    config: ConvConfig | None = None,
-) -> Tensor:
-    """Runs a kernel on checked operands; returns y, channels_last. Converts what is not channels_last yet.
+def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
+    """Launches the kernel on checked operands.
 
-    On Hopper that is sm90/conv.py's where its predicate lets it, this file's otherwise
-    and where `config` names one of its tiles.
+    Args:
+        operands: in fp16, bf16 or fp32. What is not channels_last yet is converted.
+        config: a tile; None lets `choose_config` pick one.
+
+    Returns:
+        y, channels_last.
     """
-    if config is None and target.is_hopper(x.device):
-        if _why_not_tma(x.shape, weight.shape, geometry, x.dtype) is None:
-            return conv.launch(x, weight, bias, residual, scale, geometry, relu)
+    x, weight, bias, residual, scale, geometry, relu = operands
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
     batch, c_out = x.shape[0], weight.shape[0]
     y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
@@ -233,9 +224,8 @@ def launch(
         # A larger batch is halved.
         half = batch // 2
         for part in (slice(0, half), slice(half, batch)):
-            y[part] = launch(
-                x[part], weight, bias, None if residual is None else residual[part], scale, geometry, relu, config
-            )
+            added = None if residual is None else residual[part]
+            y[part] = launch(operands._replace(x=x[part], residual=added), config)
         return y
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)

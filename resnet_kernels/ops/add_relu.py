@@ -1,4 +1,4 @@
-"""relu(x + residual) in one pass, for where no convolution precedes the add. Kernel: kernels/add_relu.py."""
+"""relu(x + residual) in one pass, where no convolution comes before the add. The kernel is in kernels/add_relu.py."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _add_relu(x, residual, backend):
         from ..kernels import add_relu as kernel
 
         return kernel.launch(x, residual)
-    # The sum is ours alone, so the ReLU can go over it.
+    # Nobody else has the sum, so the ReLU overwrites it.
     return torch.relu_(torch.add(x, residual))
 
 
@@ -42,14 +42,15 @@ def add_relu(x: Tensor, residual: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         x: any shape, any floating dtype, dense in memory (contiguous or channels_last).
         residual: shape, dtype and device of `x`, no broadcasting. Another layout than x's is converted.
-        backend: "auto", "triton", "cudnn", "cpu" or "eager" (cudnn and cpu run PyTorch's own add and ReLU: nothing fuses
-            them there); RESNET_KERNELS_BACKEND goes over it.
+        backend: "auto", "triton", "cudnn", "cpu" or "eager". cuDNN and oneDNN have no such operation: under their names
+            PyTorch's own add and ReLU run. The environment's RESNET_KERNELS_BACKEND overrides the argument.
 
     Returns:
         x's shape, dtype and layout.
 
     Raises:
-        TypeError: no tensors, or not floating point. ValueError: shape, dtype or device differ, or x is not dense.
+        TypeError: an argument is no tensor, or x not floating point.
+        ValueError: shape, dtype or device differ, or x is not dense, or the backend's name is unknown.
         RuntimeError: an explicit backend can't run here.
 
     Source: He et al. 2016 (arXiv:1512.03385), figure 2.

@@ -1,14 +1,15 @@
-"""Which backend runs an op: one table of what each can do, one rule for `auto`.
+"""The choice of a backend: what each can run, and one rule for `auto`.
 
 triton  our kernels, on CUDA or ROCm GPUs, or on CPU tensors under TRITON_INTERPRET=1
 cudnn   cuDNN's fused convolution + bias (+ add) + ReLU, on NVIDIA GPUs
 cpu     oneDNN's fused convolution + bias (+ add), on CPU tensors
 eager   plain PyTorch, anywhere
-auto    what a measured table says where the device has one (tuned_table.py); else cudnn on NVIDIA GPUs, with Triton's
-        elementwise passes around it, cpu on the CPU, eager elsewhere, also where Triton can't launch (triton_check.py)
+auto    a measured table's winners where the device has a table (tuned_table.py). Elsewhere it is cudnn on NVIDIA GPUs, with
+        Triton's elementwise passes around it, cpu on the CPU, and eager on other devices and where Triton can't launch
+        (triton_check.py)
 
-"tuned" is what `auto` resolves to where it decides op by op: on NVIDIA GPUs, and wherever there is a table. It names no
-backend that a user can ask for: each op looks its problem up, and where the table has no answer takes what counting says.
+`auto` resolves to "tuned" where it decides op by op: on NVIDIA GPUs, and wherever there is a table. Each op then looks its
+problem up, and takes the candidate of fewer bytes and launches where the table has no answer. No user can ask for "tuned".
 """
 
 from __future__ import annotations
@@ -29,14 +30,22 @@ _TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_name(backend: object) -> str:
-    """Returns `backend`; ValueError unless it is one of BACKENDS."""
+    """Returns a user's `backend` if it is a name in BACKENDS.
+
+    Raises:
+        ValueError: it is not.
+    """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
     return backend
 
 
 def requested(backend: str) -> str:
-    """The backend asked for: the environment variable RESNET_KERNELS_BACKEND goes over the argument."""
+    """Returns the backend asked for: the environment variable RESNET_KERNELS_BACKEND overrides the argument.
+
+    Raises:
+        ValueError: the variable is set to a name that is not in BACKENDS.
+    """
     override = os.environ.get(ENVIRONMENT_VARIABLE)
     if not override:
         return backend
@@ -46,15 +55,15 @@ def requested(backend: str) -> str:
 
 
 def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Turns a requested backend, or "tuned", into the one that will run; "tuned" where a table decides op by op.
+    """Turns a requested backend into the one that will run; "tuned", given or returned, decides op by op.
 
     Raises:
-        RuntimeError: if an explicit backend can't run on this device in this dtype. Only `auto` falls back.
+        RuntimeError: an explicit backend can't run on this device in this dtype. Only `auto` falls back.
     """
     backend = requested(backend)
     if backend == "auto":
         name = untuned(device, dtype)
-        # A table's winners, too, rest on scales and shifts that Triton writes.
+        # Whatever wins in a table, Triton writes its scales and shifts.
         by_table = tuned_table.covers(device, dtype) and triton_check.why_not(device) is None
         return "tuned" if name == "cudnn" or by_table else name
     if backend == "tuned":
@@ -66,7 +75,7 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 def as_requested(backend: str) -> str:
-    """The name under which a public function takes a resolved backend."""
+    """Returns the name by which a public function takes a resolved backend."""
     return "auto" if backend == "tuned" else backend
 
 
@@ -76,14 +85,14 @@ def untuned(device: torch.device, dtype: torch.dtype) -> str:
     if why_not(preferred, device.type, dtype) is not None:
         return "eager"
     if preferred == "cudnn" and (reason := why_not_on("triton", device, dtype)) is not None:
-        # By ATen operations folding BN takes more launches than it saves, so nothing there is to be gained over eager.
+        # Folding BN by ATen operations takes more launches than it saves, so nothing is gained over eager.
         say_once(f'backend="auto" runs PyTorch\'s own operations on {device}: Triton {reason}')
         return "eager"
     return preferred
 
 
 def passes_on_triton(backend: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a resolved backend runs an elementwise pass that nobody measured on Triton: fewer bytes, fewer launches."""
+    """Whether a resolved backend runs an unmeasured elementwise pass on Triton, which takes fewer bytes and launches."""
     return backend == "tuned" and untuned(device, dtype) == "cudnn"
 
 
@@ -91,22 +100,22 @@ _said: set[str] = set()
 
 
 def say_once(text: str, stacklevel: int = 3) -> None:
-    """Warns; once a text and process. stacklevel: of warnings.warn."""
+    """Warns of each text once in a process; `stacklevel` is that of warnings.warn."""
     if text not in _said:
         _said.add(text)
         warnings.warn(f"resnet_kernels: {text}", RuntimeWarning, stacklevel)
 
 
 def why_not_on(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a backend can't run a dtype on this very device, as the end of a sentence; None if it can."""
+    """Returns why a backend can't run a dtype on this very device, as the end of a sentence; None if it can."""
     reason = why_not(backend, device.type, dtype)
     return triton_check.why_not(device) if reason is None and backend == "triton" else reason
 
 
 def why_eager(backend: str, device: torch.device, dtype: torch.dtype) -> str:
-    """Why `auto` falls back to eager on a device that has a faster backend; "" if it does not.
+    """Returns why `auto` falls back to eager on a device that has a faster backend; "" if it does not.
 
-    Nothing is launched and no table read for that: `fuse` asks, too. Where Triton can't launch, `untuned` says it in a call.
+    The answer takes no launch and no table, since `fuse` asks for it. Where Triton can't launch, a call says so (`untuned`).
     """
     preferred = _PREFERRED.get(device.type)
     if requested(backend) != "auto" or preferred is None:
@@ -117,7 +126,7 @@ def why_eager(backend: str, device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend can't run a dtype on a kind of device, as the end of a sentence; None if it can."""
+    """Returns why a backend can't run a dtype on a kind of device, as the end of a sentence; None if it can."""
     if backend == "eager":
         return None
     if backend == "triton":

@@ -1,7 +1,7 @@
-"""relu(BN(x) + residual), training and eval, forward and backward. Kernels, formulas and cost: kernels/batch_norm_act.py.
+"""relu(BN(x) + residual), training and eval, forward and backward. kernels/batch_norm_act.py has formulas and cost.
 
 The op writes the running statistics, so its autograd is registered by hand: PyTorch registers formulas for functional ops
-only. Where the backend is not Triton, it is PyTorch's own BN, add and ReLU, with PyTorch's own autograd.
+only. On all backends but Triton PyTorch's own BN, add and ReLU run, with PyTorch's own autograd.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ LIBRARY.define(
 
 
 def _nothing(x: Tensor) -> Tensor:
-    """What an op returns in the place of a tensor that there is no use for: its schema knows no optional returns."""
+    """An empty tensor in the place of a result that nobody needs: a schema has no optional returns."""
     return torch.empty(0, dtype=torch.float32, device=x.device)
 
 
 class NormProblem(NamedTuple):
-    """What a measured table knows a BN, residual add and ReLU by: everything but the batch. `str` is the key.
+    """A BN, residual add and ReLU without tensors and batch. `str` is the key in a table.
 
-    training: forward and backward, with batch statistics; else a forward on the running ones.
+    Attributes:
+        training: forward and backward, with batch statistics; else a forward on the running ones.
     """
 
     channels: int
@@ -55,18 +56,18 @@ def _can_run(name: str, problem: NormProblem, batch: int, dtype: torch.dtype, de
 
 
 def untuned(problem: NormProblem, dtype: torch.dtype, device: torch.device) -> str:
-    """The name of what runs a problem without a table: in inference one Triton pass replaces PyTorch's two or three."""
+    """Returns "triton" or "eager", for a problem without a table: in inference one pass replaces PyTorch's two or three."""
     return "eager" if problem.training or not backends.passes_on_triton("tuned", device, dtype) else "triton"
 
 
 def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
     backend = backends.resolve(backend, x.device, x.dtype)
     if backend == "tuned" and all(type(size) is int for size in x.shape):
-        # Under a compiler's tracing sizes may be symbols, which no table has: those stay PyTorch's.
-        problem = NormProblem(*x.shape[1:], residual is not None, relu, learns)
-        backend = tuned_table.choice(problem, x.shape[0], x.dtype, x.device, _can_run) or untuned(
-            problem, x.dtype, x.device
-        )
+        # While torch.compile traces, sizes may be symbols, which no table has: PyTorch runs those.
+        batch, channels, height, width = x.shape
+        problem = NormProblem(channels, height, width, residual is not None, relu, learns)
+        found = tuned_table.choice(problem, batch, x.dtype, x.device, _can_run)
+        backend = found or untuned(problem, x.dtype, x.device)
     return backend == "triton" and x.numel() > 0
 
 
@@ -95,7 +96,7 @@ def _fake(x, residual, weight, bias, running_mean, running_var, training, moment
 
 
 class _Function(torch.autograd.Function):
-    """Saves x, and y only where a ReLU came after a residual: elsewhere its mask is computed again from x."""
+    """Our kernels' autograd. It saves y only where a ReLU came after a residual: elsewhere x gives the ReLU's mask."""
 
     @staticmethod
     def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
@@ -108,7 +109,7 @@ class _Function(torch.autograd.Function):
         ctx.settings = (training, eps, relu)
         ctx.bias_dtype = None if bias is None else bias.dtype
         statistics = (mean, rstd) if training else (running_mean, running_var)
-        # What has no part in the backward is not kept, or nobody could change it in between.
+        # Save only what backward reads: autograd forbids in-place changes to saved tensors.
         kept_bias = bias if relu and residual is None else None
         ctx.save_for_backward(x, y if relu and residual is not None else None, weight, kept_bias, *statistics)
         return y, mean, rstd
@@ -150,7 +151,7 @@ def _autograd(*arguments):
     if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
         if not _is_ours(x, residual, relu, backend, learns=True):
             return _by_pytorch(*arguments[:-1])
-        # Decided: the op below has no gradients to go by.
+        # By name: below autograd the op can't see that gradients are wanted, and would decide anew.
         return _Function.apply(*arguments[:-1], "triton")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.resnet_kernels.batch_norm_act.default(*arguments)
@@ -183,16 +184,18 @@ def batch_norm_act(
         x: (N, C, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
             layout is converted.
         residual: x's shape, dtype and device, added before the ReLU; or None.
-        weight, bias: (C,), float32 or x's dtype; None for ones, zeros (affine=False).
-        running_mean, running_var: (C,), float32 or x's dtype. In training they are updated in place, with the unbiased
-            variance; None keeps none (track_running_stats=False). In eval mode they are the statistics.
-        training: True normalises by the batch's own statistics, computed in fp32.
+        weight: (C,), float32 or x's dtype; None for ones (affine=False).
+        bias: (C,), float32 or x's dtype; None for zeros.
+        running_mean: (C,), float32 or x's dtype. Eval mode normalizes by it; training updates it in place, and None keeps
+            none (track_running_stats=False).
+        running_var: as `running_mean`. Training updates it with the unbiased variance.
+        training: True normalizes by the batch's own statistics, computed in fp32.
         momentum: share of the new statistics in the running ones, from 0 to 1. (nn.BatchNorm2d's momentum=None is
             1 / num_batches_tracked, which is the module's to count.)
         eps: added to the variance; above 0 in training, at least 0 else.
         relu: False leaves the ReLU away.
         backend: "triton" runs two passes over data forward and two backward; so does "auto" where a measured table shows
-            that they win. Else it is PyTorch's own BN, add and ReLU. RESNET_KERNELS_BACKEND goes over it.
+            that they win. Else PyTorch's own BN, add and ReLU run. RESNET_KERNELS_BACKEND overrides the argument.
 
     Returns:
         x's shape and dtype, channels_last.

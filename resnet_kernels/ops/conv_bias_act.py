@@ -1,8 +1,7 @@
 """relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
 
-Public function -> `torch.ops.resnet_kernels.conv_bias_act` -> `backends.resolve` -> `conv_candidates.run`, one of
-    kernels/conv_bias_act.py   our Triton kernel: formula, cost, tiles
-    ops/cudnn.py, ops/onednn.py, reference.py
+Three steps lead to a kernel: the op, `conv_candidates`, which picks one, and a launcher: kernels/conv_bias_act.py (formula,
+cost, tiles), kernels/sm90/, ops/cudnn.py, ops/onednn.py or ops/reference.py.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalize
+from ..kernels.operands import ConvOperands
 from . import backends, conv_candidates, onednn, reference
 from .dtypes import autocast_dtype
 from .library import LIBRARY
@@ -22,20 +22,11 @@ LIBRARY.define(
 
 
 def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
-    # Resolved here and not by the caller, so that torch.compile sees one op whatever the machine has.
+    # The backend is resolved inside the op, so torch.compile sees one op on every machine.
     name = backends.resolve(backend, x.device, x.dtype)
-    operands = (
-        x,
-        weight,
-        bias,
-        residual,
-        scale,
-        Geometry(tuple(stride), tuple(padding), tuple(dilation), groups),
-        relu,
-    )
-    if name == "tuned":
-        name = conv_candidates.winner(*operands)
-    return conv_candidates.run(name, *operands)
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    operands = ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+    return conv_candidates.run(conv_candidates.winner(operands) if name == "tuned" else name, operands)
 
 
 def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
@@ -48,7 +39,7 @@ def _setup_context(ctx, inputs, output):
     x, weight, bias, _, scale, stride, padding, dilation, groups, relu, _ = inputs
     ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # ReLU's backward needs only y's sign, which y, the next layer's input anyway, has.
+    # ReLU's backward needs only y's sign. Keeping y costs nothing: it is the next layer's input.
     ctx.save_for_backward(x, weight, scale, output if relu else None)
 
 
@@ -62,7 +53,7 @@ def _backward(ctx, grad_y):
     if needs_bias:
         grad_bias = wide.sum((0, 2, 3)).to(ctx.bias_dtype)
     if needs_scale:
-        # The convolution's own output was never stored: computed again, for frozen BN with trained gamma only.
+        # Only frozen BN with a trained weight comes here. Nothing stored the convolution's output: it is computed again.
         z = reference.conv_bias_act(x, weight, geometry=ctx.geometry, relu=False)
         grad_scale = (wide * z).sum((0, 2, 3)).to(scale.dtype)
     if needs_x or needs_weight:
@@ -115,7 +106,7 @@ def conv_bias_act(
         dilation: int or (h, w).
         groups: divides C_in and C_out.
         relu: False leaves the ReLU away.
-        backend: "auto", "triton", "cudnn", "cpu" or "eager"; the environment's RESNET_KERNELS_BACKEND goes over it.
+        backend: "auto", "triton", "cudnn", "cpu" or "eager"; the environment's RESNET_KERNELS_BACKEND overrides it.
 
     Returns:
         (N, C_out, out_h, out_w), x's dtype (autocast's under autocast), channels_last.
@@ -130,10 +121,10 @@ def conv_bias_act(
     geometry = normalize(stride, padding, dilation, groups)
     backends.check_name(backend)
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
-        x, weight, residual = (
-            t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, weight, residual)
-        )
-        # A vector in the dtype that x had counts as fp32 or as x's dtype: either is read as it is.
+        x, weight = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, weight))
+        if isinstance(residual, Tensor) and residual.is_floating_point():
+            residual = residual.to(dtype)
+        # Vectors may be fp32 or in x's dtype: one in the dtype that x had before becomes fp32.
         bias, scale = (v.float() if isinstance(v, Tensor) and v.dtype != dtype else v for v in (bias, scale))
     check_operands(x, weight, bias, residual, scale, geometry)
     return torch.ops.resnet_kernels.conv_bias_act.default(

@@ -1,34 +1,42 @@
-"""All the ways to run a convolution of ours, by name; a measured table holds the names, `tune` times them.
+"""Every way to run a convolution, by name. Only this module picks a kernel: an op asks it, and it calls a launcher.
 
-cudnn, cpu, eager, triton    a backend; triton chooses its tile by itself and is in no table. cudnn is one fused operation
-                             where there is a ReLU, on a weight with the scale in it
-cudnn+epilogue               cuDNN's convolution, then one pass for all that follows; no weight is folded
-pointer 128x64x64 w4 s3      a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
-tma 128x64x64 w4 s4 p2       a tile of kernels/sm90/conv.py, with the parts of its epilogue
-shared 128x64x32 w4 s2 p4    a tile of kernels/sm90/tap_sharing.py
+cudnn                     one fused operation of cuDNN where there is a ReLU; the scale is multiplied into the weight
+cudnn+epilogue            cuDNN's convolution, then one pass for all that follows it; no weight is folded
+cpu, eager                oneDNN's fused operation; plain PyTorch
+triton                    a kernel of ours with a tile that it chooses itself: Hopper's where that takes the convolution, else
+                          the portable one. No table holds this name
+pointer 128x64x64 w4 s3   a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
+tma 128x64x64 w4 s4 p2    a tile of kernels/sm90/conv.py, with the parts of its epilogue
+shared 128x64x32 w4 s2 p4 a tile of kernels/sm90/tap_sharing.py
+
+Tables hold these names, and `tune` times the candidates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..kernels import target
 from ..kernels.geometry import Geometry
+from ..kernels.operands import ConvOperands
 from . import backends, cudnn, onednn, reference, tuned_table
+
+# Answers kept of what Hopper's kernel takes: a net has some 25 layers that differ, times a few batch and image sizes.
+_CACHED = 512
 
 
 class ConvProblem(NamedTuple):
-    """What a table knows a convolution by: everything but the batch. `str` is the key, with sizes as C x H x W."""
+    """A convolution and what follows it, without tensors and batch. `str` is the key in a table, with sizes as C x H x W."""
 
     c_in: int
     in_h: int
     in_w: int
-    weight_shape: tuple[int, int, int, int]
+    weight_shape: tuple[int, ...]
     geometry: Geometry
     scale: bool
     bias: bool
@@ -48,6 +56,7 @@ class ConvProblem(NamedTuple):
         )
 
     def x_shape(self, batch: int) -> tuple[int, int, int, int]:
+        """Returns the input's shape, (N, C_in, H, W)."""
         return batch, self.c_in, self.in_h, self.in_w
 
 
@@ -55,15 +64,15 @@ def _pair(values: tuple[int, int]) -> str:
     return str(values[0]) if values[0] == values[1] else f"{values[0]},{values[1]}"
 
 
-# What takes a weight with the scale in it.
+# Candidates that need the scale in the weight.
 FOLDING = ("cudnn",)
-# What runs without a table where a ReLU follows and the weight has its scale in it, or none. "cudnn+epilogue" in this place
-# turns cuDNN's fused operations off wherever no table names them.
+# The candidate that runs without a table where a ReLU follows and there is no scale, or the weight has it. "cudnn+epilogue" in
+# this place turns cuDNN's fused operations off wherever no table names them.
 FUSED = "cudnn"
 
 
 def untuned(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> str:
-    """The name of what runs a problem without a table; a caller with folded weights has asked for one without a scale."""
+    """Returns the name of the candidate that runs without a table; folded weights are a problem without a scale."""
     name = backends.untuned(device, dtype)
     if name != "cudnn":
         return name
@@ -76,12 +85,12 @@ def is_slow_when_fused(problem: ConvProblem) -> bool:
 
 
 def folds(dtype: torch.dtype) -> bool:
-    """Whether a scale may go into a weight of that dtype: fp16 has too few exponents, 6e-5 is its least normal number."""
+    """Whether a scale may go into a weight of a dtype. fp16 has too few exponents: its least normal number is 6e-5."""
     return dtype != torch.float16
 
 
 def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> list[str]:
-    """The names of what can run a problem here; the first is what runs without a table."""
+    """Returns the names of the candidates that can run a problem here, first the one that runs without a table."""
     able = lambda backend: backends.why_not_on(backend, device, dtype) is None  # noqa: E731
     names = [untuned(problem, dtype, device)]
     if names[0] == "cpu":
@@ -91,57 +100,26 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
         others += ["cudnn+epilogue"] if able("triton") else []
         names += [name for name in others if name not in names]
     if able("triton"):
-        tiles = [name for name, tile in _tiles().items() if _fits(name, tile, problem, batch, dtype, device)]
-        # Gathering with pointers has never come near to TMA: measured only where there is nothing else.
-        by_tma = [name for name in tiles if not name.startswith("pointer ")]
-        names += by_tma or tiles
+        shapes = (problem.x_shape(batch), problem.weight_shape, problem.geometry)
+        fitting = [name for name, kernel in tiles().items() if kernel.why_not(shapes, dtype, device) is None]
+        # Gathering with pointers has never come near to TMA: it is measured only where there is nothing else.
+        names += [name for name in fitting if not name.startswith("pointer ")] or fitting
     return names
 
 
-@cache
-def _tiles() -> dict[str, Any]:
-    from ..kernels import conv_bias_act
-    from ..kernels.sm90 import conv_tiles, tap_sharing
-
-    tiles = {f"pointer {config}": config for config in conv_bias_act.CONFIGS}
-    tiles |= {f"tma {config}": config for config in conv_tiles.CONFIGS}
-    return tiles | {f"shared {config}": config for config in tap_sharing.CONFIGS}
-
-
-def _fits(name: str, tile: Any, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
-    if name.startswith("pointer "):
-        return True
-    from ..kernels.sm90 import conv_layout, tap_sharing
-
-    conv = conv_layout.ConvShape(problem.x_shape(batch), problem.weight_shape, problem.geometry)
-    if name.startswith("shared "):
-        return target.is_hopper(device) and tap_sharing.why_not(*conv, dtype) is None
-    return (
-        target.is_hopper(device)
-        and conv_layout.why_not(*conv, dtype) is None
-        and conv_layout.why_not_tile(conv, tile) is None
-    )
-
-
-def winner(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-) -> str:
-    """The name of what a table says is fastest here; without an answer that can run, what `auto` runs untuned."""
-    batch, *size = x.shape
+def winner(operands: ConvOperands) -> str:
+    """Returns the name of the fastest candidate by a table; without an answer that can run, that of `untuned`."""
+    x, weight, bias, residual, scale, geometry, relu = operands
+    batch, c_in, in_h, in_w = x.shape
     problem = ConvProblem(
-        *size, tuple(weight.shape), geometry, scale is not None, bias is not None, residual is not None, relu
-    )
+        c_in, in_h, in_w, tuple(weight.shape), geometry,
+        scale is not None, bias is not None, residual is not None, relu,
+    )  # fmt: skip
     return choice(problem, batch, x.dtype, x.device) or untuned(problem, x.dtype, x.device)
 
 
 def choice(problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """The name of what a table says is fastest here; None without an answer that can run."""
+    """Returns the name of the fastest candidate by a table; None without an answer that can run."""
     return tuned_table.choice(problem, batch, dtype, device, _can_run)
 
 
@@ -149,54 +127,107 @@ def _can_run(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, de
     return name in candidates(problem, batch, dtype, device)
 
 
+# Our kernels with a tile that they choose themselves, the portable one and Hopper's: "triton" is one of them.
+_OWN_CHOICE = ("pointer auto", "tma auto")
+# Shape of x, shape of the weight, geometry.
+Shapes = tuple[tuple[int, ...], tuple[int, ...], Geometry]
+# Takes (x, weight, bias, residual, scale).
 Run = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Tensor]
 
 
+class Kernel(NamedTuple):
+    """A kernel of ours with one of its tiles.
+
+    Attributes:
+        launch: runs it on operands that `why_not` lets pass; returns y, channels_last.
+        why_not: says what keeps a convolution from it; None if nothing does.
+        bind: makes `launch` for known shapes, ReLU or not, dtype and device, with all decided that can be; None where nothing
+            can.
+    """
+
+    launch: Callable[[ConvOperands], Tensor]
+    why_not: Callable[[Shapes, torch.dtype, torch.device], str | None]
+    bind: Callable[[Shapes, bool, torch.dtype, torch.device], Run] | None = None
+
+
+@cache
+def _kernels() -> dict[str, Kernel]:
+    """Returns our kernels with each of their tiles, by candidate, and those that choose a tile themselves."""
+    # Imported at the first question: Triton may be absent.
+    from ..kernels import conv_bias_act
+    from ..kernels.sm90 import conv, conv_layout, conv_tiles, tap_sharing
+
+    why_not_by_shape = lru_cache(_CACHED)(conv_layout.why_not)
+
+    def why_not_hopper(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str | None:
+        if not target.is_hopper(device):
+            return f"needs a GPU of compute capability 9, got {device}"
+        return why_not_by_shape(*shapes, dtype)
+
+    def pointer(config: conv_bias_act.ConvConfig | None) -> Kernel:
+        return Kernel(lambda operands: conv_bias_act.launch(operands, config), lambda *_: None)
+
+    def tma(config: conv_tiles.TmaConfig | None) -> Kernel:
+        return Kernel(
+            lambda operands: conv.launch(operands, config),
+            lambda shapes, dtype, device: (
+                why_not_hopper(shapes, dtype, device)
+                or (None if config is None else conv_layout.why_not_tile(conv_layout.ConvShape(*shapes), config))
+            ),
+            lambda shapes, relu, dtype, device: conv.Bound(conv_layout.ConvShape(*shapes), relu, dtype, device, config),
+        )
+
+    def shared(config: conv_tiles.TmaConfig) -> Kernel:
+        return Kernel(
+            lambda operands: tap_sharing.launch(operands, config),
+            lambda shapes, dtype, device: why_not_hopper(shapes, dtype, device) or tap_sharing.why_not(*shapes, dtype),
+        )
+
+    return (
+        dict(zip(_OWN_CHOICE, (pointer(None), tma(None))))
+        | {f"pointer {config}": pointer(config) for config in conv_bias_act.CONFIGS}
+        | {f"tma {config}": tma(config) for config in conv_tiles.CONFIGS}
+        | {f"shared {config}": shared(config) for config in tap_sharing.CONFIGS}
+    )
+
+
+def tiles() -> dict[str, Kernel]:
+    """Returns our kernels with each of their tiles, by candidate."""
+    return {name: kernel for name, kernel in _kernels().items() if name not in _OWN_CHOICE}
+
+
+def _by_triton(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str:
+    """Returns the name of the kernel that the candidate "triton" is."""
+    portable, hopper = _OWN_CHOICE
+    return portable if _kernels()[hopper].why_not(shapes, dtype, device) else hopper
+
+
 def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> Run:
-    """`run` for a known problem: a function of (x, weight, bias, residual, scale), with all decided that can be."""
+    """Returns `run` for a known problem, with all decided that can be."""
     geometry, relu = problem.geometry, problem.relu
-    if name == "triton" or name.startswith("tma "):
-        from ..kernels.sm90 import conv as kernel
-        from ..kernels.sm90.conv_layout import ConvShape, why_not
+    shapes = (problem.x_shape(batch), problem.weight_shape, geometry)
+    if name == "triton":
+        name = _by_triton(shapes, dtype, device)
+    if " " in name and (bind_kernel := _kernels()[name].bind) is not None:
+        return bind_kernel(shapes, relu, dtype, device)
+    return lambda x, weight, bias, residual, scale: run(
+        name, ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+    )
 
-        shapes = ConvShape(problem.x_shape(batch), problem.weight_shape, geometry)
-        if name != "triton" or (target.is_hopper(device) and why_not(*shapes, dtype) is None):
-            return kernel.Bound(shapes, relu, dtype, device, None if name == "triton" else _tiles()[name])
-    return lambda x, weight, bias, residual, scale: run(name, x, weight, bias, residual, scale, geometry, relu)
 
-
-def run(
-    name: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-) -> Tensor:
-    """relu(conv(x, weight) * scale + bias + residual) by the candidate of that name; channels_last."""
-    operands = (x, weight, bias, residual, scale, geometry, relu)
-    if name.startswith("tma "):
-        from ..kernels.sm90 import conv as sm90_conv
-
-        return sm90_conv.launch(*operands, _tiles()[name])
-    if name.startswith("shared "):
-        from ..kernels.sm90 import tap_sharing
-
-        return tap_sharing.launch(*operands, _tiles()[name])
-    if name == "triton" or name.startswith("pointer "):
-        from ..kernels import conv_bias_act
-
-        return conv_bias_act.launch(*operands, None if name == "triton" else _tiles()[name])
+def run(name: str, operands: ConvOperands) -> Tensor:
+    """Returns relu(conv(x, weight) * scale + bias + residual) by a candidate that can run it; channels_last."""
+    if name == "triton":
+        x = operands.x
+        name = _by_triton((x.shape, operands.weight.shape, operands.geometry), x.dtype, x.device)
+    if " " in name:
+        return _kernels()[name].launch(operands)
     if name == "cudnn":
-        y = cudnn.conv_bias_act(*operands)
+        y = cudnn.conv_bias_act(operands)
     elif name == "cudnn+epilogue":
-        y = cudnn.conv_then_epilogue(*operands)
-    elif name == "cpu" and x.shape[0]:
-        if scale is not None:
-            weight = (weight * scale[:, None, None, None]).to(x.dtype)
-        y = onednn.conv_bias_act(x, weight, bias, residual, geometry, relu)
+        y = cudnn.conv_then_epilogue(operands)
+    elif name == "cpu":
+        y = onednn.conv_bias_act(operands)
     else:
         y = reference.conv_bias_act(*operands)
     return y.contiguous(memory_format=torch.channels_last)

@@ -1,8 +1,8 @@
-"""cuDNN's convolutions, with what follows them inside (PyTorch's own two fused ops) or in a Triton pass of its own.
+"""cuDNN's convolutions. All that follows one is inside (PyTorch's two fused operations) or in one Triton pass after it.
 
-The fused ops have no per-channel scale: it has to be in the weight. A plan (constants.py) brings such weights along, all made
-in one launch a call, or once if they are frozen; a scale that comes here is multiplied into a copy, in three launches. Nothing
-folded is kept here: it could go stale unseen.
+The fused operations have no scale per channel: it has to be in the weight. A plan (runtime/gpu/constants.py) brings such
+weights along, all made in one launch in each call, or once if they are frozen. A scale that comes here is multiplied into a
+copy of the weight. No copy is kept here: it could go stale unseen.
 """
 
 from __future__ import annotations
@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from ..kernels.geometry import Geometry
+from ..kernels.operands import ConvOperands
 from . import reference
+
+# Stride, padding, dilation and groups.
+_Settings = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
 
 
 @contextlib.contextmanager
 def searching(wanted: bool) -> Iterator[None]:
-    """Sets `torch.backends.cudnn.benchmark`, whether cuDNN chooses its algorithms by measuring all of them."""
+    """Sets `torch.backends.cudnn.benchmark` meanwhile: True has cuDNN measure all of its algorithms and take the fastest."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, wanted
     try:
         yield
@@ -27,61 +31,51 @@ def searching(wanted: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def conv_bias_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-) -> Tensor:
-    """relu(conv(x, weight) * scale + bias + residual), channels_last."""
-    # cuDNN's fused ops refuse empty batches.
-    if x.shape[0] == 0:
-        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
-    x, weight, bias, arguments = _operands(x, weight, bias, scale, geometry)
+def conv_bias_act(operands: ConvOperands) -> Tensor:
+    """Returns relu(conv(x, weight) * scale + bias + residual), channels_last.
+
+    Args:
+        operands: in fp16, bf16 or fp32, on an NVIDIA GPU. A scale costs three launches, for a copy of the weight.
+    """
+    # cuDNN's fused operations refuse empty batches.
+    if operands.x.shape[0] == 0:
+        return reference.conv_bias_act(*operands)
+    x, weight, bias, residual, _, geometry, relu = operands.folded()
+    x, weight, settings = _convolution(x, weight, geometry)
+    bias = None if bias is None else bias.to(x.dtype).contiguous()
     if not relu:
-        # Nor do they end in anything but a ReLU. The convolution's output is nobody else's, so the sum can go over it.
-        y = torch.conv2d(x, weight, bias, *arguments)
+        # The fused operations end in a ReLU, always. Nobody else has the convolution's output, so the sum goes over it.
+        y = torch.conv2d(x, weight, bias, *settings)
         return y if residual is None else y.add_(residual)
     if residual is None:
-        return torch.cudnn_convolution_relu(x, weight, bias, *arguments)
+        return torch.cudnn_convolution_relu(x, weight, bias, *settings)
     residual = residual.contiguous(memory_format=torch.channels_last)
-    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *arguments)
+    return torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *settings)
 
 
 def conv_then_epilogue(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-    residual_scale: Tensor | None = None,
-    residual_shift: Tensor | None = None,
+    operands: ConvOperands, residual_scale: Tensor | None = None, residual_shift: Tensor | None = None
 ) -> Tensor:
-    """cuDNN's convolution as it is, nothing folded, then one Triton pass for all that follows.
+    """Returns relu(conv(x, weight) * scale + bias + residual), by one Triton pass after the convolution.
 
-    residual_scale, residual_shift: per channel, of a residual that a projection's convolution left as it was.
+    Args:
+        operands: in fp16, bf16 or fp32. No weight is folded.
+        residual_scale: (C_out,), multiplies a residual that is a projection's bare convolution; None for ones.
+        residual_shift: (C_out,), is added to it then; None for zeros.
     """
     from ..kernels import epilogue
 
-    x, weight, _, (stride, padding, dilation, groups) = _operands(x, weight, None, None, geometry)
-    y = torch.conv2d(x, weight, None, stride, padding, dilation, groups)
-    if all(tensor is None for tensor in (bias, residual, scale)) and not relu:
+    x, weight, bias, residual, scale, geometry, relu = operands
+    x, weight, settings = _convolution(x, weight, geometry)
+    y = torch.conv2d(x, weight, None, *settings)
+    if bias is None and residual is None and scale is None and not relu:
         return y
-    # The convolution's output is nobody else's.
+    # Nobody else has the convolution's output.
     return epilogue.launch(y, scale, bias, residual, residual_scale, residual_shift, relu, overwrite=True)
 
 
-def _operands(
-    x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, geometry: Geometry
-) -> tuple[Tensor, Tensor, Tensor | None, tuple]:
+def _convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, _Settings]:
+    """Returns x and weight as cuDNN reads them, and the arguments behind the bias."""
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
-    if scale is not None:
-        weight = (weight * scale[:, None, None, None]).to(x.dtype)
     weight = weight.contiguous(memory_format=torch.channels_last)
-    bias = None if bias is None else bias.to(x.dtype).contiguous()
-    return x, weight, bias, (geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)
+    return x, weight, (geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)

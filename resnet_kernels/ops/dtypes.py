@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# As tables, results, reports and the command line write them.
+# Spelled as in tables, results, reports and on the command line.
 SHORT_NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 BY_SHORT_NAME = {name: dtype for dtype, name in SHORT_NAMES.items()}
 
@@ -16,11 +16,11 @@ def short_name(dtype: torch.dtype) -> str:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast would give a convolution of x; None when it leaves x alone (off, fp64, no float)."""
+    """Returns the dtype that autocast would give a convolution of x; None where it leaves x alone (off, fp64, no float)."""
     if x.dtype == torch.float64 or not x.is_floating_point():
         return None
     kind = x.device.type
-    # The CPU and CUDA always have it, and torch.compile of PyTorch 2.11 can't trace is_autocast_available.
+    # The CPU and CUDA always have autocast, and torch.compile of PyTorch 2.11 can't trace is_autocast_available.
     if not (kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)) or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)

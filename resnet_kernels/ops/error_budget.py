@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels.target import allows_tf32
 
-# Elements that are widened to fp64 at a time: fp64 copies of a whole activation at batch 256 take gigabytes.
+# Elements widened to fp64 at a time: fp64 copies of a whole activation at batch 256 take gigabytes.
 _COMPARED = 2**25
 
 
@@ -31,7 +31,7 @@ def budget(eager_error: float, dtype: torch.dtype, device: torch.device) -> floa
     Args:
         eager_error: eager's relative norm error in the working dtype.
         dtype: the working dtype.
-        device: where it was computed.
+        device: computed the result.
     """
     return 2 * eager_error + rounding(dtype, device)
 

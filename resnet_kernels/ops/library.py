@@ -1,6 +1,6 @@
 """The torch.library namespace `resnet_kernels`, in which torch.compile and torch.export see our ops.
 
-`Library.define` and not `custom_op`: 3.7 us a call on the host against 12, at 50 calls a network.
+`Library.define` takes 3.7 us of host time a call, `custom_op` 12, at 50 calls a network.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""oneDNN's fused convolutions on the CPU, through the ops that torch.compile's freezing uses.
+"""oneDNN's fused convolutions on the CPU, through the operations that torch.compile's freezing uses.
 
-They are private to PyTorch, so they are probed for, and `why_not` says what is missing.
+These operations are private to PyTorch, so `why_not` probes for them and says what is missing.
 
-oneDNN's ReLU turns NaN into 0 (fp32, fp16 and bf16, PyTorch 2.13), which torch.relu does not. It is used only where interval
+oneDNN's ReLU turns NaN into 0 (fp32, fp16 and bf16, PyTorch 2.13), which torch.relu does not. It runs only where interval
 arithmetic proves that there is no NaN: x is finite, and |x| times the largest row sum of |weight| can't overflow.
-Elsewhere torch.relu_ runs over the output, 4% of ResNet-50 at batch 8 (docs/decisions.md).
+Elsewhere torch.relu_ runs over the output, which takes 4% of ResNet-50's time at batch 8 (docs/decisions.md).
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ import torch
 from torch import Tensor
 
 from ..kernels.geometry import Geometry
+from ..kernels.operands import ConvOperands
 from . import reference
 
-# fp32 and bfloat16 end at 3.4e38; a decade is left for rounding.
+# Sums below this can't overflow: fp32 and bfloat16 end at 3.4e38, and a decade is left for rounding.
 _SAFE = 1e37
+# A bound below this is passed on, a larger one is computed anew from the tensor.
 _SMALL = 1e18
+# Terms above which PyTorch's own GEMM is so much more accurate than oneDNN that eager's choice is followed.
 _LONG_SUM = 512
 
-# Layouts that oneDNN has asked for, by problem: a few hundred bytes each, and a user may have any number of image sizes.
+# Layouts that oneDNN has asked for, by problem, a few hundred bytes each. Their number is limited: images may have any size.
 _layouts: dict[tuple, bytes] = {}
 _MOST_LAYOUTS = 10_000
-# 32-bit words of a serialized descriptor that the compiler left between an int and an int64: they hold whatever was there.
+# Length of a serialized descriptor in 32-bit words, and its words of padding between an int and an int64, with random content.
 _DESCRIPTOR_WORDS, _UNUSED_WORDS = 193, [27, 79, 105]
 
 
 @functools.cache
 def why_not(dtype: torch.dtype) -> str | None:
-    """Why oneDNN's fused convolutions can't run this dtype here, as the end of a sentence; None if they can."""
+    """Returns why oneDNN's fused convolutions can't run this dtype here, as the end of a sentence; None if they can."""
     if dtype not in (torch.float32, torch.bfloat16):
         return f"runs float32 and bfloat16, got {dtype}"
     if not torch.backends.mkldnn.is_available():
@@ -42,7 +45,7 @@ def why_not(dtype: torch.dtype) -> str | None:
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"needs oneDNN's fused convolutions, which this PyTorch {torch.__version__} lacks ({error})"
     if dtype == torch.bfloat16:
-        # Run, not asked for: PyTorch's own probe asks the processor, and oneDNN may be held to less (ONEDNN_MAX_CPU_ISA).
+        # PyTorch's own probe asks the processor, but ONEDNN_MAX_CPU_ISA may hold oneDNN to less: only a run tells.
         try:
             _run_small_convolutions(dtype)
         except RuntimeError:
@@ -53,7 +56,7 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 
 def _run_small_convolutions(dtype: torch.dtype) -> None:
-    """Runs each of the ops once; raises what they raise."""
+    """Runs each of oneDNN's operations once, and raises their errors."""
     x, weight, other = (torch.zeros(shape, dtype=dtype) for shape in ((1, 2, 4, 4), (3, 2, 3, 3), (1, 3, 2, 2)))
     packed = pack_weight(weight, Geometry(), x.shape)
     layout(packed)
@@ -63,12 +66,12 @@ def _run_small_convolutions(dtype: torch.dtype) -> None:
 
 
 def is_for_aten(shape: torch.Size, dtype: torch.dtype, weight_shape: torch.Size, stride: tuple[int, ...]) -> bool:
-    """Whether eager leaves oneDNN for PyTorch's own GEMM, and sums so much more accurately there that we have to follow.
+    """Whether eager leaves oneDNN for PyTorch's own GEMM, whose sums are so much more accurate that we have to follow.
 
     That GEMM sums a long K up to four times as accurately as oneDNN's channels_last kernels. PyTorch 2.13 takes it in fp32 for
-    one small image, and on a single thread for 1x1 convolutions of stride 1 of fewer than 16 images. The latter are followed
+    one small image, and on a single thread for 1x1 convolutions of stride 1 on fewer than 16 images. We follow the latter
     above 512 terms only: on AVX2 oneDNN's error is 0.7 of the budget at 512, 0.97 at 1,024 and 1.3 at 2,048. Groups and
-    kernels beyond 3x3 are oneDNN's at any size.
+    kernels beyond 3x3 stay with oneDNN at any size.
     """
     if dtype != torch.float32 or weight_shape[1] != shape[1]:
         return False
@@ -86,8 +89,8 @@ def is_for_aten(shape: torch.Size, dtype: torch.dtype, weight_shape: torch.Size,
 def for_gradient(x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Returns x and weight in the layout in which oneDNN can compute a convolution's gradients on the CPU.
 
-    On channels_last data the weight's gradient of a strided 1x1 convolution of fewer than 16 channels is written past its
-    buffer (oneDNN issue #6035; PyTorch 2.13, eager too): those go as plain NCHW.
+    On channels_last data oneDNN writes the weight's gradient of a strided 1x1 convolution with fewer than 16 channels past its
+    buffer (oneDNN issue #6035; PyTorch 2.13, eager too). Such tensors are returned as plain NCHW.
     """
     strided_1x1 = tuple(weight.shape[2:]) == (1, 1) and max(stride) > 1
     if x.device.type != "cpu" or not strided_1x1 or weight.shape[1] >= 16:
@@ -97,7 +100,7 @@ def for_gradient(x: Tensor, weight: Tensor, stride: tuple[int, ...]) -> tuple[Te
 
 
 def pack_weight(weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> Tensor:
-    """Reorders a weight once into the blocked layout that oneDNN wants for this input; a copy, opaque to other ops."""
+    """Returns a copy of a weight in the blocked layout that oneDNN wants for this input; opaque to other operations."""
     n, c, h, w = input_shape
     if not geometry.symmetric:
         top, bottom, left, right = geometry.padding
@@ -106,12 +109,12 @@ def pack_weight(weight: Tensor, geometry: Geometry, input_shape: torch.Size) -> 
 
 
 def problem(weight_shape: torch.Size, dtype: torch.dtype, geometry: Geometry, input_shape: torch.Size) -> tuple:
-    """All that oneDNN's choice of a layout may depend on: the convolution's sizes and the number of threads."""
+    """Returns all that oneDNN's choice of a layout may depend on: the convolution's sizes and the number of threads."""
     return weight_shape, dtype, geometry, input_shape, torch.get_num_threads()
 
 
 def known_layout(problem: tuple) -> bytes | None:
-    """The layout that oneDNN wants a problem's weight in; None before a weight was packed for it."""
+    """Returns the layout in which oneDNN wants a problem's weight; None before a weight was packed for it."""
     return _layouts.get(problem)
 
 
@@ -124,7 +127,7 @@ def note_layout(problem: tuple, packed: Tensor) -> bytes:
 
 
 def layout(packed: Tensor) -> bytes:
-    """A packed weight's layout as bytes: equal for two weights of one shape only if their layouts are."""
+    """Returns a packed weight's layout as bytes: equal for two weights of one shape only if their layouts are."""
     words = torch.ops.mkldnn._get_mkldnn_serialized_md(packed).view(torch.int32)
     if words.numel() == _DESCRIPTOR_WORDS:
         words = words.clone()
@@ -133,16 +136,20 @@ def layout(packed: Tensor) -> bytes:
 
 
 def arguments(geometry: Geometry) -> tuple:
-    """A geometry as oneDNN's ops take it; asymmetric padding is done beforehand."""
+    """Returns a geometry as arguments of oneDNN's operations; asymmetric padding has to be done beforehand."""
     return geometry.conv2d_padding, geometry.stride, geometry.dilation, geometry.groups
 
 
-def conv_bias_act(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, geometry: Geometry, relu: bool
-) -> Tensor:
-    """relu(conv(x, weight) + bias + residual), channels_last."""
-    if is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
-        return reference.conv_bias_act(x, weight, bias, residual, None, geometry, relu)
+def conv_bias_act(operands: ConvOperands) -> Tensor:
+    """Returns relu(conv(x, weight) * scale + bias + residual); channels_last where oneDNN runs it.
+
+    Args:
+        operands: in a dtype that `why_not` lets pass. A scale is multiplied into a copy of the weight.
+    """
+    operands = operands.folded()
+    x, weight, bias, residual, _, geometry, relu = operands
+    if x.shape[0] == 0 or is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
+        return reference.conv_bias_act(*operands)
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
@@ -150,7 +157,7 @@ def conv_bias_act(
 
 
 def as_bias(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A shift as oneDNN takes it. It reads a strided bias as if it were contiguous (PyTorch 2.13), without a word."""
+    """Returns a shift in oneDNN's dtype, contiguous: oneDNN misreads a strided bias without a word (PyTorch 2.13)."""
     return None if vector is None else vector.detach().to(dtype).contiguous()
 
 
@@ -164,16 +171,22 @@ def run(
     bound: float = math.inf,
     overwrite_residual: bool = False,
 ) -> Tensor:
-    """The same on operands that are ready: x and residual channels_last, weight plain or packed by `pack_weight`.
+    """Returns relu(conv(x, weight) + bias + residual), on operands that oneDNN reads as they are.
 
     Args:
+        x: channels_last, padded if the padding is asymmetric.
+        weight: plain, or packed by `pack_weight`.
+        bias: from `as_bias`.
+        residual: channels_last.
+        arguments: from `arguments`.
+        relu: False leaves the ReLU away.
         bound: on the magnitude of all that is summed up, from `bound`; infinite if unknown.
         overwrite_residual: the result may be written over `residual`. On ResNet-50 at batch 8 that is 12% faster than a
             fresh output on two CPU cores, as no new pages have to be mapped.
     """
     relu_after = relu and not is_safe(bound)
     if residual is not None and not overwrite_residual and (residual.shape[1] == 1 or residual.shape[2:].numel() == 1):
-        # Of single pixels, or of one channel, PyTorch 2.11 "could not create a memory" for the output; in place it can.
+        # For single pixels or one channel PyTorch 2.11 "could not create a memory" for the output; in place it can.
         residual, overwrite_residual = residual.clone(), True
     function, swapped, rest = call(
         weight, bias, residual is not None, arguments, relu and not relu_after, overwrite_residual
@@ -186,7 +199,7 @@ def run(
 def call(
     weight: Tensor, bias: Tensor | None, has_residual: bool, arguments: tuple, relu: bool, overwrite_residual: bool
 ) -> tuple:
-    """Which of oneDNN's ops it takes: (function, whether the residual comes before x, arguments behind x and residual)."""
+    """Returns oneDNN's operation, whether the residual comes before x, and the arguments behind x and residual."""
     ops = torch.ops.mkldnn
     unary = "relu" if relu else None
     if not has_residual:
@@ -203,9 +216,9 @@ def is_safe(bound: float) -> bool:
 
 
 def bound(x: Tensor, known: float | None) -> float:
-    """A bound on the magnitude of x's values, NaN or inf if one of them is; `known` itself while it is small enough.
+    """Returns a bound on the magnitude of x's values, NaN or inf if one of them is; `known` itself while it is small.
 
-    A bound grows by four orders of magnitude a block, so x is looked at every few blocks only.
+    A bound grows by four orders of magnitude a block, so only every few blocks x itself is read.
     """
     if known is not None and known < _SMALL:
         return known
@@ -213,7 +226,7 @@ def bound(x: Tensor, known: float | None) -> float:
         return 0.0
     if x.dtype == torch.float32:
         # The 2-norm bounds the largest magnitude, and a dot product is four times as fast as a maximum. The factor covers
-        # its rounding; squares that underflow are of values that don't matter.
+        # its rounding, and the summand covers values whose squares underflow.
         flat = x.as_strided((x.numel(),), (1,))
         return 1.1 * math.sqrt(torch.dot(flat, flat).item()) + 1e-15
     low, high = torch.aminmax(x)

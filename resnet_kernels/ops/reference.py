@@ -1,6 +1,6 @@
 """Every op in plain PyTorch: the oracle (in fp64), the baseline and the fallback in one.
 
-Differentiable by PyTorch's own autograd, on any device and dtype.
+All are differentiable by PyTorch's own autograd, on any device and in any dtype.
 """
 
 from __future__ import annotations
@@ -29,10 +29,13 @@ def conv_bias_act(
     geometry: Geometry = Geometry(),
     relu: bool = True,
 ) -> Tensor:
-    """relu(conv(x, weight) * scale + bias + residual), rounded to x's dtype after the convolution and at the end."""
+    """Returns relu(conv(x, weight) * scale + bias + residual); ConvOperands' fields are its arguments.
+
+    It rounds to x's dtype after the convolution and at the end.
+    """
     padded = pad_if_asymmetric(x, geometry)
     y = torch.conv2d(padded, weight, None, geometry.stride, geometry.conv2d_padding, geometry.dilation, geometry.groups)
-    # What follows the convolution is in fp32 at least, as BN is in eager PyTorch on half-precision data.
+    # All that follows the convolution is in fp32 at least, as eager PyTorch's BN on half-precision data is.
     wide = y if y.dtype == torch.float64 else y.float()
     if scale is not None:
         wide = wide * scale.to(wide.dtype)[:, None, None]
@@ -46,7 +49,7 @@ def conv_bias_act(
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
-    """relu(x + residual)."""
+    """Returns relu(x + residual)."""
     return torch.relu(x + residual)
 
 
@@ -63,9 +66,9 @@ def batch_norm_act(
     eps: float,
     relu: bool = True,
 ) -> Tensor:
-    """relu(BN(x) + residual), rounded to x's dtype after the BN, too."""
+    """Returns relu(BN(x) + residual), rounded to x's dtype after the BN and at the end."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    # BN's backward needs its input alone, so what follows may go over its output.
+    # BN's backward needs only BN's input, so the add and the ReLU may overwrite its output.
     if residual is not None:
         y = y.add_(residual)
     return torch.relu_(y) if relu else y
@@ -74,15 +77,15 @@ def batch_norm_act(
 def bn_scale_shift(
     weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, conv_bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """BN in eval mode after a convolution as y = conv * scale + shift, in fp32 (fp64 for fp64).
+    """Returns BN's scale and shift in eval mode: y = conv * scale + shift, in fp32 (fp64 for fp64).
 
     Source: Ioffe and Szegedy 2015, algorithm 2, line 11.
     """
     dtype = torch.float64 if mean.dtype == torch.float64 else torch.float32
-    # 1 / sqrt and not rsqrt: the approximate root errs by a whole channel at once.
+    # 1 / sqrt: an error of the approximate rsqrt would be one of a whole channel.
     scale = 1 / torch.sqrt(var.to(dtype) + eps)
     if weight is not None:
         scale = scale * weight.to(dtype)
-    centre = mean.to(dtype) if conv_bias is None else mean.to(dtype) - conv_bias.to(dtype)
-    shift = -centre * scale
+    center = mean.to(dtype) if conv_bias is None else mean.to(dtype) - conv_bias.to(dtype)
+    shift = -center * scale
     return scale, shift if bias is None else shift + bias.to(dtype)

@@ -1,35 +1,35 @@
-"""Can Triton launch on this device? Asked once a device, by launching: nothing else tells for sure.
+"""A check of whether Triton can launch on a device: one launch, as nothing else tells for sure.
 
-Its package may be there and still fail: a GPU older than it compiles for, a container without a C compiler (Triton builds its
-launchers with one at first use), a driver that is older than its code. Whatever the first launch raises is the reason.
+Triton may be installed and still fail: the GPU is older than it compiles for, the container has no C compiler (Triton builds
+its launchers with one at first use), or the driver is older than its code. The reason is what the first launch raises.
 """
 
 from __future__ import annotations
 
 import torch
 
-# NVIDIA's oldest that Triton compiles for.
+# The oldest compute capability of NVIDIA's that Triton compiles for.
 LEAST_CAPABILITY = (8, 0)
 
 _known: dict[torch.device, str | None] = {}
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why Triton can't launch on a device, as the end of a sentence; None if it can, or where nobody can tell now."""
+    """Returns why Triton can't launch on a device, as the end of a sentence; None if it can, or if a try is impossible now."""
     if device.type != "cuda":
         return None
     if device in _known:
         return _known[device]
-    # Fake tensors are on devices that are not here, and under a mode of theirs, or in a capture, nothing can be tried.
+    # A fake tensor's device may be absent, and nothing can be launched under a fake mode or during a capture.
     if not torch.cuda.is_available() or torch._C._len_torch_dispatch_stack() > 0:
         return None
     if torch.cuda.is_current_stream_capturing():
         return None
-    _known[device] = _ask(device)
+    _known[device] = _try(device)
     return _known[device]
 
 
-def _ask(device: torch.device) -> str | None:
+def _try(device: torch.device) -> str | None:
     capability = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and capability < LEAST_CAPABILITY:
         least, own = (".".join(map(str, numbers)) for numbers in (LEAST_CAPABILITY, capability))

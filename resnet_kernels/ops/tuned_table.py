@@ -1,14 +1,15 @@
-"""Measured tables: which candidate is the fastest right one for a problem on this very device. Written by `tune`.
+"""Measured tables: the fastest right candidate for each problem on this very device. `tune` writes them.
 
-A problem is whatever asks for a choice: a hashable value whose `str` is its key, its shapes without the batch, as in
-"conv 64x56x56->64 3x3/1 p1,1,1,1 d1 g1 scale bias relu". Whoever can run it in several ways asks
+A problem is a hashable value whose `str` is its key: its shapes without the batch, as in
+"conv 64x56x56->64 3x3/1 p1,1,1,1 d1 g1 scale bias relu". A call site that can run it in several ways asks
 
     choice(problem, batch, dtype, device, can_run)    -> the winner's name; None where there is none that can run
 
-and takes what it would take without a table when it gets None.
+and takes the candidate that it takes without a table when it gets None.
 
-One JSON file a device, in the package (resnet_kernels/tuned) and in the user's cache directory, whose records go over the
-package's. Read at the first question about a device, never at import. A file that can't be used is ignored with a warning.
+A device has one JSON file in the package (resnet_kernels/tuned) and one in the user's cache directory, whose records override
+the package's. The first question about a device reads them, never the import. A file that can't be used is ignored with a
+warning.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CanRun = Callable[[str, Any, int, torch.dtype, torch.device], bool]
 SCHEMA = 1
 CACHE_VARIABLE = "RESNET_KERNELS_CACHE"
 PACKAGE_DIRECTORY = Path(__file__).resolve().parent.parent / "tuned"
-# A record of this kind says for a whole model whether its BN, add and ReLU train faster on our kernels: see `trains`.
+# The kind of record that says for a whole model whether its BN, add and ReLU train faster on our kernels (`trains`).
 TRAINING = "training"
 
 # Answers kept: some 60 problems a net, times a few batch and image sizes.
@@ -42,34 +43,34 @@ _CACHED = 4096
 
 
 class DeviceKey(NamedTuple):
-    """What a table is measured for: the device's name, and its compute capability as "9.0"."""
+    """A kind of device, which a table is measured for: its name, and its compute capability as "9.0"."""
 
     name: str
     capability: str
 
     @property
     def file_name(self) -> str:
-        """The table's, as in nvidia-h200-sm90.json."""
+        """The name of its table's file, as in nvidia-h200-sm90.json."""
         name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
         return f"{name}-sm{self.capability.replace('.', '')}.json"
 
 
 @lru_cache
 def device_key(device: torch.device) -> DeviceKey | None:
-    """The key of a device's tables; None for a device that has none, which is all but CUDA's."""
-    # Fake tensors are on CUDA devices that are not here.
+    """Returns the key of a device's tables; None for all but CUDA's, which have none."""
+    # A fake tensor's CUDA device may be absent.
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return DeviceKey(torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device)))
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as tables name it. float32 whose convolutions may round to TF32 is "tf32", as if it were another dtype."""
+    """Returns a dtype's name in tables; "tf32", as if that were a dtype, for float32 whose convolutions may round to it."""
     return "tf32" if allows_tf32(dtype) else short_name(dtype)
 
 
 def cache_directory() -> Path | None:
-    """Where the user's own tables are: $RESNET_KERNELS_CACHE, or resnet_kernels in XDG's cache; None without a home."""
+    """Returns the user's folder of tables: $RESNET_KERNELS_CACHE, or resnet_kernels in XDG's cache; None without a home."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given)
@@ -83,24 +84,26 @@ def covers(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a table has measurements of this device in this dtype."""
     if _noted is not None:
         return True
-    # First what costs nothing: most devices have no tables.
-    return device_key(device) is not None and dtype_name(dtype) in _measured_dtypes(device)
+    key = device_key(device)
+    return key is not None and dtype_name(dtype) in _measured_dtypes(key)
 
 
 def choice(
     problem: Hashable, batch: int, dtype: torch.dtype, device: torch.device, can_run: CanRun | None = None
 ) -> str | None:
-    """The name of the candidate that won a problem, about a microsecond after the first time.
+    """Returns the name of the candidate that won a problem; it takes about a microsecond after the first time.
 
     Args:
         problem: its `str` is the table's key.
         batch: images; the nearest measured batch, in logarithms, decides for others.
-        dtype, device: of the data. float32 is looked up as "tf32" where cuDNN's setting allows that.
-        can_run: asked once with (winner's name, problem, batch, dtype, device), as a table may be of another version, and the
-            nearest batch another one. A winner that can't run even at the batch where it won is said once.
+        dtype: of the data. float32 is looked up as "tf32" where cuDNN's setting allows that.
+        device: of the data.
+        can_run: is asked once with (winner's name, problem, batch, dtype, device), since the table may come from another
+            version and the winner from another batch. One warning names a winner that can't run even at the batch where it
+            won.
 
     Returns:
-        The name, None if the problem was not measured, no candidate could win, or the winner can't run.
+        The name; None if the problem was not measured, no candidate could win, or the winner can't run.
     """
     if _noted is not None:
         _noted.append((problem, batch))
@@ -111,11 +114,12 @@ def choice(
 def trains(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether measurements show that batch_norm_act trains faster than PyTorch's own BN, add and ReLU, forward and backward.
 
-    They are of whole models; all that were measured in this dtype have to agree.
+    Whole models are measured, and all that were measured in this dtype have to agree.
     """
     if _noted is not None:
         return True
-    return device_key(device) is not None and _trains(device, dtype_name(dtype))
+    key = device_key(device)
+    return key is not None and _trains(key, dtype_name(dtype))
 
 
 _noted: list[tuple[Hashable, int]] | None = None
@@ -123,9 +127,9 @@ _noted: list[tuple[Hashable, int]] | None = None
 
 @contextlib.contextmanager
 def noting() -> Iterator[list[tuple[Hashable, int]]]:
-    """Notes what `choice` is asked for, as (problem, batch), call by call; meanwhile every answer is None.
+    """Lists each question to `choice` as (problem, batch), call by call; meanwhile every answer is None.
 
-    Whatever the device, `auto` looks its decisions up, and trains on own ops. Not for several threads at a time.
+    On any device `auto` then asks for all its decisions and trains on our ops. Only one thread may use it at a time.
     """
     global _noted
     _noted, before = [], _noted
@@ -140,14 +144,14 @@ _said_unknown = False
 
 
 def generation() -> int:
-    """A number that is another one after `forget`: whoever keeps what follows from answers keeps this along."""
+    """Returns a number that `forget` changes: keep it beside anything that was decided by answers."""
     return _times_forgotten
 
 
 def decided(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
-    """The keys of all problems for which a table names a winner on a device in a dtype."""
-    table = {} if device_key(device) is None else _table(device_key(device))
-    name = dtype_name(dtype)
+    """Returns the keys of all problems for which a table names a winner on a device in a dtype."""
+    key, name = device_key(device), dtype_name(dtype)
+    table = {} if key is None else _table(key)
     return frozenset(key for (measured, key), winners in table.items() if measured == name and any(winners.values()))
 
 
@@ -160,31 +164,32 @@ def forget() -> None:
         getattr(function, "cache_clear", lambda: None)()
 
 
-# typed: problems of two kinds, tuples both, may be equal.
+# typed: problems are tuples, and two of different kinds may be equal.
 @lru_cache(_CACHED, typed=True)
 def _choice(
     problem: Hashable, batch: int, table_dtype: str, dtype: torch.dtype, device: torch.device, can_run: CanRun | None
 ) -> str | None:
-    measured = _table(device_key(device)).get((table_dtype, str(problem)))
-    if not measured or batch < 1:
+    key = device_key(device)
+    measured = None if key is None else _table(key).get((table_dtype, str(problem)))
+    if key is None or not measured or batch < 1:
         return None
-    # Of two that are equally near, the larger.
+    # The larger of two that are equally near.
     nearest = min(measured, key=lambda other: (abs(math.log(other / batch)), -other))
     winner = measured[nearest]
     if winner is None or can_run is None or can_run(winner, problem, batch, dtype, device):
         return winner
     if not can_run(winner, problem, nearest, dtype, device):
-        _say_unknown(winner, problem, device)
+        _say_unknown(winner, problem, key)
     return None
 
 
-def _say_unknown(winner: str, problem: Hashable, device: torch.device) -> None:
-    """Warns once that a table names what can't run here: it is another version's, or was edited."""
+def _say_unknown(winner: str, problem: Hashable, key: DeviceKey) -> None:
+    """Warns once of a winner that can't run here: the table is another version's, or was edited."""
     global _said_unknown
     if not _said_unknown:
         _said_unknown = True
         warnings.warn(
-            f'resnet_kernels: the table of {device_key(device).name} names {winner!r} for "{problem}", which can\'t run here; '
+            f'resnet_kernels: the table of {key.name} names {winner!r} for "{problem}", which can\'t run here; '
             "such records are ignored (python -m resnet_kernels tune measures them anew)",
             RuntimeWarning,
             2,
@@ -192,11 +197,10 @@ def _say_unknown(winner: str, problem: Hashable, device: torch.device) -> None:
 
 
 @lru_cache
-def _trains(device: torch.device, dtype: str) -> bool:
-    table = _table(device_key(device))
+def _trains(device: DeviceKey, dtype: str) -> bool:
     winners = [
         winner
-        for (measured, key), batches in table.items()
+        for (measured, key), batches in _table(device).items()
         if measured == dtype and key.startswith(f"{TRAINING} ")
         for winner in batches.values()
     ]
@@ -204,15 +208,15 @@ def _trains(device: torch.device, dtype: str) -> bool:
 
 
 @lru_cache
-def _measured_dtypes(device: torch.device) -> frozenset[str]:
-    return frozenset(dtype for dtype, _ in _table(device_key(device)))
+def _measured_dtypes(key: DeviceKey) -> frozenset[str]:
+    return frozenset(dtype for dtype, _ in _table(key))
 
 
 @lru_cache
-def _table(key: DeviceKey | None) -> dict[tuple[str, str], dict[int, str | None]]:
-    """(dtype, problem's key) -> {batch: winner}; of the package, and over it the user's own."""
+def _table(key: DeviceKey) -> dict[tuple[str, str], dict[int, str | None]]:
+    """Returns {(dtype, problem's key): {batch: winner}}; the user's records override the package's."""
     table: dict[tuple[str, str], dict[int, str | None]] = {}
-    for directory in (PACKAGE_DIRECTORY, cache_directory()) if key is not None else ():
+    for directory in (PACKAGE_DIRECTORY, cache_directory()):
         if directory is None:
             continue
         path = directory / key.file_name
@@ -231,10 +235,10 @@ class Unusable(ValueError):
 
 
 def read(path: Path, key: DeviceKey) -> list[dict[str, Any]]:
-    """The records of a device's table; none if there is no file.
+    """Returns the records of a device's table; none if there is no file.
 
     Raises:
-        Unusable: damaged, of another schema or device.
+        Unusable: the file is damaged, or of another schema or device.
     """
     try:
         text = path.read_text(encoding="utf-8")

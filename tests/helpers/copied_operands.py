@@ -3,6 +3,7 @@
 import torch
 
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.kernels.sm90 import chain, conv, stem, stem_layout, tap_sharing
 from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
 
@@ -27,16 +28,14 @@ def convolution(residual: bool, split: int = 1, projection: bool = False) -> Non
     shortcut = None
     if projection:
         shortcut = conv.Shortcut(copied(2, 64, 8, 8), copied(64, 64, 1, 1), vector(64), vector(64), POINTWISE)
-    conv.launch(
-        copied(2, 128, 8, 8), copied(64, 128, 3, 3), vector(64), copied(2, 64, 8, 8) if residual else None, vector(64),
-        SAME, True, config, shortcut,
-    )  # fmt: skip
+    added = copied(2, 64, 8, 8) if residual else None
+    operands = ConvOperands(copied(2, 128, 8, 8), copied(64, 128, 3, 3), vector(64), added, vector(64), SAME)
+    conv.launch(operands, config, shortcut)
 
 
 def shared_taps() -> None:
-    tap_sharing.launch(
-        copied(2, 64, 8, 8), copied(64, 64, 3, 3), vector(64), copied(2, 64, 8, 8), vector(64), SAME, True
-    )
+    x, residual = copied(2, 64, 8, 8), copied(2, 64, 8, 8)
+    tap_sharing.launch(ConvOperands(x, copied(64, 64, 3, 3), vector(64), residual, vector(64), SAME))
 
 
 def chained(projection: bool) -> None:

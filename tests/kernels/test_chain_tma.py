@@ -8,6 +8,7 @@ from helpers.oracle import assert_within_budget
 from helpers.planted import planted
 
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.operands import ConvOperands
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -233,7 +234,8 @@ def layer_by_layer(call: dict) -> tuple:
 
     def conv(x, layer, geometry, residual=None, block_k=64):
         config = replace(tile, block_k=block_k)
-        return sm90_conv.launch(x, layer.weight, layer.shift, residual, layer.scale, geometry, layer.relu, config)
+        operands = ConvOperands(x, layer.weight, layer.shift, residual, layer.scale, geometry, layer.relu)
+        return sm90_conv.launch(operands, config)
 
     hidden = conv(call["x"], call["conv2"], call["geometry"])
     y = conv(hidden, call["conv3"], Geometry(), call["residual"])

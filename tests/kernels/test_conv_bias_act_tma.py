@@ -12,6 +12,7 @@ from helpers.planted import planted
 
 from resnet_kernels import ops
 from resnet_kernels.kernels.geometry import Geometry, normalize
+from resnet_kernels.kernels.operands import ConvOperands
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -69,7 +70,7 @@ CASES = (
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
     geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     assert why_not(x.shape, weight.shape, geometry, x.dtype) is None
-    return kernel.launch(x, weight, bias, residual, scale, geometry, relu, config)
+    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, relu), config)
 
 
 @pytest.mark.slow(unless=lambda case: case.n < 8 and case.c_out < 128)
@@ -250,14 +251,13 @@ def test_the_predicate_says_why(x_shape, weight_shape, geometry, dtype, reason):
             raise ValueError(said)
 
 
-def test_the_launcher_takes_it_on_hopper_where_it_can(monkeypatch, device):
+def test_triton_is_this_kernel_on_hopper_where_it_can(monkeypatch, device):
     taken = []
 
-    def launch(*arguments):
-        taken.append(arguments[0].shape[0])
-        return sm90_conv.launch(*arguments)
-
-    monkeypatch.setattr(conv_bias_act, "conv", type("module", (), dict(launch=staticmethod(launch))))
+    original = sm90_conv.launch
+    monkeypatch.setattr(
+        sm90_conv, "launch", lambda operands, *rest: (taken.append(len(operands.x)), original(operands, *rest))[1]
+    )
     monkeypatch.setattr(target, "is_hopper", lambda device: True)
     for case, expected in (
         (CASES[0], [2]),

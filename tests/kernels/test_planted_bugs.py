@@ -13,6 +13,7 @@ from helpers.oracle import skip_unless_runnable
 from helpers.planted import plant, planted
 
 from resnet_kernels.kernels.geometry import normalize
+from resnet_kernels.kernels.operands import ConvOperands
 
 CASES = (
     Case("", 2, 16, 7, 6, 24),
@@ -46,7 +47,7 @@ def failures(kernel, device) -> int:
         x, weight, bias, residual, scale = operands(case, torch.float32, device)
         geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
         for relu in (True, False):
-            y = kernel.launch(x, weight, bias, residual, scale, geometry, relu)
+            y = kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, relu))
             wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, relu))
     return wrong
 

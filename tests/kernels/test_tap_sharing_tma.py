@@ -11,6 +11,7 @@ from helpers.planted import planted
 
 from resnet_kernels.kernels import target
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.kernels.sm90 import tap_sharing as kernel
 
 pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
@@ -28,7 +29,7 @@ CASES = (
 
 def run(case, x, weight, bias, residual, scale, relu, config=kernel.CONFIGS[0]):
     assert kernel.why_not(x.shape, weight.shape, SAME, x.dtype) is None
-    return kernel.launch(x, weight, bias, residual, scale, SAME, relu, config)
+    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, SAME, relu), config)
 
 
 @pytest.mark.slow(unless=lambda case, config: config == kernel.CONFIGS[0] or case is CASES[0])
@@ -112,9 +113,8 @@ def failures(module, device) -> int:
     count = 0
     for case, config in itertools.product(CASES[2:3], (kernel.CONFIGS[-1],)):
         x, weight, bias, residual, scale = operands(case, FP16, device)
-        y = module.launch(
-            x, weight, bias, residual, scale, SAME, True, replace(config, programs_per_sm=1)
-        )  # fmt: skip
+        given = ConvOperands(x, weight, bias, residual, scale, SAME)
+        y = module.launch(given, replace(config, programs_per_sm=1))
         count += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
     return count
 
@@ -142,5 +142,5 @@ def test_a_table_can_choose_it(device, monkeypatch):
     names = [name for name in conv_candidates.candidates(asked, 2, FP16, device) if name.startswith("shared ")]
     assert len(names) == len(kernel.CONFIGS)
     for name in names:
-        y = conv_candidates.run(name, x, weight, bias, residual, scale, SAME, True)
+        y = conv_candidates.run(name, ConvOperands(x, weight, bias, residual, scale, SAME))
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))

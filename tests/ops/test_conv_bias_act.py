@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from resnet_kernels import ops
 from resnet_kernels.kernels import target
 from resnet_kernels.kernels.geometry import Geometry, normalize
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.ops import onednn, reference
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")
@@ -157,9 +158,8 @@ def test_every_shipped_config_is_exact(index, dtype, device):
     for c_in in (40, 64):
         case = Case("", 2, c_in, 7, 7, 72)
         x, weight, bias, residual, scale = operands(case, dtype, device)
-        y = kernel.launch(
-            x, weight, bias, residual, scale, normalize(1, 1, 1, 1), True, config=kernel.CONFIGS[index]
-        )  # fmt: skip
+        given = ConvOperands(x, weight, bias, residual, scale, normalize(1, 1, 1, 1))
+        y = kernel.launch(given, kernel.CONFIGS[index])
         assert torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, True))
 
 

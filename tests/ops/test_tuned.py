@@ -14,10 +14,12 @@ from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
 
 import resnet_kernels as rk
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.runtime import eligibility
+from resnet_kernels.runtime.gpu.multi_layer import APART, ROLES
 
 
 def choose(key="k", batch=256, dtype=torch.float32):
@@ -195,9 +197,35 @@ def test_candidates_have_names_of_their_own():
     from resnet_kernels.kernels import conv_bias_act
     from resnet_kernels.kernels.sm90 import conv_tiles, tap_sharing
 
-    tiles = conv_candidates._tiles()
+    tiles = conv_candidates.tiles()
     assert len(tiles) == sum(map(len, (conv_bias_act.CONFIGS, conv_tiles.CONFIGS, tap_sharing.CONFIGS)))
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
+
+
+SHIPPED = sorted(tuned_table.PACKAGE_DIRECTORY.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_winners_are_candidates_of_this_version(path):
+    """A renamed tile or role would turn the records that name it off, with no more than a warning."""
+    pytest.importorskip("triton", reason="needs triton")
+    key = tuned_table.DeviceKey(**json.loads(path.read_text())["device"])
+    assert key.file_name == path.name
+    known = {
+        "conv": {"cudnn", "cudnn+epilogue", *conv_candidates.tiles()},
+        "norm": {"eager", "triton"},
+        tuned_table.TRAINING: {"eager", "triton"},
+        "stem": {APART, "conv+pool"},
+    }
+    records = tuned_table.read(path, key)
+    for entry in records:
+        kind, rest = entry["key"].split(" ", 1)
+        if kind == "link" and entry["winner"] != APART:
+            roles = {layer.split()[0] for layer in rest.split("; ")}
+            assert roles <= {*ROLES} and {"conv3"} <= {*entry["winner"].split("+")} <= roles, entry["key"]
+        else:
+            assert entry["winner"] in known.get(kind, {APART}), entry["key"]
+    assert {"conv", "norm", "link"} <= {entry["key"].split()[0] for entry in records}
 
 
 def test_hopper_is_offered_what_fits(monkeypatch):
@@ -275,12 +303,12 @@ def test_cudnn_and_a_pass_after_it(device):
     *tensors, geometry, _ = operands(residual=True)
     tensors = [t.to(device) for t in tensors]
     x, weight, bias, residual, scale = tensors
-    calls = [(x, weight, bias, residual, scale, geometry, relu) for relu in (True, False)]
-    calls.append((x, weight, bias, None, None, geometry, False))
-    calls += [(x, weight, None, None, None, geometry, relu) for relu in (True, False)]
+    calls = [ConvOperands(x, weight, bias, residual, scale, geometry, relu) for relu in (True, False)]
+    calls.append(ConvOperands(x, weight, bias, geometry=geometry, relu=False))
+    calls += [ConvOperands(x, weight, geometry=geometry, relu=relu) for relu in (True, False)]
     before = [t.clone() for t in tensors]
     for call in calls:
-        y = conv_candidates.run("cudnn+epilogue", *call)
+        y = conv_candidates.run("cudnn+epilogue", call)
         wide = [None if t is None else t.double() for t in call[:5]]
         expected = reference.conv_bias_act(*call)
         assert_within_budget(y, expected, reference.conv_bias_act(*wide, *call[5:]))

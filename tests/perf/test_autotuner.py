@@ -28,8 +28,8 @@ TILE = "pointer 64x16x16 w2 s3"
 def quick(monkeypatch):
     """One tile of ours beside PyTorch's own, as few rounds as there may be."""
     pytest.importorskip("triton", reason="needs triton")
-    tiles = conv_candidates._tiles()
-    monkeypatch.setattr(conv_candidates, "_tiles", lambda: {TILE: tiles[TILE]})
+    tiles = conv_candidates.tiles()
+    monkeypatch.setattr(conv_candidates, "tiles", lambda: {TILE: tiles[TILE]})
     monkeypatch.setattr(tune_model, "SECONDS_EACH", 1e-9)
     monkeypatch.setattr(timing, "_WARM_UP_ROUNDS", 0)
     monkeypatch.setattr(autotuner, "interleave", partial(timing.interleave, min_rounds=1))

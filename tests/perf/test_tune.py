@@ -17,7 +17,7 @@ from helpers.tuned_tables import record as entry
 import resnet_kernels as rk
 from resnet_kernels.cli import main as cli
 from resnet_kernels.kernels.geometry import Geometry
-from resnet_kernels.ops import conv_candidates, reference, tuned_table
+from resnet_kernels.ops import conv_candidates, error_budget, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.ops.conv_candidates import ConvProblem
 from resnet_kernels.perf import environment, timing
@@ -176,11 +176,11 @@ def test_the_reference_goes_piece_by_piece(monkeypatch):
     operands = built.operands()
     whole = built.reference(*operands)
     monkeypatch.setattr(problems, "_REFERENCE", 500)  # two images of 240
-    monkeypatch.setattr(autotuner, "_COMPARED", 200)  # two outputs of 96
+    monkeypatch.setattr(error_budget, "_COMPARED", 200)  # two outputs of 96
     assert torch.equal(built.reference(*operands), whole)
     off = whole + 1
     expected = ((off - whole).norm() / whole.norm()).item()
-    assert autotuner._error(off, whole) == pytest.approx(expected)
+    assert error_budget.relative_error(off, whole) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("training", (False, True))
@@ -431,4 +431,4 @@ def test_the_names_of_the_candidates_lead_back_to_them(device):
     truth = built.reference(*operands)
     assert len(names) >= 9
     for name in names:
-        assert autotuner._error(built.candidates[name](*operands), truth) < 1e-5, name
+        assert error_budget.relative_error(built.candidates[name](*operands), truth) < 1e-5, name

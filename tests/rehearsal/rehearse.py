@@ -156,11 +156,13 @@ def host_time(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
     """
     from resnet_kernels.kernels import launching
     from resnet_kernels.kernels.geometry import Geometry
+    from resnet_kernels.kernels.operands import ConvOperands
     from resnet_kernels.kernels.sm90 import conv
 
     layout = dict(dtype=options.dtype, memory_format=torch.channels_last)
     x, weight, residual = (torch.empty(size, **layout) for size in ((1, 64, 14, 14), (64, 64, 3, 3), (1, 64, 14, 14)))
     scale, shift, geometry = torch.empty(64), torch.empty(64), Geometry(padding=(1, 1, 1, 1))
+    operands = ConvOperands(x, weight, shift, residual, scale, geometry)
     noted = []
 
     def note(self, *given):
@@ -168,7 +170,7 @@ def host_time(options: argparse.Namespace, mode: stand_in.Shapes) -> dict:
         stand_in.unwatched["launch"](self, *given)
 
     def convolution() -> None:
-        conv.launch(x, weight, shift, residual, scale, geometry, True)
+        conv.launch(operands)
 
     convolution()
     watched, launching.Prepared.launch = launching.Prepared.launch, note

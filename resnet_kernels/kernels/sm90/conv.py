@@ -31,6 +31,7 @@ from torch import Tensor
 from .. import launching
 from ..geometry import Geometry
 from ..layouts import contiguous
+from ..operands import ConvOperands
 from ..target import dot_needs_fp32, multiprocessors
 from .conv_device import add_up, arrives_last, convolve, load_scales, multiply_add, must_park, park, store_part
 from .conv_layout import ConvShape, plan
@@ -153,26 +154,23 @@ class Shortcut(NamedTuple):
     geometry: Geometry
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-    config: TmaConfig | None = None,
-    shortcut: Shortcut | None = None,
-) -> Tensor:
-    """Runs the kernel on checked operands that `why_not` lets pass; returns y, channels_last.
+def launch(operands: ConvOperands, config: TmaConfig | None = None, shortcut: Shortcut | None = None) -> Tensor:
+    """Launches the kernel on checked operands.
 
-    With a shortcut that `why_not_merged` lets pass, its convolution is added before the ReLU; its sums are never rounded.
+    Args:
+        operands: `why_not` lets them pass.
+        config: a tile; None lets `choose_config` pick one.
+        shortcut: `why_not_merged` lets it pass. Its convolution is added before the ReLU, and its sums are never rounded.
+
+    Returns:
+        y, channels_last.
     """
+    x, weight, _, _, _, geometry, relu = operands
     conv = ConvShape(tuple(x.shape), tuple(weight.shape), geometry)
     projection = None
     if shortcut is not None:
         projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
-    return Bound(conv, relu, x.dtype, x.device, config, projection)(x, weight, bias, residual, scale, shortcut)
+    return Bound(conv, relu, x.dtype, x.device, config, projection)(*operands[:5], shortcut)
 
 
 class Bound:

@@ -25,7 +25,8 @@ from torch import Tensor
 from .. import launching
 from ..geometry import Geometry
 from ..layouts import contiguous
-from ..target import is_interpreted, multiprocessors
+from ..operands import ConvOperands
+from ..target import dot_needs_fp32, multiprocessors
 from .conv_device import store_part
 from .conv_layout import LaunchPlan, first_part
 from .conv_layout import why_not as why_not_by_tap
@@ -168,18 +169,14 @@ def plan(
     )  # fmt: skip
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    scale: Tensor | None,
-    geometry: Geometry,
-    relu: bool,
-    config: TmaConfig = CONFIGS[0],
-) -> Tensor:
-    """Runs the kernel on checked operands that `why_not` lets pass; returns y, channels_last."""
-    todo = plan(tuple(x.shape), weight.shape[0], relu, is_interpreted() and x.dtype == torch.bfloat16, config)
+def launch(operands: ConvOperands, config: TmaConfig = CONFIGS[0]) -> Tensor:
+    """Launches the kernel on checked operands that `why_not` lets pass.
+
+    Returns:
+        y, channels_last.
+    """
+    x, weight, bias, residual, scale, geometry, relu = operands
+    todo = plan(tuple(x.shape), weight.shape[0], relu, dot_needs_fp32(x.dtype), config)
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )

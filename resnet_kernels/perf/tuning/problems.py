@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ...fusion.convert import fuse
+from ...kernels.geometry import Geometry
+from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
 from ...ops.batch_norm_act import NormProblem
 from ...ops.conv_candidates import ConvProblem
@@ -115,8 +117,10 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
     )
 
 
-def _runner(name: str, geometry, relu: bool) -> Callable[..., Tensor]:
-    return lambda *operands: conv_candidates.run(name, *operands, geometry, relu)
+def _runner(name: str, geometry: Geometry, relu: bool) -> conv_candidates.Run:
+    return lambda x, weight, bias, residual, scale: conv_candidates.run(
+        name, ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+    )
 
 
 BUILDERS: dict[type, Callable[..., Problem]] = {

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ...graph.recipe import Recipe
 from ...kernels.geometry import Geometry
+from ...kernels.operands import ConvOperands
 from ...ops import cudnn
 from .. import profiler_ranges, run_steps
 from ..live_modules import LiveModules
@@ -80,9 +81,8 @@ def convolve_as(part: ConvPart, form: Form, values: Values, constants: AllConsta
         y = form.run(x, weight, shift, inside, scale)
     else:
         own_scale, own_shift, _ = constants[form.adds]
-        y = cudnn.conv_then_epilogue(
-            x, weight, shift, inside, scale, form.geometry, step.relu, own_scale, own_shift
-        )  # fmt: skip
+        operands = ConvOperands(x, weight, shift, inside, scale, form.geometry, step.relu)
+        y = cudnn.conv_then_epilogue(operands, own_scale, own_shift)
     if form.broadcasts and residual is not None:
         y = run_steps.add(y, residual, step.relu, backend)
     values[step.out] = y
@@ -99,9 +99,9 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
     shortcut = kernel.Shortcut(
         x0, _weight(link.shortcut, x, constants), projection_shift, projection_scale, _geometry(link.shortcut, x0)
     )
-    values[step.out] = kernel.launch(
-        x, _weight(link.conv3, x, constants), shift, None, scale, _geometry(link.conv3, x), step.relu, shortcut=shortcut
-    )
+    weight, geometry = _weight(link.conv3, x, constants), _geometry(link.conv3, x)
+    operands = ConvOperands(x, weight, shift, None, scale, geometry, step.relu)
+    values[step.out] = kernel.launch(operands, shortcut=shortcut)
 
 
 def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
