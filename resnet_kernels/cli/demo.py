@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import resnet_kernels as rk
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
 from ..perf import timing
 from . import arguments

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import resnet_kernels as rk
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
 from ..perf import ceilings, profiling, timing
 from ..perf.profiling import KINDS, RangeTime

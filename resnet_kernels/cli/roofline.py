@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
 from ..perf.roofline import bounds, counting, network
 from ..perf.roofline.bounds import Kernel, Machine, Tiling

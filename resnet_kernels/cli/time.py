@@ -16,7 +16,7 @@ from torch import Tensor
 
 import resnet_kernels as rk
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
 from ..perf import timing
 from ..perf.steps import forward, forward_backward

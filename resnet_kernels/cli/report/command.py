@@ -12,7 +12,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from ...fusion.text_table import table
+from ...fusion.report import table
 from ...perf import read_results, regressions, results
 from . import page, plot_style, sections
 
