@@ -19,8 +19,8 @@ from torch import Tensor
 import resnet_kernels as rk
 
 from ..fusion.report import table
-from ..kernels.target import allows_tf32
 from ..models import by_name
+from ..ops import tuned_table
 from ..ops.dtypes import short_name
 from ..perf import ceilings, profiling, timing
 from ..perf.profiling import KINDS, RangeTime
@@ -82,8 +82,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _machine(x: Tensor) -> tuple[Machine, str]:
     """Returns the rates to compare with, and where they come from."""
-    # An H200's fp32 rate is assumed to be TF32's.
-    has_rate = x.dtype in (torch.bfloat16, torch.float16) or allows_tf32(x.dtype)
+    # The H200's rate in fp32 is TF32's.
+    has_rate = tuned_table.dtype_name(x.dtype) in ("bf16", "fp16", "tf32")
     if x.is_cuda and "H200" in torch.cuda.get_device_name(x.device) and has_rate:
         return bounds.h200(short_name(x.dtype)), "of an H200"
     return ceilings.ceilings(x.device, x.dtype), "measured ceilings: a matrix product and a copy, here and now"

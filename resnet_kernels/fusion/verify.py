@@ -28,8 +28,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from ..graph.recipe import ContainerPlan, Recipe
-from ..kernels.target import allows_tf32
-from ..ops import cudnn, error_budget
+from ..ops import cudnn, error_budget, tuned_table
 from ..runtime import container_runs, fused_module
 from .report import table
 
@@ -194,7 +193,7 @@ def verify(
     top1 = None
     if isinstance(eager_output, Tensor) and eager_output.dim() == 2 and eager_output.shape[0]:
         top1 = (fused_output.argmax(1) == eager_output.argmax(1)).double().mean().item()
-    tf32 = x.is_cuda and allows_tf32(x.dtype)
+    tf32 = x.is_cuda and tuned_table.dtype_name(x.dtype) == "tf32"
     return VerifyResult(tuple(results), output, top1, str(x.dtype).removeprefix("torch."), str(x.device), tf32)
 
 

@@ -142,7 +142,7 @@ def _part(kernel: Kernel) -> str:
 
 
 def _stages(kernels: Sequence[Kernel]) -> list[str]:
-    """Returns each kernel's stage, the first name of its path. Modules at the top are the stem, or the head behind all stages."""
+    """Returns each kernel's stage: the first name of its path. At the top lie the stem and, after all stages, the head."""
     names = {kernel.path.split(".")[0] for kernel in kernels if "." in kernel.path}
     firsts = [kernel.path.split(".")[0] for kernel in kernels]
     last = max((index for index, name in enumerate(firsts) if name in names), default=len(kernels))

@@ -147,7 +147,9 @@ def outcome(speed: float) -> str:
 
 
 def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -> Figure:
-    """Draws kernels under the machine's ceilings, with a panel per contender; a marker's area is the kernel's share of time."""
+    """Draws kernels under the machine's ceilings, a panel per contender; a marker's area is the kernel's share of time."""
+    from matplotlib.collections import PathCollection
+
     figure, grid = new_panels(len(panels), 4.0)
     kinds = list(dict.fromkeys(point.kind for points in panels.values() for point in points))
     handles = {}
@@ -167,6 +169,7 @@ def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -
         _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings)
     legend = figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
     for handle in legend.legend_handles:
+        assert isinstance(handle, PathCollection)
         handle.set_sizes([50])
     return figure
 
