@@ -17,7 +17,7 @@ BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, YELLOW = (
 )  # fmt: skip
 
 
-GREY = "#999999"
+GRAY = "#999999"
 # Yellow last: it is pale on white.
 _COLORS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
 MARKERS = "osD^vPX<>ph"

@@ -15,7 +15,7 @@ from ...perf.results import Ceilings
 from .plot_style import (
     BLACK,
     BLUE,
-    GREY,
+    GRAY,
     HATCHES,
     MARKERS,
     VERMILION,
@@ -110,7 +110,7 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
     values, texts = [math.log2(bar.speed) for bar in ordered], []
     for y, (bar, value) in enumerate(zip(ordered, values)):
         verdict = outcome(bar.speed)
-        color, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GREY, "")}[verdict]
+        color, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GRAY, "")}[verdict]
         axes.barh(y, value, height=0.7, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         text = f"{bar.speed:.2f}x {bar.peer} ({verdict})"
         texts.append(text)
