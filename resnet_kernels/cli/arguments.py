@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 from collections.abc import Callable
@@ -51,6 +52,18 @@ def at_least(minimum: int) -> Callable[[str], int]:
 
 
 positive = at_least(1)
+
+
+def positive_float(text: str) -> float:
+    """Parses an argument that is a positive and finite number."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
+# See at_least.
+positive_float.__name__ = "number"
 
 
 def model_for(options: argparse.Namespace) -> nn.Module:

@@ -68,9 +68,9 @@ def demo(options: argparse.Namespace) -> int:
             "machine": arguments.machine(x),
             "report": json.loads(report.to_json()),
             "verify": json.loads(result.to_json()),
+            "timings": {name: t.to_dict() for name, t in timings.items()},
+            "speedup": timing.ratio(eager, timings["fused"]),
         }
-        values["timings"] = {name: t.to_dict() for name, t in timings.items()}
-        values["speedup"] = timing.ratio(eager, timings["fused"])
         print(json.dumps(values, indent=2))
         return 0
     rows = [

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -157,11 +158,10 @@ def _total_table(rows: Sequence[RangeTime]) -> str:
 
 def _values(
     options: argparse.Namespace, x: Tensor, rows: Sequence[RangeTime], machine: Machine, whose: str, step: float
-) -> dict:
-    keys = ("model", "backend", "eager", "backward", "steps")
+) -> dict[str, Any]:
     return {
         "machine": arguments.machine(x),
-        **{key: getattr(options, key) for key in keys},
+        **{key: getattr(options, key) for key in ("model", "backend", "eager", "backward", "steps")},
         "batch_size": x.shape[0],
         "image_size": x.shape[2],
         "ceilings": {

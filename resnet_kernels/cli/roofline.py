@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--hbm-tbps", "TB/s from and to HBM", f"{h200.hbm_bytes_per_s / 1e12:g}"),
         ("--l2-tbps", "TB/s from L2 to shared memory", f"{h200.l2_bytes_per_s / 1e12:g}"),
     ):
-        parser.add_argument(name, type=_rate, help=f"{what} to assume (default: an H200's, {default})")
+        parser.add_argument(
+            name, type=arguments.positive_float, help=f"{what} to assume (default: an H200's, {default})"
+        )
     tiling = Tiling()
     parser.add_argument(
         "--block-n",
@@ -59,13 +61,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the execution whose kernels to list (default: per-layer)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every execution's kernels")
-
-
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
-    return value
 
 
 def run(options: argparse.Namespace) -> int:
@@ -198,25 +193,29 @@ def _values(
     machine: Machine,
     executions: dict[str, list[Kernel]],
     ways: dict[str, list[Kernel]],
-) -> dict:
-    values = {key: getattr(options, key) for key in ("model", "batch_size", "image_size", "dtype", "block_n")}
-    rates = (machine.flops_per_s, machine.hbm_bytes_per_s, machine.l2_bytes_per_s)
-    values["assumed"] = dict(zip(("flop_tflops", "hbm_tbps", "l2_tbps"), (rate / 1e12 for rate in rates)))
-    values["executions"] = {
-        name: {
-            "img_per_s": _limits(kernels, machine, options.batch_size),
-            "kernels": [
-                {**vars(kernel), **dict(zip(("seconds", "bound_by"), machine.bound(kernel)))} for kernel in kernels
-            ],
-        }
-        for name, kernels in executions.items()
+) -> dict[str, Any]:
+    return {
+        **{key: getattr(options, key) for key in ("model", "batch_size", "image_size", "dtype", "block_n")},
+        "assumed": {
+            "flop_tflops": machine.flops_per_s / 1e12,
+            "hbm_tbps": machine.hbm_bytes_per_s / 1e12,
+            "l2_tbps": machine.l2_bytes_per_s / 1e12,
+        },
+        "executions": {
+            name: {
+                "img_per_s": _limits(kernels, machine, options.batch_size),
+                "kernels": [
+                    {**vars(kernel), **dict(zip(("seconds", "bound_by"), machine.bound(kernel)))} for kernel in kernels
+                ],
+            }
+            for name, kernels in executions.items()
+        },
+        "ways": {
+            way: {
+                "launches": len(kernels),
+                "hbm_bytes": sum(kernel.hbm_bytes for kernel in kernels),
+                "seconds": _seconds(way, kernels, machine),
+            }
+            for way, kernels in ways.items()
+        },
     }
-    values["ways"] = {
-        way: {
-            "launches": len(kernels),
-            "hbm_bytes": sum(kernel.hbm_bytes for kernel in kernels),
-            "seconds": _seconds(way, kernels, machine),
-        }
-        for way, kernels in ways.items()
-    }
-    return values

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -115,14 +116,16 @@ def _table(runs: dict[str, dict[str, Timing]], batch_size: int) -> str:
     return table(("run", "ms / batch", "img/s", "times eager's speed (median of pairs)"), rows)
 
 
-def _values(options: argparse.Namespace, x: Tensor, burn_in: int, runs: dict[str, dict[str, Timing]]) -> dict:
-    values = {"machine": arguments.machine(x), "model": options.model, "batch_size": options.batch_size}
-    values |= {"image_size": options.image_size, "num_batches": options.num_batches, "num_steps_burn_in": burn_in}
-    values["runs"] = {
-        name: {
-            **{who: {"mean": t.mean, "std": t.std, **t.to_dict()} for who, t in both.items()},
-            "speedup": timing.ratio(both["eager"], both["fused"]),
-        }
-        for name, both in runs.items()
+def _values(options: argparse.Namespace, x: Tensor, burn_in: int, runs: dict[str, dict[str, Timing]]) -> dict[str, Any]:
+    return {
+        "machine": arguments.machine(x),
+        **{key: getattr(options, key) for key in ("model", "batch_size", "image_size", "num_batches")},
+        "num_steps_burn_in": burn_in,
+        "runs": {
+            name: {
+                **{who: {"mean": t.mean, "std": t.std, **t.to_dict()} for who, t in both.items()},
+                "speedup": timing.ratio(both["eager"], both["fused"]),
+            }
+            for name, both in runs.items()
+        },
     }
-    return values

@@ -46,15 +46,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--data", help=f"{', '.join(data.READERS)} (default: {default.data}, resized from 8x8 to 32x32)")
     option("--model", help=f"{', '.join(models.BY_NAME)} (default: {default.model})")
     option("--preset", help=f"a text's recipe: {', '.join(presets.PRESETS)}; options on the command line override it")
-    option("--epochs", type=arguments.at_least(1), help=f"default: {default.epochs}, or the preset's")
-    option(
-        "--batch-size", type=arguments.at_least(1), help=f"of all processes together (default: {default.batch_size})"
-    )
+    option("--epochs", type=arguments.positive, help=f"default: {default.epochs}, or the preset's")
+    option("--batch-size", type=arguments.positive, help=f"of all processes together (default: {default.batch_size})")
     option("--optimizer", help=f"{', '.join(presets.OPTIMIZERS)} (default: {default.optimizer.name})")
-    option("--lr", type=_positive_float, help=f"learning rate (default: {default.optimizer.lr:g} for adam)")
+    option("--lr", type=arguments.positive_float, help=f"learning rate (default: {default.optimizer.lr:g} for adam)")
     option(
         "--image-size",
-        type=arguments.at_least(1),
+        type=arguments.positive,
         help="resize to this height and width (default: 32 for digits, else as is)",
     )
     option("--output", type=Path, help="directory of checkpoint.pt and curve.png (default: runs/DATA-MODEL)")
@@ -226,13 +224,3 @@ def _signals(stop: _Stop) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {value}")
-    return value
-
-
-_positive_float.__name__ = "number"

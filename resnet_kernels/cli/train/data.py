@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -106,16 +107,8 @@ def _split(images: Tensor, labels: Tensor, for_test: int) -> Parts:
     return images[:-for_test], labels[:-for_test], images[-for_test:], labels[-for_test:]
 
 
-def _fashion_mnist(directory: str, download: bool) -> Parts:
-    return _from_torchvision("fashion-mnist", "FashionMNIST", directory, download, lambda x: x.unsqueeze(1))
-
-
-def _cifar10(directory: str, download: bool) -> Parts:
-    return _from_torchvision("cifar10", "CIFAR10", directory, download, lambda x: x.permute(0, 3, 1, 2))
-
-
 def _from_torchvision(
-    name: str, cls: str, directory: str, download: bool, to_nchw: Callable[[Tensor], Tensor]
+    name: str, cls: str, to_nchw: Callable[[Tensor], Tensor], directory: str, download: bool
 ) -> Parts:
     reader = getattr(_library("torchvision.datasets", name, "torchvision"), cls)
     parts: list[Tensor] = []
@@ -127,7 +120,7 @@ def _from_torchvision(
         except Exception as error:
             hint = "" if download else "; --download gets it"
             raise ValueError(
-                f"{name} is missing or damaged in --data-dir {directory} ({_first_line(error)}){hint}"
+                f"{name} is missing or damaged in --data-dir {directory} ({first_line(error)}){hint}"
             ) from error
     images, labels, test_images, test_labels = parts
     return images, labels, test_images, test_labels
@@ -139,11 +132,12 @@ def _library(module: str, data: str, package: str) -> ModuleType:
     # torchvision built for another torch fails with a RuntimeError, not with an ImportError.
     except Exception as error:
         raise ValueError(
-            f'--data {data} needs {package}: pip install "resnet_kernels[train]" ({_first_line(error)})'
+            f'--data {data} needs {package}: pip install "resnet_kernels[train]" ({first_line(error)})'
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its class if it has none."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
@@ -152,6 +146,6 @@ def _first_line(error: Exception) -> str:
 READERS: dict[str, tuple[Callable[[str, bool], Parts], int, int]] = {
     "digits": (_digits, 16, 32),
     "mnist5k": (_mnist5k, 255, 28),
-    "fashion-mnist": (_fashion_mnist, 255, 28),
-    "cifar10": (_cifar10, 255, 32),
+    "fashion-mnist": (partial(_from_torchvision, "fashion-mnist", "FashionMNIST", lambda x: x.unsqueeze(1)), 255, 28),
+    "cifar10": (partial(_from_torchvision, "cifar10", "CIFAR10", lambda x: x.permute(0, 3, 1, 2)), 255, 32),
 }

@@ -186,8 +186,9 @@ class Training:
             if self.processes.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.processes.device)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"--resume: the checkpoint does not fit {self.settings.model} ({reason})") from error
+            raise ValueError(
+                f"--resume: the checkpoint does not fit {self.settings.model} ({data.first_line(error)})"
+            ) from error
 
     def _loader(
         self, part: TensorDataset, order: Sequence[int] | DistributedSampler[Any], workers: int
