@@ -16,10 +16,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -30,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops import cudnn, error_budget, tuned_table
 from ..runtime import container_runs, fused_module
-from .report import table
+from .report import Parity, VerifyResult
 
 # With n values the ratio of two equal errors has a standard deviation of 1 / sqrt(n): an eighth for 64, where 2 is the limit.
 _FEWEST_VALUES = 64
@@ -38,99 +36,6 @@ _FEWEST_VALUES = 64
 _Forward = Callable[[Tensor], Tensor]
 # Arguments: path, steps, input, eager's output, the fused forward, the reference as an fp64 module.
 _Compare = Callable[[str, str, Tensor, Tensor, _Forward, nn.Module], None]
-
-
-@dataclass(frozen=True)
-class Parity:
-    """One comparison: of a block, of a run, or of the whole model.
-
-    Errors are ||y - fp64|| / ||fp64|| over the values that are finite in all three results.
-
-    Args:
-        path: the block's path; "" is the whole model.
-        steps: the kernels that it runs as.
-        max_abs: the largest |fused - eager|.
-        error: the fused result's error.
-        eager_error: eager's error.
-        budget: 2 * eager_error + one rounding of the dtype.
-        lost: number of values that are NaN or inf in fp64, but finite in the fused result.
-        new: number of values that are finite in eager, but NaN or inf in the fused result.
-    """
-
-    path: str
-    steps: str
-    max_abs: float
-    error: float
-    eager_error: float
-    budget: float
-    lost: int
-    new: int
-
-    @property
-    def ok(self) -> bool:
-        """Whether the error is within the budget, and NaN and inf are where they should be."""
-        return self.error <= self.budget and self.lost == 0 and self.new == 0
-
-
-@dataclass(frozen=True)
-class VerifyResult:
-    """Parity of each fused block and of the whole model. It is true in a boolean context if all are within the budget.
-
-    Args:
-        blocks: one comparison per block or run, in the order of the calls.
-        output: the comparison of the whole model.
-        top1_agreement: share of images with the same largest logit; None if the output is no (N, classes).
-        dtype: the output's dtype, such as "float32".
-        device: the input's device, such as "cuda:0".
-        tf32: whether eager's convolutions might round to TF32.
-    """
-
-    blocks: tuple[Parity, ...]
-    output: Parity
-    top1_agreement: float | None
-    dtype: str
-    device: str
-    tf32: bool
-
-    @property
-    def first_over_budget(self) -> Parity | None:
-        """The first comparison that fails; None if none does."""
-        return next((parity for parity in (*self.blocks, self.output) if not parity.ok), None)
-
-    @property
-    def ok(self) -> bool:
-        """Whether all comparisons are within the budget."""
-        return self.first_over_budget is None
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def to_json(self, **options: Any) -> str:
-        """Returns the result as a JSON object.
-
-        Args:
-            **options: arguments of json.dumps, such as indent.
-        """
-        rows = [{**asdict(parity), "ok": parity.ok} for parity in (*self.blocks, self.output)]
-        values = {"ok": self.ok, "top1_agreement": self.top1_agreement, "dtype": self.dtype, "device": self.device}
-        return json.dumps({**values, "tf32": self.tf32, "rows": rows}, **options)
-
-    def __str__(self) -> str:
-        head = ("module", "max |fused-eager|", "error", "eager's", "budget", "NaN/inf", "")
-        cells = [
-            (
-                p.path or "(model)",
-                *(f"{v:.2e}" for v in (p.max_abs, p.error, p.eager_error, p.budget)),
-                "same" if p.lost == p.new == 0 else f"{p.lost} lost, {p.new} new",
-                "ok" if p.ok else "OVER BUDGET",
-            )
-            for p in (*self.blocks, self.output)
-        ]
-        agreement = "" if self.top1_agreement is None else f", top-1 agreement {self.top1_agreement:.1%}"
-        first = self.first_over_budget
-        verdict = "parity holds" if first is None else f"PARITY FAILS, first at {first.path or '(model)'}"
-        tf32 = "on" if self.tf32 else "off"
-        return f"{table(head, cells)}\n{verdict}{agreement} ({self.dtype}, {self.device}, TF32 {tf32})"
 
 
 def unsearched() -> contextlib.AbstractContextManager[None]:
