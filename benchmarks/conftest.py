@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import pytest
 
-from resnet_kernels.fusion.text_table import table
+from resnet_kernels.fusion.report import table
 from resnet_kernels.perf.timing import Timing
 
 from .harness import Absent, Measured

@@ -21,8 +21,8 @@ from . import models, ops
 from ._version import __version__ as __version__
 from .fusion.blocks import BasicBlock, Bottleneck, PreactBottleneck, Residual
 from .fusion.convert import explain, fuse, fuse_, refresh, unfuse_
-from .fusion.report import FuseReport
-from .fusion.verify import VerifyResult, verify
+from .fusion.report import FuseReport, VerifyResult
+from .fusion.verify import verify
 from .perf import timing
 from .perf.tuning.tune_model import TuneResult, tune
 from .runtime.cuda_graph import CapturedModel, capture

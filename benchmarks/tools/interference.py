@@ -12,7 +12,7 @@ import copy
 
 import torch
 
-from resnet_kernels.fusion.text_table import table
+from resnet_kernels.fusion.report import table
 from resnet_kernels.perf.timing import interleave, ratio, ratios
 
 from ..cases import Case, Model, Platform

@@ -1,1 +1,1 @@
-"""Commands of python -m resnet_kernels that have a file of their own: HELP, add_arguments(parser), run(options) -> status."""
+"""The commands of python -m resnet_kernels. Each module has HELP, add_arguments(parser), run(options) -> status."""

@@ -1,4 +1,4 @@
-"""The commands demo, explain and verify: what is fused, whether it is the same model, how fast it is here."""
+"""The commands demo, explain and verify: the report, the parity and the speed of a fused network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import resnet_kernels as rk
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
 from ..perf import timing
 from . import arguments
@@ -21,12 +21,14 @@ def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
 
 
 def explain(options: argparse.Namespace) -> int:
+    """Prints the report of the blocks that would be fused; returns the exit status."""
     report = rk.explain(arguments.model_for(options), backend=options.backend)
     print(report.to_json(indent=2) if options.json else report)
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
+    """Prints the parity of each block; returns the exit status, 1 where parity fails."""
     model = arguments.model_for(options)
     announce = arguments.announce(options.json)
     x = _image_batch(options, model)
@@ -37,6 +39,7 @@ def verify(options: argparse.Namespace) -> int:
 
 
 def demo(options: argparse.Namespace) -> int:
+    """Prints the report, the parity and the times; returns the exit status, 1 where parity fails."""
     model = arguments.model_for(options)
     announce = arguments.announce(options.json)
     x = _image_batch(options, model)
@@ -65,9 +68,9 @@ def demo(options: argparse.Namespace) -> int:
             "machine": arguments.machine(x),
             "report": json.loads(report.to_json()),
             "verify": json.loads(result.to_json()),
+            "timings": {name: t.to_dict() for name, t in timings.items()},
+            "speedup": timing.ratio(eager, timings["fused"]),
         }
-        values["timings"] = {name: t.to_dict() for name, t in timings.items()}
-        values["speedup"] = timing.ratio(eager, timings["fused"])
         print(json.dumps(values, indent=2))
         return 0
     rows = [

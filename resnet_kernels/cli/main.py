@@ -1,17 +1,17 @@
-"""python -m resnet_kernels {demo, explain, verify, time, profile, train, tune, roofline, report}
+"""The command line: python -m resnet_kernels {demo, explain, verify, time, profile, train, tune, roofline, report}.
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
-    explain   what would be fused, and why the rest would not
-    verify    parity, layer by layer, against fp64
-    time      the slim text's experiment: forward, then forward and backward, eager and fused side by side
-    profile   where a network's time goes on this machine, kernel by kernel, as a share of the roofline; a Chrome trace
+    explain   show what would be fused, and why the rest would not
+    verify    compare a fused network with its original and with fp64, block by block
+    time      repeat the slim text's experiment: forward, then forward and backward, eager and fused side by side
+    profile   show where a network's time goes on this machine, kernel by kernel; write a Chrome trace
     train     train a network of the zoo on real data; see train/command.py
     tune      measure what is fastest on this GPU, for backend="auto" to use; see tune.py
-    roofline  how fast a network could be at most, kernel by kernel, on an assumed machine
-    report    a page with plots of what `pytest benchmarks` measured, and what changed against an older file
+    roofline  compute how fast a network could be at most, kernel by kernel, on an assumed machine
+    report    plot the results of `pytest benchmarks`, and compare them with an older file
 
-Exit status: 0, or 1 where parity fails or a report finds something slower, or 2 for a wrong argument or file, or 130 when
-training or tuning was stopped.
+Exit status: 0 is success. 1 means that parity fails or a report finds something slower, 2 that an argument or a file is
+wrong, 130 that training or tuning was stopped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .arguments import add_model_arguments, positive
 from .report import command as report
 from .train import command as train
 
-# The commands with a module of their own: HELP, add_arguments(parser), which sets `run`.
+# The commands with a module of their own. Its add_arguments sets `run` in the options.
 MODULES = {
     "time": time,
     "profile": profile,
@@ -36,6 +36,7 @@ MODULES = {
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Runs a command, sys.argv's unless arguments are given; returns the exit status."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -49,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     for run, help_text in (
         (demo.demo, "fuse a network, show what was fused, prove parity, time it against eager"),
-        (demo.explain, "what would be fused, and why the rest would not"),
-        (demo.verify, "parity, layer by layer, against fp64"),
+        (demo.explain, "show what would be fused, and why the rest would not"),
+        (demo.verify, "compare a fused network with its original and with fp64, block by block"),
     ):
         command = commands.add_parser(run.__name__, help=help_text, description=help_text)
         command.set_defaults(run=run)

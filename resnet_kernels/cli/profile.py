@@ -1,8 +1,8 @@
-"""python -m resnet_kernels profile: where a network's time goes on this machine, kernel by kernel.
+"""python -m resnet_kernels profile: a network's time on this machine, kernel by kernel.
 
-Each row is a call of a module, or of a fused step, with what ran in it, the rates that it reached, and its share of the
-roofline: the least time that its FLOPs and bytes need on this machine, over the time that it took. What stays in a cache can
-exceed that. See ../profiling.py for what is measured and ../roofline.py for how FLOPs and bytes are counted.
+Each row is a call of a module or of a fused step: the kernels that ran in it, the rates that they reached, and their share of
+the roofline. That is the least time that the FLOPs and bytes need on this machine, over the measured time. Data that stays in
+a cache can make it more than 100%. perf/profiling.py says how time is measured, perf/roofline how FLOPs and bytes are counted.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import resnet_kernels as rk
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
+from ..ops import tuned_table
+from ..ops.dtypes import short_name
 from ..perf import ceilings, profiling, timing
 from ..perf.profiling import KINDS, RangeTime
 from ..perf.roofline import bounds, network
@@ -27,24 +30,24 @@ from ..perf.roofline.bounds import Machine
 from ..perf.steps import forward, forward_backward
 from . import arguments
 
-HELP = "where a network's time goes on this machine, kernel by kernel, as a share of the roofline"
-
-_DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+HELP = "show where a network's time goes on this machine, kernel by kernel, as a share of the roofline"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     arguments.add_model_arguments(parser)
     parser.add_argument("--batch-size", type=arguments.positive, help="default: 32 on a GPU, 2 on a CPU")
     parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
-    parser.add_argument("--steps", type=arguments.positive, default=5, help="to average (default: 5)")
+    parser.add_argument("--steps", type=arguments.positive, default=5, help="steps to average (default: 5)")
     parser.add_argument("--backward", action="store_true", help="profile a training step: forward and backward")
-    parser.add_argument("--eager", action="store_true", help="profile plain PyTorch, and not the fused network")
+    parser.add_argument("--eager", action="store_true", help="profile plain PyTorch instead of the fused network")
     parser.add_argument("--top", type=arguments.positive, default=20, help="rows to show, slowest first (default: 20)")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="write a Chrome trace (chrome://tracing, Perfetto)")
 
 
 def run(options: argparse.Namespace) -> int:
+    """Profiles a network and prints the tables or the JSON object; returns the exit status."""
     if options.trace and not options.trace.absolute().parent.is_dir():
         raise ValueError(f"--trace must be in a directory that exists, got {options.trace}")
     model = arguments.model_for(options)
@@ -79,11 +82,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _machine(x: Tensor) -> tuple[Machine, str]:
-    """The rates to compare with, and whose they are."""
-    dtype = _DTYPES.get(x.dtype)
-    as_assumed = x.dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision == "tf32"
-    if x.is_cuda and "H200" in torch.cuda.get_device_name(x.device) and dtype and as_assumed:
-        return bounds.h200(dtype), "of an H200"
+    """Returns the rates to compare with, and where they come from."""
+    # The H200's rate in fp32 is TF32's.
+    has_rate = tuned_table.dtype_name(x.dtype) in ("bf16", "fp16", "tf32")
+    if x.is_cuda and "H200" in torch.cuda.get_device_name(x.device) and has_rate:
+        return bounds.h200(short_name(x.dtype)), "of an H200"
     return ceilings.ceilings(x.device, x.dtype), "measured ceilings: a matrix product and a copy, here and now"
 
 
@@ -107,7 +110,7 @@ def _row_table(rows: Sequence[RangeTime], machine: Machine, top: int) -> str:
     cells = []
     for row in rows[:top]:
         share, least = _share(row, machine), row.least
-        rates = ("", "") if least is None else (least.flops / row.seconds, least.hbm_bytes / row.seconds)
+        rates = (0.0, 0.0) if least is None else (least.flops / row.seconds, least.hbm_bytes / row.seconds)
         cells.append(
             (
                 (row.range or "(outside of modules)") + (" (backward)" if row.backward else ""),
@@ -127,14 +130,14 @@ def _row_table(rows: Sequence[RangeTime], machine: Machine, top: int) -> str:
 
 
 def _kernels(row: RangeTime) -> str:
-    """The slowest by name, cut where templates make it a page, and how many others there are."""
+    """Returns the slowest kernel's name, cut because templates make names of a page, and the number of the others."""
     slowest = max(row.kernels, key=lambda kernel: kernel.seconds).name
     more = f" and {len(row.kernels) - 1} more" if len(row.kernels) > 1 else ""
     return (slowest if len(slowest) <= 48 else f"{slowest[:45]}...") + more
 
 
 def _totals(rows: Sequence[RangeTime]) -> dict[str, dict[str, float]]:
-    """Seconds a step: pass -> kind -> seconds, of the passes that there are."""
+    """Returns pass -> kind -> seconds per step, without a pass that has no time."""
     kernels = [kernel for row in rows for kernel in row.kernels]
     totals = {
         name: {kind: sum(k.seconds for k in kernels if k.backward == backward and k.kind == kind) for kind in KINDS}
@@ -155,11 +158,10 @@ def _total_table(rows: Sequence[RangeTime]) -> str:
 
 def _values(
     options: argparse.Namespace, x: Tensor, rows: Sequence[RangeTime], machine: Machine, whose: str, step: float
-) -> dict:
-    keys = ("model", "backend", "eager", "backward", "steps")
+) -> dict[str, Any]:
     return {
         "machine": arguments.machine(x),
-        **{key: getattr(options, key) for key in keys},
+        **{key: getattr(options, key) for key in ("model", "backend", "eager", "backward", "steps")},
         "batch_size": x.shape[0],
         "image_size": x.shape[2],
         "ceilings": {

@@ -1,7 +1,7 @@
-"""python -m resnet_kernels roofline: how fast a network could be at most, kernel by kernel, on a machine of given rates.
+"""python -m resnet_kernels roofline: the limit on a network's speed, kernel by kernel, on a machine of given rates.
 
-Nothing is run but shapes, so it needs no GPU; the rates are assumptions, an H200's unless given. See ../roofline.py for how
-FLOPs and bytes are counted.
+Only shapes are computed, so it needs no GPU. The rates are assumptions, an H200's unless others are given. perf/roofline says
+how FLOPs and bytes are counted.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
+from ..ops.dtypes import BY_SHORT_NAME
 from ..perf.roofline import bounds, counting, network
 from ..perf.roofline.bounds import Kernel, Machine, Tiling
 from . import arguments
 
-HELP = "the limit on a network's speed by FLOPs, HBM bytes and L2 bytes, for an assumed machine; needs no GPU"
+HELP = "compute the limit on a network's speed by FLOPs, HBM bytes and L2 bytes, for an assumed machine; needs no GPU"
 
-_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+_DTYPES = ("bf16", "fp16", "fp32")
 _WAYS = """\
 eager, auto and triton are counted: the model runs on the meta device, and what it launches is recorded (counting.py).
 auto is what runs without a table of measurements. torch.compile goes by a rule for what it fuses. The time is a limit
@@ -32,18 +32,21 @@ _EXECUTIONS = ("eager", "per-layer", "chained", "compute")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     arguments.add_model_name(parser, "resnet50")
     parser.add_argument("--batch-size", type=arguments.positive, default=256, help="default: 256")
     parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
-    parser.add_argument("--dtype", choices=tuple(_ITEMSIZES), default="bf16", help="default: bf16")
+    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="default: bf16")
     h200 = bounds.h200()
     for name, what, default in (
         ("--flop-tflops", "TFLOP/s", f"{h200.flops_per_s / 1e12:g}, and half of it for fp32, as TF32"),
         ("--hbm-tbps", "TB/s from and to HBM", f"{h200.hbm_bytes_per_s / 1e12:g}"),
         ("--l2-tbps", "TB/s from L2 to shared memory", f"{h200.l2_bytes_per_s / 1e12:g}"),
     ):
-        parser.add_argument(name, type=_rate, help=f"{what} to assume (default: an H200's, {default})")
+        parser.add_argument(
+            name, type=arguments.positive_float, help=f"{what} to assume (default: an H200's, {default})"
+        )
     tiling = Tiling()
     parser.add_argument(
         "--block-n",
@@ -52,27 +55,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"output channels of a tile, {tiling.block_m} pixels high, in layers of more than 64 (default: {tiling.block_n})",
     )
     parser.add_argument(
-        "--execution", choices=_EXECUTIONS, default="per-layer", help="whose kernels to list (default: per-layer)"
+        "--execution",
+        choices=_EXECUTIONS,
+        default="per-layer",
+        help="the execution whose kernels to list (default: per-layer)",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every execution's kernels")
 
 
-def _rate(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0 and finite, got {text}")
-    return value
-
-
 def run(options: argparse.Namespace) -> int:
+    """Prints the limits of a network, as tables or as a JSON object; returns the exit status."""
     options.image_size = options.image_size or by_name.image_size(options.model)
     model = _build(options.model)
     with torch.device("meta"):
         x = by_name.image_batch(model, options.batch_size, options.image_size)
     net = network.trace(model, x)
     machine = _machine(options)
-    executions = _executions(net, _ITEMSIZES[options.dtype], options.block_n)
-    ways = _ways(model, x.to(_DTYPES[options.dtype]), executions)
+    dtype = BY_SHORT_NAME[options.dtype]
+    executions = _executions(net, dtype.itemsize, options.block_n)
+    ways = _ways(model, x.to(dtype), executions)
     if options.json:
         print(json.dumps(_values(options, machine, executions, ways), indent=2))
         return 0
@@ -89,12 +90,12 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _build(name: str) -> nn.Module:
-    """The model by its name, without memory or initial weights where its constructor can do without."""
+    """Builds a model by its name, without memory or initial weights where its constructor can do without."""
     try:
         with torch.device("meta"):
             return by_name.build(name)
     except (RuntimeError, NotImplementedError):
-        return by_name.build(name)  # it reads a number of a tensor that it made
+        return by_name.build(name)  # its constructor reads a number from a tensor that it made
 
 
 def _machine(options: argparse.Namespace) -> Machine:
@@ -125,7 +126,7 @@ def _executions(net: network.Network, itemsize: int, block_n: int) -> dict[str, 
 
 
 def _ways(model: nn.Module, x: Tensor, executions: dict[str, list[Kernel]]) -> dict[str, list[Kernel]]:
-    """The launches of each way of running the model; without Triton those of eager and torch.compile alone."""
+    """Returns the launches of each way to run the model; without Triton only those of eager and torch.compile."""
     ways = {"eager": counting.count(model, x), "torch.compile": executions["torch.compile"]}
     with contextlib.suppress(RuntimeError):
         ways |= {backend: counting.count(model, x, backend) for backend in ("auto", "triton")}
@@ -133,7 +134,7 @@ def _ways(model: nn.Module, x: Tensor, executions: dict[str, list[Kernel]]) -> d
 
 
 def _seconds(way: str, kernels: list[Kernel], machine: Machine) -> float | None:
-    """The least time of all launches by FLOP and HBM; None where FLOPs are not known launch by launch."""
+    """Returns the least time of all launches by FLOP and HBM; None where FLOPs are not known launch by launch."""
     return None if way == "triton" else sum(machine.without_l2().bound(kernel)[0] for kernel in kernels)
 
 
@@ -192,25 +193,29 @@ def _values(
     machine: Machine,
     executions: dict[str, list[Kernel]],
     ways: dict[str, list[Kernel]],
-) -> dict:
-    values = {key: getattr(options, key) for key in ("model", "batch_size", "image_size", "dtype", "block_n")}
-    rates = (machine.flops_per_s, machine.hbm_bytes_per_s, machine.l2_bytes_per_s)
-    values["assumed"] = dict(zip(("flop_tflops", "hbm_tbps", "l2_tbps"), (rate / 1e12 for rate in rates)))
-    values["executions"] = {
-        name: {
-            "img_per_s": _limits(kernels, machine, options.batch_size),
-            "kernels": [
-                {**vars(kernel), **dict(zip(("seconds", "bound_by"), machine.bound(kernel)))} for kernel in kernels
-            ],
-        }
-        for name, kernels in executions.items()
+) -> dict[str, Any]:
+    return {
+        **{key: getattr(options, key) for key in ("model", "batch_size", "image_size", "dtype", "block_n")},
+        "assumed": {
+            "flop_tflops": machine.flops_per_s / 1e12,
+            "hbm_tbps": machine.hbm_bytes_per_s / 1e12,
+            "l2_tbps": machine.l2_bytes_per_s / 1e12,
+        },
+        "executions": {
+            name: {
+                "img_per_s": _limits(kernels, machine, options.batch_size),
+                "kernels": [
+                    {**vars(kernel), **dict(zip(("seconds", "bound_by"), machine.bound(kernel)))} for kernel in kernels
+                ],
+            }
+            for name, kernels in executions.items()
+        },
+        "ways": {
+            way: {
+                "launches": len(kernels),
+                "hbm_bytes": sum(kernel.hbm_bytes for kernel in kernels),
+                "seconds": _seconds(way, kernels, machine),
+            }
+            for way, kernels in ways.items()
+        },
     }
-    values["ways"] = {
-        way: {
-            "launches": len(kernels),
-            "hbm_bytes": sum(kernel.hbm_bytes for kernel in kernels),
-            "seconds": _seconds(way, kernels, machine),
-        }
-        for way, kernels in ways.items()
-    }
-    return values

@@ -1,8 +1,8 @@
 """python -m resnet_kernels time: the slim text's experiment, eager and fused side by side.
 
-It first proves parity on a batch of two: a speed of something else would be none. Forward is in eval mode and without
-gradients; forward-backward in train mode, cross-entropy on random labels, gradients of all parameters. Eager and fused take
-turns in each step, so a clock that drifts hits both.
+Parity is proved first, on a batch of two: the speed of wrong results means nothing. The forward run is in eval mode and
+without gradients. The forward-backward run is in train mode, with cross-entropy on random labels and gradients of all
+parameters. Eager and fused take turns in each step, so a clock that drifts affects both.
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import resnet_kernels as rk
 
-from ..fusion.text_table import table
+from ..fusion.report import table
 from ..models import by_name
 from ..perf import timing
 from ..perf.steps import forward, forward_backward
 from ..perf.timing import Timing
 from . import arguments
 
-HELP = "the slim text's experiment: forward, then forward and backward, eager and fused side by side"
+HELP = "repeat the slim text's experiment: forward, then forward and backward, eager and fused side by side"
 
 # The text's numbers, for a GPU.
 _BATCH_SIZE, _NUM_BATCHES, _BURN_IN = 32, 100, 10
-# So that two CPU cores need under two minutes for the deepest of the zoo: 71 s for resnet_v2_200, beside other work.
+# With these, two CPU cores need under two minutes for the zoo's deepest network: 71 s for resnet_v2_200, beside other work.
 _CPU_BATCH_SIZE, _CPU_IMAGE_SIZE, _CPU_NUM_BATCHES, _CPU_BURN_IN = 2, 64, 10, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     arguments.add_model_arguments(parser, "resnet_v2_152")
     for name, on_gpu, on_cpu in (
@@ -43,11 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Proves parity, times both networks and prints the result; returns the exit status, 1 where parity fails."""
     model = arguments.model_for(options)
     device = next(model.parameters()).device
     burn_in, notes = _set_sizes(options, device)
     x = by_name.image_batch(model, options.batch_size, options.image_size)
-    # With --json stdout is for the object alone.
+    # With --json, stdout holds the object alone.
     stream = sys.stderr if options.json else sys.stdout
     print("\n".join([arguments.machine(x), *notes]), file=stream, flush=True)
 
@@ -74,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _set_sizes(options: argparse.Namespace, device: torch.device) -> tuple[int, list[str]]:
-    """Fills in what was not given; returns the burn-in steps, and what to say of it."""
+    """Fills in the sizes that were not given; returns the burn-in steps and the lines to print about the sizes."""
     on_cpu, made_for = device.type == "cpu", by_name.image_size(options.model)
     burn_in = _CPU_BURN_IN if on_cpu and options.num_batches is None else _BURN_IN
     defaults = {
@@ -113,14 +116,16 @@ def _table(runs: dict[str, dict[str, Timing]], batch_size: int) -> str:
     return table(("run", "ms / batch", "img/s", "times eager's speed (median of pairs)"), rows)
 
 
-def _values(options: argparse.Namespace, x: Tensor, burn_in: int, runs: dict[str, dict[str, Timing]]) -> dict:
-    values = {"machine": arguments.machine(x), "model": options.model, "batch_size": options.batch_size}
-    values |= {"image_size": options.image_size, "num_batches": options.num_batches, "num_steps_burn_in": burn_in}
-    values["runs"] = {
-        name: {
-            **{who: {"mean": t.mean, "std": t.std, **t.to_dict()} for who, t in both.items()},
-            "speedup": timing.ratio(both["eager"], both["fused"]),
-        }
-        for name, both in runs.items()
+def _values(options: argparse.Namespace, x: Tensor, burn_in: int, runs: dict[str, dict[str, Timing]]) -> dict[str, Any]:
+    return {
+        "machine": arguments.machine(x),
+        **{key: getattr(options, key) for key in ("model", "batch_size", "image_size", "num_batches")},
+        "num_steps_burn_in": burn_in,
+        "runs": {
+            name: {
+                **{who: {"mean": t.mean, "std": t.std, **t.to_dict()} for who, t in both.items()},
+                "speedup": timing.ratio(both["eager"], both["fused"]),
+            }
+            for name, both in runs.items()
+        },
     }
-    return values

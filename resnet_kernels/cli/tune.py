@@ -1,8 +1,8 @@
-"""python -m resnet_kernels tune: measures what is fastest on this very GPU, and writes it where `auto` finds it.
+"""python -m resnet_kernels tune: the fastest candidates on this GPU, measured and written where `auto` finds them.
 
-What rk.tune does for a model of the user's, for models by name: each distinct problem (a convolution with its epilogue, a BN
-with add and ReLU, ...) at each batch size. A run that was stopped goes on where it was: what these versions have measured
-already is passed over, unless --again is given.
+It does for models by name what rk.tune does for the user's model: it measures each distinct problem (a convolution with its
+epilogue, a BN with add and ReLU, ...) at each batch size. A run that was stopped goes on where it was: problems that these
+versions have measured already are passed over, unless --again is given.
 """
 
 from __future__ import annotations
@@ -18,58 +18,66 @@ import torch
 
 from ..models import by_name
 from ..ops import tuned_table
+from ..ops.dtypes import BY_SHORT_NAME
 from ..perf.tuning import problems, table_file, tune_model
 from ..perf.tuning.autotuner import Problem
 from . import arguments
 
 HELP = "measure what is fastest on this GPU, for backend=auto to use"
 
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+_DTYPES = ("bf16", "fp16", "fp32", "tf32")
 _BATCHES, _DRY_BATCHES = (256, 1), (2,)
 _DRY_IMAGE_SIZE = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default: resnet50")
     parser.add_argument("--batch-size", nargs="+", type=arguments.positive, metavar="N", help="default: 256 1")
     parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
-    parser.add_argument("--dtype", choices=tuple(_DTYPES), help="tf32: float32 that may round to it (default: bf16)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="tf32: float32 that may round to TF32 (default: bf16)")
     parser.add_argument("--device", default="cuda", help="default: cuda")
     parser.add_argument("--training", action="store_true", help="measure training's BN, add and ReLU, not inference")
     parser.add_argument(
-        "--seconds", type=float, help=f"for all of it (default: {tune_model.SECONDS_EACH:g} a problem, for timing)"
+        "--seconds",
+        type=float,
+        help=f"seconds for everything (default: {tune_model.SECONDS_EACH:g} per problem, for timing)",
     )
     parser.add_argument("--output", type=Path, help="the table's file (default: in the user's cache directory)")
-    parser.add_argument("--again", action="store_true", help="measure what these versions have measured already, too")
+    parser.add_argument(
+        "--again", action="store_true", help="also measure the problems that these versions have measured already"
+    )
     parser.add_argument(
         "--without",
         type=Path,
         metavar="FILE",
         help='candidates to leave out: JSON, a list of {candidate, problem}; "*" is every candidate, null every problem',
     )
-    parser.add_argument("--samples", action="store_true", help="write all samples, and not only medians, p20 and p80")
+    parser.add_argument("--samples", action="store_true", help="write all samples, not only medians, p20 and p80")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="the same on the CPU, on small images, into --output: no table for any GPU",
+        help="run on the CPU with small images and write to --output: a table that no GPU uses",
     )
 
 
 def run(options: argparse.Namespace) -> int:
+    """Measures and writes the table; returns the exit status, 130 if it was stopped."""
     deadline = None if options.seconds is None else time.perf_counter() + options.seconds
     device, key = _device(options)
     file = table_file.Table(options.output or tune_model.default_path(key), key)
     dtype_name = options.dtype or ("fp32" if options.dry_run else "bf16")
-    before = torch.backends.cudnn.conv.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if dtype_name == "tf32" else "ieee"
+    tf32 = dtype_name == "tf32"
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # PyTorch's stubs lack it
+    before, conv.fp32_precision = conv.fp32_precision, "tf32" if tf32 else "ieee"
     announce = arguments.announce(False)
     denied = set() if options.without is None else _denied(options.without)
     try:
         layers = {}
         for name in options.model:
             announce(f"running {name}")
-            for whole, found in _problems(options, name, device, _DTYPES[dtype_name]).items():
+            for whole, found in _problems(options, name, device, BY_SHORT_NAME["fp32" if tf32 else dtype_name]).items():
                 layers[whole] = [_left(problem, denied) for problem in found]
         announce("")
         result = tune_model.measure(
@@ -86,7 +94,7 @@ def run(options: argparse.Namespace) -> int:
         print(f"stopped; what was measured is in {file.path}")
         return 130
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before
+        conv.fp32_precision = before
     print(result)
     if options.dry_run:
         print("a dry run on the CPU: nothing will use it")
@@ -119,7 +127,7 @@ def _denied(path: Path) -> set[tuple[str, str | None]]:
 
 
 def _left(problem: Problem, denied: set[tuple[str, str | None]]) -> Problem:
-    """A problem without the candidates that are denied; the default stays, as it runs without a table anyway."""
+    """Returns a problem without the denied candidates. The default stays: it runs without a table anyway."""
     candidates = {
         name: run
         for name, run in problem.candidates.items()
@@ -131,9 +139,10 @@ def _left(problem: Problem, denied: set[tuple[str, str | None]]) -> Problem:
 def _problems(
     options: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype
 ) -> dict[str, list[Problem]]:
-    """A model's problems at each batch size, by its name with its images' shape."""
+    """Returns a model's problems at each batch size, by its name with its images' shape."""
     torch.manual_seed(0)
-    model = by_name.build(name).to(device, dtype, memory_format=torch.channels_last).eval()
+    model = by_name.build(name).to(device, dtype).eval()
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
     x = by_name.image_batch(
         model, 2, options.image_size or (_DRY_IMAGE_SIZE if options.dry_run else by_name.image_size(name))
     )

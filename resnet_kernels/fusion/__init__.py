@@ -1,1 +1,1 @@
-"""The user's verbs: fuse, unfuse, explain, refresh, verify."""
+"""The functions that users call: fuse, unfuse, explain, refresh, verify; and the fused blocks."""

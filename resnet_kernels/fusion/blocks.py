@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..graph import reader
@@ -14,7 +16,7 @@ from ..runtime.state import FusedState
 
 
 def fuse_block_(module: nn.Module, backend: str = "auto") -> nn.Module:
-    """Turns one block into its fused self, in place.
+    """Turns one block into its fused self, in place, and returns it.
 
     Raises:
         CannotRead: if its forward holds something that is not fused.
@@ -23,54 +25,94 @@ def fuse_block_(module: nn.Module, backend: str = "auto") -> nn.Module:
     return module
 
 
-class BasicBlock(resnet_v1.BasicBlock):
-    """torchvision's BasicBlock, fused: same signature, attributes, errors and state_dict keys.
+class _BuiltFused(nn.Module):
+    """Mixin of the blocks below: it fuses a block at the end of its constructor.
 
-    x: (N, inplanes, H, W) -> (N, planes, H / stride, W / stride). Source: He et al. 2016, figure 5 left.
+    A norm_layer, a downsample or a subclass may hold what is not fused. Such a block runs as plain PyTorch and says so once.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        _fuse_if_readable(self)
+        try:
+            fuse_block_(self)
+        except CannotRead as reason:
+            say_runs_eager(f"{type(self).__name__} was built unfused: {reason}")
 
 
-class Bottleneck(resnet_v1.Bottleneck):
-    """torchvision's Bottleneck (v1.5: the stride is on the 3x3), fused: same signature, attributes, errors and keys.
+class BasicBlock(_BuiltFused, resnet_v1.BasicBlock):
+    """torchvision's BasicBlock, fused: two 3x3 convolutions; same signature, attributes, errors and state_dict keys.
 
-    x: (N, inplanes, H, W) -> (N, 4 * planes, H / stride, W / stride). Source: He et al. 2016, figure 5 right.
+    x: (N, inplanes, H, W), floating point -> (N, planes, H / stride, W / stride) in x's dtype.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of the output.
+        stride: stride of the first convolution.
+        downsample: the module on the shortcut; None adds x itself.
+        groups: 1, as in torchvision.
+        base_width: 64, as in torchvision.
+        dilation: 1, as in torchvision.
+        norm_layer: function that makes a norm from its number of channels; None is nn.BatchNorm2d.
+
+    Raises:
+        ValueError: if groups is not 1 or base_width is not 64.
+        NotImplementedError: if dilation is above 1.
+
+    Source: He et al. 2016 (arXiv:1512.03385), figure 5 left.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        _fuse_if_readable(self)
 
+class Bottleneck(_BuiltFused, resnet_v1.Bottleneck):
+    """torchvision's Bottleneck (v1.5: the stride is on the 3x3), fused: same signature, attributes and state_dict keys.
 
-class Residual(d2l.Residual):
-    """d2l's Residual block, fused: 3x3 convolutions with bias, and a 1x1 shortcut without BN where asked for.
+    x: (N, inplanes, H, W), floating point -> (N, 4 * planes, H / stride, W / stride) in x's dtype.
 
-    x: (N, input_channels, H, W) -> (N, num_channels, H / strides, W / strides). Source: Zhang et al., d2l.ai, section 8.6.
+    Args:
+        inplanes: channels of the input.
+        planes: a quarter of the output's channels; the 3x3 convolution has planes * base_width / 64 * groups.
+        stride: stride of the 3x3 convolution.
+        downsample: the module on the shortcut; None adds x itself.
+        groups: groups of the 3x3 convolution.
+        base_width: channels of a group of the 3x3 convolution, where planes is 64.
+        dilation: dilation of the 3x3 convolution.
+        norm_layer: function that makes a norm from its number of channels; None is nn.BatchNorm2d.
+
+    Source: He et al. 2016 (arXiv:1512.03385), figure 5 right.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        _fuse_if_readable(self)
 
+class Residual(_BuiltFused, d2l.Residual):
+    """d2l's Residual block, fused: two 3x3 convolutions with bias, and optionally a 1x1 shortcut without BN.
 
-class PreactBottleneck(resnet_v2.PreactBottleneck):
-    """slim's bottleneck_v2, fused: BN and ReLU before the convolutions, the raw add inside the last one.
+    x: (N, input_channels, H, W), floating point -> (N, num_channels, ceil(H / strides), ceil(W / strides)) in x's dtype.
 
-    x: (N, in_channels, H, W) -> (N, depth, ceil(H / stride), ceil(W / stride)). Source: He et al. 2016 (arXiv:1603.05027),
-    figure 1(b).
+    Args:
+        input_channels: channels of the input.
+        num_channels: channels of the output.
+        use_1x1conv: whether the shortcut has a 1x1 convolution; needed where the shape changes.
+        strides: stride of the first 3x3 convolution and of the shortcut.
+        tf_padding: whether padding, BN and weights are those of the Keras text.
+
+    Raises:
+        TypeError, ValueError: if a size or a stride is no int of at least 1.
+
+    Source: Zhang et al., d2l.ai, section 8.6.
     """
 
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        _fuse_if_readable(self)
 
+class PreactBottleneck(_BuiltFused, resnet_v2.PreactBottleneck):
+    """slim's bottleneck_v2, fused: BN and ReLU come before the convolutions, and nothing follows the add.
 
-def _fuse_if_readable(block: nn.Module) -> None:
-    # A norm_layer, downsample or subclass may hold what is not fused: the block then runs as plain PyTorch.
-    try:
-        fuse_block_(block)
-    except CannotRead as reason:
-        say_runs_eager(f"{type(block).__name__} was built unfused: {reason}")
+    x: (N, in_channels, H, W), floating point -> (N, depth, ceil(H / stride), ceil(W / stride)) in x's dtype.
+
+    Args:
+        in_channels: channels of the input.
+        depth: channels of the output.
+        depth_bottleneck: channels of the 3x3 convolution.
+        stride: stride of the 3x3 convolution and of the shortcut.
+
+    Raises:
+        TypeError, ValueError: if an argument is no int of at least 1.
+
+    Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), figure 1(b).
+    """

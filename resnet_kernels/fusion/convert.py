@@ -1,6 +1,6 @@
-"""fuse, fuse_, unfuse_, explain, refresh: find the blocks of a model, swap them, say what was done.
+"""fuse, fuse_, unfuse_, explain, refresh: find the blocks of a model, swap them, report what was done.
 
-First everything is read, then everything is swapped: a model is never left half-fused.
+Everything is read before anything is swapped, so a model is never left half-fused.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
-from ..graph.recipe import Recipe
+from ..graph.recipe import ContainerPlan, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
 from ..runtime import eligibility, fused_module
+from ..runtime.fused_block import FusedBlock
 from ..runtime.fused_container import FusedContainer
 from ..runtime.gpu import multi_layer
 from ..runtime.live_modules import has_hooks, wire
@@ -36,18 +38,22 @@ def fuse(
     """Returns a fused copy of a model; the original is untouched.
 
     Args:
-        model: any module with residual blocks of Conv2d, BatchNorm2d and ReLU in it: torchvision, timm, d2l, one's own.
+        model: a module with residual blocks of Conv2d, BatchNorm2d and ReLU in it, such as a network of torchvision, timm or
+            d2l, or the user's own. It takes (N, C, H, W), in any floating dtype.
         backend: "auto", "triton", "cudnn", "cpu" or "eager" (see ops/backends.py).
-        normalize: (mean, std), a number a channel each, of images in 0..1. The fused model then takes uint8 images, 0..255,
-            or floating-point ones in 0..1, (N, C, H, W), and gives what the model gives on ((x / 255) - mean) / std.
+        normalize: (mean, std) of images in 0..1, one number per channel each. The fused model then takes (N, C, H, W) images,
+            uint8 in 0..255 or floating point in 0..1. Its result is the model's on ((x / 255) - mean) / std.
         freeze: a promise that weights and statistics stay as they are in eval mode. They are folded, cast and laid out once,
-            and no call compares them with their copies. train(), load_state_dict and .to(), of this model or of one around
-            it, and refresh make the next call do so anew; any other change has to be followed by refresh.
+            and no call compares them with their copies. The copies are made anew after train(), load_state_dict or .to(),
+            of this model or of one around it, and after refresh. Any other change has to be followed by refresh.
+
+    Returns:
+        A model of the same class with the same modules, parameters, hooks and state_dict keys.
 
     Raises:
         TypeError: if model is no nn.Module, or freeze no bool.
-        ValueError: unknown backend; normalize is no pair of equally long sequences or has a std of 0, does not fit the
-            model's channels, or the model's own forward can't take it (explain says why).
+        ValueError: if backend is unknown. Also if normalize is no pair of equally long sequences, has a std of 0, doesn't fit
+            the model's channels, or the model's forward can't be read (explain tells why).
     """
     _check(model, backend, freeze)
     fused = copy.deepcopy(model)
@@ -62,42 +68,66 @@ def fuse_(
     normalize: tuple[Sequence[float], Sequence[float]] | None = None,
     freeze: bool = False,
 ) -> FuseReport:
-    """Fuses a model in place: same modules, parameters, names, hooks and state_dict keys; returns the report.
+    """Fuses a model in place; its modules, parameters, names, hooks and state_dict keys stay.
 
-    On a model that is fused already it looks for what is new or changed, and keeps its `normalize` unless another is given;
-    `freeze` has to be given again. Arguments and errors as `fuse`.
+    On a model that is fused already, it looks for what is new or changed. `normalize` is then kept unless another is given;
+    `freeze` has to be given again. If anything fails, the model is left as it was.
+
+    Args:
+        model: see `fuse`.
+        backend: see `fuse`.
+        normalize: see `fuse`.
+        freeze: see `fuse`.
+
+    Returns:
+        The report, with one row per block: fused, or the reason why not.
+
+    Raises:
+        TypeError: see `fuse`.
+        ValueError: see `fuse`.
     """
     _check(model, backend, freeze)
     findings = find_blocks(model)
     wanted = _normalize_of(model) if normalize is None else Normalize.of(normalize)
     if wanted is not None:
         _check_normalize(model, findings, wanted)
-    swapped: list[tuple[nn.Module, type, dict]] = []
+    swapped: list[tuple[nn.Module, type, FusedState[Any] | None]] = []
     try:
         for module in list(model.modules()):
             if fused_module.is_fused(module):
-                swapped.append((module, type(module), dict(module.__dict__)))
+                swapped.append((module, type(module), state_of(module)))
                 fused_module.swap_back(module)
         paths = {id(module): path for path, module in model.named_modules()}
         for finding in findings:
-            if finding.fusible:
-                swapped.append((finding.module, type(finding.module), dict(finding.module.__dict__)))
+            if finding.plan is not None:
+                swapped.append((finding.module, type(finding.module), None))
                 own = wanted if finding.module is model else None
                 state = FusedState(finding.plan, backend, paths[id(finding.module)], own, freeze)
-                fused_module.swap(finding.module, finding.mixin, state)
+                mixin = FusedBlock if isinstance(finding.plan, Recipe) else FusedContainer
+                fused_module.swap(finding.module, mixin, state)
     except BaseException:
-        for module, cls, state in reversed(swapped):
+        for module, cls, before in reversed(swapped):
             module.__class__ = cls
             module.__dict__.pop("_rk_state", None)
-            module.__dict__.update({k: v for k, v in state.items() if k == "_rk_state"})
+            if before is not None:
+                module.__dict__["_rk_state"] = before
         raise
-    return FuseReport(_rows_now(findings), backend, wanted, freeze and any(finding.fusible for finding in findings))
+    return FuseReport(_rows_now(findings), backend, wanted, freeze and any(finding.plan for finding in findings))
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
-    """Undoes `fuse_`: exactly the modules, classes and keys from before. Returns the model.
+    """Undoes `fuse_` in place: exactly the modules, classes and state_dict keys from before.
 
     Blocks built as `resnet_kernels.Bottleneck` and the like become plain PyTorch, too.
+
+    Args:
+        model: a fused model, or any other, which stays as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if model is no nn.Module.
     """
     _check(model, "auto")
     for module in model.modules():
@@ -107,7 +137,21 @@ def unfuse_(model: nn.Module) -> nn.Module:
 
 
 def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
-    """What `fuse_` would do, a row a block; changes nothing. On a fused model: what is fused, and what runs eager now."""
+    """Returns the report that `fuse_` would return, and changes nothing.
+
+    On a fused model the report shows what is fused, what runs eager now, and what measured tables decide.
+
+    Args:
+        model: see `fuse`; it may be fused already.
+        backend: the backend to report for. A fused model's own backend counts instead.
+
+    Returns:
+        The report, with one row per block: fused, or the reason why not.
+
+    Raises:
+        TypeError: if model is no nn.Module.
+        ValueError: if backend is unknown.
+    """
     _check(model, backend)
     if not any(fused_module.is_fused(module) for module in model.modules()):
         return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
@@ -122,23 +166,21 @@ def _normalize_of(model: nn.Module) -> Normalize | None:
 
 
 def _check_normalize(model: nn.Module, findings: list[Finding], normalize: Normalize) -> None:
-    plan = next(
-        (finding.plan for finding in findings if finding.module is model and finding.mixin is FusedContainer), None
-    )
+    plan = next((f.plan for f in findings if f.module is model and isinstance(f.plan, ContainerPlan)), None)
     if plan is None:
         raise ValueError(
             "normalize needs a network with fused blocks in it and a forward that can be read, "
             f"got a {type(model).__name__}: explain(model) tells what was found"
         )
-    if plan.entry is not None and model._modules[plan.entry].in_channels != len(normalize.mean):
+    channels = None if plan.entry is None else model.get_submodule(plan.entry).in_channels
+    if channels not in (None, len(normalize.mean)):
         raise ValueError(
-            f"normalize must have a mean and a std for each of the model's {model._modules[plan.entry].in_channels} "
-            f"channels, got {len(normalize.mean)}"
+            f"normalize must have a mean and a std for each of the model's {channels} channels, got {len(normalize.mean)}"
         )
 
 
 def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ...]:
-    """The rows of a fused model, with why a fused block runs eager as things stand; with what tables decide, if asked for."""
+    """Returns the rows of a fused model as things stand: with reasons to run eager and, if asked for, what tables decide."""
     rows = []
     for finding in findings:
         state = state_of(finding.module)
@@ -160,28 +202,28 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
 
 
 def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:
-    """What measured tables decide of a block in the mode that it is in; "" if nothing."""
+    """Returns what measured tables decide for a block in its present mode; "" if nothing."""
     live = wire(module, recipe)
     if backends.requested(backend) != "auto" or isinstance(live, str):
         return ""
-    parts = [part for part in live.parts if isinstance(part, ConvPart)]
-    weight = parts[0].conv.weight
+    convs = [part for part in live.parts if isinstance(part, ConvPart)]
+    weight = convs[0].conv.weight
     if live.in_training():
         return "trains on own kernels" if eligibility.trains_on(backend, weight) else ""
     keys = tuned_table.decided(weight.device, autocast_dtype(weight) or weight.dtype)
-    # Where the image's size decides the padding, it is in the key: so each size is tried, as a call would.
+    # A key holds the image's size, which may decide the padding, so each size that a table has is tried, as a call would.
     sizes = sorted({tuple(map(int, found.groups())) for found in map(_SIZE.match, keys) if found}, reverse=True)
     decided = {
         i: size
-        for i, part in enumerate(parts)
+        for i, part in enumerate(convs)
         for size in sizes
         if str(multi_layer.conv_problem(part, (1, part.conv.in_channels, *size))) in keys
     }
     if not decided:
         return ""
-    convolutions = "convolution" if len(parts) == 1 else "convolutions"
+    convolutions = "convolution" if len(convs) == 1 else "convolutions"
     height, width = decided[min(decided)]
-    return f"{len(decided)} of {len(parts)} {convolutions}, from {height}x{width}"
+    return f"{len(decided)} of {len(convs)} {convolutions}, from {height}x{width}"
 
 
 # The height and width in a convolution's key.
@@ -189,10 +231,19 @@ _SIZE = re.compile(r"conv \d+x(\d+)x(\d+)->")
 
 
 def refresh(model: nn.Module) -> nn.Module:
-    """Drops all copies of weights (the CPU backend's packed ones, a frozen model's), to be made anew in the next call.
+    """Drops all copies of weights (the CPU backend's packed ones, a frozen model's); the next call makes them anew.
 
-    Needed after a few elements of a weight were written behind PyTorch's back (NumPy, a raw pointer), and after any edit of
-    a model that was fused with freeze=True: every other change is noticed. Returns the model.
+    It is needed after a few elements of a weight were written behind PyTorch's back (NumPy, a raw pointer), and after any
+    edit of a model that was fused with freeze=True. Every other change is noticed.
+
+    Args:
+        model: a fused model, or one with fused modules in it.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if model is no nn.Module.
     """
     _check(model, "auto")
     for module in model.modules():
@@ -208,8 +259,9 @@ def _check(model: object, backend: str, freeze: object = False) -> None:
     backends.check_name(backend)
 
 
-def _recipe_of(state: FusedState, row: Row) -> Recipe:
-    """The recipe behind a report's row: the block's own, or one of a container's runs."""
-    if isinstance(state.plan, Recipe):
-        return state.plan
-    return next(recipe for recipe in state.plan.runs.values() if str(recipe) == row.steps)
+def _recipe_of(state: FusedState[Any], row: Row) -> Recipe:
+    """Returns the recipe behind a report's row: the block's own, or that of a container's run."""
+    plan: Recipe | ContainerPlan = state.plan
+    if isinstance(plan, Recipe):
+        return plan
+    return next(recipe for recipe in plan.runs.values() if str(recipe) == row.steps)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .checked_calls import Survey
     from .gpu.plan import Plan
 
-Fusible = TypeVar("Fusible", Recipe, ContainerPlan)
+Fusible = TypeVar("Fusible", bound=Recipe | ContainerPlan)
 
 
 class BlockInput(NamedTuple):

@@ -70,7 +70,7 @@ def test_a_hook_keeps_its_block_out(stage, x, plans):
     close(run(fused, x), expected)
     assert plans == [1, 1, 1] and len(seen) == 1 and seen[0].shape == expected.shape
     assert [row.apart for row in rk.explain(fused)] == ["", "a hook on it has to fire", ""]
-    assert "[apart from its neighbours: a hook on it has to fire]" in str(rk.explain(fused))
+    assert "[apart from its neighbors: a hook on it has to fire]" in str(rk.explain(fused))
     handle.remove()
     handle = fused[2].bn1.register_forward_hook(lambda *call: seen.append(call[2]))
     with pytest.warns(RuntimeWarning, match="a hook on bn1 has to fire"):

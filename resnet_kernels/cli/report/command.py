@@ -1,7 +1,7 @@
 """python -m resnet_kernels report RESULTS.json [--against OLD.json] --out DIR: a results file as a page with plots.
 
-Writes report.html, which holds all in itself, and report.md with plot-*.png beside it. Nothing is written before all is made,
-and no file that an earlier report didn't write is touched.
+It writes report.html, which holds everything in itself, and report.md with plot-*.png beside it. It writes nothing before
+all is made, and touches no file that an earlier report didn't write.
 """
 
 from __future__ import annotations
@@ -12,20 +12,22 @@ import os
 import tempfile
 from pathlib import Path
 
-from ...fusion.text_table import table
+from ...fusion.report import table
 from ...perf import read_results, regressions, results
 from . import page, plot_style, sections
+from .parts import Section
 
-HELP = "a page with plots of a file of pytest benchmarks --benchmark-json, and what changed against an older one"
+HELP = "plot a file of pytest benchmarks --benchmark-json on a page, and compare it with an older file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     parser.add_argument(
-        "results", type=Path, metavar="RESULTS.json", help="what pytest benchmarks --benchmark-json wrote"
+        "results", type=Path, metavar="RESULTS.json", help="the file that pytest benchmarks --benchmark-json wrote"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="for report.html, report.md and its plots"
+        "--out", type=Path, required=True, metavar="DIR", help="folder for report.html, report.md and its plots"
     )
     parser.add_argument(
         "--against",
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--margin",
         type=_share,
         default=regressions.MARGIN,
-        help=f"the change that is noise between two runs at least, as a share (default: {regressions.MARGIN})",
+        help=f"the smallest change, as a share, that is more than noise between two runs (default: {regressions.MARGIN})",
     )
 
 
@@ -50,6 +52,7 @@ def _share(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
+    """Writes the pages; returns the exit status, 1 if something of ours became slower."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ValueError('matplotlib is needed for the plots: pip install "resnet_kernels[report]"')
     new = read_results.read(options.results)
@@ -68,8 +71,8 @@ def run(options: argparse.Namespace) -> int:
     return 1 if comparison.of_ours("slower") else 0
 
 
-def _files(new: results.Results, parts: list) -> dict[str, bytes]:
-    """Everything that is written, by name."""
+def _files(new: results.Results, parts: list[Section]) -> dict[str, bytes]:
+    """Returns the contents of all files to write, by name."""
     figures = [[part.figure for part in section.parts] for section in parts]
     images = [[figure and plot_style.save(figure, "svg") for figure in row] for row in figures]
     files = {
@@ -97,7 +100,7 @@ def _check_out(out: Path) -> None:
 
 
 def _write(out: Path, files: dict[str, bytes]) -> None:
-    """All into a folder beside, then one rename a file; plots that an earlier report had and this has not are removed."""
+    """Writes all files to a temporary folder, renames them into place, and removes plots that only an earlier report had."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:

@@ -10,32 +10,35 @@ from .parts import DIRECTIONS, PARTS, PROFILED, Part, Section
 
 
 def roofline(results: Results) -> Section:
+    """Returns the section of rooflines: a plot per profiled inference case, with the ten slowest kernels of each contender."""
     parts = []
     for case in _profiled(results, "forward"):
         panels, rows, left_out = {}, [], []
         for name in PROFILED:
             kernels = case.contenders[name].kernels if name in case.contenders else ()
             total = sum(kernel.seconds for kernel in kernels)
-            drawn = [kernel for kernel in kernels if kernel.flops and kernel.hbm_bytes and kernel.seconds]
+            drawn = [
+                (kernel, kernel.flops / kernel.hbm_bytes, kernel.flops / kernel.seconds)
+                for kernel in kernels
+                if kernel.flops and kernel.hbm_bytes and kernel.seconds
+            ]
             if len(drawn) < len(kernels):
-                share = 1 - sum(kernel.seconds for kernel in drawn) / total
+                share = 1 - sum(kernel.seconds for kernel, _, _ in drawn) / total
                 left_out.append(
                     f"{name}: {len(kernels) - len(drawn)} of {len(kernels)} kernels, {share:.0%} of the time"
                 )
             if not drawn:
                 continue
-            stages = _stages(drawn)
+            stages = _stages([kernel for kernel, _, _ in drawn])
             panels[name] = [
-                plots.Point(
-                    stage, kernel.flops / kernel.hbm_bytes, kernel.flops / kernel.seconds, kernel.seconds / total
-                )
-                for stage, kernel in zip(stages, drawn)
+                plots.Point(stage, intensity, flops_per_s, kernel.seconds / total)
+                for stage, (kernel, intensity, flops_per_s) in zip(stages, drawn)
             ]
-            slowest = sorted(drawn, key=lambda kernel: -kernel.seconds)[:10]
+            slowest = sorted(drawn, key=lambda entry: -entry[0].seconds)[:10]
             rows += [
                 (name, kernel.path or "-", kernel.name, f"{1e3 * kernel.seconds:.3g}", f"{kernel.seconds / total:.1%}",
-                 f"{kernel.flops / kernel.hbm_bytes:.3g}", f"{kernel.flops / kernel.seconds / 1e9:.4g}")
-                for kernel in slowest
+                 f"{intensity:.3g}", f"{flops_per_s / 1e9:.4g}")
+                for kernel, intensity, flops_per_s in slowest
             ]  # fmt: skip
         if not panels:
             continue
@@ -59,6 +62,7 @@ def roofline(results: Results) -> Section:
 
 
 def layers(results: Results) -> Section:
+    """Returns the section of times per layer: a plot per profiled inference case, its bars grouped by stage."""
     parts = []
     for case in _profiled(results, "forward"):
         by_stage: dict[str, dict[str, dict[str, float]]] = {"whole network": {}}
@@ -87,6 +91,7 @@ def layers(results: Results) -> Section:
 
 
 def training_step(results: Results) -> Section:
+    """Returns the section of training steps: a plot per profiled case, its bars split by kind of operation."""
     parts = []
     for case in _profiled(results, "forward-backward"):
         split = {n: _milliseconds(m.kernels) for n, m in case.contenders.items() if n in PROFILED and m.kernels}
@@ -137,7 +142,7 @@ def _part(kernel: Kernel) -> str:
 
 
 def _stages(kernels: Sequence[Kernel]) -> list[str]:
-    """Each kernel's stage: the first name of its path; what lies at the top is the stem, and behind all stages the head."""
+    """Returns each kernel's stage: the first name of its path. At the top lie the stem and, after all stages, the head."""
     names = {kernel.path.split(".")[0] for kernel in kernels if "." in kernel.path}
     firsts = [kernel.path.split(".")[0] for kernel in kernels]
     last = max((index for index, name in enumerate(firsts) if name in names), default=len(kernels))

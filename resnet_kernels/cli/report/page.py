@@ -1,10 +1,10 @@
-"""The report's two pages, Markdown and HTML, of the same summary and sections."""
+"""The report's two pages, in Markdown and in HTML, with the same summary and sections."""
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import resnet_kernels as rk
 
@@ -15,7 +15,7 @@ from .sections import outcomes
 
 GENERATOR = "resnet_kernels report"
 
-_BUSY = 0.25  # cores of others, from which on a reader is told
+_BUSY = 0.25  # the page mentions other processes that kept more cores than this busy
 
 _MOST_LISTED = 5
 
@@ -33,12 +33,12 @@ th, td { padding: .15rem .6rem; border: 1px solid #bbb; text-align: left }
 
 
 def file_name(section: Section, index: int) -> str:
-    """Of the PNG of a section's part, from 0."""
+    """Returns the name of the PNG of a section's part; index counts from 0."""
     return f"plot-{section.name}-{index + 1}.png"
 
 
 def summary(results: Results) -> list[str]:
-    """Sentences about the whole file: where from, the count of wins and losses, who is missing, who errs too much."""
+    """Returns sentences about the whole file: its origin, wins and losses, missing contenders, errors over the budget."""
     counts = outcomes(results.cases.values())
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     commit = f", commit {results.commit}" if results.commit else ""
@@ -56,7 +56,7 @@ def summary(results: Results) -> list[str]:
     ]
     if over:
         lines.append(f"Over the error budget, and timed all the same: {'; '.join(over)}.")
-    busy = [case.busy_elsewhere for case in results.cases.values() if (case.busy_elsewhere or 0) > _BUSY]
+    busy = [cores for case in results.cases.values() if (cores := case.busy_elsewhere or 0.0) > _BUSY]
     if busy:
         lines.append(
             f"Other processes kept more than {_BUSY} cores busy in {_cases(len(busy))}, up to {max(busy):.1f}. "
@@ -69,17 +69,17 @@ def summary(results: Results) -> list[str]:
 
 
 def settings(results: Results) -> list[tuple[str, str, str]]:
-    """(contender, what it is, its settings) of those that say so."""
-    found = {}
+    """Returns (contender, what it is, its settings) for each contender that names its settings."""
+    found: dict[tuple[str, str, str], None] = {}
     for case in results.cases.values():
         for name, m in case.contenders.items():
             if m.settings:
-                found.setdefault((name, m.label, m.settings))
+                found[name, m.label, m.settings] = None
     return list(found)
 
 
 def against(comparison: Comparison) -> Section:
-    """The section of --against."""
+    """Returns the section of --against: each change, with its interval."""
     rows = [
         (change.verdict, change.case, change.contender, _percent(change.factor),
          f"{_percent(change.low)} to {_percent(change.high)}", f"over {change.unit}" if change.unit else "times alone")
@@ -91,7 +91,7 @@ def against(comparison: Comparison) -> Section:
 
 
 def describe(comparison: Comparison) -> list[str]:
-    """Sentences about the noise of a comparison and what it could not compare."""
+    """Returns sentences about the noise of a comparison and about the cases that it could not compare."""
     old, new = comparison.old, comparison.new
     lines = [f"{new.path.name} ({new.date}, {new.commit}) against {old.path.name} ({old.date}, {old.commit})."]
     if old.versions != new.versions:
@@ -136,6 +136,7 @@ def _percent(factor: float) -> str:
 
 
 def to_markdown(results: Results, sections: Sequence[Section]) -> str:
+    """Returns the page as Markdown; its plots are files beside it, by `file_name`."""
     lines = ["# Benchmark report", "", *_paragraphs(map(_text, summary(results)))]
     if settings(results):
         lines += [*_markdown_table(("contender", "what", "settings"), settings(results)), ""]
@@ -154,7 +155,13 @@ def to_markdown(results: Results, sections: Sequence[Section]) -> str:
 
 
 def to_html(results: Results, sections: Sequence[Section], images: Sequence[Sequence[bytes | None]]) -> str:
-    """images: an SVG a part, None where it has no figure."""
+    """Returns the page as HTML with its plots inside.
+
+    Args:
+        results: the file.
+        sections: the page's sections.
+        images: one SVG per part of each section; None where a part has no figure.
+    """
     body = ["<h1>Benchmark report</h1>", *(f"<p>{html.escape(line)}</p>" for line in summary(results))]
     if settings(results):
         body += _html_table(("contender", "what", "settings"), settings(results), "Contenders and their settings")
@@ -200,11 +207,11 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Itera
         yield f"| {' | '.join(_text(cell).replace('|', chr(92) + '|') for cell in row)} |"
 
 
-def _paragraphs(texts) -> Iterator[str]:
+def _paragraphs(texts: Iterable[str]) -> Iterator[str]:
     for text in texts:
         yield from (text, "")
 
 
 def _text(text: str) -> str:
-    """Text that Markdown shows as it is: no tag, no line of its own."""
+    """Returns text that Markdown shows as it is: on one line, and without tags."""
     return " ".join(html.escape(text, quote=False).split())

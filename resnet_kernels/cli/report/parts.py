@@ -1,4 +1,4 @@
-"""The parts of a report's section: a plot, a table, a line of text."""
+"""The parts of the report: sections, and in each of them plots with their tables."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ from typing import Any
 LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
 DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
 PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest", "": "not told apart"}
-# Whose kernels are drawn beside one another, of those that the file has.
+# The contenders whose kernels are drawn beside one another, if the file has them.
 PROFILED = ("eager", "compile", "fused")
 
 
 @dataclass(frozen=True)
 class Part:
-    """A figure with its numbers. alt: what it shows, for who can't see it. figure: None where a table says it better."""
+    """A figure with its numbers.
+
+    Args:
+        title: the heading.
+        alt: a text that describes the figure to readers who can't see it.
+        figure: a matplotlib Figure; None where a table says it better.
+        head: the table's head.
+        rows: the table's rows.
+        note: a sentence below the figure; "" if there is none.
+    """
 
     title: str
     alt: str
@@ -27,7 +36,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Section:
-    """name: of its plots' files. missing: why there is no part, or what the parts leave out; "" if nothing."""
+    """A section of the page.
+
+    Args:
+        name: a name for the files of its plots.
+        title: the heading.
+        intro: sentences below the heading.
+        parts: its figures and tables.
+        missing: why there is no part, or what the parts leave out; "" if nothing.
+    """
 
     name: str
     title: str

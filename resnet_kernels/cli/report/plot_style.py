@@ -5,23 +5,29 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
 
 BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE, YELLOW = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#F0E442",
 )  # fmt: skip
 
 
-GREY = "#999999"
+GRAY = "#999999"
 # Yellow last: it is pale on white.
-_COLOURS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
+_COLORS = (BLACK, BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, YELLOW)
 MARKERS = "osD^vPX<>ph"
 _LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
 WIDTH = 9.5  # inches, of every figure
 
 
-def save(figure, kind: str) -> bytes:
-    """The figure as "png" or "svg", the same bytes for the same figure."""
+def save(figure: Figure, kind: str) -> bytes:
+    """Returns the figure as "png" or "svg": the same bytes for the same figure."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -31,8 +37,9 @@ def save(figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def new_figure(height: float):
-    # A figure of its own, not pyplot's: no window, and no backend is switched for whoever imported us.
+def new_figure(height: float) -> Figure:
+    """Returns an empty figure of the page's width; height in inches."""
+    # A figure of its own, not pyplot's, opens no window and switches no backend for the program that imported us.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -41,8 +48,8 @@ def new_figure(height: float):
     return figure
 
 
-def new_panels(count: int, height: float):
-    """A figure with that many axes, two a row, each so many inches high."""
+def new_panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """Returns a figure and its `count` axes, two per row, each `height` inches high."""
     columns = min(count, 2)
     rows = math.ceil(count / columns)
     figure = new_figure(height * rows + 0.6)
@@ -52,12 +59,13 @@ def new_panels(count: int, height: float):
     return figure, grid[:count]
 
 
-def line_style(contenders: Sequence[str], name: str) -> dict:
+def line_style(contenders: Sequence[str], name: str) -> dict[str, Any]:
+    """Returns the arguments of `plot` for a contender, by its place among all of them."""
     index = contenders.index(name)
-    # The second time round the colours the markers are hollow, and other ones.
-    again = index // len(_COLOURS)
+    # Contenders beyond the last color have hollow markers, and other ones.
+    again = index // len(_COLORS)
     return {
-        "color": _COLOURS[index % len(_COLOURS)],
+        "color": _COLORS[index % len(_COLORS)],
         "marker": MARKERS[index % len(MARKERS)],
         "linestyle": _LINES[(index + again) % len(_LINES)],
         "markerfacecolor": "white" if again else None,
@@ -66,24 +74,25 @@ def line_style(contenders: Sequence[str], name: str) -> dict:
 
 
 def fill_of(index: int) -> str:
-    return _COLOURS[1:][index % (len(_COLOURS) - 1)]
+    """Returns the color of an area: any but black."""
+    return _COLORS[1:][index % (len(_COLORS) - 1)]
 
 
 def number(value: float) -> str:
-    """Three digits that count, and no exponent."""
+    """Returns a number with three significant digits and no exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def unit_for(value: float, unit: str) -> str:
-    """1.5e12, "FLOP/s" as 1.5 TFLOP/s."""
+    """Returns a number with the unit's prefix: 1.5e12 and "FLOP/s" give "1.5 TFLOP/s"."""
     for prefix, factor in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
         if value >= factor:
             return f"{number(value / factor)} {prefix}{unit}"
     return f"{number(value)} {unit}"
 
 
-def log_axis(axis, low: float, high: float, unit: str = "") -> None:
-    """Ticks at 1, 2, 5, or at powers of ten where that would be too many; written out."""
+def log_axis(axis: Axis, low: float, high: float, unit: str = "") -> None:
+    """Puts ticks at 1, 2 and 5, or at powers of ten where those would be too many, and writes their numbers out."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,), numticks=12))
@@ -92,7 +101,10 @@ def log_axis(axis, low: float, high: float, unit: str = "") -> None:
 
 
 def ratio_ticks(low: float, high: float, apart: float) -> list[float]:
-    """Ratios to write at an axis of their logarithms to base 2: the roundest first, as many as are so far apart."""
+    """Returns the ratios to write at an axis of their logarithms to base 2.
+
+    The roundest come first; a ratio that is less than `apart` from an earlier one is left out.
+    """
     ticks = [1.0]
     for tick in (
         0.5, 2, 0.2, 5, 0.1, 10, 0.05, 20, 0.02, 50, 0.01, 100,

@@ -1,7 +1,7 @@
 """The report's figures: each function takes plain data and returns a matplotlib Figure; `save` writes one as bytes.
 
-Colours are Okabe and Ito's, which colour-blind eyes tell apart; markers, line styles and hatches do in grey print. No number
-stands in colour alone, and the page has each figure's numbers as a table, too.
+The colors are Okabe and Ito's, which color-blind readers can tell apart. In gray print, markers, line styles and hatches tell
+the contenders apart. No number is shown by color alone: the page has each figure's numbers as a table, too.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ...perf.results import Ceilings
 from .plot_style import (
     BLACK,
     BLUE,
-    GREY,
+    GRAY,
     HATCHES,
     MARKERS,
     VERMILION,
@@ -29,10 +30,14 @@ from .plot_style import (
     unit_for,
 )
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
 
 @dataclass(frozen=True)
 class Curve:
-    """A contender's images a second at each batch size, in the order of the batches."""
+    """A contender's images per second at each batch size, in the order of the batches."""
 
     contender: str
     batches: Sequence[int]
@@ -41,7 +46,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Bar:
-    """How many times the best peer's speed ours has on a case."""
+    """Our speed in one case, as a multiple of the best peer's."""
 
     label: str
     speed: float
@@ -50,7 +55,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Point:
-    """A kernel on the roofline: FLOPs a byte, FLOP/s, and its share of the contender's time."""
+    """A kernel on the roofline: FLOPs per byte, FLOP/s, and its share of the contender's time."""
 
     kind: str
     intensity: float
@@ -60,18 +65,18 @@ class Point:
 
 @dataclass(frozen=True)
 class Stack:
-    """A bar of parts: group is what several bars stand together for, parts maps kinds to milliseconds."""
+    """A bar of parts: bars of one group stand together, and `parts` maps kinds to milliseconds."""
 
     group: str
     label: str
     parts: Mapping[str, float]
 
 
-def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str]):
-    """Images a second against the batch size: a panel a network, a line a contender; styles follow `contenders`' order."""
+def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str]) -> Figure:
+    """Draws images per second against the batch size, with a panel per network; styles follow the order of `contenders`."""
     figure, grid = new_panels(len(panels), 3.2)
     ranges = [[value for curve in curves for value in curve.img_per_s] for curves in panels.values()]
-    # From 0 where the batch matters little; else small batches would all lie on the ground.
+    # The axis starts at 0 where the batch matters little. Elsewhere small batches would all lie on the ground.
     logarithmic = any(max(values) > 8 * min(values) for values in ranges)
     handles = {}
     for axes, (title, curves), values in zip(grid, panels.items(), ranges):
@@ -96,17 +101,17 @@ def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str])
     return figure
 
 
-def best_peer(bars: Sequence[Bar]):
-    """Bars around 1, the greatest win on top; a loss has another colour, a hatch and a word."""
+def best_peer(bars: Sequence[Bar]) -> Figure:
+    """Draws bars around 1, the greatest win on top; a loss has another color, a hatch and a word."""
     ordered = sorted(bars, key=lambda bar: -bar.speed)
     figure = new_figure(0.27 * len(ordered) + 1.3)
     axes = figure.subplots()
-    # Distance on the axis is a ratio: twice as fast is as far from 1 as half as fast.
+    # The axis is logarithmic: twice as fast is as far from 1 as half as fast.
     values, texts = [math.log2(bar.speed) for bar in ordered], []
     for y, (bar, value) in enumerate(zip(ordered, values)):
         verdict = outcome(bar.speed)
-        colour, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GREY, "")}[verdict]
-        axes.barh(y, value, height=0.7, color=colour, hatch=hatch, edgecolor="white", linewidth=0)
+        color, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GRAY, "")}[verdict]
+        axes.barh(y, value, height=0.7, color=color, hatch=hatch, edgecolor="white", linewidth=0)
         text = f"{bar.speed:.2f}x {bar.peer} ({verdict})"
         texts.append(text)
         side = 1 if value >= 0 else -1
@@ -117,8 +122,8 @@ def best_peer(bars: Sequence[Bar]):
     axes.axvline(0, color=BLACK, linewidth=1)
     axes.set_yticks(range(len(ordered)), [bar.label for bar in ordered], fontsize=8)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
-    # Room outside of the bars for the texts: inches, 0.075 a letter, in units of the axis.
-    # An axis of at least 1/1.2 to 1.2, or a loss of 1% would fill the page.
+    # The texts need room outside of the bars: 0.075 inches per letter, converted to units of the axis.
+    # The axis reaches at least from 1/1.2 to 1.2; otherwise a loss of 1% would fill the page.
     left, right = (max(math.log2(1.2), *(side * value for value in values)) for side in (-1, 1))
     widths = [
         0.075 * max((len(t) for t, v in zip(texts, values) if (v < 0) == losses), default=0) + 0.2 for losses in (1, 0)
@@ -136,13 +141,15 @@ def best_peer(bars: Sequence[Bar]):
 
 
 def outcome(speed: float) -> str:
-    """A ratio's word: what is written as 1.00 is level."""
+    """Returns a ratio's word; a ratio that is written as 1.00 is level."""
     text = f"{speed:.2f}"
     return "level" if text == "1.00" else "faster" if speed > 1 else "slower"
 
 
-def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None):
-    """Kernels under the machine's ceilings: a panel a contender, a marker a kernel, its area the share of the time."""
+def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -> Figure:
+    """Draws kernels under the machine's ceilings, a panel per contender; a marker's area is the kernel's share of time."""
+    from matplotlib.collections import PathCollection
+
     figure, grid = new_panels(len(panels), 4.0)
     kinds = list(dict.fromkeys(point.kind for points in panels.values() for point in points))
     handles = {}
@@ -162,11 +169,12 @@ def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None):
         _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings)
     legend = figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
     for handle in legend.legend_handles:
+        assert isinstance(handle, PathCollection)
         handle.set_sizes([50])
     return figure
 
 
-def _draw_ceilings(axes, points: Sequence[Point], ceilings: Ceilings | None) -> None:
+def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | None) -> None:
     left = min(point.intensity for point in points) / 2
     right = max(point.intensity for point in points) * 2
     bottom = min(point.flops_per_s for point in points) / 2
@@ -187,7 +195,7 @@ def _draw_ceilings(axes, points: Sequence[Point], ceilings: Ceilings | None) -> 
         top = max(top, 2 * memory * end)
         bottom = min(bottom, memory * left)
         middle = math.sqrt(left * end)
-        # On the line's upper left: a line that rises to the right doesn't cross it there.
+        # The text stands at the line's upper left, where a line that rises to the right doesn't cross it.
         axes.annotate(
             unit_for(memory, "B/s"),
             (middle, memory * middle),
@@ -201,8 +209,8 @@ def _draw_ceilings(axes, points: Sequence[Point], ceilings: Ceilings | None) -> 
     log_axis(axes.yaxis, bottom, top, "FLOP/s")
 
 
-def stacks(bars: Sequence[Stack], xlabel: str):
-    """Stacked bars, lying, bars of one group together; a kind has the same colour and hatch everywhere, a total at its end."""
+def stacks(bars: Sequence[Stack], xlabel: str) -> Figure:
+    """Draws horizontal stacked bars by group, each with its total; a kind has the same color and hatch everywhere."""
     kinds = list(dict.fromkeys(kind for bar in bars for kind in bar.parts))
     groups = list(dict.fromkeys(bar.group for bar in bars))
     figure = new_figure(0.3 * len(bars) + 0.22 * len(groups) + 1.4)

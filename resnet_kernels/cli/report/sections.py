@@ -1,9 +1,10 @@
-"""What the report says of a results file: a section a plot, with the table behind it, or why there is nothing to draw."""
+"""The report's sections: each has a plot with its table, or the reason why there is nothing to draw."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from ...perf.results import CaseResults, Results
 from . import plots
@@ -12,7 +13,7 @@ from .parts import DIRECTIONS, LEVELS, Part, Section
 
 
 def sections(results: Results) -> list[Section]:
-    """All of the page's sections below its summary, in its order."""
+    """Returns the page's sections below its summary, in order."""
     return [
         best_peer(results),
         throughput(results),
@@ -24,7 +25,7 @@ def sections(results: Results) -> list[Section]:
 
 
 def outcomes(cases: Iterable[CaseResults]) -> dict[str, int]:
-    """In how many cases fused is faster than, level with and slower than the fastest peer."""
+    """Counts the cases in which fused is faster than, level with and slower than the fastest peer."""
     counts = dict.fromkeys(("faster", "level", "slower"), 0)
     for case in cases:
         peer = case.best_peer()
@@ -34,11 +35,12 @@ def outcomes(cases: Iterable[CaseResults]) -> dict[str, int]:
 
 
 def best_peer(results: Results) -> Section:
+    """Returns the section of fused against the best peer: a plot per level, direction and platform."""
     parts, lonely = [], []
     for (level, direction, platform), cases in _grouped(
         results.cases.values(), lambda case: (case.level, case.direction, case.platform)
     ).items():
-        bars, rows = [], []
+        bars, ranked = [], []
         for case in cases:
             peer = case.best_peer()
             if peer is None:
@@ -48,11 +50,11 @@ def best_peer(results: Results) -> Section:
             flag = " (over its error budget)" if case.contenders[peer].parity_failure else ""
             bars.append(plots.Bar(case.label, speed, peer))
             row = (case.label, _ms(case, "fused"), peer + flag, _ms(case, peer), f"{speed:.2f}", plots.outcome(speed))
-            rows.append((speed, row))
+            ranked.append((speed, row))
         if not bars:
             continue
         title = f"{LEVELS[level]}, {DIRECTIONS[direction]}, {platform}"
-        rows = [row for _, row in sorted(rows, key=lambda pair: -pair[0])]
+        rows = [row for _, row in sorted(ranked, key=lambda pair: -pair[0])]
         alt = f"Horizontal bars around 1: fused against the best peer in {len(bars)} cases, sorted, losses hatched."
         head = ("case", "fused ms", "best peer", "its ms", "times its speed", "fused is")
         parts.append(Part(title, alt, plots.best_peer(bars), head, rows))
@@ -67,10 +69,11 @@ def best_peer(results: Results) -> Section:
 
 
 def throughput(results: Results) -> Section:
+    """Returns the section of images per second: a plot per direction, with a panel per network."""
     key = lambda case: (case.direction, case.platform, case.system, case.subject, case.size, case.dtype)  # noqa: E731
     groups = _grouped((case for case in results.cases.values() if case.level == "model"), key)
     single = [f"{own[0].label} ({DIRECTIONS[own[0].direction]})" for own in groups.values() if len(own) == 1]
-    figures = defaultdict(dict)
+    figures: dict[str, dict[str, list[plots.Curve]]] = defaultdict(dict)
     rows = defaultdict(list)
     for (direction, platform, system, subject, size, dtype), cases in groups.items():
         if len(cases) == 1:
@@ -106,6 +109,7 @@ def throughput(results: Results) -> Section:
 
 
 def times(results: Results) -> Section:
+    """Returns the section with the time and the error of every case and contender, as a table."""
     rows = []
     for case in results.cases.values():
         for name, measurement in case.contenders.items():
@@ -129,8 +133,10 @@ def times(results: Results) -> Section:
     )
 
 
-def _grouped(cases: Iterable[CaseResults], key) -> dict[tuple, list[CaseResults]]:
-    """By the level, then as in the file."""
+def _grouped(
+    cases: Iterable[CaseResults], key: Callable[[CaseResults], tuple[Any, ...]]
+) -> dict[tuple[Any, ...], list[CaseResults]]:
+    """Groups cases by a key, in the order of the levels, then of the file."""
     groups = defaultdict(list)
     for case in sorted(cases, key=lambda case: list(LEVELS).index(case.level)):
         groups[key(case)].append(case)

@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, and looked at before they are used."""
+"""Checkpoints: written whole or not at all, and checked before they are used."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def save(path: Path, state: dict[str, Any]) -> None:
     """Writes a state; whatever stops it, the file is the old one or the new one.
 
     Args:
+        path: the file; its directory is made if need be.
         state: KEYS without the version.
 
     Raises:
-        OSError: the directory can't be written to.
+        OSError: if the directory can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
@@ -37,16 +38,17 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Reads a state, its tensors on the CPU.
 
     Args:
-        settings: those of this run (`Settings.fingerprint`); the checkpoint must have the same.
+        path: the file.
+        settings: the settings of this run (`Settings.fingerprint`); the checkpoint must have the same.
 
     Raises:
-        ValueError: there is none, it is damaged, another program's, another version's or another run's.
+        ValueError: if there is no file, if it is damaged, or if another program, version or run wrote it.
     """
     if not path.is_file():
         raise ValueError(f"--resume: there is no checkpoint {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    # A damaged file shows as whatever the archive's reader or the unpickler stumbled upon.
+    # A damaged file raises whatever the archive's reader or the unpickler stumbles upon.
     except Exception as error:
         raise ValueError(f"--resume: {path} is damaged, or no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or not KEYS <= set(state) or not isinstance(state["settings"], dict):

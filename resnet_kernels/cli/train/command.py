@@ -1,7 +1,7 @@
-"""python -m resnet_kernels train: a network of the zoo on digits, MNIST, Fashion-MNIST or CIFAR-10.
+"""python -m resnet_kernels train: a network of the zoo, trained on digits, MNIST, Fashion-MNIST or CIFAR-10.
 
-A line an epoch, accuracy on the test set at the end. The output directory gets `checkpoint.pt`, anew after each epoch, and
-`curve.png`. Under torchrun: data parallel on several GPUs or machines.
+It prints a line per epoch, and the accuracy on the test set at the end. The output directory gets `checkpoint.pt`, rewritten
+after each epoch, and `curve.png`. Under torchrun it trains data parallel on several GPUs or machines.
 
     torch.load("checkpoint.pt")["model"]    is the plain model's state_dict, whether it was trained fused or not.
 """
@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,32 +28,31 @@ import resnet_kernels as rk
 from ... import models
 from .. import arguments
 from . import checkpoint, curve, data, presets
-from .loop import Training
+from .loop import Progress, Training
 from .presets import Settings
 from .processes import Processes, SharedError, join
 
 HELP = "train a network of the zoo on digits, MNIST, Fashion-MNIST or CIFAR-10"
 
-# Running statistics follow the network at 1 / momentum steps' distance; ten times that, and the network has settled.
+# Running statistics lag 1 / momentum steps behind the network; after ten times as many steps the lag no longer matters.
 _STEPS_OF_MOMENTUM = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     default = presets.DEFAULT
     option = parser.add_argument
     option("--data", help=f"{', '.join(data.READERS)} (default: {default.data}, resized from 8x8 to 32x32)")
     option("--model", help=f"{', '.join(models.BY_NAME)} (default: {default.model})")
-    option("--preset", help=f"a text's recipe: {', '.join(presets.PRESETS)}; options given besides go over it")
-    option("--epochs", type=arguments.at_least(1), help=f"default: {default.epochs}, or the preset's")
-    option(
-        "--batch-size", type=arguments.at_least(1), help=f"of all processes together (default: {default.batch_size})"
-    )
+    option("--preset", help=f"a text's recipe: {', '.join(presets.PRESETS)}; options on the command line override it")
+    option("--epochs", type=arguments.positive, help=f"default: {default.epochs}, or the preset's")
+    option("--batch-size", type=arguments.positive, help=f"of all processes together (default: {default.batch_size})")
     option("--optimizer", help=f"{', '.join(presets.OPTIMIZERS)} (default: {default.optimizer.name})")
-    option("--lr", type=_positive_float, help=f"learning rate (default: {default.optimizer.lr:g} for adam)")
+    option("--lr", type=arguments.positive_float, help=f"learning rate (default: {default.optimizer.lr:g} for adam)")
     option(
         "--image-size",
-        type=arguments.at_least(1),
+        type=arguments.positive,
         help="resize to this height and width (default: 32 for digits, else as is)",
     )
     option("--output", type=Path, help="directory of checkpoint.pt and curve.png (default: runs/DATA-MODEL)")
@@ -72,21 +71,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class _Stop:
-    """Whether a signal asked for the end, and what a run that ends here leaves behind."""
+    """Whether a signal asked to stop, and the text about what a stopped run leaves behind."""
 
     asked: bool = False
     kept: str = "no epoch was done, nothing is saved"
 
 
 def run(options: argparse.Namespace) -> int:
-    """Trains; returns the exit status: 0, 2 after an error, which is one line on stderr, or 130 when stopped."""
+    """Trains; returns the exit status: 0, 130 when stopped, or 2 after an error, which is one line on stderr."""
     rank = int(os.environ.get("RANK", 0))
     stop = _Stop()
     try:
         with _signals(stop), join(options.device) as processes:
             return _train(options, processes, stop)
     except (KeyboardInterrupt, ValueError, TypeError, RuntimeError, OSError) as error:
-        # Among several processes, the first to stop breaks the connections of the others: no error of theirs.
+        # Among several processes, the first to stop breaks the connections of the others. Their errors are not reported.
         if isinstance(error, KeyboardInterrupt) or stop.asked:
             if rank == 0:
                 print(f"\nstopped; {stop.kept}", file=sys.stderr)
@@ -97,7 +96,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> int:
-    say = print if processes.first else lambda *_, **__: None
+    say: Callable[..., None] = print if processes.first else lambda *_, **__: None
     settings = presets.settings(
         options.preset,
         **{name: getattr(options, name) for name in ("data", "model", "epochs", "batch_size", "optimizer", "lr")},
@@ -120,8 +119,9 @@ def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> in
     training = Training(model, images, settings, processes, options.workers, _progress(processes))
     if options.resume:
         # The first process reads it for all: on several machines no other has it.
-        state = processes.together(lambda: checkpoint.load(path, settings.fingerprint()) if processes.first else None)
-        state = processes.from_first(state)
+        state = processes.from_first(
+            processes.together(lambda: checkpoint.load(path, settings.fingerprint()) if processes.first else {})
+        )
         processes.together(lambda: training.load_state(state))
     say(_summary(settings, images, model, blocks, processes), flush=True)
     stop.kept = f"{path} holds epoch {training.epoch}: add --resume to go on" if training.epoch else stop.kept
@@ -137,7 +137,7 @@ def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> in
     _, correct, count = training.evaluate(images.test)
     if processes.first:
         _draw(training, f"{settings.model} on {settings.data}", output / "curve.png")
-    # Rounded down: 100 % means all of them.
+    # The share is rounded down, so 100 % means all of them.
     say(f"Accuracy on the test set: {100 * correct // count} % [{correct}/{count}]", flush=True)
     return 0
 
@@ -145,17 +145,19 @@ def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> in
 def _build(
     settings: Settings, images: data.DataSet, options: argparse.Namespace, processes: Processes
 ) -> tuple[nn.Module, int]:
-    """The model, fused if asked for, on its device, and how many of its blocks are fused."""
+    """Returns the model on its device, fused if asked for, and the number of its fused blocks."""
     torch.manual_seed(settings.seed)
     model = models.BY_NAME[settings.model](num_classes=images.classes, in_channels=images.channels)
     if settings.xavier:
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
-    # Statistics of the whole batch, not of a process' part; CPU tensors are refused. Before fusing, which reads the BNs.
+    # BN takes the whole batch's statistics, not those of one process' part. It refuses CPU tensors. Fusing reads the BNs, so
+    # they are converted before.
     if processes.size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    model = model.to(processes.device, memory_format=torch.channels_last)
+    # PyTorch's stubs of Module.to lack memory_format.
+    model.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     blocks = len(rk.fuse_(model, backend=options.backend).fused) if options.fused else 0
     return model, blocks
 
@@ -193,8 +195,8 @@ def _draw(training: Training, title: str, path: Path) -> None:
         print(f'no curve drawn: pip install "resnet_kernels[train]" ({error})', file=sys.stderr)
 
 
-def _progress(processes: Processes) -> Callable[[Iterable, str], Iterable]:
-    """A progress bar on a terminal's stderr, in one process; elsewhere, or without tqdm, nothing."""
+def _progress(processes: Processes) -> Progress:
+    """Returns the first process' progress bar on a terminal's stderr; elsewhere, or without tqdm, nothing is shown."""
     if processes.first and sys.stderr.isatty():
         try:
             from tqdm import tqdm
@@ -207,7 +209,7 @@ def _progress(processes: Processes) -> Callable[[Iterable, str], Iterable]:
 
 @contextmanager
 def _signals(stop: _Stop) -> Iterator[None]:
-    """SIGTERM, a scheduler's or torchrun's, stops as Ctrl-C does. Python hands out signals in the main thread alone."""
+    """Lets SIGTERM, a scheduler's or torchrun's, stop a run as Ctrl-C does. Only the main thread gets Python's signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -222,13 +224,3 @@ def _signals(stop: _Stop) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _positive_float(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be positive and finite, got {value}")
-    return value
-
-
-_positive_float.__name__ = "number"

@@ -1,10 +1,10 @@
-"""A training run's loss and accuracy, drawn."""
+"""The plot of a training run's loss and accuracy."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-# Okabe and Ito's blue and vermilion stay apart for colour-blind eyes; the line styles do in grey.
+# Color-blind readers can tell Okabe and Ito's blue and vermilion apart; in gray print the line styles differ.
 TRAINING, VALIDATION = {"color": "#0072B2"}, {"color": "#D55E00", "linestyle": "--"}
 
 
@@ -12,16 +12,19 @@ def draw(history: list[dict[str, float]], title: str, path: Path) -> None:
     """Writes a PNG: loss and accuracy against the epoch, of training and of validation.
 
     Args:
-        history: an epoch each: loss, accuracy, validation_loss, validation_accuracy.
+        history: one row per epoch: loss, accuracy, validation_loss, validation_accuracy.
+        title: the figure's title.
+        path: the file; its directory is made if need be.
 
     Raises:
-        ImportError: no matplotlib. OSError: path can't be written.
+        ImportError: if there is no matplotlib.
+        OSError: if path can't be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    # A figure of its own, not pyplot's: no window, and no backend is switched for whoever imported us.
+    # A figure of its own, not pyplot's, opens no window and switches no backend for the program that imported us.
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     loss, accuracy = figure.subplots(1, 2)

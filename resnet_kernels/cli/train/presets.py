@@ -1,4 +1,4 @@
-"""What a training run is made of, and the recipes of the texts as data.
+"""The settings of a training run, and the recipes of the texts as data.
 
 Sources:
     cifar: the CIFAR-10 text of the torchvision ResNets: batches of 32, SGD at 1e-3 with momentum 0.9 and weight decay 5e-4,
@@ -27,7 +27,7 @@ class Optimizer:
     eps: float = 1e-8
 
 
-# What --optimizer gives where the preset has another one.
+# The optimizers that --optimizer chooses where the preset has another one.
 OPTIMIZERS = {
     "sgd": Optimizer("sgd", lr=0.02, momentum=0.9),
     "adam": Optimizer("adam", lr=1e-3),
@@ -37,16 +37,23 @@ OPTIMIZERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """All that decides what a run computes; a checkpoint holds them, so that --resume can tell another run's.
+    """All settings that decide what a run computes. A checkpoint holds them, so --resume recognizes another run's.
 
     Args:
-        schedule: of the learning rate, an epoch a step: ("cosine", epochs of the half wave), ("exponential", factor) or None.
-            Never a function of the number of epochs asked for, which --resume may raise.
+        data: the data set.
+        model: a network of the zoo.
+        batch_size: images in a batch, of all processes together.
+        epochs: epochs to train.
+        optimizer: optimizer with its learning rate.
+        schedule: steps of the learning rate, one per epoch: ("cosine", epochs of the half wave), ("exponential", factor) or
+            None. It never depends on `epochs`, which --resume may raise.
         image_size: height and width that images are resized to; None leaves them as the data set has them.
-        normalize: move pixels from [0, 1] to [-1, 1].
-        held_out: last part of the training images, cut off before shuffling, for validation. 0: as in texts that train on
-            all of them, validation is on the test set.
-        xavier: draw the weights of convolutions and linear layers Xavier-uniform.
+        normalize: whether pixels are moved from [0, 1] to [-1, 1].
+        held_out: share of the training images, cut off at the end before shuffling, for validation. With 0, as in texts that
+            train on all images, validation is on the test set.
+        xavier: whether the weights of convolutions and linear layers are drawn Xavier-uniform.
+        amp: whether autocast is on.
+        seed: seed of weights and shuffling.
     """
 
     data: str = "digits"
@@ -63,7 +70,7 @@ class Settings:
     seed: int = 0
 
     def fingerprint(self) -> dict[str, Any]:
-        """All but the number of epochs, in plain types."""
+        """Returns all settings but the number of epochs, in plain types."""
         values = asdict(self)
         del values["epochs"]
         return values
@@ -102,10 +109,10 @@ PRESETS = {
 
 
 def settings(preset: str | None, *, optimizer: str | None = None, lr: float | None = None, **given: Any) -> Settings:
-    """A preset, or the default, with whatever was given (is not None) in its place.
+    """Returns a preset, or the default, in which arguments that are not None replace its settings.
 
     Raises:
-        ValueError: unknown preset or optimizer.
+        ValueError: if the preset or the optimizer is unknown.
     """
     if preset is not None and preset not in PRESETS:
         raise ValueError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}")

@@ -1,4 +1,4 @@
-"""The processes that train one model together: one, or those that torchrun started, on this machine or on several."""
+"""The processes that train one model together: a single one, or those that torchrun started on one or several machines."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _GLOO_SECONDS = 0.2
 
 
 class SharedError(ValueError):
-    """An error that every process raises, so that one of them is enough to report it."""
+    """An error that every process raises, so only one of them reports it."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among its peers: rank of size, with a device of its own."""
+    """This process among its peers, with its rank, their number and its own device."""
 
     rank: int
     size: int
@@ -31,16 +31,17 @@ class Processes:
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum over all processes, in each of them; in place."""
+        """Adds up tensors of all processes in place; each process gets the sum."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
     def from_first(self, value: T) -> T:
-        """The first process' value, in each of them."""
+        """Returns the first process' value in every process."""
         if self.size == 1:
             return value
         box = [value]
@@ -48,34 +49,33 @@ class Processes:
         return box[0]
 
     def buffers_from_first(self, model: torch.nn.Module) -> None:
-        """Gives all processes the first one's buffers, BN's running statistics, which a checkpoint would hold."""
+        """Copies the first process' buffers, such as BN's running statistics, to all. A checkpoint holds these."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def together(self, work: Callable[[], T]) -> T:
-        """Runs work in all processes; if it fails in one of them, all raise that error and none is left waiting.
+        """Runs work in all processes. If it fails in one, all raise that error and none is left waiting.
 
         Raises:
-            SharedError: with the message of the first process that failed.
+            SharedError: if a process failed, with the message of the first that did.
         """
-        result, message = None, None
+        if self.size == 1:
+            return work()
+        results, message = [], None
         try:
-            result = work()
+            results.append(work())
         except (ValueError, TypeError, RuntimeError, OSError) as error:
-            if self.size == 1:
-                raise
             message = str(error)
-        if self.size > 1:
-            messages: list[Any] = [None] * self.size
-            dist.all_gather_object(messages, message)
-            failed = [m for m in messages if m is not None]
-            if failed:
-                raise SharedError(failed[0])
-        return result
+        messages: list[Any] = [None] * self.size
+        dist.all_gather_object(messages, message)
+        failed = [m for m in messages if m is not None]
+        if failed:
+            raise SharedError(failed[0])
+        return results[0]
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """Runs work in one process after the other, as `together` does otherwise."""
+        """Runs work in one process after the other, with the errors of `together`."""
         for turn in range(self.size):
             if turn == self.rank:
                 outcome = self.together(work)
@@ -89,10 +89,10 @@ def join(device: str | None) -> Iterator[Processes]:
     """Joins torchrun's processes if there are any, and leaves them at the end.
 
     Args:
-        device: --device; None is CUDA if there is one. Under torchrun each process takes the GPU of its local rank.
+        device: the device's name; None is CUDA if there is one. Under torchrun each process takes the GPU of its local rank.
 
     Raises:
-        RuntimeError: no such device, or the others can't be reached.
+        RuntimeError: if there is no such device, or the other processes can't be reached.
     """
     chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     size = int(os.environ.get("WORLD_SIZE", 1)) if "RANK" in os.environ else 1
@@ -106,8 +106,8 @@ def join(device: str | None) -> Iterator[Processes]:
     try:
         yield Processes(dist.get_rank(), size, chosen)
         # A process that ended right after a collective aborted at exit in 3 of 18 runs (torch 2.13, gloo): a worker thread
-        # was still letting go of that collective's tensors (pytorch/pytorch#179291). A barrier has none, but gloo has two
-        # worker threads, and on a busy machine the other one may need a while longer; nothing tells when it is done.
+        # was still releasing that collective's tensors (pytorch/pytorch#179291). A barrier has no tensors, but gloo has two
+        # worker threads. On a busy machine the other one may need longer, and nothing tells when it is done.
         dist.barrier()
         if chosen.type == "cpu":
             time.sleep(_GLOO_SECONDS)

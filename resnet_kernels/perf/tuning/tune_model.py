@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...fusion.text_table import table
+from ...fusion.report import table
 from ...graph import fusible
 from ...ops import cudnn, tuned_table
 from ...ops.dtypes import autocast_dtype
