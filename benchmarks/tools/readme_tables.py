@@ -13,10 +13,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from resnet_kernels.cli.report.parts import LEVELS
-from resnet_kernels.cli.report.sections import outcomes
 from resnet_kernels.perf import read_results
-from resnet_kernels.perf.results import CaseResults, Results
+from resnet_kernels.perf.results import LEVELS, CaseResults, Results, outcomes
 
 RESULTS = Path(__file__).parents[1] / "results"
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator, Sequence
 import resnet_kernels as rk
 
 from ...perf.regressions import Comparison
-from ...perf.results import Results
+from ...perf.results import Results, outcomes
 from .parts import Part, Section
-from .sections import outcomes
 
 GENERATOR = "resnet_kernels report"
 

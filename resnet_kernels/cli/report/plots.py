@@ -10,7 +10,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...perf.results import Ceilings
+from ...perf.results import outcome
+from ...perf.schema import Ceilings
 from .plot_style import (
     BLACK,
     BLUE,
@@ -133,12 +134,6 @@ def best_peer(bars: Sequence[Bar]):
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     return figure
-
-
-def outcome(speed: float) -> str:
-    """A ratio's word: what is written as 1.00 is level."""
-    text = f"{speed:.2f}"
-    return "level" if text == "1.00" else "faster" if speed > 1 else "slower"
 
 
 def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None):
