@@ -72,7 +72,7 @@ def _case(name: str, benchmarks: list[dict[str, Any]]) -> CaseResults:
     case = CaseResults(**vars(info), name=name, contenders=contenders)
     if case.busy_elsewhere is not None:
         _check_finite("busy_elsewhere", case.busy_elsewhere)
-    if case.interleaved and len({len(measurement.samples) for measurement in measurements}) > 1:
+    if len({len(measurement.samples) for measurement in measurements if measurement.samples}) > 1:
         raise ValueError(f"the contenders of {name} have not the same number of rounds")
     return case
 
@@ -128,7 +128,9 @@ def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
 
 def _value(hint: Any, value: Any, name: str) -> Any:
     """A value from JSON as its annotation has it: a dataclass from an object, a tuple from a list, a float from an int."""
-    if get_origin(hint) is tuple and isinstance(value, list):
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list, got {value!r}")
         return tuple(_value(get_args(hint)[0], item, name) for item in value)
     kinds = get_args(hint) or (hint,)
     for kind in kinds:

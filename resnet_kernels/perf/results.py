@@ -22,7 +22,7 @@ class ResultsError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(ContenderInfo, Ratios, Roofline):
-    """A contender's time on a case: seconds, their median and, in the order of the rounds, the samples if the file has them."""
+    """A contender's seconds on a case. samples: in the order of the rounds, empty if the file has none."""
 
     median: float
     samples: tuple[float, ...] = ()

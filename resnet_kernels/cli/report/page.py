@@ -110,11 +110,6 @@ def describe(comparison: Comparison) -> list[str]:
         else "no estimate: fewer than three peers' changes"
     )
     lines.append(f"A change below {comparison.margin:.1%} is noise between runs ({basis}).")
-    if not comparison.alike:
-        lines.append(
-            "One file's contenders took turns, the other's did not: caches and clocks were not the same, and part of a change "
-            "may be due to that."
-        )
     for ones, others in ((new, old), (old, new)):
         lonely = ones.cases.keys() - others.cases.keys()
         if lonely:
