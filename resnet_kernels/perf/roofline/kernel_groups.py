@@ -1,4 +1,4 @@
-"""Which operations of a network run as one kernel: layers with their epilogues, and what larger kernels hold.
+"""Grouping of a network's operations into kernels: layers with their epilogues, and what larger kernels hold.
 
 Each function takes and gives groups in an order in which they can run. It asks only who reads a value, so a block may have
 any class and any names.
@@ -38,10 +38,12 @@ class Group:
 
     @property
     def output(self) -> int:
+        """The value that its last operation makes."""
         return self.operations[-1].writes
 
     @property
     def kinds(self) -> set[str]:
+        """Kinds of its operations."""
         return {operation.kind for operation in self.operations}
 
     @property
@@ -117,7 +119,7 @@ def pointwise(net: Network) -> list[Group]:
 def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
     """Puts a projection into the kernel that adds it: two loops, one accumulator."""
     adders = {value: group for group in groups if group.conv for value in group.residuals if net.readers[value] == 1}
-    merged = {}
+    merged: dict[int, Group | None] = {}
     for group in groups:
         adder = adders.get(group.output)
         if group.conv and adder and not group.kinds & {"relu", "add"}:
@@ -129,7 +131,7 @@ def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
 def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
     """Puts a max-pool into the kernel of the convolution before it."""
     makers = {group.output: group for group in groups}
-    merged = {}
+    merged: dict[int, Group | None] = {}
     for group in groups:
         before = makers.get(group.input)
         if group.kinds == {"max_pool"} and before and before.conv and net.readers[before.output] == 1:
@@ -141,10 +143,10 @@ def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
 def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width: int | None) -> list[Group]:
     """Makes one kernel of 3x3 -> 1x1 + add and, if there is one, the next block's first 1x1 (see roofline.chained).
 
-    All between two 3x3s is pointwise, so a tile of pixels goes through without a neighbour's.
+    All between two 3x3s is pointwise, so a tile of pixels goes through without a neighbor's.
     """
     makers = {group.output: group for group in groups}
-    merged = {}
+    merged: dict[int, Group | None] = {}
     for second in groups:
         first = makers.get(second.input)
         if not (

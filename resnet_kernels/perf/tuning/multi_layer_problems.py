@@ -40,8 +40,8 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
         1: asked.shortcut.x_shape(batch) if asked.shortcut else output_shape(asked.conv3, batch),
     }
     results = [y, z] if asked.conv1 else [y]
-    convs = {makes[role]: conv for role, conv in convs.items()}
-    return _problem_of_parts(asked, Link(**parts).parts, convs, inputs, results, batch, dtype, device, calls)
+    made = {makes[role]: conv for role, conv in convs.items()}
+    return _problem_of_parts(asked, Link(**parts).parts, made, inputs, results, batch, dtype, device, calls)
 
 
 def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
@@ -70,7 +70,15 @@ def _problem_of_parts(
     Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
 
     Args:
-        convs: by the value that each makes. inputs: shapes of the values that no part makes. results: values to compare.
+        asked: The problem.
+        parts: Its layers, in order.
+        convs: The convolutions, by the value that each makes.
+        inputs: Shapes of the values that no part makes.
+        results: Values to compare.
+        batch: Images.
+        dtype: The dtype of the activations.
+        device: The device to measure on.
+        calls: How often the model has this problem.
     """
     shapes = multi_layer.shapes_of(parts, inputs, dtype)
     flops = sum(2 * math.prod(shapes[out]) * math.prod(conv.weight_shape[1:]) for out, conv in convs.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from ...ops.conv_candidates import ConvProblem
 
 
 def output_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
+    """Returns the shape of a convolution's output."""
     return conv.geometry.out_shape(conv.x_shape(batch), conv.weight_shape)
 
 
@@ -26,6 +28,7 @@ def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
 
 
 def random_norm(channels: int, draw: Draw) -> nn.BatchNorm2d:
+    """Returns a BN in eval mode with random vectors around 1."""
     bn = nn.BatchNorm2d(channels).to(draw.device).eval().requires_grad_(False)
     for vector in (bn.weight, bn.bias, bn.running_mean):
         vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
@@ -39,7 +42,8 @@ class Draw:
         self.generator = torch.Generator(device).manual_seed(0)
         self.dtype, self.device = dtype, device
 
-    def __call__(self, shape, deviation: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        options = dict(dtype=dtype or self.dtype, device=self.device)
+    def __call__(self, shape: Sequence[int], deviation: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        """Returns a tensor of normal numbers with mean 0; dtype None is the problem's."""
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
-        return torch.empty(shape, **options, memory_format=layout).normal_(0, deviation, generator=self.generator)
+        y = torch.empty(shape, dtype=dtype or self.dtype, device=self.device, memory_format=layout)
+        return y.normal_(0, deviation, generator=self.generator)
