@@ -21,9 +21,9 @@ All contenders of a case take turns in the same rounds, and pytest-benchmark is 
 and histograms are as fair as the ratios at the end. Use a quiet machine all the same (neighbours.py says why); a file has what
 others did meanwhile.
 
-The file is pytest-benchmark's; resnet_kernels/perf/schema.py has the types of what is ours in it. At its top that is `absent`, a
-list of {contender, reason, cases}. For each benchmark, `group` is the case, `stats.data` are seconds in the order of the rounds
-(sample k of each contender of a group is of the same round), and `extra_info` has:
+The file is pytest-benchmark's; resnet_kernels/perf/schema.py has the types of what is ours in it. At its top that is `absent`,
+a list of {contender, reason, cases}. For each benchmark, `group` is the case, `stats.data` are seconds in the order of the
+rounds (sample k of each contender of a group is of the same round), and `extra_info` has:
 
     schema              1
     case                the group

@@ -237,7 +237,10 @@ def _spread(timings: dict[str, Timing], name: str) -> Spread:
         for other in ("eager", "fused")
         if other in timings and name not in ("eager", other)
     }
-    eager, fused = ((t.median, t.p20, t.p80) if t else (None,) * 3 for t in map(paired.get, ("eager", "fused")))
+    eager, fused = (
+        (paired[other].median, paired[other].p20, paired[other].p80) if other in paired else (None,) * 3
+        for other in ("eager", "fused")
+    )
     return Spread(
         p20=own.p20,
         p80=own.p80,

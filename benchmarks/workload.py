@@ -163,12 +163,12 @@ class Workload:
             # For every contender that calls cuDNN through PyTorch. Sizes never change here, so the search is done once.
             torch.backends.cudnn.benchmark = True
         subject = case.subject
-        options = {"device": self.device, "dtype": case.platform.dtype}
         # Weights are drawn before they are moved and rounded, so that they are the same on each platform.
         plain = randomise_batch_norms_(build(subject)).train(case.backward)
-        self.eager = plain.to(**options, memory_format=torch.channels_last)
+        plain = plain.to(self.device, case.platform.dtype)
+        self.eager: nn.Module = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
         size = (case.batch, subject.c_in, subject.size, subject.size)
-        inputs = [torch.randn(size).to(**options, memory_format=torch.channels_last)]
+        inputs = [torch.randn(size).to(self.device, case.platform.dtype, memory_format=torch.channels_last)]
         with torch.no_grad():
             if has_residual(subject):
                 y = self.eager(*inputs) if isinstance(subject, Conv) else inputs[0]

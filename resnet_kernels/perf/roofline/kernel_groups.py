@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .network import Network, Operation
+from .network import Gemm, Network, Operation
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,11 @@ class Group:
                 name += prefix
             name += operation.name.removeprefix(prefix)
         return name
+
+    @property
+    def gemm(self) -> Gemm | None:
+        """The GEMM of its convolution, None if it has none."""
+        return self.conv and self.conv.gemm
 
     @property
     def output(self) -> int:
@@ -87,6 +92,12 @@ def _takes(group: Group, kind: str) -> bool:
     return last in before.get(kind, ())
 
 
+def _replaced(groups: Sequence[Group], merged: dict[int, Group | None]) -> list[Group]:
+    """Groups with those replaced that make a value of `merged`; None leaves the group out."""
+    new = (merged.get(group.output, group) for group in groups)
+    return [group for group in new if group is not None]
+
+
 _POINTWISE = ("bn", "relu", "add", "pad")
 
 
@@ -125,7 +136,7 @@ def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
         if group.conv and adder and not group.kinds & {"relu", "add"}:
             merged[adder.output] = Group((*group.operations, *adder.operations), adder.conv)
             merged[group.output] = None
-    return [group for old in groups if (group := merged.get(old.output, old))]
+    return _replaced(groups, merged)
 
 
 def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
@@ -137,7 +148,7 @@ def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
         if group.kinds == {"max_pool"} and before and before.conv and net.readers[before.output] == 1:
             merged[group.output] = Group((*before.operations, *group.operations), before.conv)
             merged[before.output] = None
-    return [group for old in groups if (group := merged.get(old.output, old))]
+    return _replaced(groups, merged)
 
 
 def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width: int | None) -> list[Group]:
@@ -153,10 +164,10 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
             _is_pointwise(second)
             and "add" in second.kinds
             and first
-            and first.conv
-            and first.conv.gemm.taps > 1
+            and first.gemm
+            and first.gemm.taps > 1
             and net.readers[first.output] == 1
-            and first.conv.gemm.n <= (max_width or math.inf)
+            and first.gemm.n <= (max_width or math.inf)
         ):
             continue
         parts = [first, second]
@@ -165,7 +176,7 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
             norm = makers.get(third.input)
             norms = [norm] if norm and norm.conv is None and "bn" in norm.kinds else []
             starts_block = _is_pointwise(third) and "relu" in third.kinds and "add" not in third.kinds
-            of_stage = starts_block and (across_stages or third.conv.gemm.n == first.conv.gemm.n)
+            of_stage = starts_block and (across_stages or (third.gemm and third.gemm.n) == first.gemm.n)
             if of_stage and [*norms, third][0].input == second.output:
                 parts += [*norms, third]
                 break
@@ -174,8 +185,8 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
         operations = tuple(operation for part in parts for operation in part.operations)
         # In the second's place: what it adds is there, and others may read its sum before the third runs.
         merged[second.output] = Group(operations, first.conv, first.conv)
-    return [group for old in groups if (group := merged.get(old.output, old))]
+    return _replaced(groups, merged)
 
 
 def _is_pointwise(group: Group) -> bool:
-    return group.conv is not None and group.conv.gemm.is_pointwise
+    return group.gemm is not None and group.gemm.is_pointwise

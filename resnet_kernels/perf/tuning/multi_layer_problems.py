@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -57,8 +57,8 @@ def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: tor
 def _problem_of_parts(
     asked: LinkProblem | StemProblem,
     parts: Sequence[Part],
-    convs: dict[int, ConvProblem],
-    inputs: dict[int, tuple[int, ...]],
+    convs: Mapping[int, ConvProblem],
+    inputs: Mapping[int, tuple[int, ...]],
     results: Sequence[int],
     batch: int,
     dtype: torch.dtype,

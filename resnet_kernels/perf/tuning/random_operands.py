@@ -18,7 +18,8 @@ def output_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
 
 def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
     """A convolution of that shape, with random weights; its bias is the epilogue's."""
-    c_out, c_in, *kernel_size = conv.weight_shape
+    c_out, c_in, *size = conv.weight_shape
+    kernel_size = (size[0], size[1])
     stride, padding, dilation, groups = conv.geometry
     module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
     module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
