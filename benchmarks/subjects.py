@@ -1,4 +1,4 @@
-"""A subject as a plain, eager module; those of ops can be switched to the op that fuses them."""
+"""Subjects as plain, eager modules. Those of ops can be switched to the op that fuses them."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from .cases import AddRelu, Block, Conv, Model, Stage
 
 class ConvBiasAct(nn.Module):
     """relu(conv(x) + bias + residual), with the in-place add and ReLU that models use; or the op that fuses it."""
+
+    backend: str | None
 
     def __init__(self, conv: Conv, backend: str | None = None):
         super().__init__()
@@ -85,7 +87,8 @@ def build(subject: cases.Subject) -> nn.Module:
     if isinstance(subject, Stage):
         return rk.models.BY_NAME[subject.model]().get_submodule(subject.path)
     assert isinstance(subject, Model)
-    return rk.models.BY_NAME[subject.name](**{"in_channels": 1} if subject.c_in == 1 else {})
+    build_model = rk.models.BY_NAME[subject.name]
+    return build_model(in_channels=1) if subject.c_in == 1 else build_model()
 
 
 def has_residual(subject: cases.Subject) -> bool:

@@ -28,7 +28,7 @@ GATE_IMAGES = 8
 
 @dataclass(frozen=True)
 class Operands:
-    """What a call reads besides parameters: the input, a residual if there is one, and for training the output's gradient."""
+    """Tensors that a call reads besides parameters: input, residual if any, and for training the output's gradient."""
 
     inputs: tuple[Tensor, ...]
     grad_y: Tensor | None = None
@@ -222,7 +222,7 @@ class Workload:
             return eager, self._results(oracle, [operands.double() for operands in self.gated])
 
     def _results(self, runner: Runner, gated: Sequence[Operands]) -> list[Tensor]:
-        """Of all operands: outputs one behind the other. There is one set of operands where there are gradients."""
+        """Results on all operands: outputs concatenated. Where there are gradients there is one set of operands."""
         # Copies: what is returned may be the runner's own memory, and the next call write over it.
         found = [[t.detach().clone() for t in runner.read(some, runner.bind(some)())] for some in gated]
         return found[0] if len(found) == 1 else [torch.cat(outputs) for outputs in zip(*found)]

@@ -74,7 +74,10 @@ def from_json(value: Any) -> Any:
 def read(path: Path) -> list[Noted]:
     """Returns what `main` has written."""
     rows = json.loads(path.read_text())
-    return [Noted(*row, [(from_json(asked), n) for asked, n in noted]) for *row, noted in rows]
+    return [
+        Noted(network, size, training, [(from_json(asked), calls) for asked, calls in noted])
+        for network, size, training, noted in rows
+    ]
 
 
 def main() -> int:

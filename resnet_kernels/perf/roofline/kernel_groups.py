@@ -39,7 +39,7 @@ class Group:
     @property
     def gemm(self) -> Gemm | None:
         """The GEMM of its convolution, None if it has none."""
-        return self.conv and self.conv.gemm
+        return self.conv.gemm if self.conv else None
 
     @property
     def output(self) -> int:

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,7 +106,7 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
             record["failed"] = f"{error}"[:500]
             return record
         calls: dict[str, Callable[[], object]] = {
-            name: (lambda run=problem.candidates[name]: run(*operands))
+            name: partial(problem.candidates[name], *operands)
             for name, row in record["candidates"].items()
             if "refused" not in row
         }

@@ -24,13 +24,15 @@ def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
     module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
     module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
     if not conv.geometry.symmetric:
-        module.same_padding = lambda *size: padding
+        # Read by the runtime as Conv2dSame's method.
+        module.same_padding = lambda *size: padding  # type: ignore[assignment]
     return module
 
 
 def random_norm(channels: int, draw: Draw) -> nn.BatchNorm2d:
     """Returns a BN in eval mode with random vectors around 1."""
     bn = nn.BatchNorm2d(channels).to(draw.device).eval().requires_grad_(False)
+    assert bn.running_mean is not None
     for vector in (bn.weight, bn.bias, bn.running_mean):
         vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
     return bn
