@@ -23,7 +23,7 @@ others did meanwhile.
 
 The file is pytest-benchmark's; resnet_kernels/perf/schema.py has the types of what is ours in it. At its top that is `absent`,
 a list of {contender, reason, cases}. For each benchmark, `group` is the case, `stats.data` are seconds in the order of the
-rounds (sample k of each contender of a group is of the same round), and `extra_info` has:
+rounds (sample k of each contender of a group is of the same round). These are in `extra_info`:
 
     schema              1
     case                the group
