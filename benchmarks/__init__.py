@@ -6,8 +6,8 @@
     contenders/         base.py: the interface;  ours.py: eager and ours;  peers.py: everybody else, with settings
     parity.py           the gate before the clock
     harness.py          a case measured: all its contenders made ready, gated, timed in turns
-    extra_info.py       FLOPs, bytes, ceilings, versions
-    kernels.py          a model's time by kernel;  neighbours.py: what the neighbours do
+    extra_info.py       FLOPs, bytes, ceilings, versions, a model's time by kernel
+    neighbours.py       how busy other processes keep the machine
     test_benchmarks.py  a benchmark a contender;  conftest.py: --full, and the tables at the end
     gpu/                a session on a GPU: jobs.py, checks.py (act 1), run.sh (act 2: session.py and its sections)
     tools/              readme_tables, costs, image_sizes, interference, trim: python -m benchmarks.tools.NAME
@@ -21,11 +21,11 @@ All contenders of a case take turns in the same rounds, and pytest-benchmark is 
 and histograms are as fair as the ratios at the end. Use a quiet machine all the same (neighbours.py says why); a file has what
 others did meanwhile.
 
-The file is pytest-benchmark's. Ours in it are `absent` at its top, a list of {contender, reason, cases}, and for each
-benchmark, whose `group` is the case and whose `stats.data` are seconds in the order of the rounds (sample k of each contender
-of a group is of the same round), in `extra_info`:
+The file is pytest-benchmark's; resnet_kernels/perf/schema.py has the types of what is ours in it. At its top that is `absent`,
+a list of {contender, reason, cases}. For each benchmark, `group` is the case, `stats.data` are seconds in the order of the
+rounds (sample k of each contender of a group is of the same round). These are in `extra_info`:
 
-    schema              1; files without it are older and lack fields
+    schema              1
     case                the group
     system              "torchvision", "slim", "d2l" or "d2l-keras"
     level               "op", "block", "stage" or "model"

@@ -1,4 +1,4 @@
-"""What is measured, as data: subjects (an op, a block, a stage, a model), each in two directions, on each platform.
+"""Cases of the benchmarks as data: subjects (an op, a block, a stage, a model), each in two directions, on each platform.
 
 The four systems are torchvision's ResNet, TF-slim's ResNet v2, and d2l's ResNet in its PyTorch and its Keras text. The
 shapes of ops, blocks and stages are those of real layers of them, mostly at 224x224; the CPU's default batches and images
@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+
+from resnet_kernels.ops.dtypes import short_name
 
 DIRECTIONS = ("forward", "forward-backward")
 TORCHVISION, SLIM, D2L, D2L_KERAS = "torchvision", "slim", "d2l", "d2l-keras"
@@ -113,7 +115,7 @@ Subject = Conv | AddRelu | BatchNormAct | Block | Stage | Model
 
 @dataclass(frozen=True)
 class Platform:
-    """Where, and in what dtype. batch: what a subject's batch is multiplied by: the CPU's leave a GPU idle."""
+    """Device and dtype. batch: factor on a subject's batch, as the CPU's batches leave a GPU idle."""
 
     device: str
     dtype: torch.dtype
@@ -122,6 +124,8 @@ class Platform:
 
 @dataclass(frozen=True)
 class Case:
+    """A subject in one direction on a platform."""
+
     subject: Subject
     direction: str
     platform: Platform
@@ -144,8 +148,8 @@ class Case:
 
     def __str__(self) -> str:
         """The group, direction, subject and platform; unique among the cases."""
-        dtype = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[self.platform.dtype]
         sizes = f"{self.subject.size}px-b{self.batch}"
+        dtype = short_name(self.platform.dtype)
         return "-".join((self.level, self.direction, self.subject.name, sizes, dtype, self.device))
 
 

@@ -1,20 +1,22 @@
-"""`--full`; and at the end the slim text's lines, the table of ratios, and who was absent and why."""
+"""The option --full, and the summary at the end: the slim text's lines, the table of ratios, who was absent and why."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import asdict
 
 import pytest
 
 from resnet_kernels.fusion.report import table
+from resnet_kernels.perf.schema import Absence, Spread
 from resnet_kernels.perf.timing import Timing
 
-from .harness import Absent, Measured
+from .harness import Absent, Measured, Row
 
-# From here on a neighbour is worth a warning.
+# Cores kept busy by others, above which the summary warns.
 BUSY_CORES = 0.2
 
-RESULTS = pytest.StashKey[list[Measured | Absent]]()
+RESULTS = pytest.StashKey[list[Row]]()
 
 
 def pytest_addoption(parser):
@@ -32,24 +34,24 @@ def pytest_configure(config):
 
 
 @pytest.fixture
-def results(pytestconfig) -> list[Measured | Absent]:
+def results(pytestconfig) -> list[Row]:
     """The rows of the tables at the end, to be appended to."""
     return pytestconfig.stash[RESULTS]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Who was absent goes into the file as well. pytest-benchmark writes it after Ctrl-C, too."""
-    output_json["absent"] = absentees(config.stash[RESULTS])
+    """Writes who was absent into the file, which pytest-benchmark writes after Ctrl-C, too."""
+    output_json["absent"] = [asdict(absence) for absence in absentees(config.stash[RESULTS])]
 
 
-def absentees(results: list[Measured | Absent]) -> list[dict]:
-    """The absent by contender and reason, with their cases."""
-    found = defaultdict(list)
+def absentees(results: list[Row]) -> list[Absence]:
+    """Returns who was absent, by contender and reason, with the cases."""
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in results:
         if isinstance(row, Absent):
             found[row.contender, row.reason].append(row.case)
-    return [{"contender": name, "reason": reason, "cases": names} for (name, reason), names in found.items()]
+    return [Absence(name, reason, tuple(names)) for (name, reason), names in found.items()]
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -66,7 +68,7 @@ def pytest_terminal_summary(terminalreporter, config):
             terminalreporter.write_line(f"  {row.line}")
         terminalreporter.section("time / eager's time and / fused's time of the same round: below 1 is faster")
         terminalreporter.write_line(_table(measured))
-        busy = max(row.info["busy_elsewhere"] or 0.0 for row in measured)
+        busy = max(row.info.case.busy_elsewhere or 0.0 for row in measured)
         if busy > BUSY_CORES:
             terminalreporter.write_line(
                 f"other processes kept up to {busy:.1f} cores busy: contenders with different thread pools suffer "
@@ -75,7 +77,7 @@ def pytest_terminal_summary(terminalreporter, config):
     absent = absentees(results)
     if absent:
         terminalreporter.section("absent peers")
-        cells = [(entry["contender"], str(len(entry["cases"])), entry["reason"]) for entry in absent]
+        cells = [(absence.contender, str(len(absence.cases)), absence.reason) for absence in absent]
         terminalreporter.write_line(table(("contender", "cases", "reason"), cells))
 
 
@@ -95,11 +97,11 @@ def _table(rows: list[Measured]) -> str:
         (
             row.case,
             row.contender,
-            _ratio(row.info, "interleaved_ratio_to_eager", spread=True),
-            _ratio(row.info, "interleaved_ratio_to_fused"),
+            _ratio(row.info.spread),
+            _number(row.info.spread.interleaved_ratio_to_fused),
             _milliseconds(row.timing),
             str(len(row.timing.samples)),
-            f"{row.info['roofline_share']:.0%}",
+            f"{row.info.rates.roofline_share:.0%}",
             f"{row.gate.error:.1e}",
             f"{row.gate.budget:.1e}{' OVER BUDGET' if row.gate.failure else ''}",
         )
@@ -108,11 +110,15 @@ def _table(rows: list[Measured]) -> str:
     return table(head, cells)
 
 
-def _ratio(info: dict, key: str, spread: bool = False) -> str:
-    if key not in info:
+def _ratio(spread: Spread) -> str:
+    if spread.interleaved_ratio_to_eager is None:
         return ""
-    between = f" [{info[f'{key}_p20']:.3f}, {info[f'{key}_p80']:.3f}]" if spread else ""
-    return f"{info[key]:.3f}{between}"
+    low, high = map(_number, (spread.interleaved_ratio_to_eager_p20, spread.interleaved_ratio_to_eager_p80))
+    return f"{_number(spread.interleaved_ratio_to_eager)} [{low}, {high}]"
+
+
+def _number(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.3f}"
 
 
 def _milliseconds(timing: Timing) -> str:

@@ -1,4 +1,4 @@
-"""What a time is worth nothing without: work, ceilings, versions; and what follows from a time and them."""
+"""Metadata of a time: the case, work, ceilings, versions, rates that follow from them, and a model's time by kernel."""
 
 from __future__ import annotations
 
@@ -11,51 +11,58 @@ import subprocess
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_kernels.perf import profiling, schema
 from resnet_kernels.perf.ceilings import ceilings as measured_ceilings
 from resnet_kernels.perf.roofline import bounds as roofline_bounds
 from resnet_kernels.perf.roofline import network
 from resnet_kernels.perf.roofline.bounds import Kernel, Machine
+from resnet_kernels.perf.schema import CaseInfo, Ceilings, Rates, Versions
 
 from .cases import AddRelu, BatchNormAct, Case, Conv
-from .workload import ModuleRunner, Workload
+from .subjects import has_residual
+from .workload import ModuleRunner, Runner, Workload
 
-SCHEMA = 1
 CEILINGS = "measured here: the better of a matmul and a 1x1 convolution in the case's dtype; a copy"
+# Contenders whose layers a plot compares, and whether their modules are called: a compiled model's kernels have no paths.
+PROFILED = {"eager": True, "fused": True, "compile": False}
 
 
-def of_case(workload: Workload) -> dict:
-    """extra_info that all contenders of a case share; __init__.py says what each field is."""
-    case = workload.case
-    return {
-        "schema": SCHEMA,
-        "case": str(case),
-        "system": case.subject.system,
-        "level": case.level,
-        "subject": case.subject.name,
-        "direction": case.direction,
-        "dtype": str(case.platform.dtype).removeprefix("torch."),
-        "batch": case.batch,
-        "image_size": case.subject.size,
-        **_machine(workload.device),
-        "input_copies": len(workload.copies),
-    }
+def of_case(workload: Workload, busy_elsewhere: float | None) -> CaseInfo:
+    """Returns what all contenders of a case share."""
+    case, device = workload.case, workload.device
+    on_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+    return CaseInfo(
+        system=case.subject.system,
+        level=case.level,
+        subject=case.subject.name,
+        direction=case.direction,
+        dtype=str(case.platform.dtype).removeprefix("torch."),
+        batch=case.batch,
+        image_size=case.subject.size,
+        device=f"{device.type} ({name})",
+        device_type=device.type,
+        threads=torch.get_num_threads(),
+        busy_elsewhere=busy_elsewhere,
+    )
 
 
 @functools.cache
-def _machine(device: torch.device) -> dict:
-    on_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
-    return {
-        "device": f"{device.type} ({name})",
-        "device_type": device.type,
-        "driver": _driver() if on_gpu else None,
-        "cuda": torch.version.cuda,
-        "cudnn": str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
-        "torch": torch.__version__,
-        "triton": _version("triton"),
-        "threads": torch.get_num_threads(),
-        "tf32": on_gpu and torch.backends.cudnn.conv.fp32_precision == "tf32",
-    }
+def versions(device: torch.device) -> Versions:
+    """Returns the versions of what a time on a device depends on."""
+    return Versions(
+        torch=torch.__version__,
+        triton=_version("triton"),
+        driver=_driver() if device.type == "cuda" else None,
+        cuda=torch.version.cuda,
+        cudnn=str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else None,
+    )
+
+
+def tf32(device: torch.device) -> bool:
+    """Returns whether PyTorch's convolutions of float32 may run in TF32 on a device."""
+    # torch.backends.cudnn.conv is an object that PyTorch's types don't mention.
+    return device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def _driver() -> str | None:
@@ -75,7 +82,7 @@ def _version(package: str) -> str | None:
 
 
 def work(workload: Workload) -> list[Kernel]:
-    """What a call has to do at least, as the kernels that per-layer fusion makes of it.
+    """Returns the least that a call has to do, as the kernels that per-layer fusion makes of it.
 
     One kernel without bytes where nothing counts them: forward-backward passes, but for ops that only stream.
     """
@@ -94,7 +101,7 @@ def work(workload: Workload) -> list[Kernel]:
 
 
 def _counted_flops(workload: Workload) -> int:
-    """Of convolutions and matrix products, counted on eager."""
+    """FLOPs of convolutions and matrix products, counted on eager."""
     with FlopCounterMode(display=False) as counter:
         ModuleRunner(workload.eager, workload.case.backward).bind(workload.operands)()
     return counter.get_total_flops()
@@ -102,43 +109,71 @@ def _counted_flops(workload: Workload) -> int:
 
 def _passes(case: Case) -> int:
     """How often an op's kernels have to read or write an activation: the formulas of kernels/*.py."""
+    if not has_residual(case.subject):
+        # x twice, y; backward: reduce reads dy, x; apply reads dy, x and writes dx.
+        return 8 if case.backward else 3
     if isinstance(case.subject, AddRelu):
         # x, residual, y; backward: dy, y, and one dx for both.
         return 6 if case.backward else 3
-    passes = 4 if case.subject.residual else 3
-    if case.backward:
-        # reduce: dy, x, (y, and dz out); apply: dz or dy, x, dx
-        passes += 7 if case.subject.residual else 5
-    return passes
+    # x twice, residual, y; backward: reduce reads dy, x, y and writes dz; apply reads dz, x and writes dx.
+    return 11 if case.backward else 4
 
 
 @functools.cache
 def ceilings(device: torch.device, dtype: torch.dtype) -> Machine:
-    """What this device reaches in this run."""
+    """Measures the rates that a device reaches, once a run."""
     return measured_ceilings(device, dtype)
 
 
-def of_time(kernels: list[Kernel], machine: Machine, images: int, seconds: float) -> dict:
-    """extra_info that follows from the median time of a call."""
+def of_time(kernels: list[Kernel], machine: Machine, images: int, seconds: float) -> Rates:
+    """Returns what follows from the median time of a call and its work."""
     flops = sum(kernel.flops for kernel in kernels)
     counted = all(kernel.hbm_bytes for kernel in kernels)
     gigabytes = sum(kernel.hbm_bytes for kernel in kernels) / 1e9 if counted else None
     bounds = [machine.bound(kernel) for kernel in kernels]
     least = math.fsum(bound for bound, _ in bounds)
     by_flops = math.fsum(bound for bound, roof in bounds if roof == "FLOP")
-    return {
-        "gflop": flops / 1e9,
-        "hbm_gb": gigabytes,
-        "img_per_s": images / seconds,
-        "gflop_per_s": flops / 1e9 / seconds,
-        "tflop_per_s": flops / 1e12 / seconds,
-        "gb_per_s": None if gigabytes is None else gigabytes / seconds,
-        "ceilings": {
-            "tflop_per_s": machine.flops_per_s / 1e12,
-            "gb_per_s": machine.hbm_bytes_per_s / 1e9,
-            "source": CEILINGS,
-        },
-        "roofline_seconds": least,
-        "roofline_share": least / seconds,
-        "roofline_bound": "FLOP" if by_flops > least / 2 else "HBM",
-    }
+    return Rates(
+        gflop=flops / 1e9,
+        hbm_gb=gigabytes,
+        img_per_s=images / seconds,
+        gflop_per_s=flops / 1e9 / seconds,
+        tflop_per_s=flops / 1e12 / seconds,
+        gb_per_s=None if gigabytes is None else gigabytes / seconds,
+        ceilings=Ceilings(machine.flops_per_s / 1e12, machine.hbm_bytes_per_s / 1e9, CEILINGS),
+        roofline_seconds=least,
+        roofline_share=least / seconds,
+        roofline_bound="FLOP" if by_flops > least / 2 else "HBM",
+    )
+
+
+def kernels(contender: str, runner: Runner, workload: Workload) -> tuple[schema.Kernel, ...]:
+    """Returns where a contender's time goes: by range as profiling.by_range has them, for a compiled model by kernel.
+
+    Args:
+        contender: a name of PROFILED.
+    """
+    assert isinstance(runner, ModuleRunner)
+    model = runner.module if PROFILED[contender] else None
+    call = runner.bind(workload.operands)
+    times = profiling.profile(call, model, device=workload.device, steps=3, warm_up=1)
+    if model is None:
+        return tuple(
+            schema.Kernel(time.range, time.kind, time.seconds, time.name, call=time.call, backward=time.backward)
+            for time in times
+        )
+    x = workload.operands.inputs[0]
+    return tuple(
+        schema.Kernel(
+            path=row.range,
+            kind=row.kind,
+            seconds=row.seconds,
+            name=" + ".join(dict.fromkeys(kernel.name for kernel in row.kernels)),
+            flops=row.least.flops if row.least else None,
+            hbm_bytes=row.least.hbm_bytes if row.least else None,
+            call=row.call,
+            layer=row.layer,
+            backward=row.backward,
+        )
+        for row in profiling.by_range(times, network.trace(workload.eager, x), x.element_size())
+    )

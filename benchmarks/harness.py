@@ -1,7 +1,7 @@
-"""A case measured: every contender made ready, gated and then timed, all in the same rounds.
+"""Measuring a case: every contender is made ready, gated and then timed, all in the same rounds.
 
 One contender's fault costs its own row: what can't be imported, prepared or run is Absent with the reason. Wrong numbers
-cost ours the row, too; a peer keeps its time, and its failure stands beside it.
+cost ours the time, too. A peer keeps its time, and its failure stands beside it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from resnet_kernels.perf.schema import Conditions, ContenderInfo, ExtraInfo, Kernel, Spread
 from resnet_kernels.perf.timing import Timing, interleave, ratios, summary_line
 
 from . import extra_info
@@ -19,8 +20,6 @@ from .cases import Case
 from .contenders.base import Contender
 from .contenders.ours import Eager, Fused, FusedGraph
 from .contenders.peers import LEAD_IN_SECONDS, PEERS
-from .kernels import PROFILED
-from .kernels import kernels as kernels_of
 from .neighbours import Neighbours
 from .parity import Gate
 from .workload import Operands, Runner, Workload
@@ -38,33 +37,41 @@ CONTENDERS: tuple[Contender, ...] = (
 
 @dataclass(frozen=True)
 class Absent:
-    """A contender that has no row in a case. error: what it raised, if it is that."""
+    """A contender that has no row in a case. error: what it raised, if that is the reason."""
 
     case: str
     contender: str
     reason: str
-    error: Exception | None = field(default=None, compare=False)
+    error: BaseException | None = field(default=None, compare=False)
 
     @staticmethod
-    def crashed(case: str, contender: str, error: Exception) -> Absent:
+    def crashed(case: str, contender: str, error: BaseException) -> Absent:
+        """Returns the row of a contender that raised an error; the reason has the error's first line."""
         first = (str(error).strip() or "no message").splitlines()[0]
         return Absent(case, contender, f"crashed: {type(error).__name__}: {first[:200]}", error)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A contender's row in a case.
-
-    timing: None if nothing was to be timed. line: the slim text's. info: extra_info; without a time, what making ready and
-    the gate took.
-    """
+class Gated:
+    """A contender's row in a case without a time. prepare_s, gate_s: seconds for making it ready, and for its gate."""
 
     case: str
     contender: str
     gate: Gate
-    timing: Timing | None = None
-    line: str = ""
-    info: dict = field(default_factory=dict)
+    prepare_s: float
+    gate_s: float
+
+
+@dataclass(frozen=True)
+class Measured(Gated):
+    """A contender's row in a case. line: the slim text's."""
+
+    timing: Timing
+    line: str
+    info: ExtraInfo
+
+
+Row = Absent | Gated
 
 
 class ContenderError(Exception):
@@ -82,7 +89,7 @@ def contenders(case: Case, full: bool = False, known: Sequence[Contender] = CONT
 
 def measure(
     case: Case, chosen: Sequence[Contender], seconds: float, min_rounds: int = 5, profiled: bool = False
-) -> dict[str, Measured | Absent]:
+) -> dict[str, Row]:
     """Makes contenders ready and times those that pass, in turns.
 
     Args:
@@ -94,7 +101,7 @@ def measure(
         contender's name -> its row, in the order of `chosen`. A row of ours that fails the gate has no timing.
     """
     workload = Workload(case)
-    rows: dict[str, Measured | Absent] = {}
+    rows: dict[str, Row] = {}
     runners: dict[str, Runner] = {}
     for contender in chosen:
         runner, rows[contender.name] = _ready(contender, workload)
@@ -111,26 +118,33 @@ def measure(
     by_name = {contender.name: contender for contender in chosen}
     neighbours = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
-    shared = {**extra_info.of_case(workload), "busy_elsewhere": neighbours.cores()}
+    shared, versions = extra_info.of_case(workload, neighbours.cores()), extra_info.versions(workload.device)
     work, machine = extra_info.work(workload), extra_info.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
-        (gate, seconds), runner = (rows[name].gate, rows[name].info), runners[name]
+        row, runner = rows[name], runners[name]
+        assert isinstance(row, Gated)
+        has_kernels = profiled and case.level == "model" and name in extra_info.PROFILED
+        info = ExtraInfo(
+            shared,
+            versions,
+            _of_contender(by_name[name], row.gate, _kernels(name, runner, workload) if has_kernels else ()),
+            _spread(timings, name),
+            extra_info.of_time(work, machine, case.batch, timing.median),
+            Conditions(
+                case=str(case),
+                tf32=extra_info.tf32(workload.device),
+                input_copies=len(workload.copies),
+                prepare_s=row.prepare_s,
+                gate_s=row.gate_s,
+                saved_mib=_saved_mib(runner, workload.operands) if case.backward else None,
+            ),
+        )
         line = summary_line(f"{case.direction.capitalize()}, {name}", timing)
-        info = {
-            **seconds,
-            **shared,
-            **_of_contender(by_name[name], gate),
-            **extra_info.of_time(work, machine, case.batch, timing.median),
-            **_against(timings, name),
-            "saved_mib": _saved_mib(runner, workload.operands) if case.backward else None,
-        }
-        if profiled and case.level == "model" and name in PROFILED:
-            info |= _kernels(by_name[name], runner, workload)
-        rows[name] = Measured(str(case), name, gate, timing, line, info)
+        rows[name] = Measured(**vars(row), timing=timing, line=line, info=info)
     return rows
 
 
-def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Measured | Absent]:
+def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Row]:
     """(what is to be timed, a row without a time)."""
     case, name = str(workload.case), contender.name
     reason = contender.why_absent(workload.case)
@@ -144,19 +158,19 @@ def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Mea
     except Exception as error:
         return None, Absent.crashed(case, name, error)
     # A wrong result of ours is worth no time. A peer's rounding is not ours to fix.
-    seconds = {"prepare_s": prepared - start, "gate_s": time.perf_counter() - prepared}
-    return (None if contender.ours and gate.failure else runner), Measured(case, name, gate, info=seconds)
+    row = Gated(case, name, gate, prepared - start, time.perf_counter() - prepared)
+    return (None if contender.ours and gate.failure else runner), row
 
 
 def _interleaved(
     calls: dict[str, list[Callable[[], object]]],
     by_name: dict[str, Contender],
-    rows: dict[str, Measured | Absent],
+    rows: dict[str, Row],
     workload: Workload,
     seconds: float,
     min_rounds: int,
 ) -> dict[str, Timing]:
-    """Rounds of all calls; who raises in one drops out, with a row that says so, and the others start again."""
+    """Times all calls in rounds. A contender that raises drops out, its row says so, and the others start again."""
     while "eager" in calls:
         lead_in = LEAD_IN_SECONDS if any(by_name[name].own_threads for name in calls) else 0.0
         whole = seconds * max(1, len(calls) - 1)
@@ -170,9 +184,11 @@ def _interleaved(
             )
         except ContenderError as error:
             del calls[error.name]
-            rows[error.name] = Absent.crashed(str(workload.case), error.name, error.__cause__)
+            rows[error.name] = Absent.crashed(str(workload.case), error.name, error.__cause__ or error)
+    eager = rows["eager"]
+    reason = eager.reason if isinstance(eager, Absent) else "it was not timed"
     for name in calls:
-        rows[name] = Absent(str(workload.case), name, f"eager has no time to compare with: {rows['eager'].reason}")
+        rows[name] = Absent(str(workload.case), name, f"eager has no time to compare with: {reason}")
     return {}
 
 
@@ -200,37 +216,50 @@ def _named(name: str, call: Callable[[], object]) -> Callable[[], object]:
     return named
 
 
-def _of_contender(contender: Contender, gate: Gate) -> dict:
-    return {
-        "contender": contender.name,
-        "label": contender.label,
-        "ours": contender.ours,
-        "settings": contender.settings,
-        "version": contender.version,
-        "parity_error": gate.error,
-        "parity_budget": gate.budget,
-        "parity_failure": gate.failure,
-    }
+def _of_contender(contender: Contender, gate: Gate, kernels: tuple[Kernel, ...]) -> ContenderInfo:
+    return ContenderInfo(
+        contender=contender.name,
+        label=contender.label,
+        ours=contender.ours,
+        settings=contender.settings,
+        version=contender.version,
+        parity_error=gate.error,
+        parity_budget=gate.budget,
+        parity_failure=gate.failure,
+        kernels=kernels,
+    )
 
 
-def _against(timings: dict[str, Timing], name: str) -> dict:
+def _spread(timings: dict[str, Timing], name: str) -> Spread:
     own = timings[name]
-    info = {"p20": own.p20, "p80": own.p80}
-    for other in ("eager", "fused"):
-        if other in timings and name not in ("eager", other):
-            paired = Timing(ratios(own, timings[other]))
-            key = f"interleaved_ratio_to_{other}"
-            info |= {key: paired.median, f"{key}_p20": paired.p20, f"{key}_p80": paired.p80}
-    return info
+    paired = {
+        other: Timing(ratios(own, timings[other]))
+        for other in ("eager", "fused")
+        if other in timings and name not in ("eager", other)
+    }
+    eager, fused = (
+        (paired[other].median, paired[other].p20, paired[other].p80) if other in paired else (None,) * 3
+        for other in ("eager", "fused")
+    )
+    return Spread(
+        p20=own.p20,
+        p80=own.p80,
+        interleaved_ratio_to_eager=eager[0],
+        interleaved_ratio_to_eager_p20=eager[1],
+        interleaved_ratio_to_eager_p80=eager[2],
+        interleaved_ratio_to_fused=fused[0],
+        interleaved_ratio_to_fused_p20=fused[1],
+        interleaved_ratio_to_fused_p80=fused[2],
+    )
 
 
-def _kernels(contender: Contender, runner: Runner, workload: Workload) -> dict:
+def _kernels(contender: str, runner: Runner, workload: Workload) -> tuple[Kernel, ...]:
     try:
-        return {"kernels": kernels_of(contender, runner, workload)}
+        return extra_info.kernels(contender, runner, workload)
     except Exception as error:
         # The times are there already, and worth more than where they go.
-        warnings.warn(f"{workload.case}: no kernels of {contender.name}: {error}", RuntimeWarning, stacklevel=2)
-        return {}
+        warnings.warn(f"{workload.case}: no kernels of {contender}: {error}", RuntimeWarning, stacklevel=2)
+        return ()
 
 
 def _saved_mib(runner: Runner, operands: Operands) -> float | None:

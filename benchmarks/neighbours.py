@@ -14,7 +14,7 @@ _STAT = Path("/proc/stat")
 
 
 class Neighbours:
-    """Counts from its making on."""
+    """Counter of the CPU time of other processes since it was made."""
 
     def __init__(self):
         self._start = self._now()

@@ -17,7 +17,7 @@ from resnet_kernels.ops import error_budget
 
 @dataclass(frozen=True)
 class Gate:
-    """Parity of a contender with fp64: relative norm error, what it may be, and, where it fails, of what."""
+    """Parity of a contender with fp64: relative norm error, its budget, and which tensor fails, "" if none does."""
 
     error: float
     budget: float
@@ -31,7 +31,7 @@ def compare(
     oracle: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Gate:
-    """The gate of the tensor that comes nearest to its budget, or goes furthest over it.
+    """Returns the gate of the tensor that comes nearest to its budget, or goes furthest over it.
 
     dtype: the working dtype, whose rounding is allowed on top of eager's own error; the tensors may be wider.
     """

@@ -1,4 +1,4 @@
-"""A subject as a plain, eager module; those of ops can be switched to the op that fuses them."""
+"""Subjects as plain, eager modules. Those of ops can be switched to the op that fuses them."""
 
 from __future__ import annotations
 
@@ -18,21 +18,27 @@ from .cases import AddRelu, Block, Conv, Model, Stage
 class ConvBiasAct(nn.Module):
     """relu(conv(x) + bias + residual), with the in-place add and ReLU that models use; or the op that fuses it."""
 
+    backend: str | None
+
     def __init__(self, conv: Conv, backend: str | None = None):
         super().__init__()
         self.backend, self.relu = backend, conv.relu
-        padding = conv.kernel // 2 if conv.padding is None else conv.padding
-        self.options = {"stride": conv.stride, "padding": padding}
-        self.geometry = normalize(**self.options, dilation=1, groups=1)
-        # He's initialisation: the outputs are as large as the inputs, and half of them negative.
+        self.stride, self.padding = conv.stride, conv.kernel // 2 if conv.padding is None else conv.padding
+        self.geometry = normalize(stride=self.stride, padding=self.padding, dilation=1, groups=1)
+        # He's initialization: the outputs are as large as the inputs, and half of them negative.
         fan_in = conv.c_in * conv.kernel**2
         self.weight = nn.Parameter(torch.randn(conv.c_out, conv.c_in, conv.kernel, conv.kernel) * (2 / fan_in) ** 0.5)
         self.bias = nn.Parameter(torch.randn(conv.c_out))
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         if self.backend:
-            options = {**self.options, "relu": self.relu, "backend": self.backend}
-            return rk.ops.conv_bias_act(x, self.weight, self.bias, residual, **options)
+            return rk.ops.conv_bias_act(
+                *(x, self.weight, self.bias, residual),
+                stride=self.stride,
+                padding=self.padding,
+                relu=self.relu,
+                backend=self.backend,
+            )
         x = pad_if_asymmetric(x, self.geometry)
         y = F.conv2d(x, self.weight, self.bias, self.geometry.stride, self.geometry.conv2d_padding)
         y = y if residual is None else y.add_(residual)
@@ -61,9 +67,10 @@ class BatchNormAct(nn.Module):
         bn = self.bn
         if self.backend:
             vectors = (bn.weight, bn.bias, bn.running_mean, bn.running_var)
-            settings = dict(training=True, momentum=bn.momentum, eps=bn.eps, backend=self.backend)
-            return rk.ops.batch_norm_act(x, residual, *vectors, **settings)
-        y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, bn.momentum, bn.eps)
+            return rk.ops.batch_norm_act(
+                *(x, residual, *vectors), training=True, momentum=0.1, eps=bn.eps, backend=self.backend
+            )
+        y = F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, True, 0.1, bn.eps)
         return (y if residual is None else y.add_(residual)).relu_()
 
 
@@ -80,7 +87,8 @@ def build(subject: cases.Subject) -> nn.Module:
     if isinstance(subject, Stage):
         return rk.models.BY_NAME[subject.model]().get_submodule(subject.path)
     assert isinstance(subject, Model)
-    return rk.models.BY_NAME[subject.name](**({"in_channels": 1} if subject.c_in == 1 else {}))
+    build_model = rk.models.BY_NAME[subject.name]
+    return build_model(in_channels=1) if subject.c_in == 1 else build_model()
 
 
 def has_residual(subject: cases.Subject) -> bool:

@@ -1,6 +1,6 @@
-"""A benchmark a contender: first the gate of parity, then its share of the rounds that its whole case takes part in.
+"""One benchmark for each contender of a case: the gate of parity first, then its samples of the case's shared rounds.
 
-No time fails a test. A contender of ours whose numbers are wrong does, and has no time.
+No time fails a test. Wrong numbers of a contender of ours do, and it has no time then.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import torch
 
 from . import harness
 from .cases import Case, cases
-from .harness import CONTENDERS, Absent, Measured
+from .harness import CONTENDERS, Absent, Measured, Row
 
 
 class Replay:
-    """pytest-benchmark's clock, and what it calls: a run of samples that were taken elsewhere.
+    """A clock for pytest-benchmark, and a callable for it to time: they replay samples that were taken elsewhere.
 
-    It times one contender after the other, and a machine drifts; ours take turns. So it is shown those samples, one a
-    round, for its tables, files, comparisons and histograms.
+    pytest-benchmark times one contender after the other, and a machine drifts; our contenders take turns. So it is shown
+    our samples, one per round, for its tables, files, comparisons and histograms.
     """
 
     def __init__(self):
@@ -58,9 +58,7 @@ def pytest_generate_tests(metafunc):
 
 
 @functools.lru_cache(maxsize=1)
-def rows_of(
-    case: Case, chosen: tuple[str, ...], seconds: float, min_rounds: int, full: bool
-) -> dict[str, Measured | Absent]:
+def rows_of(case: Case, chosen: tuple[str, ...], seconds: float, min_rounds: int, full: bool) -> dict[str, Row]:
     """One measurement for all contenders of a case, which follow one another."""
     # A peer's graphs of the case before would count against Dynamo's limit, and hold memory.
     torch.compiler.reset()
@@ -95,10 +93,11 @@ def test_benchmark(benchmark, case, contender, chosen, results, pytestconfig):
         pytest.skip(f"{row.contender}: {row.reason}")
     assert contender not in OURS or not row.gate.failure, row.gate.failure
     benchmark.group = row.case
-    benchmark.extra_info.update(row.info)
     if benchmark.disabled:
         benchmark(lambda: None)
         return
+    assert isinstance(row, Measured)
+    benchmark.extra_info.update(row.info.to_json())
     results.append(row)
     REPLAY.load(row.timing.samples)
     benchmark.pedantic(REPLAY, rounds=len(row.timing.samples))

@@ -28,7 +28,7 @@ GATE_IMAGES = 8
 
 @dataclass(frozen=True)
 class Operands:
-    """What a call reads besides parameters: the input, a residual if there is one, and for training the output's gradient."""
+    """Tensors that a call reads besides parameters: input, residual if any, and for training the output's gradient."""
 
     inputs: tuple[Tensor, ...]
     grad_y: Tensor | None = None
@@ -163,12 +163,12 @@ class Workload:
             # For every contender that calls cuDNN through PyTorch. Sizes never change here, so the search is done once.
             torch.backends.cudnn.benchmark = True
         subject = case.subject
-        options = {"device": self.device, "dtype": case.platform.dtype}
         # Weights are drawn before they are moved and rounded, so that they are the same on each platform.
         plain = randomise_batch_norms_(build(subject)).train(case.backward)
-        self.eager = plain.to(**options, memory_format=torch.channels_last)
+        plain = plain.to(self.device, case.platform.dtype)
+        self.eager: nn.Module = plain.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
         size = (case.batch, subject.c_in, subject.size, subject.size)
-        inputs = [torch.randn(size).to(**options, memory_format=torch.channels_last)]
+        inputs = [torch.randn(size).to(self.device, case.platform.dtype, memory_format=torch.channels_last)]
         with torch.no_grad():
             if has_residual(subject):
                 y = self.eager(*inputs) if isinstance(subject, Conv) else inputs[0]
@@ -222,7 +222,7 @@ class Workload:
             return eager, self._results(oracle, [operands.double() for operands in self.gated])
 
     def _results(self, runner: Runner, gated: Sequence[Operands]) -> list[Tensor]:
-        """Of all operands: outputs one behind the other. There is one set of operands where there are gradients."""
+        """Results on all operands: outputs concatenated. Where there are gradients there is one set of operands."""
         # Copies: what is returned may be the runner's own memory, and the next call write over it.
         found = [[t.detach().clone() for t in runner.read(some, runner.bind(some)())] for some in gated]
         return found[0] if len(found) == 1 else [torch.cat(outputs) for outputs in zip(*found)]

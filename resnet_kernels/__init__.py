@@ -24,7 +24,8 @@ from .fusion.convert import explain, fuse, fuse_, refresh, unfuse_
 from .fusion.report import FuseReport, VerifyResult
 from .fusion.verify import verify
 from .perf import timing
-from .perf.tuning.tune_model import TuneResult, tune
+from .perf.tuning.tune_model import tune
+from .perf.tuning.tune_result import TuneResult
 from .runtime.cuda_graph import CapturedModel, capture
 
 __all__ = [

@@ -21,6 +21,7 @@ os.environ.pop("RESNET_KERNELS_BACKEND", None)
 os.environ["RESNET_KERNELS_CACHE"] = os.devnull
 
 import pytest
+
 from helpers import interpreter
 
 if "TRITON_INTERPRET" in os.environ:

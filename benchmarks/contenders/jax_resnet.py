@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch.nn.modules.utils import _pair
 
 from resnet_kernels.models import Conv2dSame, MaxPool2dSame
 
+from ..extra_info import tf32
 from ..workload import ForeignRunner, Workload
 
 
@@ -40,10 +42,9 @@ def convert(workload: Workload) -> ForeignRunner:
         y = torch.from_numpy(np.array(y, dtype=np.float32)).to(workload.device)
         return y.permute(0, 3, 1, 2) if y.ndim == 4 else y
 
-    tf32 = workload.device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"
     network = _Network(workload.eager)
     parameters = {name: to_jax(value) for name, value in network.parameters.items()}
-    with jax.default_matmul_precision("default" if tf32 else "highest"):
+    with jax.default_matmul_precision("default" if tf32(workload.device) else "highest"):
         run = jax.jit(network).lower(parameters, to_jax(_nhwc(workload.operands.inputs[0]))).compile()
     return ForeignRunner(lambda x: run(parameters, x).block_until_ready(), lambda x: to_jax(_nhwc(x)), to_torch)
 
@@ -70,7 +71,7 @@ class _Network:
                     self.parameters[f"{node.target}.{name}"] = value
 
     def __call__(self, parameters: dict, x):
-        values = {}
+        values: dict[fx.Node, Any] = {}
         for node in self.graph.nodes:
             args = fx.map_arg(node.args, values.get)
             kwargs = fx.map_arg(node.kwargs, values.get)
@@ -92,6 +93,7 @@ def _parameters(module: nn.Module) -> dict[str, Tensor]:
     elif isinstance(module, nn.Linear):
         found = {"weight": module.weight.t(), "bias": module.bias}
     elif isinstance(module, nn.BatchNorm2d):
+        assert module.running_mean is not None and module.running_var is not None
         scale = module.weight.double() * (module.running_var.double() + module.eps).rsqrt()
         found = {"scale": scale, "shift": module.bias.double() - module.running_mean.double() * scale}
     else:

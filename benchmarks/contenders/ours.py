@@ -1,4 +1,4 @@
-"""What is compared in a case: eager PyTorch, ours, and the peers of peers.py, behind one interface."""
+"""Contenders that are eager PyTorch or this package's. The peers are in peers.py."""
 
 from __future__ import annotations
 
@@ -95,5 +95,5 @@ def fused_module(workload: Workload, backend: str, freeze: bool = False) -> torc
     if workload.case.level != "op":
         return rk.fuse(workload.eager, backend=backend, freeze=freeze)
     fused = copy.deepcopy(workload.eager)
-    fused.backend = backend
+    fused.backend = backend  # type: ignore[assignment]  # every op's module has it
     return fused

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cases import D2L_KERAS, Case, Conv
+from ..subjects import ConvBiasAct
 from ..workload import ForeignRunner, GraphRunner, ModuleRunner, Workload
 from .base import Contender
 from .ours import fused_module
@@ -126,13 +127,14 @@ class Cudnn(Contender):
     def prepare(self, workload):
         if workload.case.level != "op":
             return ModuleRunner(fused_module(workload, "cudnn"), backward=False)
+        assert isinstance(workload.eager, ConvBiasAct)
         return ModuleRunner(_CudnnConv(workload.eager), backward=False)
 
 
 class _CudnnConv(nn.Module):
     """The bare calls, without what rk.ops adds on the host."""
 
-    def __init__(self, eager: nn.Module):
+    def __init__(self, eager: ConvBiasAct):
         super().__init__()
         self.weight, self.bias = eager.weight, eager.bias
         stride, _, dilation, groups = eager.geometry
@@ -168,7 +170,7 @@ class OnnxRuntime(_Foreign):
     name, label, package, modules = "onnxruntime", "ONNX Runtime", "onnxruntime", ("onnxruntime", "onnx", "onnxscript")
     # Spinning: once made eager look 1.6 times slower, which ran right after it.
     settings = (
-        "CPUExecutionProvider, all graph optimisations, intra-op threads as PyTorch's, session.intra_op.allow_spinning=0; "
+        "CPUExecutionProvider, all graph optimizations, intra-op threads as PyTorch's, session.intra_op.allow_spinning=0; "
         "input and output NumPy arrays, NCHW"
     )
 

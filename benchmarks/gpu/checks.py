@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     checked = [line for line in runner.lines if "check" in line]
     wrong = [line for line in checked if "refused" in line or "failed" in line]
     for line in wrong:
-        print("WRONG", line["check"], "|", (line.get("refused") or line.get("failed"))[:400])
+        print("WRONG", line["check"], "|", str(line.get("refused") or line.get("failed"))[:400])
     skipped = sum("skipped" in line for line in checked)
     print(f"{len(checked)} checks, {len(wrong)} wrong, {skipped} skipped, {time.monotonic() - begin:.0f} s", flush=True)
     return 0

@@ -37,7 +37,7 @@ _TYPES = {kind.__name__: kind for kind in (ConvProblem, NormProblem, LinkProblem
 
 
 class Noted(NamedTuple):
-    """What one network asks a table for: problems, and how often each in a call."""
+    """Problems that one network asks a table for, and how often each in a call."""
 
     network: str
     image_size: int
@@ -48,7 +48,8 @@ class Noted(NamedTuple):
 def note(network: str, image_size: int, training: bool) -> Noted:
     """Runs a network once on the CPU as if it were a Hopper GPU, and notes what it asks."""
     torch.manual_seed(0)
-    model = by_name.build(network).to(torch.float16, memory_format=torch.channels_last).eval()
+    model = by_name.build(network).to(torch.float16)
+    model = model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     x = by_name.image_batch(model, 2, image_size)
     # A link is looked for only where its kernels run.
     with mock.patch.object(multi_layer, "takes_links", lambda device: True):
@@ -71,7 +72,12 @@ def from_json(value: Any) -> Any:
 
 
 def read(path: Path) -> list[Noted]:
-    return [Noted(*row[:3], [tuple(map(from_json, pair)) for pair in row[3]]) for row in json.loads(path.read_text())]
+    """Returns what `main` has written."""
+    rows = json.loads(path.read_text())
+    return [
+        Noted(network, size, training, [(from_json(asked), calls) for asked, calls in noted])
+        for network, size, training, noted in rows
+    ]
 
 
 def main() -> int:

@@ -28,15 +28,16 @@ BF16 = torch.bfloat16
 
 def random_model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    model = randomise_batch_norms_(by_name.build(name)).to(DEVICE, dtype, memory_format=torch.channels_last).eval()
+    model = randomise_batch_norms_(by_name.build(name)).to(DEVICE, dtype)
+    model = model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     return model, by_name.image_batch(model, batch, size)
 
 
 def judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
-    """{} if y errs at most twice as much as eager does, plus a rounding."""
+    """Returns errors, and "refused" if y errs more than twice as much as eager does, plus a rounding."""
     truth = copy.deepcopy(model).double()(x.double())
     eager, ours = error_budget.relative_error(model(x), truth), error_budget.relative_error(y, truth)
-    row = {"error": ours, "eager": eager}
+    row: Result = {"error": ours, "eager": eager}
     if not ours <= error_budget.budget(eager, y.dtype, y.device):
         row["refused"] = f"errs by {ours:.2e}, eager by {eager:.2e}"
     return row
@@ -139,7 +140,7 @@ def training(name: str, backend: str, autocast: bool) -> Result:
     ours = [
         error_budget.relative_error(a, b) for a, b in zip(step(rk.fuse(model, backend=backend), x, autocast), truths)
     ]
-    row = {"error": ours, "eager": eager}
+    row: Result = {"error": ours, "eager": eager}
     if not all(a <= 2 * b + 6e-8 for a, b in zip(ours, eager)):
         row["refused"] = f"errs by {ours}, eager by {eager}"
     return row

@@ -77,7 +77,7 @@ def ceilings(write: Write, seconds: float, dry: bool) -> None:
         write({"ceilings": found, "descriptors": taken})
 
 
-SECTIONS = {"ceilings": ceilings}
+SECTIONS: dict[str, Callable[[Write, float, bool], None]] = {"ceilings": ceilings}
 
 
 def main() -> int:
@@ -89,6 +89,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device("cpu" if options.dry_run else "cuda:0")
     key = table_file.no_device() if options.dry_run else tuned_table.device_key(device)
+    assert key is not None, "a CUDA device has a key"
     header = {"device": key._asdict(), "dry_run": options.dry_run, "environment": environment(device)}
     if not options.dry_run:
         torch.backends.cudnn.benchmark = True

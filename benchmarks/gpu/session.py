@@ -67,11 +67,9 @@ def in_a_process(name: str) -> Callable[[Session, float], dict[str, Any]]:
 
     def run(session: Session, seconds: float) -> dict[str, Any]:
         arguments = ["-m", "benchmarks.gpu.sections", name, str(session.out), f"{0.9 * seconds:.1f}"]
-        interpreter = {}
         if session.dry:
-            arguments.append("--dry-run")
-            interpreter = {"TRITON_INTERPRET": "1"}
-        return {"ended": session.command(arguments, seconds, **interpreter)}
+            return {"ended": session.command([*arguments, "--dry-run"], seconds, TRITON_INTERPRET="1")}
+        return {"ended": session.command(arguments, seconds)}
 
     return run
 
@@ -125,7 +123,7 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
     table = ["--output", str(session.out / session.key.file_name), "--samples"]
     if session.denied is not None:
         table += ["--without", str(session.denied)]
-    runs = (
+    runs: tuple[tuple[float, list[str]], ...] = (
         (0.6, ["--model", "resnet50", "--batch-size", "256", "1"]),
         (0.5, ["--model", "resnet50", "resnet_v2_50", "--batch-size", "256", "--training"]),
         (1.0, ["--model", "resnet18", "resnet_v2_50", "resnet152", "--batch-size", "256"]),
@@ -213,7 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
         session.sections[name] = {"ended": "running", "budget_s": round(seconds, 1)}
         session.report()
         print(f"{name}: {seconds:.0f} s", flush=True)
-        start, result = time.monotonic(), {}
+        start = time.monotonic()
+        result: dict[str, Any] = {}
         try:
             result = run(session, seconds) if seconds > 0 else {"ended": "no time left"}
         except KeyboardInterrupt:

@@ -19,7 +19,7 @@ def _conv_then_relu(x: Tensor, weight: Tensor, bias: Tensor, *arguments) -> Tens
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    """Of one call, the mean of ten."""
+    """Milliseconds of one call, the mean of ten."""
     call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -33,7 +33,8 @@ def _milliseconds(call: Callable[[], object]) -> float:
 def z_is_read(dtype: torch.dtype, benchmark: bool) -> Result:
     """Whether NaN in the memory that cudnn_convolution_relu passes as z, with alpha 0, comes through."""
     torch.backends.cudnn.benchmark = benchmark
-    rows, leaks = {}, []
+    rows: dict[str, Result] = {}
+    leaks = []
     cases = (
         (64, 56, 64, 3, 1, 1),
         (64, 56, 256, 1, 1, 0),
@@ -42,9 +43,8 @@ def z_is_read(dtype: torch.dtype, benchmark: bool) -> Result:
         (256, 56, 512, 1, 2, 0),
     )
     for c_in, size, c_out, kernel, stride, padding in cases:
-        layout = dict(memory_format=torch.channels_last)
-        x = torch.randn(8, c_in, size, size, device=DEVICE).to(dtype, **layout)
-        weight = torch.randn(c_out, c_in, kernel, kernel, device=DEVICE).to(dtype, **layout)
+        x = torch.randn(8, c_in, size, size, device=DEVICE).to(dtype, memory_format=torch.channels_last)
+        weight = torch.randn(c_out, c_in, kernel, kernel, device=DEVICE).to(dtype, memory_format=torch.channels_last)
         bias = torch.randn(c_out, device=DEVICE).to(dtype)
         pair = lambda v: (v, v)  # noqa: E731
         arguments = (pair(stride), pair(padding), pair(1), 1)
@@ -85,7 +85,7 @@ def bn_scale_shift() -> Result:
     from resnet_kernels.kernels import bn_scale_shift as kernel
 
     for dtype in (torch.float32, torch.float16, BF16):
-        layers = []
+        layers: list[tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]] = []
         for channels in (7, 64, 2048):
             weight, bias, mean, conv_bias = (torch.randn(channels, device=DEVICE).to(dtype) for _ in range(4))
             layers.append((weight, bias, mean, torch.rand(channels, device=DEVICE).to(dtype) + 0.1, conv_bias))

@@ -1,4 +1,4 @@
-"""python -m benchmarks.tools.costs: what the package costs beside its kernels, on the CPU.
+"""python -m benchmarks.tools.costs: measures the package's costs beside its kernels, on the CPU.
 
     import   seconds that `import resnet_kernels` adds to `import torch`
     fuse     seconds of rk.fuse on ResNet-152
@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 
 
 def import_seconds() -> float:
@@ -47,7 +49,8 @@ def check_milliseconds() -> float:
     from resnet_kernels.runtime.freezing import frozen_states
 
     torch.set_num_threads(2)
-    model = rk.fuse(rk.models.resnet50().eval().to(memory_format=torch.channels_last), freeze=True)
+    eager = rk.models.resnet50().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
+    model = rk.fuse(eager, freeze=True)
     x = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     states = frozen_states(model)
 
@@ -70,7 +73,7 @@ def peak_megabytes(fused: bool, batch: int) -> float:
     import resnet_kernels as rk
 
     torch.set_num_threads(2)
-    model = rk.models.resnet50().eval().to(memory_format=torch.channels_last)
+    model = rk.models.resnet50().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     x = torch.randn(batch, 3, 224, 224).contiguous(memory_format=torch.channels_last)
     if fused:
         rk.fuse_(model)
@@ -82,12 +85,12 @@ def peak_megabytes(fused: bool, batch: int) -> float:
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - built) / 1e6
 
 
-FIGURES = {
+FIGURES: dict[str, Callable[[], float]] = {
     "import_s": import_seconds,
     "fuse_resnet152_s": fuse_seconds,
     "checks_b1_ms": check_milliseconds,
     **{
-        f"peak_{name}_b{batch}_MB": (lambda fused=fused, batch=batch: peak_megabytes(fused, batch))
+        f"peak_{name}_b{batch}_MB": partial(peak_megabytes, fused, batch)
         for batch in (1, 8)
         for name, fused in (("eager", False), ("fused", True))
     },

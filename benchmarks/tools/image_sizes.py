@@ -38,7 +38,7 @@ def measure(model: nn.Module, sizes: list[Size], rounds: int, layout: torch.memo
     Raises:
         AssertionError: the fused model's numbers are wrong: no time counts then.
     """
-    eager = randomise_batch_norms_(model).eval().to(memory_format=layout)
+    eager: nn.Module = randomise_batch_norms_(model).eval().to(memory_format=layout)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     fused, oracle = rk.fuse(eager, backend="cpu"), copy.deepcopy(eager).double()
     channels = next(m for m in eager.modules() if isinstance(m, nn.Conv2d)).in_channels
     images = [torch.randn(1, channels, *size).contiguous(memory_format=layout) for size in sizes]
@@ -47,7 +47,8 @@ def measure(model: nn.Module, sizes: list[Size], rounds: int, layout: torch.memo
     def call(name: str, x: Tensor) -> None:
         outputs[name] = [(eager if name == "eager" else fused)(x)]
 
-    first, later, results = [], [], {"eager": [], "fused": [], "fp64": []}
+    first, later = [], []
+    results: dict[str, list[Tensor]] = {"eager": [], "fused": [], "fp64": []}
     with torch.inference_mode():
         for i, x in enumerate(images):
             # Whoever comes second finds the image, and eager's share of oneDNN's kernels, in the caches.
@@ -60,7 +61,8 @@ def measure(model: nn.Module, sizes: list[Size], rounds: int, layout: torch.memo
                 results[name] += outputs[name]
             first.append(seconds["fused"] / seconds["eager"])
             results["fp64"].append(oracle(x.double()))
-        gate = compare(["y"], *([torch.cat(results[name])] for name in ("fused", "eager", "fp64")), torch.float32)
+        fused_y, eager_y, truth = ([torch.cat(results[name])] for name in ("fused", "eager", "fp64"))
+        gate = compare(["y"], fused_y, eager_y, truth, torch.float32)
         assert not gate.failure, gate.failure
         order = random.Random(1).sample(range(len(images)), len(images))
         for i in order:

@@ -19,7 +19,7 @@ from ..cases import Case, Model, Platform
 from ..contenders.peers import LEAD_IN_SECONDS
 from ..harness import CONTENDERS
 from ..neighbours import Neighbours
-from ..workload import ModuleRunner, Workload
+from ..workload import ModuleRunner, Runner, Workload
 
 
 def effects(eager, peer, seconds: float, lead_in: float) -> tuple[str, str]:
@@ -44,7 +44,7 @@ def main() -> None:
     subject = Model(options.model, options.image_size, batch=options.batch_size)
     workload = Workload(Case(subject, "forward", Platform("cpu", torch.float32)))
     eager = ModuleRunner(workload.eager, False).bind(workload.operands)
-    runners = {"twin": ModuleRunner(copy.deepcopy(workload.eager), False)}
+    runners: dict[str, Runner] = {"twin": ModuleRunner(copy.deepcopy(workload.eager), False)}
     for contender in CONTENDERS:
         if contender.name != "eager" and contender.covers(workload.case, True):
             if reason := contender.why_absent(workload.case):

@@ -10,13 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from resnet_kernels.cli.report.parts import LEVELS
-from resnet_kernels.cli.report.sections import outcomes
 from resnet_kernels.perf import read_results
-from resnet_kernels.perf.results import CaseResults, Results
+from resnet_kernels.perf.results import LEVELS, CaseResults, Results, outcomes
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -100,6 +98,7 @@ def _is_shown(case: CaseResults, measured: Results) -> bool:
 
 def _row(case: CaseResults) -> tuple[str, ...]:
     fused, peer = case.contenders["fused"], case.best_peer()
+    assert peer is not None, "a case that is shown has eager"
     # A CUDA graph of the fused model (rk.capture) is compared with peers that are graphs, too.
     ours = [name for name in ("fused", "frozen", *_CAPTURED) if name in case.contenders]
     best = min(ours, key=lambda name: case.contenders[name].median)
@@ -132,7 +131,7 @@ def _ms(case: CaseResults, contender: str) -> str:
     return f"{milliseconds:.2f}" if milliseconds < 1 else f"{milliseconds:.1f}"
 
 
-def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> Iterator[str]:
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     for row in (head, ("---",) * len(head), *rows):
         yield f"| {' | '.join(row)} |"
 

@@ -1,7 +1,9 @@
-"""python -m benchmarks.tools.trim FILE OUT: a file of results, or a table of `tune`, as small as it is committed.
+"""python -m benchmarks.tools.trim FILE OUT: makes a file of results, or a table of `tune`, as small as it is committed.
 
-Results keep what `report` and README's tables read: numbers have six digits, and kernels' names lose their template arguments
-and parameters. Of a table's candidates the winner and what runs without a table stay, with their medians.
+Results keep what `report` and README's tables read, and the conditions of each measurement. Samples have five digits, other
+numbers six. Kernels' names lose their template arguments and parameters. A kernel that the roofline can't draw loses its name
+and bytes, and a training step's kernels are added up by kind: the report shows no more of them. A table keeps two candidates
+of each record, the winner and the default, with their medians.
 """
 
 from __future__ import annotations
@@ -9,28 +11,65 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from resnet_kernels.perf.results import Measurement
+from resnet_kernels.perf.schema import CaseInfo, Conditions, Kernel, Versions
 from resnet_kernels.perf.tuning.table_file import write_whole
 
 _DIGITS = 6
+_SAMPLES_DIGITS = 5  # with 4 a speed of 0.995 became 1.00
 _LONGEST_NAME = 60
+_KEPT = {"schema", *(field.name for part in (CaseInfo, Versions, Measurement, Conditions) for field in fields(part))}
+# The group says it, too.
+_KEPT -= {"case"}
 
 
 def trimmed(document: dict[str, Any]) -> dict[str, Any]:
-    """The same results, smaller."""
-    kept = _rounded(document)
-    for benchmark in kept["benchmarks"]:
-        for kernel in benchmark["extra_info"].get("kernels", ()):
-            kernel["name"] = " + ".join(map(_short, kernel["name"].split(" + ")))
+    """Returns the same results in fewer bytes."""
+    kept = _rounded(document, _DIGITS)
+    kept["benchmarks"] = [_benchmark(benchmark) for benchmark in kept["benchmarks"]]
     kept.get("machine_info", {}).get("cpu", {}).pop("flags", None)
     return kept
 
 
+def _benchmark(benchmark: dict[str, Any]) -> dict[str, Any]:
+    info = {name: v for name, v in benchmark["extra_info"].items() if name in _KEPT and v is not None}
+    if kernels := [Kernel(**kernel) for kernel in info.pop("kernels", ())]:
+        training = info["direction"] == "forward-backward"
+        small = _by_kind(kernels) if training else map(_kernel, kernels)
+        info["kernels"] = [_without_defaults(kernel) for kernel in small]
+    stats = {"median": benchmark["stats"]["median"]}
+    if "data" in benchmark["stats"]:
+        stats["data"] = _rounded(benchmark["stats"]["data"], _SAMPLES_DIGITS)
+    return {"group": benchmark["group"], "stats": stats, "extra_info": info}
+
+
+def _by_kind(kernels: list[Kernel]) -> list[Kernel]:
+    # Without paths and all of one kind, they would look like the one region of a compiled model.
+    path = "network" if any(kernel.path for kernel in kernels) else ""
+    seconds: dict[str, float] = {}
+    for kernel in kernels:
+        seconds[kernel.kind] = seconds.get(kernel.kind, 0.0) + kernel.seconds
+    return [Kernel(path, kind, _rounded(total, _DIGITS)) for kind, total in seconds.items()]
+
+
+def _kernel(kernel: Kernel) -> Kernel:
+    if not (kernel.flops and kernel.hbm_bytes):
+        return Kernel(kernel.path, kernel.kind, kernel.seconds)
+    name = " + ".join(map(_short, kernel.name.split(" + ")))
+    return Kernel(kernel.path, kernel.kind, kernel.seconds, name, kernel.flops, kernel.hbm_bytes)
+
+
+def _without_defaults(kernel: Kernel) -> dict[str, Any]:
+    return {f.name: value for f in fields(kernel) if (value := getattr(kernel, f.name)) != f.default}
+
+
 def trimmed_table(table: dict[str, Any]) -> dict[str, Any]:
-    """The same winners, with the times of each and of the default."""
-    kept = _rounded(table)
+    """Returns the same winners, with the times of each and of the default."""
+    kept = _rounded(table, _DIGITS)
     for record in kept["records"]:
         rows = record.get("candidates", {})
         record["candidates"] = {name: rows[name] for name in rows if name in (record["winner"], record["default"])}
@@ -40,12 +79,12 @@ def trimmed_table(table: dict[str, Any]) -> dict[str, Any]:
     return kept
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: Any, digits: int) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.{_DIGITS}g}")
+        return float(f"{value:.{digits}g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: _rounded(item, digits) for key, item in value.items()}
+    return [_rounded(item, digits) for item in value] if isinstance(value, list) else value
 
 
 def _short(name: str) -> str:

@@ -1,14 +1,18 @@
-"""Clocks of a device: perf_counter on the CPU, CUDA events on a GPU."""
+"""Clocks of a device, perf_counter on the CPU and CUDA events on a GPU, and rounds by a clock."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+Clock = Callable[[Callable[[], object]], float]
 
-def leading_in(clock: Callable, lead_in: float) -> Callable[[Callable[[], object]], float]:
+
+def leading_in(clock: Clock, lead_in: float) -> Clock:
+    """Returns a clock that calls a callable uncounted, at least once and for `lead_in` seconds, before the counted call."""
+
     def seconds(call: Callable[[], object]) -> float:
         end = time.perf_counter() + lead_in
         clock(call)
@@ -19,8 +23,13 @@ def leading_in(clock: Callable, lead_in: float) -> Callable[[Callable[[], object
     return seconds
 
 
-def clock_of(device: torch.device | str | None) -> Callable[[Callable[[], object]], float]:
-    """A function that calls a callable and returns the seconds until its work on the device was done."""
+def clock_of(device: torch.device | str | None) -> Clock:
+    """Returns a function that calls a callable and returns the seconds until its work on the device was done.
+
+    Raises:
+        TypeError: `device` is no device, no str and not None.
+        ValueError: There is no clock for the device, or it isn't here.
+    """
     if device is not None and not isinstance(device, (str, torch.device)):
         raise TypeError(f"device must be a torch.device, a str or None, got {type(device).__name__}")
     try:
@@ -42,7 +51,7 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+def _cuda_clock(device: torch.device) -> Clock:
     stream = torch.cuda.current_stream(device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     # Nothing that was queued before may count as the first sample's.
@@ -56,3 +65,24 @@ def _cuda_clock(device: torch.device) -> Callable[[Callable[[], object]], float]
         return start.elapsed_time(end) / 1e3  # from milliseconds
 
     return seconds
+
+
+def rounds(
+    calls: Mapping[str, Callable[[], object]],
+    clock: Clock,
+    seconds: float,
+    min_rounds: int,
+    progress: Callable[[int, float], object] | None,
+) -> dict[str, list[float]]:
+    """Returns each contender's seconds in rounds that go on for `seconds`, and for `min_rounds` at least."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    begin = time.perf_counter()
+    done, elapsed = 0, 0.0
+    while done < min_rounds or elapsed < seconds:
+        for name, call in calls.items():
+            samples[name].append(clock(call))
+        done += 1
+        elapsed = time.perf_counter() - begin
+        if progress is not None:
+            progress(done, elapsed)
+    return samples

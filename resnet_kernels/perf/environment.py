@@ -14,7 +14,7 @@ from .._version import __version__
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a time is worth nothing without: driver and versions, the commit where there is one, and when."""
+    """Returns driver, versions, time and, where there is one, commit: the metadata saved with each measurement."""
     values = {**versions(), "driver": None, "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40")}
     if device.type == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -24,7 +24,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | int | None]:
-    """Of what decides how fast a candidate is. A record of other ones is measured anew."""
+    """Returns the versions that decide how fast a candidate is. A record of other versions is measured anew."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
@@ -38,7 +38,7 @@ _seen: dict[tuple[str, ...], str | None] = {}
 
 
 def _output(*command: str) -> str | None:
-    """What a command says, asked once; None if there is no such command, or it fails."""
+    """A command's output, asked for once; None if there is no such command, or it fails."""
     if command not in _seen:
         try:
             done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Where a model's time goes, module by module and kernel by kernel, from torch.profiler.
+"""Profile of a model, module by module and kernel by kernel, by torch.profiler.
 
     times = profile(lambda: model(x), model)       seconds of each kernel (on the CPU: of each operation), and in which module
     rows = by_range(times, network.trace(model, x), itemsize)    the same by module, beside what its roofline asks for
@@ -41,7 +41,7 @@ _PATTERNS = {
 
 @dataclass(frozen=True)
 class KernelTime:
-    """What one kernel (on the CPU: one operation, with all that it calls) took, on average, in one call of its module.
+    """Mean time of one kernel (on the CPU: of one operation with all that it calls) in one call of its module.
 
     range: the profiler's range that it ran in: a module's path in the model, "layer1.0.conv1", or a fused step's,
         "layer1.0.conv1+bn1+relu"; "" outside of all modules.
@@ -62,7 +62,7 @@ class KernelTime:
 
 @dataclass(frozen=True)
 class RangeTime:
-    """One call of a range, forward or backward: its kernels, and what the least is that it has to compute and move.
+    """One call of a range, forward or backward: its kernels, and the least that it has to compute and move.
 
     layer: the convolution with its BN, add and ReLU that this belongs to, fused or not, "layer1.0.conv1+bn1+relu": the same
         for an eager and a fused model. "" for what belongs to none (a check of ours), or to several (a block's own adds).
@@ -78,11 +78,12 @@ class RangeTime:
 
     @property
     def seconds(self) -> float:
+        """Seconds of all its kernels."""
         return sum(kernel.seconds for kernel in self.kernels)
 
     @property
     def kind(self) -> str:
-        """That of most of its time."""
+        """Kind of kernel that takes most of its time."""
         return max(KINDS, key=lambda kind: sum(k.seconds for k in self.kernels if k.kind == kind))
 
 
@@ -97,19 +98,21 @@ def profile(
 ) -> list[KernelTime]:
     """Runs a step several times under torch.profiler; returns its kernels, in the order of their first launch.
 
-    While it profiles, nn.Module.__call__ is another one, for all threads: nothing else is to run models meanwhile.
+    It replaces nn.Module.__call__ for all threads meanwhile, so nothing else may run models. Errors of `call` are passed on.
 
     Args:
         call: one step, called without arguments: a forward, or a forward and a backward.
         model: whose paths the ranges bear, plain or fused; all of its modules that `call` calls are seen. None for none: a
             compiled model, whose modules are not called, or a captured one.
         device: where the work is done, CPU or CUDA. On CUDA seconds are kernels', on the CPU operations'.
-        steps: that are averaged, at least 1. warm_up: steps before them, at least 1.
+        steps: Number of steps to average over, at least 1.
+        warm_up: Number of steps before them, at least 1.
         trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev) of these steps.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: a number out of range, another device, a compiled model.
-        RuntimeError: if a profiler is on already. What the call raises is passed on.
+        TypeError: An argument is of the wrong type.
+        ValueError: A number is out of range, the device is another one, or the model is compiled.
+        RuntimeError: A profiler is on already.
     """
     if not callable(call):
         raise TypeError(f"call must be callable, got {type(call).__name__}")
@@ -136,7 +139,7 @@ def profile(
 
 @contextlib.contextmanager
 def _named_calls(model: nn.Module | None) -> Iterator[None]:
-    """Has each call of a module run inside a range with its path.
+    """Makes each call of a module run inside a range with its path.
 
     By nn.Module.__call__, as torch.fx does it: a hook or a forward of its own would have a fused module run eager.
     """
@@ -158,11 +161,11 @@ def _named_calls(model: nn.Module | None) -> Iterator[None]:
         with record_function(profiler_ranges.PREFIX + path):
             return original(self, *args, **kwargs)
 
-    nn.Module.__call__ = named_call
+    nn.Module.__call__ = named_call  # type: ignore[method-assign]
     try:
         yield
     finally:
-        nn.Module.__call__ = original
+        nn.Module.__call__ = original  # type: ignore[method-assign]
 
 
 class _Place(NamedTuple):
@@ -240,7 +243,7 @@ def _kind(name: str) -> str:
 
 
 def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[RangeTime]:
-    """Puts kernels together that ran in one call of a range, and finds the operations of a network that this call was.
+    """Groups kernels by the call of a range in which they ran, and finds the network's operations of each call.
 
     Args:
         times: what `profile` returned for a model.
@@ -267,7 +270,7 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
         here = {layer_of[operation] for operation in own}
         layer = here.pop() if len(here) == 1 else None
         bound = None
-        if not backward and own and range_ in firsts:
+        if not backward and layer is not None and range_ in firsts:
             bound = least_of_layer[layer]
         elif not backward and own and "+" not in range_:
             bound = _sum(range_, [least[operation] for operation in own])

@@ -4,31 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import re
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from .results import Absence, CaseResults, Ceilings, Kernel, Measurement, Results, ResultsError
+from .results import CaseResults, Measurement, Results, ResultsError
+from .schema import SCHEMA, Absence, CaseInfo, Versions
 
-# The newest layout of extra_info that is understood; files without the field are older than it.
-SCHEMA = 1
-_CASE = re.compile(r"(op|block|model)-(forward-backward|forward)-(.+)-(\d+)px-b(\d+)-(fp32|fp16|bf16)-(cpu|cuda)")
-
-
-_SYSTEMS = (
-    (r"d2l_.*keras", "d2l-keras"),
-    (r"d2l_|residual_", "d2l"),
-    (r"resnet_v2_|preact_", "slim"),
-)
-
-
-_OURS = ("fused", "triton")  # of files that do not say which contenders are ours
+_Part = TypeVar("_Part")
 
 
 def read(path: Path) -> Results:
     """Returns a results file's contents.
 
     Raises:
-        ResultsError: if it can't be read, is damaged, holds nothing, or is of a schema version that is not known here.
+        ResultsError: The file can't be read, is damaged, holds nothing, or is of another schema version.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
@@ -51,132 +42,113 @@ def read(path: Path) -> Results:
         raise ResultsError(f"{path} is damaged: {what}") from error
 
 
-def _results(path: Path, document: dict) -> Results:
+def _results(path: Path, document: dict[str, Any]) -> Results:
     devices: dict[str, str] = {}
     versions: dict[str, str] = {}
-    entries: dict[str, list[dict]] = {}
+    entries: dict[str, list[dict[str, Any]]] = {}
     for benchmark in document["benchmarks"]:
         info = benchmark["extra_info"]
-        schema = info.get("schema", 0)
-        if isinstance(schema, bool) or not isinstance(schema, int) or not 0 <= schema <= SCHEMA:
-            raise ResultsError(f"{path} is of schema version {schema!r}, known here are 0 to {SCHEMA}")
+        schema = info.get("schema")
+        if isinstance(schema, bool) or schema != SCHEMA:
+            raise ResultsError(f"{path} is of schema version {schema!r}, known here is {SCHEMA}")
         entries.setdefault(benchmark["group"], []).append(benchmark)
-        platform, device = _device(info, document)
-        if devices.setdefault(platform, device) != device:
-            raise ValueError(f"one file from two devices, {device} and {devices[platform]}")
-        versions.update(
-            (key, str(info[key])) for key in ("torch", "triton", "driver", "cuda", "cudnn") if info.get(key)
-        )
+        case = _part(CaseInfo, info)
+        device = _device(case, document)
+        if devices.setdefault(case.device_type, device) != device:
+            raise ValueError(f"one file from two devices, {device} and {devices[case.device_type]}")
+        versions.update((name, version) for name, version in asdict(_part(Versions, info)).items() if version)
     commit = (document.get("commit_info") or {}).get("id") or ""
-    absent = tuple(Absence(a["contender"], a["reason"], tuple(a["cases"])) for a in document.get("absent") or ())
+    absent = tuple(_part(Absence, absence) for absence in document.get("absent") or ())
     cases = {name: _case(name, benchmarks) for name, benchmarks in entries.items()}
     return Results(path, str(document.get("datetime", ""))[:10], commit[:7], devices, versions, absent, cases)
 
 
-def _case(name: str, benchmarks: list[dict]) -> CaseResults:
-    info = benchmarks[0]["extra_info"]
+def _case(name: str, benchmarks: list[dict[str, Any]]) -> CaseResults:
     measurements = [_measurement(benchmark) for benchmark in benchmarks]
     contenders = {measurement.contender: measurement for measurement in measurements}
     if len(contenders) < len(benchmarks):
         raise ValueError(f"a contender is there twice in {name}")
-    if "level" not in info:
-        info = {**_fields_of(name), **info}
-    # Since schema 1 all contenders of a case take turns. pytest-benchmark's own storage leaves samples out if not told.
-    interleaved = info.get("schema", 0) >= 1 and all(measurement.samples for measurement in measurements)
-    if interleaved and len({len(measurement.samples) for measurement in measurements}) > 1:
+    info = _part(CaseInfo, benchmarks[0]["extra_info"])
+    case = CaseResults(**vars(info), name=name, contenders=contenders)
+    if case.busy_elsewhere is not None:
+        _check_finite("busy_elsewhere", case.busy_elsewhere)
+    if len({len(measurement.samples) for measurement in measurements if measurement.samples}) > 1:
         raise ValueError(f"the contenders of {name} have not the same number of rounds")
-    return CaseResults(
-        name=name,
-        **{key: str(info[key]) for key in ("level", "direction", "system", "subject", "dtype")},
-        size=int(info["image_size"]),
-        batch=int(info["batch"]),
-        platform=_platform(info),
-        interleaved=interleaved,
-        busy_elsewhere=None
-        if info.get("busy_elsewhere") is None
-        else _number(info["busy_elsewhere"], "busy_elsewhere"),
-        contenders=contenders,
-    )
+    return case
 
 
-def _fields_of(name: str) -> dict:
-    """What a case's name tells, for files without these fields."""
-    match = _CASE.fullmatch(name)
-    if not match:
-        raise ValueError(f"{name!r} is no case of pytest benchmarks")
-    level, direction, subject, size, *_ = match.groups()
-    system = next((system for pattern, system in _SYSTEMS if re.match(pattern, subject)), "torchvision")
-    return {"level": level, "direction": direction, "subject": subject, "image_size": size, "system": system}
+def _measurement(benchmark: dict[str, Any]) -> Measurement:
+    # pytest-benchmark's own storage leaves samples out unless it is told to save them.
+    stats = benchmark["stats"]
+    _check_positive("a median", stats["median"])
+    for sample in stats.get("data") or ():
+        _check_positive("a sample", sample)
+    times = {"median": stats["median"], "samples": stats.get("data") or []}
+    measurement = _part(Measurement, {**benchmark["extra_info"], **times})
+    for ratio in measurement.ratios.values():
+        _check_positive("an interleaved ratio", ratio)
+    ceilings = measurement.ceilings
+    rates = [measurement.roofline_share, *((ceilings.tflop_per_s, ceilings.gb_per_s) if ceilings else ())]
+    for kernel in measurement.kernels:
+        _check_finite("a kernel's seconds", kernel.seconds)
+        rates += [kernel.flops, kernel.hbm_bytes]
+    for rate in rates:
+        if rate is not None:
+            _check_finite("a rate, FLOPs or bytes", rate)
+    return measurement
 
 
-def _measurement(benchmark: dict) -> Measurement:
-    info, stats, contender = benchmark["extra_info"], benchmark["stats"], benchmark["params"]["contender"]
-    ratios = {
-        name: info[f"interleaved_ratio_to_{name}"]
-        for name in ("eager", "fused")
-        if f"interleaved_ratio_to_{name}" in info
-    }
-    ceilings = info.get("ceilings") or {}
-    return Measurement(
-        contender=str(contender),
-        ours=bool(info.get("ours", contender in _OURS)),
-        label=str(info.get("label", contender)),
-        settings=str(info.get("settings", "")),
-        version=str(info.get("version", "")),
-        median=_positive(stats["median"], "a median"),
-        samples=tuple(_positive(sample, "a sample") for sample in stats.get("data") or ()),
-        ratios={name: _positive(value, "an interleaved ratio") for name, value in ratios.items()},
-        parity_error=info.get("parity_error"),
-        parity_budget=info.get("parity_budget"),
-        parity_failure=info.get("parity_failure") or "",
-        roofline_share=_rate(info.get("roofline_share"), 1),
-        kernels=tuple(_kernel(kernel) for kernel in info.get("kernels") or ()),
-        ceilings=_ceilings(ceilings) if ceilings else None,
-    )
-
-
-def _kernel(kernel: dict) -> Kernel:
-    return Kernel(
-        path=str(kernel["path"] or ""),
-        name=str(kernel["name"]),
-        kind=str(kernel["kind"]),
-        seconds=_number(kernel["seconds"], "a kernel's seconds"),
-        flops=_rate(kernel.get("flops"), 1),
-        hbm_bytes=_rate(kernel.get("hbm_bytes"), 1),
-    )
-
-
-def _ceilings(values: dict) -> Ceilings:
-    flops, moved = _rate(values.get("tflop_per_s"), 1e12), _rate(values.get("gb_per_s"), 1e9)
-    return Ceilings(flops, moved, str(values.get("source") or ""))
-
-
-def _platform(info: dict) -> str:
-    return str(info.get("device_type") or info["device"].split()[0])
-
-
-def _device(info: dict, document: dict) -> tuple[str, str]:
-    """(platform, name); two files are of one machine if the names are the same."""
-    platform, device = _platform(info), str(info["device"])
-    if platform != "cpu":
-        return platform, device
+def _device(case: CaseInfo, document: dict[str, Any]) -> str:
+    """The machine's name; two files are of one machine if the names are the same."""
+    if case.device_type != "cpu":
+        return case.device
     brand = ((document.get("machine_info") or {}).get("cpu") or {}).get("brand_raw")
     # The same processor with other threads is another machine to whoever compares times.
-    return platform, f"{device}{f' {brand}' if brand else ''}, {info['threads']} threads"
+    return f"{case.device}{f' {brand}' if brand else ''}, {case.threads} threads"
 
 
-def _rate(value: object, unit: float) -> float | None:
-    """None and 0, which is as good as unknown, are None."""
-    return unit * _positive(value, "a rate, FLOPs or bytes") if value else None
+def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
+    """A dataclass of the schema from the values of its fields' names.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A value is of another type than its field.
+    """
+    assert is_dataclass(cls)
+    hints, given = get_type_hints(cls), {}
+    for field in fields(cls):
+        if field.name in values:
+            given[field.name] = _value(hints[field.name], values[field.name], field.name)
+        elif type(None) in get_args(hints[field.name]):
+            given[field.name] = None
+        elif field.default is MISSING:
+            raise KeyError(field.name)
+    return cls(**given)
 
 
-def _positive(value: object, what: str) -> float:
-    if not _number(value, what):
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """A value from JSON as its annotation has it: a dataclass from an object, a tuple from a list, a float from an int."""
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise ValueError(f"{name} must be a list, got {value!r}")
+        return tuple(_value(get_args(hint)[0], item, name) for item in value)
+    kinds = get_args(hint) or (hint,)
+    for kind in kinds:
+        if is_dataclass(kind) and isinstance(value, dict):
+            return _part(kind, value)  # type: ignore[arg-type]
+        # bool is an int to Python, and no number here.
+        if type(value) is kind or (kind is float and type(value) is int):
+            return value
+    wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def _check_positive(what: str, value: object) -> None:
+    _check_finite(what, value)
+    if value == 0:
         raise ValueError(f"{what} must be above 0, got 0")
-    return float(value)
 
 
-def _number(value: object, what: str) -> float:
+def _check_finite(what: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise ValueError(f"{what} must be a finite number of at least 0, got {value!r}")
-    return float(value)

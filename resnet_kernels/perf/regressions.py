@@ -1,15 +1,14 @@
-"""Two results files of one machine compared: which contenders became slower or faster by more than noise.
+"""Comparison of two results files of one machine: which contenders became slower or faster by more than noise.
 
-What is compared is each contender's time over eager's, so that a machine that is slower as a whole changes nothing. Eager is
-the control: nothing of this package runs in it. A change counts if it lies beyond both kinds of noise:
+Each contender's time over eager's time of the same round is compared, so a machine that is slower as a whole changes nothing.
+Eager is the control: nothing of this package runs in it. A change counts if it lies beyond both kinds of noise:
 
-    within a run    the change's 99% interval does not reach the margin. A median's interval is that of order statistics,
-                    which assumes no distribution; those of several medians are joined by MOVER (Zou and Donner 2008,
-                    "Construction of confidence limits about effect measures"). Rounds in which contenders took turns are
-                    compared pair by pair, where both files have them.
-    between runs    the margin: 3%, or two standard deviations of the peers' changes, if that is more. Like eager, peers of
-                    one version are not this package's, so what changed in them between the runs is noise. Robustly
-                    estimated (1.48 times the median magnitude), and from three changes at least: fewer tell nothing.
+    within a run    The change's 99% interval does not reach the margin. A median's interval is that of order statistics,
+                    which assumes no distribution. Intervals of several medians are joined by MOVER (Zou and Donner 2008,
+                    "Construction of confidence limits about effect measures").
+    between runs    The margin is 3%, or two standard deviations of the peers' changes, if that is more. Peers of one version
+                    are not this package's, so their changes between the runs are noise. The standard deviation is 1.48 times
+                    the median magnitude, which is robust. Fewer than three changes are no estimate.
 """
 
 from __future__ import annotations
@@ -25,13 +24,15 @@ MARGIN = 0.03
 _CONFIDENCE = 0.99
 _MIN_CONTROLS = 3
 
+_Interval = tuple[float, float, float]  # (middle, low, high)
+
 
 @dataclass(frozen=True)
 class Change:
-    """A contender's time in the new file over that in the old one, each in units of `unit`'s time.
+    """A contender's time in the new file over its time in the old one, each in units of `unit`'s time.
 
-    factor: 1.05 is 5% slower; low and high: its 99% interval, noise within the runs alone. unit: "eager"; or "" where a file
-    lacks eager in this case: the machine's drift is in it. verdict: "slower", "faster" or "within noise".
+    factor: 1.05 is 5% slower. low, high: its 99% interval by the noise within the runs. unit: "eager", or "" where a file
+    lacks eager in this case, so that the factor includes the machine's drift. verdict: "slower", "faster" or "within noise".
     """
 
     case: str
@@ -46,10 +47,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """changes: ours first. margin: of this pair of files, a share. controls: how many changes of peers it rests on.
+    """All changes between two files, ours first.
 
-    drift: eager's time over its time in the old file, the median over cases; None if none has it. missing: what can't be
-    compared in the cases that both files have, "case, contender".
+    margin: smallest change that isn't noise between these runs, a share. controls: number of peers' changes behind it. drift:
+    eager's time over its time in the old file, the median over cases, None if no case has eager in both. missing: "case,
+    contender" of what only one file has, in the cases that both have.
     """
 
     new: Results
@@ -60,21 +62,21 @@ class Comparison:
     drift: float | None
     missing: tuple[str, ...]
 
-    @property
-    def alike(self) -> bool:
-        """Whether both files took their samples in the same way, in turns or contender by contender."""
-        common = [name for name in self.new.cases if name in self.old.cases]
-        return all(self.new.cases[name].interleaved == self.old.cases[name].interleaved for name in common)
-
     def of_ours(self, verdict: str) -> list[Change]:
+        """Returns the changes of this package's contenders with a verdict."""
         return [change for change in self.changes if change.ours and change.verdict == verdict]
 
 
 def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
     """Compares all contenders but eager in the cases that both files have.
 
+    Args:
+        new: The newer file.
+        old: The older file, of the same machine.
+        margin: The least change that counts, a share.
+
     Raises:
-        ResultsError: if the files are of different machines, or have no case in common.
+        ResultsError: The files are of different machines, or have no case in common.
     """
     platforms = [platform for platform in new.devices if platform in old.devices]
     for platform in platforms or new.devices:
@@ -86,7 +88,10 @@ def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
     common = [name for name in new.cases if name in old.cases]
     if not common:
         raise ResultsError(f"{new.path} and {old.path} have no case in common")
-    estimates, magnitudes, missing, drifts = [], [], [], []
+    estimates: list[tuple[str, str, bool, str, _Interval]] = []
+    magnitudes: list[float] = []
+    missing: list[str] = []
+    drifts: list[float] = []
     for name in common:
         cases = new.cases[name], old.cases[name]
         both = [contender for contender in cases[0].contenders if contender in cases[1].contenders]
@@ -101,41 +106,36 @@ def compare(new: Results, old: Results, margin: float = MARGIN) -> Comparison:
                 missing.append(f"{name}, {contender} (no samples: --benchmark-json writes them)")
                 continue
             mine, before = (case.contenders[contender] for case in cases)
-            unit, *interval = _change(*cases, contender)
+            unit, interval = _change(*cases, contender)
             if unit and not mine.ours and mine.version == before.version:
                 magnitudes.append(abs(interval[0]))
-            estimates.append((name, contender, mine.ours, unit, *interval))
+            estimates.append((name, contender, mine.ours, unit, interval))
     if len(magnitudes) >= _MIN_CONTROLS:
         margin = max(margin, math.expm1(2 * 1.4826 * statistics.median(magnitudes)))
     changes = [
-        Change(name, contender, ours, unit, *map(math.exp, interval), _verdict(interval, math.log1p(margin)))
-        for name, contender, ours, unit, *interval in estimates
+        Change(
+            *(name, contender, ours, unit),
+            *(math.exp(interval[0]), math.exp(interval[1]), math.exp(interval[2])),
+            _verdict(interval, math.log1p(margin)),
+        )
+        for name, contender, ours, unit, interval in estimates
     ]
     changes.sort(key=lambda change: (not change.ours, -change.factor))
     drift = statistics.median(drifts) if drifts else None
     return Comparison(new, old, tuple(changes), margin, len(magnitudes), drift, tuple(missing))
 
 
-def _verdict(interval: Sequence[float], margin: float) -> str:
+def _verdict(interval: _Interval, margin: float) -> str:
     _, low, high = interval
     return "slower" if low > margin else "faster" if high < -margin else "within noise"
 
 
-def _change(new: CaseResults, old: CaseResults, contender: str) -> tuple[str, float, float, float]:
-    """(unit, change, low, high) in logarithms."""
-    cases = (new, old)
-    has_eager = all("eager" in case.contenders and case.contenders["eager"].samples for case in cases)
-    if has_eager and new.interleaved and old.interleaved:
-        terms = [_median(_log_ratios(case, contender)) for case in cases]
-        return "eager", *_joined(terms[:1], terms[1:])
-    logs = {
-        name: [_median([math.log(s) for s in case.contenders[name].samples]) for case in cases]
-        for name in ((contender, "eager") if has_eager else (contender,))
-    }
-    if not has_eager:
-        return "", *_joined(logs[contender][:1], logs[contender][1:])
-    (mine, mine_before), (eager, eager_before) = logs[contender], logs["eager"]
-    return "eager", *_joined([mine, eager_before], [mine_before, eager])
+def _change(new: CaseResults, old: CaseResults, contender: str) -> tuple[str, _Interval]:
+    """(unit, change in logarithms). A file with samples of eager has them of the same rounds."""
+    if all("eager" in case.contenders and case.contenders["eager"].samples for case in (new, old)):
+        return "eager", _joined(*([_median(_log_ratios(case, contender))] for case in (new, old)))
+    logs = ([math.log(sample) for sample in case.contenders[contender].samples] for case in (new, old))
+    return "", _joined(*([_median(values)] for values in logs))
 
 
 def _log_ratios(case: CaseResults, contender: str) -> list[float]:
@@ -143,7 +143,7 @@ def _log_ratios(case: CaseResults, contender: str) -> list[float]:
     return [math.log(mine / eager) for mine, eager in pairs]
 
 
-def _median(values: Sequence[float]) -> tuple[float, float, float]:
+def _median(values: Sequence[float]) -> _Interval:
     """(median, low, high): the tightest order statistics that hold the median 99% of the time, else the whole range."""
     ordered = sorted(values)
     n = len(ordered)
@@ -154,7 +154,7 @@ def _median(values: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(ordered), ordered[k], ordered[n - 1 - k]
 
 
-def _joined(added: Sequence[tuple], subtracted: Sequence[tuple]) -> tuple[float, float, float]:
+def _joined(added: Sequence[_Interval], subtracted: Sequence[_Interval]) -> _Interval:
     """The sum of some medians less that of others, with its interval by MOVER."""
     middle = sum(m for m, _, _ in added) - sum(m for m, _, _ in subtracted)
     below = math.hypot(*(m - low for m, low, _ in added), *(high - m for m, _, high in subtracted))

@@ -11,7 +11,7 @@ from ..models.loss import loss_function
 
 
 def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
-    """A step in eval mode and without gradients."""
+    """Returns a step in eval mode and without gradients."""
     net.eval()
 
     def step():
@@ -22,7 +22,11 @@ def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def forward_backward(model: nn.Module, x: Tensor) -> Callable[[nn.Module, Tensor], Callable[[], object]]:
-    """Makes a step in train mode from a network like `model`: its gradients of a loss; all of them have the same labels."""
+    """Returns a maker of steps in train mode from networks like `model`: gradients of a loss, on the same labels for all.
+
+    Raises:
+        ValueError: `model` doesn't give one row of logits or probabilities for each image.
+    """
     with torch.inference_mode():
         y = model(x[:1])
     if not isinstance(y, Tensor) or y.ndim != 2:

@@ -1,10 +1,9 @@
 """Timing on machines that drift: contenders take turns, round after round, and are compared pair by pair.
 
-A clock that throttles or a neighbour that wakes up makes whichever contender runs at that moment look slow. In rounds
-A B C A B C ... it hits all of them, and the ratio of two samples of one round hardly feels it.
+A clock that throttles or a neighbor that wakes up makes whichever contender runs at that moment look slow. In rounds
+A B C A B C ... it hits all of them, and the ratio of two samples of one round hardly changes.
 
-One interface over two clocks: `time.perf_counter` on the CPU, CUDA events on a GPU. Neither judges: no function here
-fails because of a time.
+The clock is `time.perf_counter` on the CPU and CUDA events on a GPU. No function here fails because of a time.
 
     interleave    rounds for some seconds, warm-up included: what our own benchmarks use
     time_run      the slim text's experiment: burn-in steps, a fixed number of steps, its lines; time_runs for several
@@ -15,7 +14,6 @@ from __future__ import annotations
 import math
 import numbers
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,7 +21,7 @@ from typing import NamedTuple, TextIO
 
 import torch
 
-from .clocks import clock_of, leading_in
+from .clocks import clock_of, leading_in, rounds
 
 _STEPS_BETWEEN_LINES = 10  # of time_run, as in the slim text
 
@@ -35,15 +33,17 @@ _WARM_UP_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Timing:
-    """What one contender took.
+    """Times of one contender.
 
-    samples: seconds, one a round, in the order of the rounds. Raises ValueError if there is none, or one is no finite
-    number of at least 0.
+    samples: seconds, one per round, in the order of the rounds.
+
+    Raises:
+        ValueError: There is no sample, or one isn't finite or is below 0.
     """
 
     samples: tuple[float, ...]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "samples", tuple(map(float, self.samples)))
         if not self.samples:
             raise ValueError("samples must hold at least one sample, got none")
@@ -53,7 +53,7 @@ class Timing:
 
     @property
     def median(self) -> float:
-        """Seconds."""
+        """Median in seconds."""
         return self._percentile(50)
 
     @property
@@ -68,14 +68,13 @@ class Timing:
 
     @property
     def mean(self) -> float:
-        """Seconds."""
+        """Mean in seconds."""
         return statistics.fmean(self.samples)
 
     @property
     def std(self) -> float:
-        """Seconds: the root of the mean squared deviation from the mean, never NaN and 0 for equal samples."""
-        # Not sqrt(E[x^2] - E[x]^2), as the text has it: rounding can make that the root of a negative number. pstdev adds up
-        # exactly.
+        """Population standard deviation in seconds, never NaN and 0 for equal samples."""
+        # pstdev adds up exactly; the text's sqrt(E[x^2] - E[x]^2) can become the root of a negative number.
         return statistics.pstdev(self.samples)
 
     def _percentile(self, percent: int) -> float:
@@ -84,7 +83,7 @@ class Timing:
         return float(np.percentile(self.samples, percent))
 
     def to_dict(self) -> dict:
-        """The summary and the samples in seconds, ready for json.dumps."""
+        """Returns the summary and the samples in seconds, ready for json.dumps."""
         return {
             "median": self.median,
             "p20": self.p20,
@@ -106,8 +105,8 @@ def interleave(
     """Times callables in turns: after a warm-up a round calls each of them once, in the mapping's order.
 
     Each call is waited for, so a sample is a latency: on a GPU it includes the time that the host keeps the GPU waiting.
-    Each call also meets the caches as the other contenders have left them, which is the same for all, and not what calling
-    one of them in a loop would give.
+    Each call meets the caches as the other contenders left them. A loop over one contender would give other times.
+    Errors of a contender are passed on.
 
     Args:
         contenders: what to time, by name; called without arguments, results are dropped.
@@ -116,16 +115,16 @@ def interleave(
         min_rounds: rounds to do however long they take, at least 1.
         device: where the work is done: CPU (None as well) or CUDA.
         progress: called after each round with (rounds done, seconds gone), outside of what is timed.
-        lead_in: above 0, each counted call comes after uncounted ones of the same contender: one, or for this many seconds.
-            For contenders on thread pools of their own, as threads that wait go on spinning for some milliseconds and slow
-            the next contender down; and then each finds the caches as its own call has left them.
+        lead_in: If above 0, uncounted calls of the same contender come before each counted one: at least one, for this
+            many seconds. It is for contenders with their own thread pools: waiting threads spin for some milliseconds and
+            slow the next contender down. Each contender then finds the caches as its own call left them.
 
     Returns:
         name -> Timing, in the mapping's order; samples with the same index are of the same round.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: no contenders, a number out of range, a device that there is
-        no clock for or that is not here. What a contender raises is passed on.
+        TypeError: An argument is of the wrong type.
+        ValueError: There are no contenders, a number is out of range, or the device has no clock or isn't here.
     """
     _check_contenders(contenders)
     _check_seconds("seconds", seconds)
@@ -137,15 +136,15 @@ def interleave(
     clock = leading_in(clock, lead_in) if lead_in else clock
     calls = dict(contenders)
     # The same loop as what counts, so that caches, too, are as they will be.
-    _rounds(calls, clock, seconds * _WARM_UP_SHARE, _WARM_UP_ROUNDS, None)
-    samples = _rounds(calls, clock, seconds, min_rounds, progress)
+    rounds(calls, clock, seconds * _WARM_UP_SHARE, _WARM_UP_ROUNDS, None)
+    samples = rounds(calls, clock, seconds, min_rounds, progress)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
 def ratio(a: Timing, b: Timing) -> float:
     """Returns the median over the rounds of a's time / b's: below 1, a is the faster.
 
-    Not the ratio of the medians: what slows a whole round down drops out of its own ratio. Errors as `ratios`.
+    It isn't the ratio of the medians: what slows a whole round down cancels in its ratio. Errors are those of `ratios`.
     """
     return statistics.median(ratios(a, b))
 
@@ -154,8 +153,9 @@ def ratios(a: Timing, b: Timing) -> tuple[float, ...]:
     """Returns a's time / b's of each round.
 
     Raises:
-        TypeError: if one is no Timing. ValueError: if they have not the same number of samples, so that they can't be
-        of one call of `interleave`, or if b has a sample of 0 seconds.
+        TypeError: One is no Timing.
+        ValueError: They differ in their number of samples, so they can't be of one call of `interleave`, or `b` has a
+            sample of 0 seconds.
     """
     for name, timing in (("a", a), ("b", b)):
         if not isinstance(timing, Timing):
@@ -168,7 +168,7 @@ def ratios(a: Timing, b: Timing) -> tuple[float, ...]:
 
 
 class BatchTime(NamedTuple):
-    """What a step took, over all steps of a run, in seconds: mean and standard deviation."""
+    """Mean and standard deviation of a run's steps, in seconds."""
 
     mean: float
     std: float
@@ -182,7 +182,7 @@ def time_run(
     device: torch.device | str | None = None,
     stream: TextIO | None = None,
 ) -> BatchTime:
-    """Times the steps of a run as the slim text does, and prints its lines: every tenth step, and in the end
+    """Times the steps of a run as the slim text does, and prints a line every tenth step and one at the end.
 
         2026-11-22 04:30:00.123456: step:0. duration = 0.021
         2026-11-22 04:30:02.345678: Forward across 100 steps, 0.021 +/- 0.001 sec / batch
@@ -199,8 +199,8 @@ def time_run(
         (mean, std) of the steps in seconds; std is the population's, and 0 for one step.
 
     Raises:
-        TypeError: an argument of the wrong type. ValueError: a number out of range, a device that there is no clock for or
-        that is not here. What the target raises is passed on.
+        TypeError: An argument is of the wrong type.
+        ValueError: A number is out of range, or the device has no clock or isn't here.
 
     Source: TF-slim's timing of resnet_v2_152, after the AlexNet benchmark of TensorFlow's tutorials.
     """
@@ -219,10 +219,10 @@ def time_runs(
     device: torch.device | str | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Timing]:
-    """time_run for several at once: they take turns step by step, and each prints its own lines.
+    """Times several runs as `time_run` does: they take turns step by step, and each prints its own lines.
 
-    A step's line ends with the contender's name if there are several. Arguments and errors are time_run's, but for
-    contenders, which maps each info to its target.
+    A step's line ends with the contender's name if there are several. Errors and the arguments not listed are those of
+    `time_run`.
 
     Returns:
         info -> Timing, in the mapping's order; samples with the same index are of the same turn, so `ratio` can pair them.
@@ -250,7 +250,7 @@ def time_runs(
 
 
 def summary_line(info: str, timing: Timing) -> str:
-    """The slim text's last line about a run, with the time of day now; `info` says what was timed."""
+    """Returns the slim text's last line about a run, with the present time of day; `info` says what was timed."""
     what = f"{info} across {len(timing.samples)} steps, {timing.mean:.3f} +/- {timing.std:.3f} sec / batch"
     return f"{datetime.now()}: {what}"
 
@@ -267,35 +267,15 @@ def _check_contenders(contenders: object) -> None:
             raise TypeError(f"contenders[{name!r}] must be callable, got {type(call).__name__}")
 
 
-def _check_seconds(name: str, value: object) -> None:
+def _check_seconds(name: str, value: float) -> None:
     if not isinstance(value, numbers.Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name} must be finite and at least 0, got {value}")
 
 
-def _check_count(name: str, count: object, at_least: int) -> None:
+def _check_count(name: str, count: int, at_least: int) -> None:
     if not isinstance(count, numbers.Integral) or isinstance(count, bool):
         raise TypeError(f"{name} must be an int, got {count!r}")
     if count < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {count}")
-
-
-def _rounds(
-    calls: dict[str, Callable[[], object]],
-    clock: Callable[[Callable[[], object]], float],
-    seconds: float,
-    min_rounds: int,
-    progress: Callable[[int, float], object] | None,
-) -> dict[str, list[float]]:
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    begin = time.perf_counter()
-    done, elapsed = 0, 0.0
-    while done < min_rounds or elapsed < seconds:
-        for name, call in calls.items():
-            samples[name].append(clock(call))
-        done += 1
-        elapsed = time.perf_counter() - begin
-        if progress is not None:
-            progress(done, elapsed)
-    return samples

@@ -14,6 +14,7 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 from benchmarks import conftest
 from benchmarks.harness import Absent
 from benchmarks.test_benchmarks import Replay
+from resnet_kernels.perf.schema import Absence
 from resnet_kernels.perf.timing import Timing
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +138,7 @@ def test_our_wrong_numbers_and_crashes_fail_a_run_without_times_too(tmp_path):
 def test_absentees_are_put_together():
     some = [Absent("a", "x", "no"), Absent("b", "y", "no"), Absent("b", "x", "no"), Absent("b", "x", "other")]
     assert conftest.absentees(some) == [
-        {"contender": "x", "reason": "no", "cases": ["a", "b"]},
-        {"contender": "y", "reason": "no", "cases": ["b"]},
-        {"contender": "x", "reason": "other", "cases": ["b"]},
+        Absence("x", "no", ("a", "b")),
+        Absence("y", "no", ("b",)),
+        Absence("x", "other", ("b",)),
     ]

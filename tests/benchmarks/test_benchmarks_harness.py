@@ -17,7 +17,7 @@ from benchmarks.cases import AddRelu, BatchNormAct, Block, Case, Conv, Model, Pl
 from benchmarks.contenders import peers
 from benchmarks.contenders.base import Contender
 from benchmarks.contenders.ours import Eager, Fused, fused_module
-from benchmarks.harness import Absent, in_rotation, measure
+from benchmarks.harness import Absent, Measured, in_rotation, measure
 from benchmarks.workload import ForeignRunner, ModuleRunner, Workload, copies_beyond
 from resnet_kernels.perf.roofline.bounds import Kernel, Machine
 from resnet_kernels.perf.timing import Timing, interleave
@@ -125,7 +125,7 @@ def test_a_peer_over_budget_is_timed_and_flagged(monkeypatch):
     monkeypatch.setattr(Peer, "prepare", off)
     found = rows(Peer())
     assert re.match(r"y errs by 1.00e-04, eager by \d", found["peer"].gate.failure)
-    assert found["peer"].timing and found["peer"].info["parity_failure"] == found["peer"].gate.failure
+    assert found["peer"].timing and found["peer"].info.contender.parity_failure == found["peer"].gate.failure
     assert_others_are_measured(found)
 
 
@@ -135,7 +135,7 @@ def test_ours_over_budget_has_no_time(monkeypatch):
         prepare = off
 
     row = rows(Ours())["peer"]
-    assert row.gate.failure and row.timing is None
+    assert row.gate.failure and not isinstance(row, Measured)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -190,7 +190,7 @@ def test_a_wrong_block_fails_ours(monkeypatch):
 def test_eager_under_the_name_of_fused_fails(monkeypatch):
     monkeypatch.setattr(harness.Fused, "prepare", lambda self, workload: ModuleRunner(workload.eager, False))
     row = rows(Peer())["fused"]
-    assert row.timing is None and "not all of it runs fused" in row.gate.failure
+    assert not isinstance(row, Measured) and "not all of it runs fused" in row.gate.failure
 
 
 def test_contenders_of_a_case_share_their_rounds():
@@ -198,11 +198,11 @@ def test_contenders_of_a_case_share_their_rounds():
     assert len({len(row.timing.samples) for row in found.values()}) == 1
     peer = found["peer"]
     ratios = [a / b for a, b in zip(peer.timing.samples, found["eager"].timing.samples)]
-    assert peer.info["interleaved_ratio_to_eager"] == pytest.approx(Timing(ratios).median)
+    assert peer.info.spread.interleaved_ratio_to_eager == pytest.approx(Timing(ratios).median)
 
 
 def test_without_seconds_nothing_is_timed():
-    assert all(row.timing is None and row.gate.budget > 0 for row in rows(Peer(), seconds=0).values())
+    assert all(not isinstance(row, Measured) and row.gate.budget > 0 for row in rows(Peer(), seconds=0).values())
 
 
 # ---- what a file has
@@ -222,16 +222,16 @@ def test_fields_are_the_documented_ones(direction):
         ("fused", {"interleaved_ratio_to_fused"}),
         ("peer", {"kernels"}),
     ):
-        info = json.loads(json.dumps(found[name].info))
+        info = json.loads(json.dumps(found[name].info.to_json()))
         plain = {key for key in info if not re.search("_p(20|80)$", key) or key in ("p20", "p80")}
         assert plain == FIELDS - missing
-    info = found["peer"].info
+    info = found["peer"].info.to_json()
     assert info["schema"] == 1 and info["case"] == str(case)
     assert (info["system"], info["level"], info["subject"]) == ("d2l", "model", "d2l_resnet18")
     assert (info["direction"], info["dtype"], info["batch"], info["image_size"]) == (direction, "float32", 2, 28)
     assert (info["saved_mib"] is None) == (direction == "forward")
     assert (info["hbm_gb"] is None) == (direction == "forward-backward")
-    rows_of_fused = found["fused"].info["kernels"]
+    rows_of_fused = found["fused"].info.to_json()["kernels"]
     assert {"conv"} <= {row["kind"] for row in rows_of_fused} <= {"conv", "bn", "rest"}
     assert set(rows_of_fused[0]) == set(
         re.findall(r"\w+", re.search(r"step: \{(.*?)\}", inspect.getdoc(benchmarks)).group(1))
@@ -249,12 +249,12 @@ def test_figures_of_a_time():
     kernels = [Kernel("a", 4 * 10**9, 10**6, 0), Kernel("b", 0, 2 * 10**8, 0)]
     info = extra_info.of_time(kernels, Machine(1e12, 1e11), images=8, seconds=0.02)
     # 4 ms by FLOPs and 2 ms by bytes.
-    assert info["roofline_seconds"] == pytest.approx(0.006) and info["roofline_share"] == pytest.approx(0.3)
-    assert info["roofline_bound"] == "FLOP" and info["img_per_s"] == 400
-    assert (info["gflop"], info["gflop_per_s"], info["tflop_per_s"]) == (4, 200, 0.2)
-    assert info["gb_per_s"] == pytest.approx(0.201 / 0.02)
+    assert info.roofline_seconds == pytest.approx(0.006) and info.roofline_share == pytest.approx(0.3)
+    assert info.roofline_bound == "FLOP" and info.img_per_s == 400
+    assert (info.gflop, info.gflop_per_s, info.tflop_per_s) == (4, 200, 0.2)
+    assert info.gb_per_s == pytest.approx(0.201 / 0.02)
     uncounted = extra_info.of_time([Kernel("a", 4 * 10**9, 0, 0)], Machine(1e12, 1e11), images=8, seconds=0.02)
-    assert uncounted["gb_per_s"] is uncounted["hbm_gb"] is None and uncounted["roofline_bound"] == "FLOP"
+    assert uncounted.gb_per_s is uncounted.hbm_gb is None and uncounted.roofline_bound == "FLOP"
 
 
 def test_work_of_ops():
@@ -320,7 +320,7 @@ def test_a_case_goes_through_its_copies(monkeypatch):
     monkeypatch.setattr(Workload, "copies", property(lambda self: (self.operands, *copies)))
     copies = [Workload(BLOCK).operands.copy() for _ in range(2)]
     found = measure(BLOCK, [Eager(), Peer()], seconds=1e-9, min_rounds=3)
-    assert found["eager"].info["input_copies"] == 3
+    assert found["eager"].info.conditions.input_copies == 3
     # The gate's, and then those of the second, fourth, sixth ... turn.
     numbers = [
         next((n for n, copy in enumerate(copies, 1) if copy.inputs[0].data_ptr() == x.data_ptr()), 0) for x in seen

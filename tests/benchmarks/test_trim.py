@@ -3,22 +3,69 @@
 import json
 from pathlib import Path
 
+import pytest
+import results_files as files
+
 from benchmarks.tools import readme_tables
 from benchmarks.tools.trim import trimmed, trimmed_table
+from resnet_kernels.cli import main as cli
 from resnet_kernels.perf import read_results
 
 RESULTS = Path(readme_tables.RESULTS)
 
 
-def test_numbers_keep_six_digits_and_names_lose_their_brackets():
+def test_what_the_report_does_not_show_is_left_out():
     name = "void a::kernel<4, b<int>::(anonymous namespace)::c>(int, float) + _ours"
-    row = {"extra_info": {"kernels": [{"name": name, "seconds": 0.00012345678}]}, "stats": {"data": [1 / 3]}}
-    assert trimmed({"benchmarks": [row]})["benchmarks"] == [
+    rows = [
         {
-            "extra_info": {"kernels": [{"name": "a::kernel + _ours", "seconds": 0.000123457}]},
-            "stats": {"data": [0.333333]},
-        }
+            "path": "conv1",
+            "kind": "conv",
+            "seconds": 0.00012345678,
+            "name": name,
+            "flops": 4,
+            "hbm_bytes": 2,
+            "call": 1,
+        },
+        {"path": "bn1", "kind": "bn", "seconds": 0.25, "name": "bn", "flops": 0, "hbm_bytes": 2},
+        {"path": "bn2", "kind": "bn", "seconds": 0.5, "name": "bn", "flops": 0, "hbm_bytes": None},
     ]
+    whole = {
+        direction: files.benchmark(kernels=rows, direction=direction, busy_elsewhere=None, gb_per_s=1.0, saved_mib=2.0)
+        for direction in ("forward", "forward-backward")
+    }
+    whole["forward"]["stats"].update(median=1 / 3, data=[1 / 3])
+    forward, training = trimmed({"benchmarks": list(whole.values())})["benchmarks"]
+    assert forward["stats"] == {"median": 0.333333, "data": [0.33333]}
+    assert forward["extra_info"].keys() == whole["forward"]["extra_info"].keys() - {
+        "case", "gflop", "hbm_gb", "gb_per_s", "driver", "busy_elsewhere",
+    }  # fmt: skip
+    assert forward["extra_info"]["kernels"] == [
+        {
+            "path": "conv1",
+            "kind": "conv",
+            "seconds": 0.000123457,
+            "name": "a::kernel + _ours",
+            "flops": 4,
+            "hbm_bytes": 2,
+        },
+        {"path": "bn1", "kind": "bn", "seconds": 0.25},
+        {"path": "bn2", "kind": "bn", "seconds": 0.5},
+    ]
+    assert training["extra_info"]["kernels"] == [
+        {"path": "network", "kind": "conv", "seconds": 0.000123457},
+        {"path": "network", "kind": "bn", "seconds": 0.75},
+    ]
+
+
+@pytest.mark.slow
+def test_a_trimmed_file_has_the_same_report(tmp_path):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    pages = []
+    for folder, contents in (("whole", files.few()), ("small", trimmed(files.few()))):
+        path = files.write(tmp_path / "r.json", contents)
+        assert cli.main(["report", str(path), "--out", str(tmp_path / folder)]) == 0
+        pages.append((tmp_path / folder / "report.md").read_text())
+    assert pages[0] == pages[1]
 
 
 def test_trimming_twice_is_trimming_once_and_says_the_same(tmp_path):

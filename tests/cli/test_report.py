@@ -7,19 +7,16 @@ import json
 import re
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
-from helpers import results_files as files
 
+from helpers import results_files as files
 from resnet_kernels.cli import main as cli
 from resnet_kernels.cli.report import kernel_sections, plot_style, plots, sections
 from resnet_kernels.perf import read_results
-from resnet_kernels.perf.results import Ceilings
+from resnet_kernels.perf.schema import Ceilings
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
-
-OLDEST = Path(__file__).parents[1] / "data" / "results_schema_0.json"
 
 
 def report(*arguments):
@@ -100,8 +97,11 @@ def test_every_time_is_in_the_page(few):
         assert f"{1e3 * benchmark['stats']['median']:.4g}" in text
 
 
-def test_a_file_of_old_says_what_it_lacks(tmp_path):
-    assert report(OLDEST, "--out", tmp_path / "out") == 0
+def test_a_file_without_profiles_says_what_it_lacks(tmp_path):
+    over = files.benchmark("compile", parity_failure="y errs by 1.00e-02")
+    cases = [files.benchmark(batch=batch) for batch in (1, 8)] + [files.benchmark("eager", batch=1), over]
+    path = files.write(tmp_path / "r.json", files.document(cases))
+    assert report(path, "--out", tmp_path / "out") == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert text.count("Nothing to draw: the file has no times of single kernels.") == 2
     assert "Nothing to draw: the file has no network's training step" in text
@@ -200,7 +200,7 @@ def test_contenders_look_different():
 
 def test_roofline_draws_points_and_ceilings():
     points = [plots.Point("layer1", 4.0, 1e11, 0.5), plots.Point("layer2", 50.0, 3e11, 0.25)]
-    figure = plots.roofline({"eager": points, "fused": points}, Ceilings(4e11, 2e10, "measured"))
+    figure = plots.roofline({"eager": points, "fused": points}, Ceilings(0.4, 20.0, "measured"))
     for axes in figure.axes:
         offsets = [tuple(map(float, xy)) for collection in axes.collections for xy in collection.get_offsets()]
         assert offsets == [(4.0, 1e11), (50.0, 3e11)]
@@ -267,13 +267,12 @@ def test_against(fused, status, verdict, tmp_path, capsys):
 
 
 def test_against_tells_what_it_could_not_compare(tmp_path, capsys):
-    old = files.document([files.benchmark(name, schema=0, torch="2.12.0") for name in ("eager", "fused", "jax")])
+    old = files.document([files.benchmark(name, torch="2.12.0") for name in ("eager", "fused", "jax")])
     cases = [files.benchmark(name, subject=net) for name in ("eager", "fused") for net in ("resnet50", "resnet18")]
     new, old = files.write(tmp_path / "new.json", files.document(cases)), files.write(tmp_path / "old.json", old)
     report(new, "--against", old, "--out", tmp_path / "out")
     out = capsys.readouterr().out
     assert "Other versions: torch 2.12.0 then, 2.13.0 now." in out and "In new.json alone: 1 case." in out
-    assert "One file's contenders took turns, the other's did not" in out
     assert "Not in both files: model-forward-resnet50-224px-b8-fp32-cpu, jax." in out
     assert "(no estimate: fewer than three peers' changes)" in out
 

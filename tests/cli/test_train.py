@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.tiny import ENVIRONMENT, TRAIN, tiny
 from torch import nn
 from torch.nn import functional as F
 
 import resnet_kernels as rk
+from helpers.tiny import ENVIRONMENT, TRAIN, tiny
 from resnet_kernels.cli import main as cli
 from resnet_kernels.cli.train import checkpoint, command, data, loop
 from resnet_kernels.models.loss import loss_function

@@ -9,9 +9,9 @@ import types
 import numpy as np
 import pytest
 import torch
-from helpers.tiny import TRAIN
 
 import resnet_kernels as rk
+from helpers.tiny import TRAIN
 from resnet_kernels.cli import main as cli
 from resnet_kernels.cli.train import checkpoint, data, presets
 

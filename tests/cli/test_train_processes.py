@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from helpers.tiny import ENVIRONMENT, TRAIN
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.small_resnet import small_resnet
 from torch import Tensor, nn
+
+from helpers.small_resnet import small_resnet
 
 
 @pytest.fixture(scope="module")

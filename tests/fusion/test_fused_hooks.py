@@ -6,10 +6,10 @@ from collections import OrderedDict
 import pytest
 import torch
 import torch.fx
-from helpers.small_resnet import close, small_resnet
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.small_resnet import close, small_resnet
 
 
 @pytest.mark.parametrize("add_before", (True, False))

@@ -7,10 +7,10 @@ import pickle
 import pytest
 import torch
 import torch.fx
-from helpers.oracle import skip_unless_runnable
-from helpers.small_resnet import close, ran_fused, small_resnet
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
+from helpers.small_resnet import close, ran_fused, small_resnet
 
 
 def test_symbolic_trace_and_feature_extraction(model, x):

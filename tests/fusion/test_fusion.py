@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.fx
 import torch.nn.functional as F
-from helpers.oracle import assert_within_budget, skip_unless_eager_runs, skip_unless_runnable
-from helpers.small_resnet import PlainResidual, close, fused_names, ran_fused, small_resnet
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget, skip_unless_eager_runs, skip_unless_runnable
+from helpers.small_resnet import PlainResidual, close, fused_names, ran_fused, small_resnet
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, onednn
 from resnet_kernels.runtime import fused_module

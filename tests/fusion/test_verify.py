@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from helpers.oracle import skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import onednn
 from resnet_kernels.runtime.cpu import packed_conv

@@ -36,7 +36,7 @@ def benchmark(
     info = {
         "schema": 1, "case": case, "system": "torchvision", "level": level, "subject": subject, "direction": direction,
         "dtype": dtype, "batch": batch, "image_size": size, "contender": contender, "label": contender,
-        "ours": contender in OURS, "settings": "", "device": device, "device_type": platform, "driver": None,
+        "ours": contender in OURS, "settings": "", "version": "", "device": device, "device_type": platform, "driver": None,
         "torch": "2.13.0", "triton": "3.9.0", "threads": 2, "tf32": False, "parity_error": 2e-7, "parity_budget": 4.8e-7,
         "parity_failure": "", "gflop": 8.2 * batch, "hbm_gb": 0.2 * batch,
         "ceilings": {"tflop_per_s": 0.4, "gb_per_s": 20.0, "source": "measured here: a matmul, a copy"},

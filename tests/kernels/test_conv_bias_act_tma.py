@@ -5,11 +5,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from helpers.convolutions import Case, operands, truth
 from helpers.merged_shortcuts import MERGED, merge, merged_operands, name_of
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
-
 from resnet_kernels import ops
 from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.kernels.operands import ConvOperands

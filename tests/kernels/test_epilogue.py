@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from helpers.epilogues import GIVEN, operands, truth
 from helpers.oracle import DTYPES, skip_unless_runnable
 

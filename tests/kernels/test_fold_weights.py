@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from helpers.folded_weights import is_exact
 from helpers.oracle import DTYPES, skip_unless_runnable
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from helpers.convolutions import Case
 from helpers.merged_shortcuts import MERGED, Merged, merge, merged_operands, name_of
 from helpers.oracle import assert_within_budget

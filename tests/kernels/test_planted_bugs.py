@@ -6,12 +6,12 @@ import inspect
 
 import pytest
 import torch
+
 from helpers import epilogues, folded_weights
 from helpers.batch_norms import compare, vectors
 from helpers.convolutions import Case, operands, truth
 from helpers.oracle import skip_unless_runnable
 from helpers.planted import plant, planted
-
 from resnet_kernels.kernels.geometry import normalize
 from resnet_kernels.kernels.operands import ConvOperands
 

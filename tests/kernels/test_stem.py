@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
-
 from resnet_kernels.kernels.geometry import Geometry
 
 pytest.importorskip("triton", reason="Triton is not installed")

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+
 from helpers.convolutions import Case, operands, truth
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
-
 from resnet_kernels.kernels import target
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.operands import ConvOperands

@@ -8,7 +8,6 @@ from resnet_kernels.ops.library import is_dense
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from helpers.copied_operands import LAUNCHES
-
 from resnet_kernels.kernels import launching
 
 

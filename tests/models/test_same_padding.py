@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers.oracle import skip_unless_runnable
 from torch import nn
 from torch.nn import functional as F
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
 from resnet_kernels.models import Conv2dSame, MaxPool2dSame
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.models.same_padding import same_padding

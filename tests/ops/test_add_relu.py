@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.oracle import DTYPES, skip_unless_runnable
 
+from helpers.oracle import DTYPES, skip_unless_runnable
 from resnet_kernels import ops
 
 BACKENDS = ("triton", "cudnn", "cpu", "eager")

@@ -4,11 +4,11 @@ import itertools
 
 import pytest
 import torch
-from helpers.batch_norms import SETTINGS, compare, on_triton, results, vectors
-from helpers.oracle import DTYPES, error, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.batch_norms import SETTINGS, compare, on_triton, results, vectors
+from helpers.oracle import DTYPES, error, skip_unless_runnable
 from resnet_kernels.ops import batch_norm_act, reference
 
 SHAPES = (

@@ -5,11 +5,11 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers.convolutions import Case, arguments, operands, truth
-from helpers.oracle import DTYPES, assert_within_budget, skip_unless_runnable
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.convolutions import Case, arguments, operands, truth
+from helpers.oracle import DTYPES, assert_within_budget, skip_unless_runnable
 from resnet_kernels import ops
 from resnet_kernels.kernels import target
 from resnet_kernels.kernels.geometry import Geometry, normalize

@@ -1,5 +1,6 @@
 """ops/tuned_table.py and what asks it: tables are found, merged, distrusted, obeyed. The CPU plays a device with tables."""
 
+import json
 import os
 import stat
 import warnings
@@ -8,11 +9,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
+
+import resnet_kernels as rk
 from helpers.oracle import assert_within_budget, skip_unless_runnable
 from helpers.tiny import tiny
 from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
-
-import resnet_kernels as rk
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.models.random_weights import randomise_batch_norms_

@@ -9,11 +9,11 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.oracle import skip_unless_runnable
-from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
+from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
 from resnet_kernels.ops import conv_candidates, tuned_table
 from resnet_kernels.perf import timing
 from resnet_kernels.perf.tuning import autotuner, tune_model

@@ -6,13 +6,23 @@ import random
 from pathlib import Path
 
 import pytest
-from helpers import results_files as files
 
+from helpers import results_files as files
 from resnet_kernels.perf import read_results, regressions
 from resnet_kernels.perf.results import ResultsError
+from resnet_kernels.perf.schema import (
+    CaseInfo,
+    Ceilings,
+    Conditions,
+    ContenderInfo,
+    ExtraInfo,
+    Kernel,
+    Rates,
+    Spread,
+    Versions,
+)
 
 RESULTS = sorted((Path(__file__).parents[2] / "benchmarks" / "results").glob("*.json"))
-OLDEST = Path(__file__).parents[1] / "data" / "results_schema_0.json"
 
 
 def read(tmp_path, benchmarks, name="results.json", **more):
@@ -25,39 +35,47 @@ def test_the_repository_s_files_are_read(path):
     assert read.cases and all("fused" in case.contenders for case in read.cases.values())
 
 
-def test_a_file_without_the_fields_of_today():
-    read = read_results.read(OLDEST)
-    assert read.devices == {"cpu": "cpu (AVX512) Intel(R) Xeon(R) Processor, 2 threads"}
-    assert (read.date, read.commit, read.contenders) == ("2026-11-22", "920f682", ["eager", "fused", "compile"])
-    case = read.cases["model-forward-resnet50-224px-b8-fp32-cpu"]
-    assert (case.level, case.direction, case.system, case.subject) == ("model", "forward", "torchvision", "resnet50")
-    assert (case.size, case.batch, case.dtype, case.label) == (224, 8, "float32", "resnet50 224px b8 fp32")
-    assert not case.interleaved and case.best_peer() == "compile"
-    # The ratios that the file has, of interleaved rounds, and not those of the medians.
-    assert case.speed("fused", "eager") == pytest.approx(1 / case.contenders["fused"].ratios["eager"])
-    assert case.speed("fused", "compile") == case.contenders["compile"].ratios["fused"]
-    assert case.speed("compile", "fused") == pytest.approx(1 / case.contenders["compile"].ratios["fused"])
-    assert case.contenders["compile"].parity_failure and not case.contenders["fused"].parity_failure
-
-
-@pytest.mark.parametrize(
-    "name, system",
-    [
-        ("op-forward-3x3_64-56px-b1-fp32-cpu", "torchvision"),
-        ("block-forward-preact_256-56px-b1-fp32-cpu", "slim"),
-        ("block-forward-backward-residual_64-56px-b1-fp32-cpu", "d2l"),
-        ("model-forward-d2l_resnet18_keras-28px-b16-fp32-cpu", "d2l-keras"),
-        ("model-forward-resnet_v2_50-64px-b2-fp32-cpu", "slim"),
-    ],
-)
-def test_fields_from_a_case_s_name(name, system, tmp_path):
+def test_what_may_be_unknown_may_be_missing(tmp_path):
     benchmark = files.benchmark()
-    info = benchmark["extra_info"]
-    for field in ("schema", "system", "level", "subject", "direction", "image_size", "ours"):
-        del info[field]
-    benchmark["group"] = name
-    [case] = read(tmp_path, [benchmark]).cases.values()
-    assert case.system == system and f"-{case.direction}-{case.subject}-" in name and case.contenders["fused"].ours
+    for field in ("driver", "triton", "ceilings", "parity_error", "parity_budget"):
+        del benchmark["extra_info"][field]
+    read_back = read(tmp_path, [benchmark])
+    [case] = read_back.cases.values()
+    fused = case.contenders["fused"]
+    assert (
+        read_back.versions == {"torch": "2.13.0"}
+        and case.busy_elsewhere is fused.ceilings is fused.parity_error is None
+    )
+    assert (case.size, case.batch, case.dtype, case.label) == (224, 8, "float32", "resnet50 224px b8 fp32")
+
+
+def test_what_is_written_is_read(tmp_path):
+    """Every field that the reader has, under the name that the writer gives it."""
+    case = CaseInfo(
+        system="slim", level="model", subject="resnet_v2_50", direction="forward", dtype="bfloat16", batch=4,
+        image_size=32, device="cuda (Some GPU)", device_type="cuda", threads=2, busy_elsewhere=0.5,
+    )  # fmt: skip
+    versions = Versions(torch="2.13.0", triton=None, driver="580", cuda="13.0", cudnn="91900")
+    kernel = Kernel("layer1.0", "conv", 1e-3, "gemm", 1e9, 1e6, 1, "layer1.0", False)
+    contender = ContenderInfo(
+        contender="fused", label="ours", ours=True, settings="s", version="v", parity_error=0.1, parity_budget=0.2,
+        parity_failure="y errs", kernels=(kernel, kernel),
+    )  # fmt: skip
+    spread = Spread(p20=1.0, p80=3.0, interleaved_ratio_to_eager=0.5)
+    rates = Rates(
+        ceilings=Ceilings(1.0, 2.0, "measured"), roofline_share=0.25, gflop=1.0, hbm_gb=None, img_per_s=2.0, gflop_per_s=0.5,
+        tflop_per_s=5e-4, gb_per_s=None, roofline_seconds=0.5, roofline_bound="FLOP",
+    )  # fmt: skip
+    conditions = Conditions(case="c", tf32=True, input_copies=1, prepare_s=1.0, gate_s=1.0, saved_mib=None)
+    info = ExtraInfo(case, versions, contender, spread, rates, conditions).to_json()
+    entry = {"group": "c", "stats": {"median": 2.0, "data": [1.0, 2.0, 3]}, "extra_info": info}
+    found = read(tmp_path, [entry])
+    measured = found.cases["c"].contenders["fused"]
+    for part, read_back in ((case, found.cases["c"]), (contender, measured)):
+        assert vars(part).items() <= vars(read_back).items()
+    assert (measured.median, measured.samples, measured.ratios) == (2.0, (1.0, 2.0, 3), {"eager": 0.5})
+    assert measured.ceilings == rates.ceilings and measured.roofline_share == 0.25
+    assert found.versions == {"torch": "2.13.0", "driver": "580", "cuda": "13.0", "cudnn": "91900"}
 
 
 def test_ratios_are_of_rounds(tmp_path):
@@ -105,7 +123,7 @@ def _with(change):
         (_with(lambda d: d["benchmarks"][0].pop("stats")), "is damaged: 'stats' is missing"),
         (
             _with(lambda d: d["benchmarks"][0]["extra_info"].update(schema=2)),
-            "of schema version 2, known here are 0 to 1",
+            "of schema version 2, known here is 1",
         ),
         (_with(lambda d: d["benchmarks"][0]["extra_info"].update(schema="1")), "of schema version '1'"),
         (_with(lambda d: d["benchmarks"][0]["stats"].update(median=math.nan)), "a median must be a finite number"),
@@ -116,6 +134,13 @@ def _with(change):
         (_with(lambda d: d["benchmarks"][0]["extra_info"].update(device="cpu (AVX2)")), "one file from two devices"),
         (_with(lambda d: d["benchmarks"][0]["extra_info"].update(kernels=[{"name": "k"}])), "'path' is missing"),
         (_with(lambda d: d["benchmarks"][0].update(extra_info=None)), "is damaged: "),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].pop("schema")), "of schema version None"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].pop("system")), "is damaged: 'system' is missing"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(batch="8")), "is damaged: batch must be int, got '8'"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(ours=1)), "is damaged: ours must be bool, got 1"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(driver=1)), "driver must be str or null, got 1"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(kernels={})), "kernels must be a list, got {}"),
+        (_with(lambda d: d["benchmarks"][0]["extra_info"].update(roofline_share=-1)), "a rate, FLOPs or bytes must be"),
     ],
 )
 def test_a_bad_file_is_one_line(contents, message, tmp_path):
@@ -159,12 +184,10 @@ def test_a_slower_machine_is_no_regression(tmp_path):
     assert comparison.drift == pytest.approx(1.4, rel=0.05) and comparison.margin == regressions.MARGIN
 
 
-@pytest.mark.parametrize("interleaved", (True, False))
 @pytest.mark.parametrize("fused, verdict", [(1.1, "slower"), (0.9, "faster"), (1.02, "within noise")])
-def test_changes_of_ours(fused, verdict, interleaved, tmp_path):
-    more = {} if interleaved else {"schema": 0}
-    new = run_of(tmp_path, "new", fused, machine=0.8, seed=1, **more)
-    comparison = regressions.compare(new, run_of(tmp_path, "old", **more))
+def test_changes_of_ours(fused, verdict, tmp_path):
+    new = run_of(tmp_path, "new", fused, machine=0.8, seed=1)
+    comparison = regressions.compare(new, run_of(tmp_path, "old"))
     assert len(comparison.of_ours(verdict)) == 4 and comparison.controls == 4 and not comparison.missing
     for change in comparison.changes:
         expected = fused if change.ours else 1.0
@@ -204,19 +227,13 @@ def test_what_one_file_lacks_is_listed(tmp_path):
     old = run_of(tmp_path, "old", contenders=("eager", "fused", "openvino"))
     new = run_of(tmp_path, "new", contenders=("eager", "fused", "compile"))
     comparison = regressions.compare(new, old)
-    assert len(comparison.changes) == 4 and len(comparison.missing) == 8 and comparison.alike
+    assert len(comparison.changes) == 4 and len(comparison.missing) == 8
     assert "model-forward-resnet18-224px-b1-fp32-cpu, openvino" in comparison.missing
     without = [files.benchmark(name) for name in ("eager", "fused")]
     for benchmark in without:
         del benchmark["stats"]["data"]
     comparison = regressions.compare(read(tmp_path, without, "a"), read(tmp_path, without, "b"))
     assert not comparison.changes and "no samples" in comparison.missing[0]
-
-
-def test_turns_and_no_turns_are_told_apart(tmp_path):
-    old = run_of(tmp_path, "old", schema=0)
-    comparison = regressions.compare(run_of(tmp_path, "new", 1.2, seed=1), old)
-    assert not comparison.alike and len(comparison.of_ours("slower")) == 4
 
 
 def test_two_machines_do_not_compare(tmp_path):

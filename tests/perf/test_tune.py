@@ -9,12 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+
+import resnet_kernels as rk
 from helpers.oracle import runnable, skip_unless_eager_runs, skip_unless_runnable
 from helpers.tiny import tiny
 from helpers.tuned_tables import KEY, ran, small_model, table
 from helpers.tuned_tables import record as entry
-
-import resnet_kernels as rk
 from resnet_kernels.cli import main as cli
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates, error_budget, reference, tuned_table

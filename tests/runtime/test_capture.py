@@ -12,10 +12,10 @@ import weakref
 
 import pytest
 import torch
-from helpers.recorder import Recorder
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.recorder import Recorder
 
 capture = importlib.import_module("resnet_kernels.runtime.cuda_graph")
 

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget
 from resnet_kernels.models import resnet_v1
 
 pytestmark = pytest.mark.gpu

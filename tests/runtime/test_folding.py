@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from helpers.oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget, skip_unless_runnable
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import reference
 from resnet_kernels.runtime.cpu import packed_conv

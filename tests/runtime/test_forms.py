@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
+import resnet_kernels as rk
 from helpers import pretend
 from helpers.forms import cheaper, forms_of, prepared
 from helpers.oracle import assert_within_budget, skip_unless_runnable
 from helpers.stages import CHANNELS_LAST, FP16, basic_blocks, bottlenecks, d2l, preacts, run
-from torch import nn
-
-import resnet_kernels as rk
 from resnet_kernels import models
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.runtime.gpu import forms

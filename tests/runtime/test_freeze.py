@@ -7,12 +7,12 @@ import threading
 
 import pytest
 import torch
-from helpers import frozen
-from helpers.frozen import CHANGES, COPIES, REPLACED_TENSORS, THAWS, X, call, edit, is_stale, plain_model
-from helpers.oracle import skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers import frozen
+from helpers.frozen import CHANGES, COPIES, REPLACED_TENSORS, THAWS, X, call, edit, is_stale, plain_model
+from helpers.oracle import skip_unless_runnable
 from resnet_kernels.runtime import freezing
 from resnet_kernels.runtime.cpu import packed_conv
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
+
+import resnet_kernels as rk
 from helpers import frozen, pretend
 from helpers.forms import cheaper, forms_of, plan_of, prepared
 from helpers.frozen import CHANGES, COPIES, THAWS, X, call, eagers, edit, is_stale, plain_model
 from helpers.oracle import skip_unless_runnable
 from helpers.stages import CHANNELS_LAST, FP16, Net, basic_blocks, bottlenecks, d2l, preacts, run
-from torch import nn
-
-import resnet_kernels as rk
 from resnet_kernels import models
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime import freezing, state

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget, skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget, skip_unless_runnable
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import onednn

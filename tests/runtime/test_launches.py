@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget, runnable
-from helpers.stages import CHANNELS_LAST, Net, basic_blocks, bottlenecks, image, preacts, prepared, run
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget, runnable
+from helpers.stages import CHANNELS_LAST, Net, basic_blocks, bottlenecks, image, preacts, prepared, run
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime.gpu import plan as gpu_plan
 

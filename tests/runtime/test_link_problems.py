@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget
-from helpers.stages import Net, bottlenecks, image, preacts, prepared, run
-from helpers.tuned_tables import record, table
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget
+from helpers.stages import Net, bottlenecks, image, preacts, prepared, run
+from helpers.tuned_tables import record, table
 from resnet_kernels.perf.tuning import autotuner, multi_layer_problems, problems
 from resnet_kernels.runtime.gpu import plan
 from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem

@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget
-from helpers.stem_nets import Net, prepared
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget
+from helpers.stem_nets import Net, prepared
 from resnet_kernels import models
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

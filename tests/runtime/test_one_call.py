@@ -4,10 +4,10 @@ import threading
 
 import pytest
 import torch
-from helpers.oracle import skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
 from resnet_kernels.models.resnet_v1 import BasicBlock
 from resnet_kernels.ops import backends
 from resnet_kernels.runtime import checked_calls

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers.oracle import skip_unless_runnable
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
 
 
 @pytest.fixture(scope="module")

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from helpers.oracle import assert_within_budget
-from helpers.stem_nets import Net, prepared
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget
+from helpers.stem_nets import Net, prepared
 from resnet_kernels import models
 
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from helpers.oracle import DTYPES, skip_unless_runnable
-from helpers.training_steps import small_d2l, spy_on_training
 from torch import nn
 
 import resnet_kernels as rk
+from helpers.oracle import DTYPES, skip_unless_runnable
+from helpers.training_steps import small_d2l, spy_on_training
 from resnet_kernels.models import d2l, resnet_v1, resnet_v2
 from resnet_kernels.runtime import fused_module
 

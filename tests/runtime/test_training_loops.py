@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.oracle import skip_unless_runnable
-from helpers.training_steps import small_d2l, spy_on_training
 
 import resnet_kernels as rk
+from helpers.oracle import skip_unless_runnable
+from helpers.training_steps import small_d2l, spy_on_training
 
 
 def digits():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ...perf.results import CaseResults, Kernel, Results
+from ...perf.results import CaseResults, Results
+from ...perf.schema import Kernel
 from . import plot_style, plots
 from .parts import DIRECTIONS, PARTS, PROFILED, Part, Section
 

@@ -9,9 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 import resnet_kernels as rk
 
 from ...perf.regressions import Comparison
-from ...perf.results import Results
+from ...perf.results import Results, outcomes
 from .parts import Part, Section
-from .sections import outcomes
 
 GENERATOR = "resnet_kernels report"
 
@@ -111,11 +110,6 @@ def describe(comparison: Comparison) -> list[str]:
         else "no estimate: fewer than three peers' changes"
     )
     lines.append(f"A change below {comparison.margin:.1%} is noise between runs ({basis}).")
-    if not comparison.alike:
-        lines.append(
-            "One file's contenders took turns, the other's did not: caches and clocks were not the same, and part of a change "
-            "may be due to that."
-        )
     for ones, others in ((new, old), (old, new)):
         lonely = ones.cases.keys() - others.cases.keys()
         if lonely:

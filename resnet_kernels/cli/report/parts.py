@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LEVELS = {"model": "Networks", "stage": "Stages", "block": "Blocks", "op": "Operations"}
 DIRECTIONS = {"forward": "inference", "forward-backward": "training step (forward and backward)"}
 PARTS = {"conv": "convolution", "bn": "batch norm", "rest": "rest", "": "not told apart"}
 # The contenders whose kernels are drawn beside one another, if the file has them.

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ...perf.results import Ceilings
+from ...perf.results import outcome
+from ...perf.schema import Ceilings
 from .plot_style import (
     BLACK,
     BLUE,
@@ -138,12 +139,6 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     return figure
-
-
-def outcome(speed: float) -> str:
-    """Returns a ratio's word; a ratio that is written as 1.00 is level."""
-    text = f"{speed:.2f}"
-    return "level" if text == "1.00" else "faster" if speed > 1 else "slower"
 
 
 def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -> Figure:

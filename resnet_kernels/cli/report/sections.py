@@ -6,10 +6,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from ...perf.results import CaseResults, Results
+from ...perf.results import LEVELS, CaseResults, Results, outcome
 from . import plots
 from .kernel_sections import layers, roofline, training_step
-from .parts import DIRECTIONS, LEVELS, Part, Section
+from .parts import DIRECTIONS, Part, Section
 
 
 def sections(results: Results) -> list[Section]:
@@ -22,16 +22,6 @@ def sections(results: Results) -> list[Section]:
         training_step(results),
         times(results),
     ]
-
-
-def outcomes(cases: Iterable[CaseResults]) -> dict[str, int]:
-    """Counts the cases in which fused is faster than, level with and slower than the fastest peer."""
-    counts = dict.fromkeys(("faster", "level", "slower"), 0)
-    for case in cases:
-        peer = case.best_peer()
-        if peer:
-            counts[plots.outcome(case.speed("fused", peer))] += 1
-    return counts
 
 
 def best_peer(results: Results) -> Section:
@@ -49,7 +39,7 @@ def best_peer(results: Results) -> Section:
             speed = case.speed("fused", peer)
             flag = " (over its error budget)" if case.contenders[peer].parity_failure else ""
             bars.append(plots.Bar(case.label, speed, peer))
-            row = (case.label, _ms(case, "fused"), peer + flag, _ms(case, peer), f"{speed:.2f}", plots.outcome(speed))
+            row = (case.label, _ms(case, "fused"), peer + flag, _ms(case, peer), f"{speed:.2f}", outcome(speed))
             ranked.append((speed, row))
         if not bars:
             continue

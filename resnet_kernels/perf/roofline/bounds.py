@@ -18,7 +18,7 @@ How bytes are counted
     L2    What implicit GEMMs load from L2 to shared memory: a step of a BLOCK_M x BLOCK_N tile loads (BLOCK_M + BLOCK_N) *
           BLOCK_K elements, so a kernel loads m * k * ceil(n / BLOCK_N) + ceil(m / BLOCK_M) * n * k, with no loads over the
           edges of m and n. k counts every tap, so a 3x3 loads its input nine times. With tap sharing `columns`
-          neighbouring columns of pixels, a block each, share a filter row's columns + 2 input tiles and 3 weight tiles. In
+          neighboring columns of pixels, a block each, share a filter row's columns + 2 input tiles and 3 weight tiles. In
           a chain the 3x3's tile has all its channels and later products load weights only. The others load what they read
           from HBM. Left out: residuals (1.5% of ResNet-50 per layer) and stores.
 
@@ -41,7 +41,7 @@ from .network import Network, Operation
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel does at least: name, FLOPs, and bytes from and to HBM and from L2 to shared memory."""
+    """The least that a kernel does: name, FLOPs, and bytes from and to HBM and from L2 to shared memory."""
 
     name: str
     flops: int
@@ -79,7 +79,7 @@ def h200(dtype: str = "bf16") -> Machine:
     """An H200 as PyTorch sees it: 790 TFLOP/s in a bf16 matmul, 4.3 TB/s in a copy, and 8 TB/s that Hopper GEMMs draw from L2.
 
     Raises:
-        ValueError: if dtype is not bf16, fp16 or fp32.
+        ValueError: `dtype` isn't bf16, fp16 or fp32.
     """
     if dtype not in H200_FLOPS_PER_S:
         raise ValueError(f"dtype must be one of {', '.join(H200_FLOPS_PER_S)}, got {dtype!r}")
@@ -103,7 +103,9 @@ class Tiling:
         from_inside: its input is in shared memory already. whole_width: a tile has all output channels.
         """
         gemm = operation.gemm
-        taps, block_m = gemm.taps, self.block_m
+        assert gemm is not None
+        taps: float = gemm.taps
+        block_m = self.block_m
         if gemm.kernel_size == (3, 3) and {*gemm.stride, *gemm.dilation} == {1}:
             # A filter row needs columns + 2 input tiles for `columns` tiles of the output: at 1 that is all nine taps.
             taps = 3 * (self.columns + 2) / self.columns
@@ -132,9 +134,11 @@ def per_layer(
     merged_shortcut: bool = False,
     stem_with_pool: bool = False,
 ) -> list[Kernel]:
-    """A kernel for each convolution with its BN, add and ReLU.
+    """Returns a kernel for each convolution with its BN, add and ReLU.
 
     Args:
+        net: The network.
+        tiling: Tiles of its GEMMs.
         itemsize: bytes of an element.
         merged_shortcut: a projection is a second loop of the kernel that adds it.
         stem_with_pool: a max-pool is in the kernel of the convolution before it.
@@ -156,9 +160,11 @@ def chained(
     across_stages: bool = False,
     max_width: int | None = None,
 ) -> list[Kernel]:
-    """Stem with pool, and a kernel for each 3x3 -> 1x1 + add + ReLU -> the next block's first 1x1.
+    """Returns the stem with its pool, and a kernel for each 3x3 -> 1x1 + add + ReLU -> the next block's first 1x1.
 
     Args:
+        net: The network.
+        tiling: Tiles of its GEMMs.
         itemsize: bytes of an element.
         merged_shortcut: a projection is a second loop of the kernel that adds it.
         across_stages: chain into the first 1x1 of a stage as well. A stage is a run of blocks of one width.
@@ -195,11 +201,11 @@ def _kernel(group: Group, net: Network, itemsize: int, tiling: Tiling) -> Kernel
             else:
                 reads[value] = max(elements, reads.get(value, 0))
     writes = sum(o.elements for value, o in own.items() if net.readers[value] > read_inside[value])
-    products = [operation for operation in group.operations if operation.gemm]
+    products = [(operation, operation.gemm) for operation in group.operations if operation.gemm]
     loads = 0 if products else sum(reads.values())
-    for product in products:
+    for product, _ in products:
         maker = own.get(product.reads[0][0])
         loads += tiling.loads(product, maker is not None and maker.kind != "pad", product is group.head)
-    hbm_elements = sum(reads.values()) + writes + sum(product.gemm.weights for product in products)
-    flops = sum(product.gemm.flops for product in products)
+    hbm_elements = sum(reads.values()) + writes + sum(gemm.weights for _, gemm in products)
+    flops = sum(gemm.flops for _, gemm in products)
     return Kernel(group.name, flops, itemsize * hbm_elements, itemsize * loads)

@@ -56,7 +56,8 @@ def count(model: nn.Module, x: Tensor, backend: str | None = None) -> list[Kerne
         raise ValueError(f'backend must be "auto", "triton" or None, got {backend!r}')
     if backend is not None and (reason := backends.why_not("triton", "cuda", torch.float32)) is not None:
         raise RuntimeError(f"counting the launches of a fused model {reason}")
-    model = copy.deepcopy(model).to("meta", x.dtype, memory_format=torch.channels_last).eval()
+    model = copy.deepcopy(model).to("meta", x.dtype)
+    model = model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     x = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=torch.channels_last)
     recorder = _Recorder()
     with torch.no_grad(), _gpu(recorder) if backend else contextlib.nullcontext():

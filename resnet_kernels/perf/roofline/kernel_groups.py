@@ -1,4 +1,4 @@
-"""Which operations of a network run as one kernel: layers with their epilogues, and what larger kernels hold.
+"""Grouping of a network's operations into kernels: layers with their epilogues, and what larger kernels hold.
 
 Each function takes and gives groups in an order in which they can run. It asks only who reads a value, so a block may have
 any class and any names.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .network import Network, Operation
+from .network import Gemm, Network, Operation
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,18 @@ class Group:
         return name
 
     @property
+    def gemm(self) -> Gemm | None:
+        """The GEMM of its convolution, None if it has none."""
+        return self.conv.gemm if self.conv else None
+
+    @property
     def output(self) -> int:
+        """The value that its last operation makes."""
         return self.operations[-1].writes
 
     @property
     def kinds(self) -> set[str]:
+        """Kinds of its operations."""
         return {operation.kind for operation in self.operations}
 
     @property
@@ -85,6 +92,12 @@ def _takes(group: Group, kind: str) -> bool:
     return last in before.get(kind, ())
 
 
+def _replaced(groups: Sequence[Group], merged: dict[int, Group | None]) -> list[Group]:
+    """Groups with those replaced that make a value of `merged`; None leaves the group out."""
+    new = (merged.get(group.output, group) for group in groups)
+    return [group for group in new if group is not None]
+
+
 _POINTWISE = ("bn", "relu", "add", "pad")
 
 
@@ -117,44 +130,44 @@ def pointwise(net: Network) -> list[Group]:
 def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
     """Puts a projection into the kernel that adds it: two loops, one accumulator."""
     adders = {value: group for group in groups if group.conv for value in group.residuals if net.readers[value] == 1}
-    merged = {}
+    merged: dict[int, Group | None] = {}
     for group in groups:
         adder = adders.get(group.output)
         if group.conv and adder and not group.kinds & {"relu", "add"}:
             merged[adder.output] = Group((*group.operations, *adder.operations), adder.conv)
             merged[group.output] = None
-    return [group for old in groups if (group := merged.get(old.output, old))]
+    return _replaced(groups, merged)
 
 
 def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
     """Puts a max-pool into the kernel of the convolution before it."""
     makers = {group.output: group for group in groups}
-    merged = {}
+    merged: dict[int, Group | None] = {}
     for group in groups:
         before = makers.get(group.input)
         if group.kinds == {"max_pool"} and before and before.conv and net.readers[before.output] == 1:
             merged[group.output] = Group((*before.operations, *group.operations), before.conv)
             merged[before.output] = None
-    return [group for old in groups if (group := merged.get(old.output, old))]
+    return _replaced(groups, merged)
 
 
 def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width: int | None) -> list[Group]:
     """Makes one kernel of 3x3 -> 1x1 + add and, if there is one, the next block's first 1x1 (see roofline.chained).
 
-    All between two 3x3s is pointwise, so a tile of pixels goes through without a neighbour's.
+    All between two 3x3s is pointwise, so a tile of pixels goes through without a neighbor's.
     """
     makers = {group.output: group for group in groups}
-    merged = {}
+    merged: dict[int, Group | None] = {}
     for second in groups:
         first = makers.get(second.input)
         if not (
             _is_pointwise(second)
             and "add" in second.kinds
             and first
-            and first.conv
-            and first.conv.gemm.taps > 1
+            and first.gemm
+            and first.gemm.taps > 1
             and net.readers[first.output] == 1
-            and first.conv.gemm.n <= (max_width or math.inf)
+            and first.gemm.n <= (max_width or math.inf)
         ):
             continue
         parts = [first, second]
@@ -163,7 +176,7 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
             norm = makers.get(third.input)
             norms = [norm] if norm and norm.conv is None and "bn" in norm.kinds else []
             starts_block = _is_pointwise(third) and "relu" in third.kinds and "add" not in third.kinds
-            of_stage = starts_block and (across_stages or third.conv.gemm.n == first.conv.gemm.n)
+            of_stage = starts_block and (across_stages or (third.gemm and third.gemm.n) == first.gemm.n)
             if of_stage and [*norms, third][0].input == second.output:
                 parts += [*norms, third]
                 break
@@ -172,8 +185,8 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
         operations = tuple(operation for part in parts for operation in part.operations)
         # In the second's place: what it adds is there, and others may read its sum before the third runs.
         merged[second.output] = Group(operations, first.conv, first.conv)
-    return [group for old in groups if (group := merged.get(old.output, old))]
+    return _replaced(groups, merged)
 
 
 def _is_pointwise(group: Group) -> bool:
-    return group.conv is not None and group.conv.gemm.is_pointwise
+    return group.gemm is not None and group.gemm.is_pointwise

@@ -1,4 +1,4 @@
-"""What a network computes for one batch, as data: its operations, the values that they read and write, and FLOPs.
+"""A network's work on one batch, as data: its operations, the values that they read and write, and FLOPs.
 
 The network runs once on the meta device under a dispatch mode that writes each ATen operation down, so any PyTorch module
 that runs there can be seen, whatever its forward looks like; nothing is computed and no weight is needed. reader.py sees a
@@ -53,6 +53,7 @@ class Gemm:
 
     @property
     def taps(self) -> int:
+        """Pixels of the kernel."""
         return math.prod(self.kernel_size)
 
     @property
@@ -104,20 +105,20 @@ class Network:
 
 
 def trace(model: nn.Module, x: Tensor) -> Network:
-    """Runs a copy of a model in eval mode on the meta device and returns what it did.
+    """Runs a copy of a model in eval mode on the meta device and returns its operations.
 
     Args:
         model: any module of one tensor; it is left as it is.
         x: (N, ...), only its shape and dtype matter.
 
     Raises:
-        ValueError: if the model runs a transposed convolution, or no convolution and no matrix product at all.
+        ValueError: The model runs a transposed convolution, or no convolution and no matrix product at all.
     """
     # The copy gets hooks of ours and loses its numbers.
     model = copy.deepcopy(model).to("meta").eval()
     mode = _Tracer(model)
     x = x.to("meta")
-    mode.value_of(x, make=True)
+    mode.make_value(x)
     with torch.no_grad(), mode:
         y = model(x)
     if all(operation.gemm is None for operation in mode.operations):
@@ -146,13 +147,16 @@ class _Tracer(TorchDispatchMode):
     def _leave(self, *_) -> None:
         self.path.pop()
 
-    def value_of(self, tensor: Tensor, make: bool = False) -> int | None:
-        """The value that a tensor holds, a new one if asked for; None for a constant that no operation made."""
-        if make:
-            self.kept.append(tensor.untyped_storage())
-            self.values[_storage(tensor)] = self.n_values
-            self.n_values += 1
+    def value_of(self, tensor: Tensor) -> int | None:
+        """Returns the value that a tensor holds; None for a constant that no operation made."""
         return self.values.get(_storage(tensor))
+
+    def make_value(self, tensor: Tensor) -> int:
+        """Returns a new value that a tensor holds from now on."""
+        self.kept.append(tensor.untyped_storage())
+        value = self.values[_storage(tensor)] = self.n_values
+        self.n_values += 1
+        return value
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -167,10 +171,10 @@ class _Tracer(TorchDispatchMode):
 
     def _write_down(self, kind: str, args: tuple, inputs: list[Tensor], out: Tensor) -> None:
         # Before the output's: an in-place operation reads the old value of what it writes.
-        reads = [(self.value_of(t), t.numel()) for t in inputs if _storage(t) not in self.parameters]
-        reads = [(value, n) for value, n in reads if value is not None]
+        activations = [(self.value_of(t), t.numel()) for t in inputs if _storage(t) not in self.parameters]
+        reads = [(value, n) for value, n in activations if value is not None]
         if not reads:
-            self.value_of(out, make=True)  # zeros or an arange: no work on the image
+            self.make_value(out)  # zeros or an arange: no work on the image
             return
         gemm = None
         if kind == "conv":
@@ -186,7 +190,7 @@ class _Tracer(TorchDispatchMode):
         path, module = self.path[-1] if self.path else ("", self.model)
         alone = not module._modules and kind != "pad"
         name = path if alone and path else f"{path}.{kind}".lstrip(".")
-        self.operations.append(Operation(name, kind, tuple(reads), self.value_of(out, make=True), out.numel(), gemm))
+        self.operations.append(Operation(name, kind, tuple(reads), self.make_value(out), out.numel(), gemm))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +76,7 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
     """Checks and times a problem's candidates.
 
     Args:
+        problem: The problem.
         seconds: to spend on timing, all candidates together; the checks and, on a GPU, compiling come on top.
         samples: keep every sample, and not only median, p20 and p80.
 
@@ -83,9 +85,9 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
         Times are in seconds a call.
 
     Raises:
-        DeviceLost: a candidate broke the GPU; the record then has no winner.
+        DeviceLost: A candidate broke the GPU; the record then has no winner.
     """
-    record = {
+    record: dict[str, Any] = {
         "key": problem.key,
         "batch": problem.batch,
         "dtype": tuned_table.dtype_name(problem.dtype),
@@ -103,8 +105,8 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
         except torch.OutOfMemoryError as error:
             record["failed"] = f"{error}"[:500]
             return record
-        calls = {
-            name: (lambda run=problem.candidates[name]: run(*operands))
+        calls: dict[str, Callable[[], object]] = {
+            name: partial(problem.candidates[name], *operands)
             for name, row in record["candidates"].items()
             if "refused" not in row
         }
@@ -137,7 +139,7 @@ def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) 
     """Fills record["candidates"] in: error and budget of each, and why it is refused.
 
     Raises:
-        DeviceLost: if a candidate has left the GPU in a state in which nothing runs any more.
+        DeviceLost: A candidate has left the GPU in a state in which nothing runs any more.
     """
     truth = as_tuple(problem.reference(*operands))
     eager = as_tuple(problem.eager(*operands))
@@ -153,12 +155,12 @@ def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) 
                 # The allocator hands the same memory out again: NaN there, and not the last candidate's right values.
                 torch.full_like(oracle, math.nan, dtype=problem.dtype)
             outputs = as_tuple(run(*operands))
-            _synchronise(problem.device)
+            _synchronize(problem.device)
             row.update(_judge(outputs, truth, budgets, problem.dtype))
         except Exception as error:
             row["refused"] = f"{type(error).__name__}: {error}"[:500]
             try:
-                _synchronise(problem.device)
+                _synchronize(problem.device)
             except RuntimeError as lost:
                 row["refused"] += " (and the GPU with it)"
                 raise DeviceLost(f"{name} on {problem}: {lost}", record) from error
@@ -176,7 +178,9 @@ def _judge(outputs: tuple, truth: tuple, budgets: list[float], dtype: torch.dtyp
     # `not <=`: NaN is over any budget, and an eager result that overflows is none.
     worst = max(range(len(errors)), key=lambda i: (not errors[i] <= budgets[i], errors[i] / budgets[i]))
     # JSON knows no NaN.
-    row = {what: x if math.isfinite(x) else None for what, x in (("error", errors[worst]), ("budget", budgets[worst]))}
+    row: dict[str, Any] = {
+        what: x if math.isfinite(x) else None for what, x in (("error", errors[worst]), ("budget", budgets[worst]))
+    }
     if not errors[worst] <= budgets[worst] < math.inf:
         row["refused"] = f"errs by {errors[worst]:.2e}, more than {budgets[worst]:.2e}"
     return row
@@ -187,7 +191,7 @@ def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -208,11 +212,11 @@ def glance(call: Callable[[], object], device: torch.device) -> float:
     """Seconds of one call, the best of two rounds of three: enough to tell a factor of 3, not to choose a winner."""
     rounds = []
     for _ in range(2):
-        _synchronise(device)
+        _synchronize(device)
         begin = time.perf_counter()
         for _ in range(3):
             call()
-        _synchronise(device)
+        _synchronize(device)
         rounds.append((time.perf_counter() - begin) / 3)
     return min(rounds)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -39,8 +39,8 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
         1: asked.shortcut.x_shape(batch) if asked.shortcut else output_shape(asked.conv3, batch),
     }
     results = [y, z] if asked.conv1 else [y]
-    convs = {makes[role]: conv for role, conv in convs.items()}
-    return _problem_of_parts(asked, Link(**parts).parts, convs, inputs, results, batch, dtype, device, calls)
+    made = {makes[role]: conv for role, conv in convs.items()}
+    return _problem_of_parts(asked, Link(**parts).parts, made, inputs, results, batch, dtype, device, calls)
 
 
 def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
@@ -56,8 +56,8 @@ def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: tor
 def _problem_of_parts(
     asked: LinkProblem | StemProblem,
     parts: Sequence[Part],
-    convs: dict[int, ConvProblem],
-    inputs: dict[int, tuple[int, ...]],
+    convs: Mapping[int, ConvProblem],
+    inputs: Mapping[int, tuple[int, ...]],
     results: Sequence[int],
     batch: int,
     dtype: torch.dtype,
@@ -69,7 +69,15 @@ def _problem_of_parts(
     Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
 
     Args:
-        convs: by the value that each makes. inputs: shapes of the values that no part makes. results: values to compare.
+        asked: The problem.
+        parts: Its layers, in order.
+        convs: The convolutions, by the value that each makes.
+        inputs: Shapes of the values that no part makes.
+        results: Values to compare.
+        batch: Images.
+        dtype: The dtype of the activations.
+        device: The device to measure on.
+        calls: How often the model has this problem.
     """
     shapes = multi_layer.shapes_of(parts, inputs, dtype)
     flops = sum(2 * math.prod(shapes[out]) * math.prod(conv.weight_shape[1:]) for out, conv in convs.items())

@@ -33,16 +33,16 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
         op = torch.ops.resnet_kernels.batch_norm_act.default
         return lambda *tensors: run(lambda *arguments: op(*arguments, backend)[0], *tensors)
 
-    def run(normalise, x, residual, weight, bias, mean, var, dy):
+    def run(run_norm, x, residual, weight, bias, mean, var, dy):
         settings = (asked.training, 0.1, 1e-5, asked.relu)
         if not asked.training:
-            return normalise(x, residual, weight, bias, mean, var, *settings)
+            return run_norm(x, residual, weight, bias, mean, var, *settings)
         with torch.enable_grad():
             leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
             given = iter(leaves)
             x, residual, weight, bias = (None if t is None else next(given) for t in (x, residual, weight, bias))
             # Copies, or each call would start from other running statistics.
-            y = normalise(x, residual, weight, bias, mean.clone(), var.clone(), *settings)
+            y = run_norm(x, residual, weight, bias, mean.clone(), var.clone(), *settings)
             return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
     names = ["eager"]

@@ -33,11 +33,12 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[H
     """What a model asks a table for, and how often: in inference, or in a training step for BN, add and ReLU.
 
     Args:
-        model: is fused in a copy, and that is run once on x.
+        model: A copy of it is fused and run once on x.
         x: a batch of images, at least 2 of them for training; their size counts, not how many there are.
+        training: Whether to note a training step's problems.
 
     Raises:
-        ValueError: if RESNET_KERNELS_BACKEND decides everything already.
+        ValueError: RESNET_KERNELS_BACKEND decides everything already.
     """
     if backends.requested("auto") != "auto":
         raise ValueError(f"{backends.ENVIRONMENT_VARIABLE} must not be set: with it no table is asked")

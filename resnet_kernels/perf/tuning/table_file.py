@@ -29,7 +29,7 @@ class Table:
         """Reads what is there.
 
         Raises:
-            ValueError: if that is no table of this device.
+            ValueError: The file is no table of this device.
         """
         self.path, self.key = path, key
         try:
@@ -48,7 +48,7 @@ class Table:
         """Adds a record, or puts it in an older one's place, and writes the file.
 
         Raises:
-            OSError: if the file can't be written; then it is as before.
+            OSError: The file can't be written; then it is as before.
         """
         self.records[_identity(record)] = record
         lines = ",\n".join(json.dumps(record) for _, record in sorted(self.records.items()))

@@ -1,11 +1,7 @@
-"""tune: measures the layers of a model in the user's own process, and writes a table that `auto` runs by at once.
+"""Tuning a model's layers in the user's own process; `auto` runs by the new table at once.
 
-`measure` is the way that rk.tune and the command line share: problems one after another, dearest first, within a budget; each
-record is written as soon as it is there, so whoever stops it keeps what was measured, and the next call goes on from there.
-
-    problems.py    which problems a model has, and their candidates
-    autotuner.py      one problem -> one record
-    table_file.py      a device's records in a file
+rk.tune and the command line share `measure`: it measures problems one after another, dearest first, within a budget. Each
+record is written as soon as it is there, so an interrupted run keeps its records and the next call goes on from there.
 """
 
 from __future__ import annotations
@@ -13,15 +9,13 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ...fusion.report import table
 from ...graph import fusible
 from ...ops import cudnn, tuned_table
 from ...ops.dtypes import autocast_dtype
@@ -30,69 +24,10 @@ from ...runtime.gpu import multi_layer
 from ...runtime.state import state_of, states_in
 from . import autotuner, problems, table_file
 from .autotuner import Problem
+from .tune_result import TunedLayer, TuneResult
 
 # Per problem: rounds enough for some dozen candidates of some 0.3 ms.
 SECONDS_EACH = 2.0
-
-
-@dataclass(frozen=True)
-class TunedLayer:
-    """One layer, or several that could share a launch, at one batch size.
-
-    layer: its shapes, as the table's key has them. candidates: how many ways to run it there are; refused: how many of them
-    gave wrong numbers or failed. winner: the fastest that is right; None if none is, or if memory did not suffice.
-    seconds: the winner's, in a CUDA graph where there are graphs. gain: how many times as fast as what runs without a table;
-    1 where that won; None where there is no telling, as nothing won or what would run gives wrong numbers.
-    """
-
-    layer: str
-    batch: int
-    candidates: int
-    refused: int
-    winner: str | None
-    seconds: float | None
-    gain: float | None
-
-
-@dataclass(frozen=True)
-class TuneResult:
-    """Layers in the order in which they were measured, the dearest first; `print` it for a table.
-
-    path: the table's file, None where there was nothing to tune; reason: why not. known: how many layers these versions had
-    measured before. left: how many the time did not suffice for.
-    """
-
-    layers: tuple[TunedLayer, ...] = ()
-    path: Path | None = None
-    known: int = 0
-    left: int = 0
-    reason: str = ""
-
-    def __iter__(self) -> Iterator[TunedLayer]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-    def __str__(self) -> str:
-        if self.reason:
-            return f"nothing to tune: {self.reason}"
-        cells = [
-            (
-                row.layer,
-                str(row.batch),
-                f"{row.candidates} ({row.refused} refused)" if row.refused else str(row.candidates),
-                row.winner or "none",
-                "" if row.seconds is None else f"{1e6 * row.seconds:.1f}",
-                "" if row.gain is None else f"{row.gain:.2f}x",
-            )
-            for row in self.layers
-        ]
-        measured = len(self.layers) - self.known
-        lines = [f"{measured} problems measured, {self.known} known already: {self.path}"]
-        if self.left:
-            lines.append(f"{self.left} were left when the time was up: tuning again goes on")
-        return "\n".join((table(("layer", "batch", "candidates", "winner", "us", "gain"), cells), *lines))
 
 
 def tune(
@@ -116,9 +51,10 @@ def tune(
         on a CPU, for a model in which no block is fused, or one that was fused for another backend than "auto".
 
     Raises:
-        TypeError, ValueError: an argument that is none of the above; no home directory for the table, or a file in its place
-            that is no table of this device.
-        RuntimeError: inside the capture of a CUDA graph, or when a candidate broke the GPU, which is passed over next time.
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is none of the above, there is no home directory for the table, or the file in its place is
+            no table of this device.
+        RuntimeError: A CUDA graph is being captured, or a candidate broke the GPU; it is passed over next time.
     """
     _check(model, x, training, seconds)
     model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
@@ -138,6 +74,7 @@ def _tune(model: nn.Module, x: Tensor, training: bool, seconds: float | None, pr
     dtype = _dtype(model, x)
     noted = problems.note(model, x, training=training)
     key = tuned_table.device_key(x.device)
+    assert key is not None, "_why_nothing has seen a device with candidates"
     with torch.autocast(x.device.type, enabled=False):
         own = problems.build(noted, [x.shape[0]], dtype, x.device)
         if not any(len(problem.candidates) > 1 for problem in own):
@@ -163,13 +100,15 @@ def measure(
 
     Args:
         layers: problems by the name of their model; what two models share is measured once.
+        file: The device's table.
+        progress: Shows a bar on stderr.
         training: adds a record for each whole model, which says whether it trains on our kernels.
         deadline: by time.perf_counter(); None for SECONDS_EACH a problem.
         again: also measures what these versions have measured already.
         samples: keeps all samples, and not only medians, p20 and p80.
 
     Raises:
-        RuntimeError: when a candidate broke the GPU; the file has it.
+        RuntimeError: A candidate broke the GPU; the file has it.
     """
     todo = {(problem.key, problem.batch): problem for own in layers.values() for problem in own}
     records = {
@@ -210,7 +149,7 @@ def default_path(key: tuned_table.DeviceKey) -> Path:
     return directory / key.file_name
 
 
-def _check(model: object, x: object, training: bool, seconds: float | None) -> None:
+def _check(model: nn.Module, x: Tensor, training: bool, seconds: float | None) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if not eligibility.is_ordinary(x):
@@ -260,7 +199,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _shown(queue: Sequence[Problem], progress: bool) -> Iterator[Problem]:
+def _shown(queue: Sequence[Problem], progress: bool) -> Generator[Problem, None, None]:
     """The queue; on stderr, if asked for, what is being measured and how much is left."""
     if not progress:
         yield from queue
@@ -291,8 +230,9 @@ def _sum_up(
     """A record a model and batch, if all its layers were measured: what `ops.tuned.trains` reads."""
     for whole, own in layers.items():
         for batch in dict.fromkeys(problem.batch for problem in own):
-            mine = [(p.calls, records.get((p.key, p.batch))) for p in own if p.batch == batch]
-            if all(record is not None for _, record in mine):
+            asked = [p for p in own if p.batch == batch]
+            if all((p.key, p.batch) in records for p in asked):
+                mine = [(p.calls, records[p.key, p.batch]) for p in asked]
                 file.put(problems.training_record(whole, mine))
 
 
