@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,10 @@ class ModuleRunner:
 
         return forward_backward if self.backward else forward
 
-    def read(self, operands: Operands, returned: object) -> list[Tensor]:
-        return [leaf.grad for leaf in self._leaves(operands)] if self.backward else [returned]
+    def read(self, operands: Operands, returned: Any) -> list[Tensor]:
+        if not self.backward:
+            return [returned]
+        return [leaf.grad for leaf in self._leaves(operands) if leaf.grad is not None]
 
     def saved_bytes(self, operands: Operands) -> int:
         """The bytes of all tensors that a forward pass keeps for its backward, parameters and input left out."""
@@ -129,7 +131,7 @@ class GraphRunner:
 
         return replay
 
-    def read(self, operands: Operands, returned: object) -> list[Tensor]:
+    def read(self, operands: Operands, returned: Any) -> list[Tensor]:
         return [tensor.clone() for tensor in returned]
 
 

@@ -26,6 +26,7 @@ import copy
 import importlib.util
 import io
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,7 +62,8 @@ class Compile(Contender):
         # All cases of a model share its forward's code, and past eight graphs of a piece of code Dynamo runs it eagerly.
         dynamo.config.fail_on_recompile_limit_hit = True
         # A copy: freezing takes the parameters for constants.
-        runner = _CompiledRunner(torch.compile(copy.deepcopy(workload.eager), **options), workload.case.backward)
+        compiled: Any = torch.compile(copy.deepcopy(workload.eager), **options)
+        runner = _CompiledRunner(compiled, workload.case.backward)
         # Compiled here. Not torch.compile's option: Dynamo asks the configuration, too, whether parameters are constants, and
         # as an option alone it costs this peer a quarter of its speed.
         with inductor_config.patch(freezing=freezing):
@@ -70,7 +72,7 @@ class Compile(Contender):
 
 
 class _CompiledRunner(ModuleRunner):
-    saved_bytes = None  # hooks on saved tensors would be compiled, too, and be another graph than the timed one
+    saved_bytes: None = None  # type: ignore[assignment]  # hooks on saved tensors would be compiled, too, and be another graph than the timed one
 
 
 class CompileMax(Compile):
@@ -200,7 +202,9 @@ def _onnx(workload: Workload) -> bytes:
     x = workload.operands.inputs[0].contiguous()
     file = io.BytesIO()
     with torch.no_grad():
-        torch.onnx.export(workload.eager, (x,), dynamo=True, verbose=False).save(file)
+        program = torch.onnx.export(workload.eager, (x,), dynamo=True, verbose=False)
+        assert program is not None  # dynamo=True
+        program.save(file)  # type: ignore[arg-type]  # a file object will do
     return file.getvalue()
 
 

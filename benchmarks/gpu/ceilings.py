@@ -8,6 +8,7 @@ l2_tma   the same by TMA, in boxes as large as an operand's of a convolution
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,7 +107,12 @@ def _time(call, device: torch.device, seconds: float, dry: bool) -> Timing:
     return interleave({"": call}, seconds=0 if dry else seconds, device=device)[""]
 
 
-CEILINGS = {"copy": copy, "matmul": matmul, "l2": l2, "l2_tma": partial(l2, by_tma=True)}
+CEILINGS: dict[str, Callable[[torch.device, float, bool], dict[str, Any]]] = {
+    "copy": copy,
+    "matmul": matmul,
+    "l2": l2,
+    "l2_tma": partial(l2, by_tma=True),
+}
 
 
 class View(NamedTuple):

@@ -132,7 +132,7 @@ def training(name: str, backend: str, autocast: bool) -> Result:
         with torch.autocast(DEVICE, BF16, enabled=enabled):
             y = module(x)
         (y.double() * weights.double()).sum().backward()
-        gradients = torch.cat([p.grad.double().flatten() for p in module.parameters()])
+        gradients = torch.cat([p.grad.double().flatten() for p in module.parameters() if p.grad is not None])
         return gradients, torch.cat([b.double().flatten() for b in module.buffers()])
 
     truths = step(copy.deepcopy(model).double(), x.double(), False)

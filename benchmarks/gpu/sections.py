@@ -31,14 +31,13 @@ def compile_candidate(asked: Hashable, batch: int, name: str) -> dict[str, Any]:
     """Compiles what a candidate would launch; in a worker process, for the cache on disk."""
     from triton.runtime.jit import JITFunction
 
-    if not getattr(JITFunction.run, "only_compiles", False):
-        launch = JITFunction.run
+    if not hasattr(JITFunction, "launching_run"):
+        JITFunction.launching_run = JITFunction.run
 
-        @functools.wraps(launch)
+        @functools.wraps(JITFunction.run)
         def run(self, *arguments, grid, warmup, **options):
-            return launch(self, *arguments, grid=grid, warmup=True, **options)
+            return self.launching_run(*arguments, grid=grid, warmup=True, **options)
 
-        run.only_compiles = True
         JITFunction.run = run
     start, error = time.monotonic(), None
     try:

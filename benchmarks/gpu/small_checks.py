@@ -95,10 +95,9 @@ def bn_scale_shift() -> Result:
         pairs = table.split(*table.launch())
         for (weight, bias, mean, var, conv_bias), e, (scale, shift) in zip(layers, eps, pairs):
             one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-            weight, bias, conv_bias = one if weight is None else weight, bias if bias is not None else zero, conv_bias
-            conv_bias = zero if conv_bias is None else conv_bias
-            true_scale = weight.double() / (var.double() + e).sqrt()
-            true_shift = bias.double() + (conv_bias.double() - mean.double()) * true_scale
+            true_scale = (one if weight is None else weight).double() / (var.double() + e).sqrt()
+            centered = (zero if conv_bias is None else conv_bias).double() - mean.double()
+            true_shift = (zero if bias is None else bias).double() + centered * true_scale
             worst = max(relative_error(scale, true_scale), relative_error(shift, true_shift))
             if not worst < 3e-7:
                 return {"refused": f"{dtype}: errs by {worst:.1e}"}

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,8 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
     reads = dict(conv2=0, shortcut=1, conv3=hidden if asked.conv2 else 0, conv1=normed if asked.norm else y)
     makes = dict(conv2=hidden, shortcut=projected, conv3=y, conv1=z)
     convs = {role: conv for role, conv in zip(multi_layer.ROLES, asked) if isinstance(conv, ConvProblem)}
-    draw, parts = Draw(dtype, device), {}
+    draw = Draw(dtype, device)
+    parts: dict[str, Any] = {}
     for role, conv in convs.items():
         residual = None if role != "conv3" else projected if asked.shortcut else 1
         step = ConvStep(role, None, conv.relu, reads[role], makes[role], residual)

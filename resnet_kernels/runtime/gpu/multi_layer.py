@@ -13,7 +13,7 @@ that gains.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -262,7 +262,9 @@ def why_not(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dt
     )  # fmt: skip
 
 
-def shapes_of(parts: Sequence[Part], inputs: dict[int, Sequence[int]], dtype: torch.dtype) -> dict[int, Sequence[int]]:
+def shapes_of(
+    parts: Sequence[Part], inputs: Mapping[int, Sequence[int]], dtype: torch.dtype
+) -> dict[int, Sequence[int]]:
     """The shapes of all values by number, computed from the shapes of the inputs.
 
     Args:
