@@ -11,6 +11,7 @@ import subprocess
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from resnet_kernels.kernels.target import allows_tf32
 from resnet_kernels.perf import profiling, schema
 from resnet_kernels.perf.ceilings import ceilings as measured_ceilings
 from resnet_kernels.perf.roofline import bounds as roofline_bounds
@@ -62,7 +63,7 @@ def versions(device: torch.device) -> Versions:
 def tf32(device: torch.device) -> bool:
     """Returns whether PyTorch's convolutions of float32 may run in TF32 on a device."""
     # torch.backends.cudnn.conv is an object that PyTorch's types don't mention.
-    return device.type == "cuda" and torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return device.type == "cuda" and allows_tf32(torch.float32)
 
 
 def _driver() -> str | None:

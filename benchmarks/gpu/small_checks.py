@@ -87,13 +87,13 @@ def bn_scale_shift() -> Result:
     for dtype in (torch.float32, torch.float16, BF16):
         layers: list[tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None]] = []
         for channels in (7, 64, 2048):
-            weight, bias, mean, conv_bias = (torch.randn(channels, device=DEVICE).to(dtype) for _ in range(4))
-            layers.append((weight, bias, mean, torch.rand(channels, device=DEVICE).to(dtype) + 0.1, conv_bias))
+            gamma, beta, mean, added = (torch.randn(channels, device=DEVICE).to(dtype) for _ in range(4))
+            layers.append((gamma, beta, mean, torch.rand(channels, device=DEVICE).to(dtype) + 0.1, added))
         layers[1] = (None, None, *layers[1][2:4], None)
         eps = (1e-5, 1e-3, 1e-5)
         table = kernel.Layers(layers, eps)
         pairs = table.split(*table.launch())
-        for (weight, bias, mean, var, conv_bias), e, (scale, shift) in zip(layers, eps, pairs):
+        for (weight, bias, mean, var, conv_bias), e, (scale, shift) in zip(layers, eps, pairs, strict=True):
             one, zero = torch.ones_like(mean), torch.zeros_like(mean)
             true_scale = (one if weight is None else weight).double() / (var.double() + e).sqrt()
             centered = (zero if conv_bias is None else conv_bias).double() - mean.double()

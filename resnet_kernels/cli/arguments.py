@@ -72,7 +72,7 @@ def model_for(options: argparse.Namespace) -> nn.Module:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = build(options.model).to(device, getattr(torch, options.dtype))
     # PyTorch's stubs of Module.to lack memory_format.
-    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types want more
     return randomise_batch_norms_(model.eval(), options.seed)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from ..graph import reader
@@ -25,21 +23,15 @@ def fuse_block_(module: nn.Module, backend: str = "auto") -> nn.Module:
     return module
 
 
-class _BuiltFused(nn.Module):
-    """Mixin of the blocks below: it fuses a block at the end of its constructor.
-
-    A norm_layer, a downsample or a subclass may hold what is not fused. Such a block runs as plain PyTorch and says so once.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        try:
-            fuse_block_(self)
-        except CannotRead as reason:
-            say_runs_eager(f"{type(self).__name__} was built unfused: {reason}")
+def _fuse_if_readable(block: nn.Module) -> None:
+    # A norm_layer, a downsample or a subclass may hold what is not fused. Such a block runs as plain PyTorch and says so once.
+    try:
+        fuse_block_(block)
+    except CannotRead as reason:
+        say_runs_eager(f"{type(block).__name__} was built unfused: {reason}")
 
 
-class BasicBlock(_BuiltFused, resnet_v1.BasicBlock):
+class BasicBlock(resnet_v1.BasicBlock):
     """torchvision's BasicBlock, fused: two 3x3 convolutions; same signature, attributes, errors and state_dict keys.
 
     x: (N, inplanes, H, W), floating point -> (N, planes, H / stride, W / stride) in x's dtype.
@@ -61,8 +53,22 @@ class BasicBlock(_BuiltFused, resnet_v1.BasicBlock):
     Source: He et al. 2016 (arXiv:1512.03385), figure 5 left.
     """
 
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: resnet_v1.NormLayer | None = None,
+    ):
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        _fuse_if_readable(self)
 
-class Bottleneck(_BuiltFused, resnet_v1.Bottleneck):
+
+class Bottleneck(resnet_v1.Bottleneck):
     """torchvision's Bottleneck (v1.5: the stride is on the 3x3), fused: same signature, attributes and state_dict keys.
 
     x: (N, inplanes, H, W), floating point -> (N, 4 * planes, H / stride, W / stride) in x's dtype.
@@ -80,8 +86,22 @@ class Bottleneck(_BuiltFused, resnet_v1.Bottleneck):
     Source: He et al. 2016 (arXiv:1512.03385), figure 5 right.
     """
 
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int = 1,
+        downsample: nn.Module | None = None,
+        groups: int = 1,
+        base_width: int = 64,
+        dilation: int = 1,
+        norm_layer: resnet_v1.NormLayer | None = None,
+    ):
+        super().__init__(inplanes, planes, stride, downsample, groups, base_width, dilation, norm_layer)
+        _fuse_if_readable(self)
 
-class Residual(_BuiltFused, d2l.Residual):
+
+class Residual(d2l.Residual):
     """d2l's Residual block, fused: two 3x3 convolutions with bias, and optionally a 1x1 shortcut without BN.
 
     x: (N, input_channels, H, W), floating point -> (N, num_channels, ceil(H / strides), ceil(W / strides)) in x's dtype.
@@ -94,13 +114,26 @@ class Residual(_BuiltFused, d2l.Residual):
         tf_padding: whether padding, BN and weights are those of the Keras text.
 
     Raises:
-        TypeError, ValueError: if a size or a stride is no int of at least 1.
+        TypeError: if a size or a stride is no int.
+        ValueError: if one is below 1.
 
     Source: Zhang et al., d2l.ai, section 8.6.
     """
 
+    def __init__(
+        self,
+        input_channels: int,
+        num_channels: int,
+        use_1x1conv: bool = False,
+        strides: int = 1,
+        *,
+        tf_padding: bool = False,
+    ):
+        super().__init__(input_channels, num_channels, use_1x1conv, strides, tf_padding=tf_padding)
+        _fuse_if_readable(self)
 
-class PreactBottleneck(_BuiltFused, resnet_v2.PreactBottleneck):
+
+class PreactBottleneck(resnet_v2.PreactBottleneck):
     """slim's bottleneck_v2, fused: BN and ReLU come before the convolutions, and nothing follows the add.
 
     x: (N, in_channels, H, W), floating point -> (N, depth, ceil(H / stride), ceil(W / stride)) in x's dtype.
@@ -112,7 +145,12 @@ class PreactBottleneck(_BuiltFused, resnet_v2.PreactBottleneck):
         stride: stride of the 3x3 convolution and of the shortcut.
 
     Raises:
-        TypeError, ValueError: if an argument is no int of at least 1.
+        TypeError: if an argument is no int.
+        ValueError: if an argument is below 1.
 
     Source: He et al. 2016, "Identity Mappings in Deep Residual Networks" (arXiv:1603.05027), figure 1(b).
     """
+
+    def __init__(self, in_channels: int, depth: int, depth_bottleneck: int, stride: int = 1):
+        super().__init__(in_channels, depth, depth_bottleneck, stride)
+        _fuse_if_readable(self)

@@ -161,11 +161,11 @@ def _named_calls(model: nn.Module | None) -> Iterator[None]:
         with record_function(profiler_ranges.PREFIX + path):
             return original(self, *args, **kwargs)
 
-    nn.Module.__call__ = named_call  # type: ignore[method-assign]
+    nn.Module.__call__ = named_call  # type: ignore[method-assign]  # patched on purpose
     try:
         yield
     finally:
-        nn.Module.__call__ = original  # type: ignore[method-assign]
+        nn.Module.__call__ = original  # type: ignore[method-assign]  # patched on purpose
 
 
 class _Place(NamedTuple):

@@ -135,7 +135,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     kinds = get_args(hint) or (hint,)
     for kind in kinds:
         if is_dataclass(kind) and isinstance(value, dict):
-            return _part(kind, value)  # type: ignore[arg-type]
+            return _part(kind, value)  # type: ignore[arg-type]  # `kind` is a dataclass here
         # bool is an int to Python, and no number here.
         if type(value) is kind or (kind is float and type(value) is int):
             return value

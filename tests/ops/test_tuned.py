@@ -79,15 +79,10 @@ def test_a_fake_tensor_on_a_gpu_that_is_not_here():
     assert not tuned_table.covers(torch.device("cuda", 0), torch.float32)
 
 
-def test_the_tables_are_in_the_package(monkeypatch):
-    import runpy
-
-    import setuptools
-
-    given = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: given.update(arguments))
-    runpy.run_path(str(Path(__file__).parents[2] / "setup.py"))
-    assert "tuned/*.json" in given["package_data"]["resnet_kernels"]
+def test_the_tables_are_in_the_package():
+    pyprojecttoml = pytest.importorskip("setuptools.config.pyprojecttoml", reason="needs setuptools")
+    given = pyprojecttoml.read_configuration(Path(__file__).parents[2] / "pyproject.toml", expand=False)
+    assert "tuned/*.json" in given["tool"]["setuptools"]["package-data"]["resnet_kernels"]
 
 
 def test_of_two_equally_near_the_larger(write):

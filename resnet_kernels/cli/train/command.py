@@ -157,7 +157,7 @@ def _build(
     if processes.size > 1 and processes.device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     # PyTorch's stubs of Module.to lack memory_format.
-    model.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model.to(processes.device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types want a device, too
     blocks = len(rk.fuse_(model, backend=options.backend).fused) if options.fused else 0
     return model, blocks
 

@@ -25,7 +25,7 @@ def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
     module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
     if not conv.geometry.symmetric:
         # Read by the runtime as Conv2dSame's method.
-        module.same_padding = lambda *size: padding  # type: ignore[assignment]
+        module.same_padding = lambda *size: padding  # type: ignore[assignment]  # a stand-in for a method
     return module
 
 
