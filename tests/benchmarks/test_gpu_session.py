@@ -173,7 +173,9 @@ def test_tests_that_were_cut_off_count_as_far_as_they_went():
 
 
 def test_the_gpus_tests_are_found():
-    names = {path.name for path in (ROOT / "tests").rglob("test_*.py") if gpu_session._FOR_GPUS.search(path.read_text())}
+    names = {
+        path.name for path in (ROOT / "tests").rglob("test_*.py") if gpu_session._FOR_GPUS.search(path.read_text())
+    }
     assert {"test_conv_bias_act.py", "test_conv_bias_act_tma.py", "test_parity.py", "test_batch_norm_act.py"} <= names
     assert "test_cli.py" not in names
 

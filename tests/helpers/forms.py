@@ -9,7 +9,7 @@ from torch import nn
 import resnet_kernels as rk
 from helpers.stages import CHANNELS_LAST, run
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime.gpu import forms
+from resnet_kernels.runtime.gpu import forms, launches
 from resnet_kernels.runtime.gpu import plan as gpu_plan
 
 
@@ -48,7 +48,7 @@ def forms_of(net, batch, dtype, size=224, layout=CHANNELS_LAST, channels=3, free
         patch.setattr(gpu_plan.Plan, "__init__", init)
         for kind in ("constants.LiveConstants", "frozen_constants.FrozenConstants"):
             patch.setattr(f"resnet_kernels.runtime.gpu.{kind}.read", lambda constants: _Anything())
-        patch.setattr(gpu_plan, "convolve_as", _shape_only)
+        patch.setattr(launches, "convolve_as", _shape_only)
         run(fused, x)
     return found
 
@@ -60,5 +60,5 @@ class _Anything(dict):
 
 def _shape_only(part, form, values, constants, backend):
     x = values[part.step.x]
-    shape = gpu_plan._geometry(part, x).out_shape(x.shape, part.conv.weight.shape)
+    shape = launches._geometry(part, x).out_shape(x.shape, part.conv.weight.shape)
     values[part.step.out] = torch.empty(shape, dtype=x.dtype, device="meta").contiguous(memory_format=CHANNELS_LAST)

@@ -11,7 +11,7 @@ from helpers.oracle import assert_within_budget
 from helpers.stages import Net, bottlenecks, image, preacts, prepared, run
 from helpers.tuned_tables import record, table
 from resnet_kernels.perf.tuning import autotuner, multi_layer_problems, problems
-from resnet_kernels.runtime.gpu import plan
+from resnet_kernels.runtime.gpu import launches
 from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
 
 FP16 = torch.float16
@@ -68,13 +68,13 @@ def test_a_wrong_launch_can_not_win(links_of, device, monkeypatch):
     problem = multi_layer_problems.link_problem(asked, 2, FP16, device)
     result = autotuner.measure(problem, 0.01)
     assert result["winner"] in problem.candidates and not any("refused" in r for r in result["candidates"].values())
-    original = plan.chain
+    original = launches.chain
 
     def wrong(link, values, *rest):
         original(link, values, *rest)
         values[link.conv3.step.out] *= 1.01
 
-    monkeypatch.setattr(plan, "chain", wrong)
+    monkeypatch.setattr(launches, "chain", wrong)
     result = autotuner.measure(problem, 0.01)
     assert result["winner"] == "apart" and "errs by" in result["candidates"]["conv2+conv3"]["refused"]
 

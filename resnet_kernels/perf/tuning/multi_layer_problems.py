@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...graph.recipe import CallStep, ConvStep, NormStep
 from ...ops.conv_candidates import ConvProblem
-from ...runtime.gpu import multi_layer, plan
+from ...runtime.gpu import launches, multi_layer
 from ...runtime.gpu.constants import Constants
 from ...runtime.gpu.multi_layer import APART, Link, LinkProblem, Stem, StemProblem
 from ...runtime.parts import CallPart, ConvPart, NormPart, Part, scale_shift
@@ -107,7 +107,7 @@ def _problem_of_parts(
             if part.step.out in chosen and isinstance(part, NormPart)
         }
         values, vectors = dict(values), vectors | norms
-        for launch in plan.in_order(own, chosen):
+        for launch in launches.in_order(own, chosen):
             launch.run(values, vectors, backend)
         return tuple(values[value] for value in results)
 
