@@ -11,29 +11,22 @@ import sys
 from pathlib import Path
 
 import pytest
-from compile_kernels import (
-    BATCH_NORM_KERNELS,
+
+from helpers.compile_cases import (
     CHAIN_KERNEL,
     EPILOGUE_KERNEL,
     FOLD_KERNEL,
-    FP16_TARGET,
-    KIB,
-    PLANTED_TARGETS,
     SHARING_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
-    TARGETS,
     TMA_KERNEL,
-    TMA_TARGET,
-    Target,
-    chain_label,
-    describe,
-    find_cuobjdump,
     label,
-    overwritten_operands,
-    stem_label,
-    table,
 )
+from helpers.compile_cases_batch_norm import BATCH_NORM_KERNELS
+from helpers.compile_cases_links import chain_label, stem_label
+from helpers.compile_targets import FP16_TARGET, KIB, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
+from helpers.compiled import find_cuobjdump, overwritten_operands
+from helpers.compiled_table import describe, table
 
 pytestmark = pytest.mark.compile_only
 

@@ -1,0 +1,109 @@
+"""Cases of Hopper's links: the chain of a bottleneck's convolutions, and the stem with its max-pool."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from helpers.compile_cases import (
+    CHAIN_KERNEL,
+    STEM_KERNEL,
+    STEM_PACK_KERNEL,
+    Case,
+    descriptor_type,
+    kernel_named,
+    specialize,
+)
+from resnet_kernels.kernels.geometry import Geometry
+
+
+def chain_cases(everything: bool) -> list[Case]:
+    """Every kind of chain at 56x56 and 28x28: batch 256 and 1, v1 and v2, both strides, and channels that fill no block.
+
+    Without `everything`, one case of each kind, and one of each combination that leads to another loop.
+    """
+    from resnet_kernels.kernels.sm90.chain_layout import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
+
+    cases: dict[object, Case] = {}
+    names = kernel_named(CHAIN_KERNEL).arg_names
+    for kind, less, preact, stride, batch in itertools.product(CONFIGS, (0, 32), (False, True), (1, 2), (256, 1)):
+        width, c_next, c_shortcut = (channels and channels - less for channels in kind)
+        if preact and not c_next:
+            continue
+        c_out, size = 4 * kind.width, 56 * 64 // kind.width
+        geometry, step = Geometry((stride, stride), (1, 1, 1, 1)), Geometry((stride, stride))
+        x_shape = (batch, width, size * stride, size * stride)
+        conv2, conv3, following = (width, width, 3, 3), (c_out, width, 1, 1), (c_next, c_out, 1, 1) if c_next else None
+        projection = (c_out, c_shortcut, 1, 1) if c_shortcut else None
+        branch = ShortcutShape((batch, c_shortcut or c_out, *x_shape[2:]), projection, step)
+        # The input itself, at stride 1, is an ordinary residual.
+        shortcut = branch if projection or stride == 2 else None
+        assert why_not(x_shape, conv2, geometry, conv3, torch.bfloat16, shortcut, following) is None
+        todo = plan(x_shape, conv2, geometry, c_out, shortcut, following, (True, not preact, True))
+        arguments, aligned, constants = specialize(todo.integers)
+        absent: tuple[str, ...] = () if projection else ("shortcut_scale_desc", "shortcut_shift_desc")
+        absent += () if preact else ("norm_scale_desc", "norm_shift_desc")
+        pointers = ("scale2_ptr", "shift2_ptr", *(("scale1_ptr", "shift1_ptr") if following else ()))
+        for dtype in ("bf16", "fp16") if everything else ("bf16",):
+            boxes = {
+                name: ("fp32" if name in BLOCK_VECTORS else dtype, view.box)
+                for name, view in todo.views.items()
+                if name not in absent
+            }
+            types = {n: descriptor_type(t, box) for n, (t, box) in boxes.items()}
+            types |= dict.fromkeys(pointers, "*fp32") | arguments
+            given = constants | todo.constants
+            config = todo.config
+            what = f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
+            case = Case(
+                CHAIN_KERNEL, chain_label(kind, CONFIGS[kind]), dtype, what, config.num_warps, config.num_stages, types,
+                aligned, {name: given.get(name) for name in names if name not in types},
+            )  # fmt: skip
+            for key in [repr(case)] if everything else [kind, (less, preact, stride, projection is None)]:
+                cases.setdefault(key, case)
+    return list({repr(case): case for case in cases.values()}.values())
+
+
+def chain_label(kind, config) -> str:
+    """The name of a chain's configuration: its kind and its tile. It is the same for steps of 32 and 64 input channels."""
+    stages = f"s{config.num_stages}/{config.tail_stages}"
+    return f"{'-'.join(map(str, kind))} {config.block_m}x{config.block_c} w{config.num_warps} {stages}"
+
+
+def stem_cases() -> list[Case]:
+    """Every configuration of Hopper's stem, and the kernel that packs its image and weight."""
+    from resnet_kernels.kernels.sm90 import stem_layout
+
+    cases: dict[str, Case] = {}
+    # One image; a batch of the usual size; images of an odd size, with fewer output channels.
+    sizes = ((1, 224, 64), (256, 224, 64), (8, 301, 48))
+    for dtype, (batch, size, c_out), config in itertools.product(("fp16", "bf16"), sizes, stem_layout.CONFIGS):
+        todo = stem_layout.plan((batch, 3, size, size), c_out, 132, config)
+        arguments, aligned, constants = specialize(todo.integers)
+        types = dict.fromkeys(("w_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32")
+        types["x"] = descriptor_type(dtype, todo.windows.box) if config.descriptor else "*" + dtype
+        constants |= dict(
+            BLOCK_W=config.block_w, BLOCK_C=stem_layout.BLOCK_C, DESCRIPTOR=config.descriptor, UPCAST=False
+        )  # fmt: skip
+        case = Case(
+            STEM_KERNEL, stem_label(config), dtype, f"{batch} x {size} x {size} to {c_out}", config.num_warps,
+            config.num_stages, types | arguments, aligned, constants,
+        )  # fmt: skip
+        cases.setdefault(repr(case), case)
+    names = kernel_named(STEM_PACK_KERNEL).arg_names
+    for image, normalize in (("fp32", False), ("bf16", True), ("u8", True)):
+        types = dict(x_ptr="*" + image, packed_ptr="*bf16", w_ptr="*bf16", packed_w_ptr="*bf16")
+        types |= {name: "fp32" for name in names if name.startswith(("mean", "std"))}
+        given = dict(NORMALIZE=normalize, UNIT=image == "u8", BLOCK=stem_layout.PACK_BLOCK)
+        types |= {name: "i32" for name in names if name not in types | given}
+        layer = f"from {image}{', normalized' if normalize else ''}"
+        cases[layer] = Case(
+            STEM_PACK_KERNEL, str(stem_layout.PACK_BLOCK), "bf16", layer, stem_layout.PACK_WARPS, 3, types, (), given
+        )  # fmt: skip
+    return list(cases.values())
+
+
+def stem_label(config) -> str:
+    """The name of a stem's configuration."""
+    return f"{config.block_w} w{config.num_warps} s{config.num_stages}{' descriptor' if config.descriptor else ''}"
