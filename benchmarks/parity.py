@@ -17,7 +17,7 @@ from resnet_kernels.ops import error_budget
 
 @dataclass(frozen=True)
 class Gate:
-    """Parity of a contender with fp64. failure: the tensor that exceeds its budget and by how much, or ""."""
+    """Parity of a contender with fp64: relative norm error, its budget, and the failing tensor with the reason, or ""."""
 
     error: float
     budget: float

@@ -193,7 +193,7 @@ class Workload:
 
     @functools.cached_property
     def gated(self) -> tuple[Operands, ...]:
-        """Operands for the gate; in inference of models more are added, up to GATE_IMAGES images.
+        """Operands for the gate; in inference of models more are added, to make at least GATE_IMAGES images.
 
         A single image's ten probabilities are too few numbers: eager's error on them, which sets the budget, is a matter of
         luck.
