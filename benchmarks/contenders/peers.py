@@ -14,11 +14,10 @@ used, ResNet-18 (batch 2, 64x64), medians of time / time after its own kind of t
     ONNX Runtime          1.08              1.46              1.03            1.13
     OpenVINO              1.08              1.45              1.04            1.27
 
-ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's
-own threads do spin, for 4 to 8 ms after a parallel region (GNU OpenMP's default), and slow the others down by more than these
-slow eager. So in cases where a contender has threads of its own, uncounted calls of the same contender come before each
-counted call, for LEAD_IN_SECONDS. The rest of the effect slows everybody but eager, OpenVINO most, in this network of few
-milliseconds a call.
+ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's own threads
+do spin, for 4 to 8 ms after a parallel region (GNU OpenMP's default), and slow the others down by more than these slow eager.
+So in cases where a contender has threads of its own, uncounted calls of the same contender come before each counted call, for
+LEAD_IN_SECONDS. The rest of the effect slows everybody but eager, OpenVINO most, in this network of few milliseconds a call.
 """
 
 from __future__ import annotations
