@@ -103,8 +103,8 @@ def profile(
 
     Args:
         call: one step, called without arguments: a forward, or a forward and a backward.
-        model: the model, plain or fused, whose paths name the ranges. None makes no ranges: for a compiled model, whose modules
-            are not called, or a captured one.
+        model: the model, plain or fused, whose paths name the ranges. None makes no ranges: for a compiled model, whose
+            modules are not called, or a captured one.
         device: where the work is done, CPU or CUDA. Seconds are those of kernels on CUDA, of operations on the CPU.
         steps: Number of steps to average over, at least 1.
         warm_up: Number of steps before them, at least 1.

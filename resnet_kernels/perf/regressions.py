@@ -7,8 +7,8 @@ Eager is the control: nothing of this package runs in it. A change counts if it 
                     which assumes no distribution. Intervals of several medians are joined by MOVER (Zou and Donner 2008,
                     "Construction of confidence limits about effect measures").
     between runs    The margin is 3%, or two standard deviations of the peers' changes, if that is more. Peers of one version
-                    don't contain this package, so their changes between the runs are noise. The standard deviation is 1.48 times
-                    the median magnitude, which is robust. Fewer than three changes give no estimate.
+                    don't contain this package, so their changes between the runs are noise. The standard deviation is 1.48
+                    times the median magnitude, which is robust. Fewer than three changes give no estimate.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class Kernel:
 
     path: module or fused step that it works for, "" outside of any. kind: "conv", "bn" or "rest". seconds: time in one call.
     name: the kernel's, or several joined by " + ". flops, hbm_bytes: its least work and traffic, None if unknown.
-    call: the number of this call of `path`, from 0. layer: the same for eager and fused, "" if none or unknown. backward: whether
-    it ran in a backward.
+    call: the number of this call of `path`, from 0. layer: the same for eager and fused, "" if none or unknown. backward:
+    whether it ran in a backward.
     """
 
     path: str

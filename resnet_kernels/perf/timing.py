@@ -143,7 +143,7 @@ def interleave(
 def ratio(a: Timing, b: Timing) -> float:
     """Returns the median over the rounds of a's time / b's; below 1, a is faster.
 
-    It isn't the ratio of the medians: a disturbance of a whole round cancels in the round's ratio. Errors are those of `ratios`.
+    It isn't the ratio of the medians: a disturbance of a whole round cancels in its ratio. Errors are those of `ratios`.
     """
     return statistics.median(ratios(a, b))
 

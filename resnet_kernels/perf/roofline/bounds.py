@@ -15,15 +15,15 @@ How bytes are counted
           once: overlapping windows and a second read inside the kernel hit a cache. Pixels that a kernel skips (a strided
           1x1) don't count. Weights count once per kernel. Every element has the dtype's size, the image's included. Left
           out are vectors of a number per channel (bias, BN), the indices that eager's max-pool also writes, workspaces.
-    L2    Loads of implicit GEMMs from L2 to shared memory count: a step of a BLOCK_M x BLOCK_N tile loads (BLOCK_M + BLOCK_N) *
+    L2    Loads of implicit GEMMs from L2 to shared memory: a step of a BLOCK_M x BLOCK_N tile loads (BLOCK_M + BLOCK_N) *
           BLOCK_K elements, so a kernel loads m * k * ceil(n / BLOCK_N) + ceil(m / BLOCK_M) * n * k, with no loads over the
           edges of m and n. k counts every tap, so a 3x3 loads its input nine times. With tap sharing `columns`
           neighboring columns of pixels, a block each, share a filter row's columns + 2 input tiles and 3 weight tiles. In
           a chain the 3x3's tile has all its channels and later products load weights only. Other kernels load from L2 as
           much as from HBM. Left out are residuals (1.5% of ResNet-50 per layer) and stores.
 
-tests/test_roofline.py compares these counts with limits that were worked out by hand beforehand. Chains of wide stages are
-only limits: 128 pixels by 512 channels of fp32 accumulators are a multiprocessor's 256 KiB of registers; hence max_width.
+tests/perf/test_roofline.py compares these counts with limits that were worked out by hand beforehand. Chains of wide stages
+are only limits: 128 pixels by 512 channels of fp32 accumulators are a multiprocessor's 256 KiB of registers; hence max_width.
 
 Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model".
 """
@@ -107,7 +107,7 @@ class Tiling:
         taps: float = gemm.taps
         block_m = self.block_m
         if gemm.kernel_size == (3, 3) and {*gemm.stride, *gemm.dilation} == {1}:
-            # A filter row needs columns + 2 input tiles for `columns` tiles of the output: with columns = 1 that is all nine taps.
+            # A filter row needs columns + 2 input tiles for `columns` tiles of the output; one column loads all nine taps.
             taps = 3 * (self.columns + 2) / self.columns
             block_m *= self.columns
         block_n = 64 if gemm.n <= 64 else self.block_n

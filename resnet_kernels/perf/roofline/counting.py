@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if func.namespace == "resnet_kernels":
-            # Our ops record their own launches.
+            # The recorder stays on inside our op, so that it sees the op's launches.
             with self:
                 return getattr(import_module(f"resnet_kernels.ops.{name}"), f"_{name}")(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -183,7 +183,7 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
         for part in parts:
             merged[part.output] = None
         operations = tuple(operation for part in parts for operation in part.operations)
-        # The chain stands at the second's place: its residual exists by then, and others may read its sum before the third runs.
+        # The chain stands at the second's place: its residual exists by then, and others may read its sum before the third.
         merged[second.output] = Group(operations, first.conv, first.conv)
     return _replaced(groups, merged)
 

@@ -129,7 +129,7 @@ def trace(model: nn.Module, x: Tensor) -> Network:
 
 
 class _Tracer(TorchDispatchMode):
-    """Recorder of operations. A value is a storage between two writes, so views and in-place operations need no special case."""
+    """Recorder of operations. A value is a storage between two writes: views and in-place operations are no special case."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

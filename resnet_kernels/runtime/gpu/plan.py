@@ -31,15 +31,15 @@ from .forms import Form
 from .frozen_constants import FrozenConstants
 from .multi_layer import Link, Stem
 
-# By the number of the value that a convolution, or a BN in a link, makes.
+# Keys are the numbers of the values that a convolution, or a BN in a link, makes.
 AllConstants = dict[int, Constants]
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A step, or a link of several.
+    """Launch of a step, or of a link of several.
 
-    parts: the step or the link's. run: computes their values and adds them. frees: the values that nobody needs afterwards.
+    parts: the step's part or the link's. run: computes their values and stores them. frees: values that are dead afterwards.
     """
 
     parts: tuple[Part, ...]
@@ -53,7 +53,7 @@ class Launch:
 
 
 def run_part(part: Part, values: Values, constants: AllConstants, backend: str) -> Tensor:
-    """One part on the op for its kind."""
+    """Runs one part with the op for its kind."""
     if isinstance(part, CallPart):
         return run_steps.call(part, values, backend)
     x, residual = values[part.step.x], run_steps.residual_of(part, values)
@@ -70,7 +70,7 @@ def _run_alone(part: Part, values: Values, constants: AllConstants, backend: str
 
 
 def convolve_as(part: ConvPart, form: Form, values: Values, constants: AllConstants, backend: str) -> None:
-    """A convolution in a form that was chosen beforehand."""
+    """Runs a convolution in the form that was chosen for it."""
     step, x = part.step, values[part.step.x]
     (scale, shift, _), weight = constants[step.out], _weight(part, x, constants)
     residual = run_steps.residual_of(part, values)
@@ -89,7 +89,7 @@ def convolve_as(part: ConvPart, form: Form, values: Values, constants: AllConsta
 
 
 def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
-    """A projection and the convolution that adds it: kernels/sm90/conv.py."""
+    """Runs a projection and the convolution that adds it: kernels/sm90/conv.py."""
     from ...kernels.sm90 import conv as kernel
 
     assert link.shortcut is not None
@@ -105,7 +105,7 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
 
 
 def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
-    """From a bottleneck's 3x3 into the next one's first 1x1: kernels/sm90/chain.py."""
+    """Runs a bottleneck's 3x3 up to the next block's first 1x1: kernels/sm90/chain.py."""
     from ...kernels.sm90 import chain as kernel
 
     assert link.conv2 is not None and link.conv3.step.residual is not None
@@ -133,7 +133,7 @@ def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> 
 
 
 def stem_and_pool(link: Stem, values: Values, constants: AllConstants, backend: str) -> None:
-    """A network's first convolution and its max-pool: kernels/sm90/stem.py."""
+    """Runs a network's first convolution and its max-pool: kernels/sm90/stem.py."""
     from ...kernels.sm90 import stem as kernel
 
     x = values[link.conv.step.x]
@@ -152,7 +152,7 @@ def _geometry(part: ConvPart, x: Tensor) -> Geometry:
 def in_order(
     parts: Sequence[Part], chosen: dict[int, Link | Stem], in_form: dict[int, Form] | None = None
 ) -> list[Launch]:
-    """Parts one by one, but for those of the links.
+    """Returns a launch for each part, and one for each link's parts together.
 
     Args:
         parts: steps that follow each other.
@@ -181,11 +181,11 @@ class Plan:
     """Launches in the order in which they can run.
 
     Args:
-        modules: of each block.
-        recipes: of each block.
-        states: of each block.
+        modules: modules of each block.
+        recipes: recipe of each block.
+        states: state of each block.
         x: the input of the first block, in the dtype of the convolutions.
-        backend: resolved.
+        backend: the resolved backend.
     """
 
     def __init__(
@@ -204,7 +204,7 @@ class Plan:
         in_form = forms.choose(self.parts, self.result, chosen, x, backend, frozen)
         launches = in_order(self.parts, chosen, in_form)
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
-        # With the name that profilers show.
+        # Each with the name that profilers show.
         self.launches = [
             (
                 " -> ".join(map(label, launch.parts)),
@@ -226,7 +226,7 @@ class Plan:
         self.constants = FrozenConstants(live, states, modules, x.device) if frozen else live
 
     def is_of(self, modules: Sequence[LiveModules]) -> bool:
-        """Whether these are the modules, with the settings, that it was made for."""
+        """Whether the plan was made for these modules with their present settings."""
         return (
             len(modules) == len(self._modules)
             and all(a is b for a, b in zip(modules, self._modules))
@@ -248,7 +248,7 @@ class Plan:
         del x
         for _, launch in profiler_ranges.around(self.launches, ""):
             launch.run(values, constants, backend)
-            # Dead values go at once: peak memory is eager's.
+            # Dead values are freed at once, so that peak memory is eager's.
             for dead in launch.frees:
                 del values[dead]
         return values[self.result]
@@ -269,7 +269,7 @@ class Plan:
 
 
 def run_traced(recipe: Recipe, modules: LiveModules, x: Tensor, backend: str) -> Tensor:
-    """Runs a recipe step by step, without a plan: torch.compile can look through that."""
+    """Runs a recipe step by step, without a plan, which torch.compile can trace."""
 
     def run(part: Part, values: Values) -> Tensor:
         constants = {}
@@ -284,9 +284,9 @@ def parts_of(modules: Sequence[LiveModules], recipes: Sequence[Recipe], paths: S
     """The parts of blocks that follow each other, with values numbered through.
 
     Args:
-        modules: of each block.
-        recipes: of each block.
-        paths: of each block, for profilers.
+        modules: modules of each block.
+        recipes: recipe of each block.
+        paths: path of each block, for profilers.
 
     Returns:
         The parts, and the number of the last block's output.
