@@ -21,7 +21,7 @@ class Neighbours:
 
     @staticmethod
     def _now() -> tuple[float, float] | None:
-        """(wall seconds, CPU seconds of all other processes); None without /proc/stat."""
+        """Reads (wall seconds, CPU seconds of all other processes); None without /proc/stat."""
         try:
             fields = _STAT.read_text().split("\n")[0].split()[1:]
         except OSError:

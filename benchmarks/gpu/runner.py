@@ -69,7 +69,7 @@ class Child:
 
 @dataclass
 class Runner:
-    """Forks children, several at a time, and collects their lines."""
+    """Process pool that forks children, several at a time, and collects their lines."""
 
     out: Path
     end: float
@@ -129,8 +129,8 @@ class Runner:
         del alive[child.pipe]
         _, status = os.waitpid(child.pid, 0)
         if child.at < len(child.job.checks):
-            signalled = f" (signal {os.WTERMSIG(status)})" if os.WIFSIGNALED(status) else f" ({status})"
-            self.deny(child.job.checks[child.at], why + signalled)
+            signaled = f" (signal {os.WTERMSIG(status)})" if os.WIFSIGNALED(status) else f" ({status})"
+            self.deny(child.job.checks[child.at], why + signaled)
             if child.at + 1 < len(child.job.checks):
                 waiting.appendleft((child.job, child.at + 1))
 

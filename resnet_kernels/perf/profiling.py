@@ -207,10 +207,10 @@ def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[Kern
                 calls[range_] += 1
             continue
         place = around if around.operation else _enter(event, around, forward_of)
-        # Somebody else's range is no operation, but a compiled model's kernels may run inside it.
+        # A range that is not ours is no operation, but a compiled model's kernels may run inside it.
         places[id(event)] = place._replace(operation="") if event.is_user_annotation else place
         if not place.backward:
-            # Of operations with one sequence number the last to begin is the one whose gradient has it.
+            # The last operation to begin with a sequence number is the one whose gradient has that number.
             forward_of[event.thread, event.sequence_nr] = place
         if on_cuda and not event.is_user_annotation:
             for kernel in event.kernels:
@@ -259,7 +259,7 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
     layer_of = {operation: layer for layer in layers for operation in layer.operations}
     least = dict(zip(net.operations, bounds.eager(net, itemsize)))
     least_of_layer = dict(zip(layers, bounds.per_layer(net, itemsize)))
-    # In training a step's convolution, among others, is a module call of its own; the rest of the step runs fused after it.
+    # Training calls a step's convolution, among others, as a module; the rest of the step runs fused after it.
     steps = [range_ for range_ in n_calls if "+" in range_ and _path(range_) not in n_calls]
     firsts = {range_: [_operations(net, range_, call, n_calls) for call in range(n_calls[range_])] for range_ in steps}
     swallowed = {o for calls in firsts.values() for own in calls if own for o in layer_of[own[0]].operations}

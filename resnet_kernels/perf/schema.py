@@ -171,7 +171,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class ExtraInfo:
-    """Whole `extra_info` of one benchmark, in parts."""
+    """All parts of one benchmark's `extra_info`."""
 
     case: CaseInfo
     versions: Versions

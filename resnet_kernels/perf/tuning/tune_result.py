@@ -15,8 +15,8 @@ class TunedLayer:
 
     layer: its shapes, as in the table's key. candidates: number of candidates; refused: number of them that gave wrong numbers
     or failed. winner: the record's winner; None if no candidate is right, or memory did not suffice. seconds: the winner's
-    time, in a CUDA graph where there are graphs. gain: the default's time over the winner's; 1 if the default won, None if nothing won or
-    the default gives wrong numbers.
+    time, in a CUDA graph where there are graphs. gain: the default's time over the winner's; 1 if the default won,
+    None if nothing won or the default gives wrong numbers.
     """
 
     layer: str

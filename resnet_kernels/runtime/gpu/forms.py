@@ -27,7 +27,7 @@ from .multi_layer import Link, Stem
 
 @dataclass(frozen=True)
 class Form:
-    """How one convolution runs.
+    """Form in which one convolution runs.
 
     name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size. run: the candidate.
     folds: the weight and the bias come from the launch that folds all weights of a plan.
