@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu.checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, checks every kernel for failures.
+"""python -m benchmarks.gpu.checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1 checks every kernel for failures.
 
 A parent that never touches CUDA forks a child for each kernel and configuration, several at a time. A child reports
 "starting X" before each check and the result after it. A child that is silent for too long is killed, and a new process

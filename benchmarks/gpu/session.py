@@ -1,4 +1,4 @@
-"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2, measures, most valuable first.
+"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2 measures, most valuable first.
 
     session.json      device, driver, versions, commit; the time of each section, and how it ended
     ceilings.json     copy, matmul, L2; the descriptors that the driver accepts

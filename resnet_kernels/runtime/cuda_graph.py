@@ -267,7 +267,7 @@ def _check_input(x: Any) -> None:
 
 
 def _why_elsewhere(model: nn.Module, device: torch.device) -> str | None:
-    """The reason if a parameter or buffer is not on x's device, and the remedy; else None."""
+    """Error text if a parameter or buffer is not on x's device, with the remedy; else None."""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.device != device:
             return f"x is on {device} and its {name} on {tensor.device}: move one to the other's device"

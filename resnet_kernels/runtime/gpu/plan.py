@@ -269,7 +269,7 @@ class Plan:
 
 
 def run_traced(recipe: Recipe, modules: LiveModules, x: Tensor, backend: str) -> Tensor:
-    """Runs a recipe step by step, without a plan, which torch.compile can trace."""
+    """Runs a recipe step by step, without a plan, so that torch.compile can trace it."""
 
     def run(part: Part, values: Values) -> Tensor:
         constants = {}
