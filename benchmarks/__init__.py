@@ -23,7 +23,7 @@ records how busy others were.
 
 The JSON file has pytest-benchmark's format; resnet_kernels/perf/schema.py has the types of our fields. Its top level adds
 `absent`, a list of {contender, reason, cases}. In each benchmark `group` is the case, and `stats.data` holds seconds in the
-order of the rounds: sample k of every contender of a group comes from the same round. `extra_info` holds:
+order of the rounds: sample k of every contender of a group comes from the same round. These are in `extra_info`:
 
     schema              1
     case                the case's name, as in `group`
