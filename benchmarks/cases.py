@@ -1,7 +1,7 @@
 """Cases of the benchmarks as data: subjects (an op, a block, a stage, a model), each in two directions, on each platform.
 
 The four systems are torchvision's ResNet, TF-slim's ResNet v2, and d2l's ResNet in its PyTorch and its Keras text. The
-shapes of ops, blocks and stages are those of real layers of them, mostly at 224x224; the CPU's default batches and images
+shapes of ops, blocks and stages come from real layers of theirs, mostly at 224x224. The CPU's default batches and images
 are small, so that a whole run takes minutes on two cores. `--full` adds whole networks at their real size, by batch, and
 bfloat16 on the CPU.
 """
@@ -23,8 +23,8 @@ TORCHVISION, SLIM, D2L, D2L_KERAS = "torchvision", "slim", "d2l", "d2l-keras"
 class Conv:
     """rk.ops.conv_bias_act on one layer.
 
-    size: height and width of the input. padding: (height, width), or sides as rk.ops has it; None keeps the size at stride 1.
-    residual: a second input, of the output's shape, is added before the ReLU.
+    size: height and width of the input. padding: (height, width), or all sides as in rk.ops; None keeps the size at stride 1.
+    residual: whether a second input, of the output's shape, is added before the ReLU.
     """
 
     group: ClassVar[str] = "op"
@@ -83,7 +83,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Stage:
-    """A run of blocks: the submodule at `path` of a model of rk.models."""
+    """A stage: the submodule at `path` of a model of rk.models."""
 
     group: ClassVar[str] = "stage"
     model: str
@@ -100,7 +100,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of rk.models, by its function's name."""
+    """A whole model, named by its function in rk.models."""
 
     group: ClassVar[str] = "model"
     name: str
@@ -115,7 +115,7 @@ Subject = Conv | AddRelu | BatchNormAct | Block | Stage | Model
 
 @dataclass(frozen=True)
 class Platform:
-    """Device and dtype. batch: factor on a subject's batch, as the CPU's batches leave a GPU idle."""
+    """Device and dtype. batch: factor on a subject's batch, because the CPU's batches leave a GPU idle."""
 
     device: str
     dtype: torch.dtype
@@ -147,7 +147,7 @@ class Case:
         return self.direction == "forward-backward"
 
     def __str__(self) -> str:
-        """The group, direction, subject and platform; unique among the cases."""
+        """The case's name, from level, direction, subject and platform; unique among the cases."""
         sizes = f"{self.subject.size}px-b{self.batch}"
         dtype = short_name(self.platform.dtype)
         return "-".join((self.level, self.direction, self.subject.name, sizes, dtype, self.device))
@@ -197,7 +197,7 @@ MODELS = (
     Model("d2l_resnet18_keras", 28, c_in=1, batch=16, system=D2L_KERAS),
 )
 
-# Their texts' sizes.
+# Image sizes of the systems' own texts.
 FULL_MODELS = (
     Model("resnet18", 224),
     Model("resnet50", 224),
@@ -236,5 +236,5 @@ def cases(full: bool = False) -> list[Case]:
             # BN has no statistics over one image of one pixel, which d2l's 28x28 shrink to.
             if batch > 1 or direction == "forward"
         ]
-    # A GPU's default batch of d2l's Keras model is one of its batches here.
+    # The dict drops repeats: d2l's Keras model at a GPU's default batch is also one of the FULL_MODELS cases.
     return list({str(case): case for case in found}.values())

@@ -1,4 +1,4 @@
-"""The option --full, and the summary at the end: the slim text's lines, the table of ratios, who was absent and why."""
+"""The option --full, and the summary at the end: a line per contender as the slim text has it, ratios, absent contenders."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from resnet_kernels.perf.timing import Timing
 
 from .harness import Absent, Measured, Row
 
-# Cores kept busy by others, above which the summary warns.
+# The summary warns if other processes kept more cores busy.
 BUSY_CORES = 0.2
 
 RESULTS = pytest.StashKey[list[Row]]()
@@ -35,18 +35,18 @@ def pytest_configure(config):
 
 @pytest.fixture
 def results(pytestconfig) -> list[Row]:
-    """The rows of the tables at the end, to be appended to."""
+    """The list of rows for the tables at the end; tests append to it."""
     return pytestconfig.stash[RESULTS]
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config, benchmarks, output_json):
-    """Writes who was absent into the file, which pytest-benchmark writes after Ctrl-C, too."""
+    """Adds the absent contenders to the JSON file, which pytest-benchmark writes after Ctrl-C, too."""
     output_json["absent"] = [asdict(absence) for absence in absentees(config.stash[RESULTS])]
 
 
 def absentees(results: list[Row]) -> list[Absence]:
-    """Returns who was absent, by contender and reason, with the cases."""
+    """Returns the absent contenders, one entry per contender and reason, with its cases."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for row in results:
         if isinstance(row, Absent):

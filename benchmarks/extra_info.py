@@ -1,4 +1,4 @@
-"""Metadata of a time: the case, work, ceilings, versions, rates that follow from them, and a model's time by kernel."""
+"""Metadata of a measured time: case, work, ceilings, versions, the rates they give, and a model's time by kernel."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .subjects import has_residual
 from .workload import ModuleRunner, Runner, Workload
 
 CEILINGS = "measured here: the better of a matmul and a 1x1 convolution in the case's dtype; a copy"
-# Contenders whose layers a plot compares, and whether their modules are called: a compiled model's kernels have no paths.
+# Contenders whose layers a plot compares. False: no modules are called, so a compiled model's kernels have no paths.
 PROFILED = {"eager": True, "fused": True, "compile": False}
 
 
 def of_case(workload: Workload, busy_elsewhere: float | None) -> CaseInfo:
-    """Returns what all contenders of a case share."""
+    """Returns the metadata that all contenders of a case share."""
     case, device = workload.case, workload.device
     on_gpu = device.type == "cuda"
     name = torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()
@@ -50,7 +50,7 @@ def of_case(workload: Workload, busy_elsewhere: float | None) -> CaseInfo:
 
 @functools.cache
 def versions(device: torch.device) -> Versions:
-    """Returns the versions of what a time on a device depends on."""
+    """Returns the versions of the software that a time on a device depends on."""
     return Versions(
         torch=torch.__version__,
         triton=_version("triton"),
@@ -67,7 +67,7 @@ def tf32(device: torch.device) -> bool:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version; PyTorch knows only the CUDA version that it is good for."""
+    """The NVIDIA driver's version; PyTorch knows only the CUDA version that the driver supports."""
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -83,9 +83,9 @@ def _version(package: str) -> str | None:
 
 
 def work(workload: Workload) -> list[Kernel]:
-    """Returns the least that a call has to do, as the kernels that per-layer fusion makes of it.
+    """Returns the least work of a call, as the kernels that per-layer fusion makes of it.
 
-    One kernel without bytes where nothing counts them: forward-backward passes, but for ops that only stream.
+    The result is one kernel without bytes where nothing counts them: forward-backward passes, except of ops that only stream.
     """
     case, operands = workload.case, workload.operands
     subject, x = case.subject, operands.inputs[0]
@@ -109,7 +109,7 @@ def _counted_flops(workload: Workload) -> int:
 
 
 def _passes(case: Case) -> int:
-    """How often an op's kernels have to read or write an activation: the formulas of kernels/*.py."""
+    """Reads and writes of whole activations by an op's kernels, from the formulas in kernels/*.py."""
     if not has_residual(case.subject):
         # x twice, y; backward: reduce reads dy, x; apply reads dy, x and writes dx.
         return 8 if case.backward else 3
@@ -127,7 +127,7 @@ def ceilings(device: torch.device, dtype: torch.dtype) -> Machine:
 
 
 def of_time(kernels: list[Kernel], machine: Machine, images: int, seconds: float) -> Rates:
-    """Returns what follows from the median time of a call and its work."""
+    """Returns the rates that a call's median time and its work give."""
     flops = sum(kernel.flops for kernel in kernels)
     counted = all(kernel.hbm_bytes for kernel in kernels)
     gigabytes = sum(kernel.hbm_bytes for kernel in kernels) / 1e9 if counted else None
@@ -149,7 +149,7 @@ def of_time(kernels: list[Kernel], machine: Machine, images: int, seconds: float
 
 
 def kernels(contender: str, runner: Runner, workload: Workload) -> tuple[schema.Kernel, ...]:
-    """Returns where a contender's time goes: by range as profiling.by_range has them, for a compiled model by kernel.
+    """Returns a contender's time by range, as profiling.by_range has them, or by kernel for a compiled model.
 
     Args:
         contender: a name of PROFILED.

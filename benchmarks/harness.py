@@ -1,7 +1,7 @@
-"""Measuring a case: every contender is made ready, gated and then timed, all in the same rounds.
+"""Measurement of a case: prepares and gates every contender, then times them all in the same rounds.
 
-One contender's fault costs its own row: what can't be imported, prepared or run is Absent with the reason. Wrong numbers
-cost ours the time, too. A peer keeps its time, and its failure stands beside it.
+A contender's fault costs its own row only: one that can't be imported, prepared or run is Absent with the reason. With wrong
+numbers a contender of ours gets no time. A peer keeps its time, and its failure stands beside it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CONTENDERS: tuple[Contender, ...] = (
 
 @dataclass(frozen=True)
 class Absent:
-    """A contender that has no row in a case. error: what it raised, if that is the reason."""
+    """A contender that has no row in a case. error: the exception that it raised, if that is the reason."""
 
     case: str
     contender: str
@@ -46,14 +46,14 @@ class Absent:
 
     @staticmethod
     def crashed(case: str, contender: str, error: BaseException) -> Absent:
-        """Returns the row of a contender that raised an error; the reason has the error's first line."""
+        """Returns the row of a contender that raised an error; the reason holds the error's first line."""
         first = (str(error).strip() or "no message").splitlines()[0]
         return Absent(case, contender, f"crashed: {type(error).__name__}: {first[:200]}", error)
 
 
 @dataclass(frozen=True)
 class Gated:
-    """A contender's row in a case without a time. prepare_s, gate_s: seconds for making it ready, and for its gate."""
+    """A contender's row in a case without a time. prepare_s, gate_s: seconds for preparing it, and for its gate."""
 
     case: str
     contender: str
@@ -64,7 +64,7 @@ class Gated:
 
 @dataclass(frozen=True)
 class Measured(Gated):
-    """A contender's row in a case. line: the slim text's."""
+    """A contender's row in a case. line: its summary as the slim text prints it."""
 
     timing: Timing
     line: str
@@ -75,7 +75,7 @@ Row = Absent | Gated
 
 
 class ContenderError(Exception):
-    """A contender's call raised; the cause is what it raised."""
+    """An exception of a contender's call, kept as the cause."""
 
     def __init__(self, name: str):
         super().__init__(name)
@@ -83,19 +83,19 @@ class ContenderError(Exception):
 
 
 def contenders(case: Case, full: bool = False, known: Sequence[Contender] = CONTENDERS) -> list[Contender]:
-    """Returns the contenders that a case has if all of them are here, eager first."""
+    """Returns the contenders of a case, eager first, installed or not."""
     return [contender for contender in known if contender.covers(case, full)]
 
 
 def measure(
     case: Case, chosen: Sequence[Contender], seconds: float, min_rounds: int = 5, profiled: bool = False
 ) -> dict[str, Row]:
-    """Makes contenders ready and times those that pass, in turns.
+    """Prepares contenders and times those that pass the gate, in rounds.
 
     Args:
         chosen: contenders, with eager among them.
-        seconds: of rounds, for each contender against eager; 0 does not time at all.
-        profiled: add the kernels of a model's contenders, from calls after the timed ones.
+        seconds: time for rounds, per contender other than eager; 0 times nothing.
+        profiled: whether to add the kernels of a model's contenders, from calls after the timed ones.
 
     Returns:
         contender's name -> its row, in the order of `chosen`. A row of ours that fails the gate has no timing.
@@ -116,9 +116,9 @@ def measure(
         except Exception as error:
             rows[name] = Absent.crashed(str(case), name, error)
     by_name = {contender.name: contender for contender in chosen}
-    neighbours = Neighbours()
+    neighbors = Neighbours()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
-    shared, versions = extra_info.of_case(workload, neighbours.cores()), extra_info.versions(workload.device)
+    shared, versions = extra_info.of_case(workload, neighbors.cores()), extra_info.versions(workload.device)
     work, machine = extra_info.work(workload), extra_info.ceilings(workload.device, case.platform.dtype)
     for name, timing in timings.items():
         row, runner = rows[name], runners[name]
@@ -145,7 +145,7 @@ def measure(
 
 
 def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Row]:
-    """(what is to be timed, a row without a time)."""
+    """Prepares and gates a contender: (its runner, or None if it is not to be timed; its row, without a time)."""
     case, name = str(workload.case), contender.name
     reason = contender.why_absent(workload.case)
     if reason:
@@ -157,7 +157,7 @@ def _ready(contender: Contender, workload: Workload) -> tuple[Runner | None, Row
         gate = contender.gate(workload, runner)
     except Exception as error:
         return None, Absent.crashed(case, name, error)
-    # A wrong result of ours is worth no time. A peer's rounding is not ours to fix.
+    # A wrong result of ours gets no time. A peer's rounding is not ours to fix.
     row = Gated(case, name, gate, prepared - start, time.perf_counter() - prepared)
     return (None if contender.ours and gate.failure else runner), row
 
@@ -170,7 +170,7 @@ def _interleaved(
     seconds: float,
     min_rounds: int,
 ) -> dict[str, Timing]:
-    """Times all calls in rounds. A contender that raises drops out, its row says so, and the others start again."""
+    """Times all calls in rounds. A contender that raises becomes Absent, and the others start again."""
     while "eager" in calls:
         lead_in = LEAD_IN_SECONDS if any(by_name[name].own_threads for name in calls) else 0.0
         whole = seconds * max(1, len(calls) - 1)
@@ -193,10 +193,10 @@ def _interleaved(
 
 
 def in_rotation(calls: dict[str, list[Callable[[], object]]]) -> dict[str, Callable[[], object]]:
-    """Returns a callable for each contender that goes through its calls, one for each copy of the operands.
+    """Returns one callable per contender that rotates through its calls, one for each copy of the operands.
 
-    Whoever's turn it is takes the next copy: had each contender a count of its own, the second of a round would find in the
-    L2 cache what the first has just read.
+    All contenders share one counter: with a counter each, the second of a round would find in the L2 cache the copy that the
+    first has just read.
     """
     turn = itertools.count()
 
@@ -257,12 +257,12 @@ def _kernels(contender: str, runner: Runner, workload: Workload) -> tuple[Kernel
     try:
         return extra_info.kernels(contender, runner, workload)
     except Exception as error:
-        # The times are there already, and worth more than where they go.
+        # The times are measured already, and they are worth more than their split by kernel.
         warnings.warn(f"{workload.case}: no kernels of {contender}: {error}", RuntimeWarning, stacklevel=2)
         return ()
 
 
 def _saved_mib(runner: Runner, operands: Operands) -> float | None:
-    """MiB that a forward pass keeps for its backward; None where its tensors can't be seen."""
+    """MiB that a forward pass keeps for its backward; None where the runner can't see the tensors."""
     saved_bytes = getattr(runner, "saved_bytes", None)
     return None if saved_bytes is None else saved_bytes(operands) / 2**20

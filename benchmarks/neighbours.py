@@ -1,7 +1,7 @@
-"""How busy other processes keep the machine while something is timed.
+"""Number of cores that other processes keep busy while something is timed.
 
-Taking turns is no help against all of it: PyTorch's OpenMP threads wait for one another actively, so on a machine that is
-short of cores they suffer more than pools whose threads sleep, and ratios of the two say more about the neighbours.
+Taking turns does not cancel their effect: PyTorch's OpenMP threads spin while they wait, so on a machine short of cores they
+suffer more than pools whose threads sleep, and ratios of the two say more about the other processes.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ _STAT = Path("/proc/stat")
 
 
 class Neighbours:
-    """Counter of the CPU time of other processes since it was made."""
+    """Counter of the CPU time of other processes since its construction."""
 
     def __init__(self):
         self._start = self._now()
 
     @staticmethod
     def _now() -> tuple[float, float] | None:
-        """(wall seconds, CPU seconds of all other processes); None where the system doesn't tell."""
+        """Reads (wall seconds, CPU seconds of all other processes); None without /proc/stat."""
         try:
             fields = _STAT.read_text().split("\n")[0].split()[1:]
         except OSError:
@@ -32,7 +32,7 @@ class Neighbours:
         return time.perf_counter(), every - own.user - own.system
 
     def cores(self) -> float | None:
-        """Cores that other processes have kept busy since, on average; None where the system doesn't tell."""
+        """Cores that other processes have kept busy since construction, on average; None without /proc/stat."""
         now = self._now()
         if now is None or self._start is None or now[0] <= self._start[0]:
             return None

@@ -1,7 +1,7 @@
-"""The gate that a contender passes before its time counts.
+"""Parity gate that a contender passes before its time counts.
 
-fp64 is the truth and eager in the working dtype the budget: a contender passes if its relative norm error is at most twice
-eager's plus one rounding of the dtype. Forward passes compare outputs, forward-backward passes every gradient.
+fp64 is the oracle, and eager in the working dtype sets the budget: a contender passes if its relative norm error is at most
+twice eager's plus one rounding of the dtype. Forward passes compare outputs, forward-backward passes every gradient.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from resnet_kernels.ops import error_budget
 
 @dataclass(frozen=True)
 class Gate:
-    """Parity of a contender with fp64: relative norm error, its budget, and which tensor fails, "" if none does."""
+    """Parity of a contender with fp64: relative norm error, its budget, and the failing tensor with the reason, or ""."""
 
     error: float
     budget: float
@@ -31,9 +31,9 @@ def compare(
     oracle: Sequence[Tensor],
     dtype: torch.dtype,
 ) -> Gate:
-    """Returns the gate of the tensor that comes nearest to its budget, or goes furthest over it.
+    """Returns the gate of the worst tensor: the one with the largest error / budget, a failed one first.
 
-    dtype: the working dtype, whose rounding is allowed on top of eager's own error; the tensors may be wider.
+    dtype: the working dtype, whose rounding the budget adds to twice eager's error; the tensors may be wider.
     """
     whole = torch.stack([truth.norm() for truth in oracle]).norm().item()
     gates = []
@@ -42,8 +42,8 @@ def compare(
             shapes = f"{tuple(tensor.shape)}, eager's is {tuple(truth.shape)}"
             return Gate(float("nan"), error_budget.rounding(dtype, tensors[0].device), f"{name} is of shape {shapes}")
         size = truth.norm().item()
-        # A bias in front of a BN in training has a true gradient of zero, which rounding alone makes anything else: there
-        # the error counts against all gradients.
+        # A bias in front of a BN in training has a true gradient of zero, and any other value is rounding: its error counts
+        # against the norm of all gradients.
         size = size if size > 1e-9 * whole else whole
         error, own = ((t.to(truth) - truth).norm().item() / size for t in (tensor, reference))
         budget = error_budget.budget(own, dtype, tensor.device)

@@ -1,4 +1,4 @@
-"""Subjects as plain, eager modules. Those of ops can be switched to the op that fuses them."""
+"""Plain eager module of each subject. An op's module runs the fused op instead if it is given a backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .cases import AddRelu, Block, Conv, Model, Stage
 
 
 class ConvBiasAct(nn.Module):
-    """relu(conv(x) + bias + residual), with the in-place add and ReLU that models use; or the op that fuses it."""
+    """relu(conv(x) + bias + residual), with the in-place add and ReLU that models use, or its fused op."""
 
     backend: str | None
 
@@ -46,7 +46,7 @@ class ConvBiasAct(nn.Module):
 
 
 class AddAndRelu(nn.Module):
-    """relu(x + residual) with an in-place ReLU; or the op that fuses it."""
+    """relu(x + residual) with an in-place ReLU, or its fused op."""
 
     def __init__(self, backend: str | None = None):
         super().__init__()
@@ -57,7 +57,7 @@ class AddAndRelu(nn.Module):
 
 
 class BatchNormAct(nn.Module):
-    """relu(BN(x) + residual) with batch statistics and the in-place add and ReLU that models use; or the op that fuses it."""
+    """relu(BN(x) + residual) with batch statistics and the in-place add and ReLU that models use, or its fused op."""
 
     def __init__(self, channels: int, backend: str | None = None):
         super().__init__()
@@ -75,7 +75,7 @@ class BatchNormAct(nn.Module):
 
 
 def build(subject: cases.Subject) -> nn.Module:
-    """Returns a new module of a subject, in fp32 on the CPU."""
+    """Returns a new module for a subject, in fp32 on the CPU."""
     if isinstance(subject, Conv):
         return ConvBiasAct(subject)
     if isinstance(subject, AddRelu):
@@ -92,7 +92,7 @@ def build(subject: cases.Subject) -> nn.Module:
 
 
 def has_residual(subject: cases.Subject) -> bool:
-    """Whether a subject reads a second tensor."""
+    """Whether a subject reads a second tensor, the residual."""
     return isinstance(subject, AddRelu) or getattr(subject, "residual", False)
 
 

@@ -1,6 +1,6 @@
-"""One benchmark for each contender of a case: the gate of parity first, then its samples of the case's shared rounds.
+"""One benchmark per contender of a case: the parity gate first, then its samples from the case's shared rounds.
 
-No time fails a test. Wrong numbers of a contender of ours do, and it has no time then.
+No time fails a test. Wrong numbers of a contender of ours do, and it gets no time then.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from .harness import CONTENDERS, Absent, Measured, Row
 
 
 class Replay:
-    """A clock for pytest-benchmark, and a callable for it to time: they replay samples that were taken elsewhere.
+    """Clock and callable that replay samples of `harness.measure` to pytest-benchmark.
 
-    pytest-benchmark times one contender after the other, and a machine drifts; our contenders take turns. So it is shown
-    our samples, one per round, for its tables, files, comparisons and histograms.
+    pytest-benchmark times one contender after the other, and a machine drifts; our contenders take turns. So pytest-benchmark
+    gets our samples, one per round, for its tables, files, comparisons and histograms.
     """
 
     def __init__(self):
@@ -59,15 +59,15 @@ def pytest_generate_tests(metafunc):
 
 @functools.lru_cache(maxsize=1)
 def rows_of(case: Case, chosen: tuple[str, ...], seconds: float, min_rounds: int, full: bool) -> dict[str, Row]:
-    """One measurement for all contenders of a case, which follow one another."""
-    # A peer's graphs of the case before would count against Dynamo's limit, and hold memory.
+    """The rows of a case, measured once: pytest runs the contenders of a case one after another."""
+    # The previous case's compiled graphs would count against Dynamo's limit, and hold memory.
     torch.compiler.reset()
     return harness.measure(case, [c for c in CONTENDERS if c.name in chosen], seconds, min_rounds, profiled=full)
 
 
 @pytest.fixture
 def chosen(request, case) -> tuple[str, ...]:
-    """The contenders of this case that the command line has left, with eager, and ours if there is a peer."""
+    """The contenders of this case that the command line selects, plus eager, and fused if any but eager is selected."""
     names = {item.callspec.params["contender"] for item in request.session.items if _case(item) == case}
     return tuple(
         c.name for c in CONTENDERS if c.name in names | {"eager"} | ({"fused"} if names - {"eager"} else set())

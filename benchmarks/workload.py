@@ -1,7 +1,7 @@
-"""A case's data, and runners: what a contender makes of it.
+"""Workload of a case: its module and operands, and the runners that contenders make for it.
 
-A runner binds a copy of the operands and gives the call that is timed, and reads results from what that very call returned,
-so that the gate sees what the clock sees.
+A runner binds a copy of the operands and returns the call to time. It reads results from what that very call returned, so
+that the gate checks the timed computation.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GATE_IMAGES = 8
 
 @dataclass(frozen=True)
 class Operands:
-    """Tensors that a call reads besides parameters: input, residual if any, and for training the output's gradient."""
+    """Tensors that a call reads besides parameters: input, residual if any, and in training the output's gradient."""
 
     inputs: tuple[Tensor, ...]
     grad_y: Tensor | None = None
@@ -51,14 +51,14 @@ class Runner(Protocol):
     """A contender made ready for a workload."""
 
     def bind(self, operands: Operands) -> Callable[[], object]:
-        """Returns what is timed: one forward, or forward and backward pass. On a GPU it returns before the work is done."""
+        """Returns the call to time: a forward, or a forward and backward pass. On a GPU it returns before the work is done."""
 
     def read(self, operands: Operands, returned: object) -> list[Tensor]:
         """Results of a bound call from what it returned: the output, or all gradients."""
 
 
 class ModuleRunner:
-    """A torch module, run as a user runs it."""
+    """Runner of a torch module, as a user would call it."""
 
     def __init__(self, module: nn.Module, backward: bool):
         self.module, self.backward = module, backward
@@ -67,12 +67,12 @@ class ModuleRunner:
         module, inputs, grad_y, leaves = self.module, operands.inputs, operands.grad_y, self._leaves(operands)
 
         def forward():
-            # torch.compile would make another graph for inference_mode than for the gate's no_grad.
+            # no_grad, as in the gate: for inference_mode torch.compile would make another graph.
             with torch.no_grad():
                 return module(*inputs)
 
         def forward_backward():
-            # As a training step does, so that gradients are neither added up nor kept from the call before.
+            # A training step does so, too: gradients are neither added up nor kept from the call before.
             for leaf in leaves:
                 leaf.grad = None
             module(*inputs).backward(grad_y)
@@ -85,7 +85,7 @@ class ModuleRunner:
         return [leaf.grad for leaf in self._leaves(operands) if leaf.grad is not None]
 
     def saved_bytes(self, operands: Operands) -> int:
-        """The bytes of all tensors that a forward pass keeps for its backward, parameters and input left out."""
+        """Bytes of all tensors that a forward pass keeps for its backward, except parameters, buffers and inputs."""
         module = self.module
         own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *operands.inputs)}
         kept = {}
@@ -106,14 +106,14 @@ class ModuleRunner:
 
 
 class GraphRunner:
-    """Another runner's call as a CUDA graph: the host launches once, whatever the call has in it."""
+    """Runner of another runner's call captured as a CUDA graph: the host launches once, whatever the call contains."""
 
     def __init__(self, inner: ModuleRunner):
         self.inner = inner
 
     def bind(self, operands: Operands) -> Callable[[], object]:
         call = self.inner.bind(operands)
-        # As torch.cuda.graph asks: lazy initialisation and cuDNN's choice of algorithms on a side stream, not in the graph.
+        # torch.cuda.graph requires a warm-up on a side stream: lazy initialization and cuDNN's search stay out of the graph.
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -122,7 +122,7 @@ class GraphRunner:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            # Read here: a replay writes to these tensors, whatever the leaves' .grad has become.
+            # Read now: a replay writes to these tensors, even if the leaves' .grad is replaced later.
             results = self.inner.read(operands, call())
 
         def replay():
@@ -136,7 +136,7 @@ class GraphRunner:
 
 
 class ForeignRunner:
-    """Another framework's forward pass. Inputs are converted before the clock starts, the output after it has stopped."""
+    """Runner of another framework's forward pass. Inputs are converted before the clock starts, the output after it stops."""
 
     def __init__(
         self,
@@ -155,14 +155,14 @@ class ForeignRunner:
 
 
 class Workload:
-    """A case's eager module and operands. Everything is channels_last, eager too."""
+    """Eager module and operands of a case, all in channels_last."""
 
     def __init__(self, case: Case):
         torch.manual_seed(0)
         self.case = case
         self.device = torch.device(case.device)
         if self.device.type == "cuda":
-            # For every contender that calls cuDNN through PyTorch. Sizes never change here, so the search is done once.
+            # It serves every contender that calls cuDNN through PyTorch. Sizes never change here, so the search runs once.
             torch.backends.cudnn.benchmark = True
         subject = case.subject
         # Weights are drawn before they are moved and rounded, so that they are the same on each platform.
@@ -176,15 +176,15 @@ class Workload:
                 y = self.eager(*inputs) if isinstance(subject, Conv) else inputs[0]
                 inputs.append(torch.randn_like(y))
             grad_y = torch.randn_like(self.eager(*inputs)) if case.backward else None
-        # A model's input needs no gradient; that of a stage, a block and an op comes from the layer before.
+        # A model's input needs no gradient; the input of a stage, block or op comes from the layer before and does.
         needs_grad = case.backward and case.level != "model"
         self.operands = Operands(tuple(x.requires_grad_(needs_grad) for x in inputs), grad_y)
 
     @functools.cached_property
     def copies(self) -> tuple[Operands, ...]:
-        """The operands as often as it takes for none to be in a GPU's L2 cache when its turn comes again.
+        """Copies of the operands, enough that each has left a GPU's L2 cache before its next turn.
 
-        One copy on CPUs, and of models, which by far outgrow an L2 with what they make in between.
+        CPUs and models get one copy: a model's intermediate tensors by far outgrow an L2.
         """
         if self.device.type != "cuda" or self.case.level == "model":
             return (self.operands,)
@@ -193,10 +193,10 @@ class Workload:
 
     @functools.cached_property
     def gated(self) -> tuple[Operands, ...]:
-        """What the gate compares on: the operands, and for inference of models as many more as make GATE_IMAGES.
+        """Operands for the gate; in inference of models more are added, to make at least GATE_IMAGES images.
 
-        A single image's ten probabilities are too few numbers: eager's error on them is a matter of luck, and so would be
-        the budget that it sets.
+        A single image's ten probabilities are too few numbers: eager's error on them, which sets the budget, is a matter of
+        luck.
         """
         if self.case.backward or self.case.level != "model":
             return (self.operands,)
@@ -216,7 +216,7 @@ class Workload:
 
     @functools.cached_property
     def _references(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(eager's results, fp64's)."""
+        """Results of eager and of the oracle, in this order."""
         backward = self.case.backward
         oracle = ModuleRunner(copy.deepcopy(self.eager).double(), backward)
         eager = self._results(ModuleRunner(self.eager, backward), self.gated)
@@ -224,12 +224,12 @@ class Workload:
             return eager, self._results(oracle, [operands.double() for operands in self.gated])
 
     def _results(self, runner: Runner, gated: Sequence[Operands]) -> list[Tensor]:
-        """Results on all operands: outputs concatenated. Where there are gradients there is one set of operands."""
-        # Copies: what is returned may be the runner's own memory, and the next call write over it.
+        """Results on all operands, outputs concatenated. In training there is one set of operands."""
+        # Cloned: a result may lie in the runner's own memory, which the next call overwrites.
         found = [[t.detach().clone() for t in runner.read(some, runner.bind(some)())] for some in gated]
         return found[0] if len(found) == 1 else [torch.cat(outputs) for outputs in zip(*found)]
 
 
 def copies_beyond(cache_bytes: int, operand_bytes: int) -> int:
-    """How many copies of operands together are at least twice as large as a cache, and at least two."""
+    """Number of copies of the operands, at least two, that together are at least twice as large as a cache."""
     return max(2, math.ceil(2 * cache_bytes / max(1, operand_bytes)))

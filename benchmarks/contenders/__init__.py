@@ -1,1 +1,1 @@
-"""Who takes part in a case: eager PyTorch, ours, and the peers."""
+"""Contenders of a case: eager PyTorch, ours, and the peers."""

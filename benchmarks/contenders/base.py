@@ -1,4 +1,4 @@
-"""The interface of a contender."""
+"""Interface of a contender."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from ..workload import Runner, Workload
 class Contender:
     """One way to run a case.
 
-    name: in ids and files. label: in tables and plots. settings: its best known ones, in a line, kept with each result.
-    ours: its wrong numbers fail the benchmark; a peer's are reported. own_threads: it has a pool of CPU threads beside
-    PyTorch's. package: the distribution that it is, for its version.
+    name: its name in ids and files. label: its name in tables and plots. settings: its best known settings in a line, kept
+    with each result. ours: its wrong numbers fail the benchmark; a peer's are reported. own_threads: it has a pool of CPU
+    threads beside PyTorch's. package: the distribution whose version is reported.
     """
 
     name: str
@@ -25,15 +25,15 @@ class Contender:
     package = "torch"
 
     def covers(self, case: Case, full: bool) -> bool:
-        """Whether it takes part in a case of a run with or without --full, if it is here."""
+        """Whether it takes part in a case if it is installed; full: whether the run has --full."""
         raise NotImplementedError
 
     def why_absent(self, case: Case) -> str | None:
-        """Why it can't take part here and now; None if it can."""
+        """The reason why it can't take part on this machine; None if it can."""
         return None
 
     def prepare(self, workload: Workload) -> Runner:
-        """Makes it ready: copies, compiles, exports. Whatever it raises costs a peer its own row and nothing else."""
+        """Returns a runner for the workload: copies, compiles, exports. An exception costs a peer only its own row."""
         raise NotImplementedError
 
     def gate(self, workload: Workload, runner: Runner) -> Gate:

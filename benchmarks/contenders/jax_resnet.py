@@ -1,7 +1,7 @@
-"""A torch residual network as a JAX function in NHWC: traced by torch.fx, each node said again in jax.lax.
+"""Translation of a torch residual network to JAX in NHWC: torch.fx traces it, and each node becomes its jax.lax equivalent.
 
-BN is a scale and a shift of its running statistics, made once in fp64. Covers what the four systems' blocks, stages and
-models are made of; anything else raises NotImplementedError by its name.
+BN becomes a scale and a shift, made once in fp64 from its running statistics. The translation covers the modules of the four
+systems' blocks, stages and models; for any other it raises NotImplementedError with its name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..workload import ForeignRunner, Workload
 
 
 def convert(workload: Workload) -> ForeignRunner:
-    """The workload's forward pass as one jitted function."""
+    """Runner of the workload's forward pass as one jitted function."""
     # By default JAX takes three quarters of a GPU's memory for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     import jax
@@ -59,7 +59,7 @@ class _Tracer(fx.Tracer):
 
 
 class _Network:
-    """A traced module: `parameters` by name, as tensors, and a call (parameters, x) in jax."""
+    """Traced module: its `parameters` by name, as tensors, and a JAX function of (parameters, x)."""
 
     def __init__(self, module: nn.Module):
         self.graph = _Tracer().trace(module)
@@ -87,7 +87,7 @@ class _Network:
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    """What a module computes with, as jax wants it: kernels (h, w, in, out), BN as scale and shift."""
+    """Parameters of a module in JAX's layout: weights (h, w, in, out), BN as scale and shift."""
     if isinstance(module, nn.Conv2d):
         found = {"weight": module.weight.permute(2, 3, 1, 0), "bias": module.bias}
     elif isinstance(module, nn.Linear):
@@ -145,7 +145,7 @@ def _function(node: fx.Node) -> Callable:
         torch.relu: jax.nn.relu,
         torch.flatten: _flatten,
         "flatten": _flatten,
-        # Over height and width, which are elsewhere here.
+        # The mean over height and width, which are axes 1 and 2 in NHWC.
         "mean": lambda x, dim, keepdim=False: x.mean(_HEIGHT_AND_WIDTH[tuple(dim)], keepdims=keepdim),
     }
     if node.target not in functions:

@@ -1,4 +1,4 @@
-"""Contenders that are eager PyTorch or this package's. The peers are in peers.py."""
+"""Contenders of eager PyTorch and of this package. The peers are in peers.py."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Eager(Contender):
 
 
 class Fused(Contender):
-    """rk.fuse, or the op alone, on a backend; with freeze, models whose weights are promised to stay."""
+    """rk.fuse, or the op alone, on a backend. freeze: models only, whose weights the user promises not to change."""
 
     ours = True
     package = "resnet_kernels"
@@ -43,7 +43,7 @@ class Fused(Contender):
     def covers(self, case, full):
         if self.freeze and not (full and case.level == "model" and not case.backward):
             return False
-        # "auto" has none of the Triton kernels until a table shows that they win.
+        # "auto" uses none of the Triton kernels until a table shows that they win.
         return (self.backend == "auto" and not self.freeze) or case.device == "cuda"
 
     def prepare(self, workload):
@@ -53,11 +53,11 @@ class Fused(Contender):
         case = workload.case
         if case.backward or case.level == "op":
             return workload.gate(runner)
-        # A time of eager under the name of fused would be the worst of wrong numbers. The report alone is of what can be.
+        # Eager's time under the name of fused would be the worst wrong number. The report alone says what could be fused.
         report = rk.explain(runner.module)
         swapped = any(is_fused(module) for module in runner.module.modules())
         not_fused = not swapped or not report.rows or any(row.reason or not row.fused for row in report)
-        # Block by block, each on eager's own input; the whole as every contender.
+        # verify compares block by block, each on eager's own input; the gate compares the whole, as for every contender.
         result, whole = rk.verify(workload.eager, runner.module, workload.operands.inputs[0]), workload.gate(runner)
         failures = [f"not all of it runs fused:\n{report}"] if not_fused else []
         failures += [str(result)] if any(not block.ok for block in result.blocks) else []
@@ -66,7 +66,7 @@ class Fused(Contender):
 
 
 class FusedGraph(Contender):
-    """rk.capture of the fused model: what a user of CUDA graphs gets from us."""
+    """rk.capture of the fused model, our way to CUDA graphs."""
 
     ours, package = True, "resnet_kernels"
 
@@ -91,7 +91,7 @@ class FusedGraph(Contender):
 
 
 def fused_module(workload: Workload, backend: str, freeze: bool = False) -> torch.nn.Module:
-    """A workload's module on the kernels of a backend; the eager one is left as it is."""
+    """Fused copy of a workload's module on a backend; the eager module stays as it is."""
     if workload.case.level != "op":
         return rk.fuse(workload.eager, backend=backend, freeze=freeze)
     fused = copy.deepcopy(workload.eager)

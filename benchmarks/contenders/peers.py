@@ -1,11 +1,11 @@
 """Peers: other ways to run the same network fast, each with its best known settings, in the same rounds as eager and fused.
 
-A peer that isn't installed, can't do a case or raises is listed as absent with the reason, and costs its own row alone (one
-that kills the process, the run). All but eager's CUDA graph and cuDNN's calls are for `--full`: preparing the others takes
-longer than timing them.
+A peer that isn't installed, can't do a case or raises is listed as absent with the reason, and costs only its own row (a peer
+that kills the process ends the run). Eager's CUDA graph and cuDNN's calls always run; the others need `--full`, because
+preparing them takes longer than timing them.
 
-None may slow the next. `python -m benchmarks.tools.interference --seconds 8` on two CPU cores that nobody else used, ResNet-18
-(batch 2, 64x64), medians of time / time after its own kind of the same round:
+No contender may slow the next one. `python -m benchmarks.tools.interference --seconds 8` on two CPU cores that nobody else
+used, ResNet-18 (batch 2, 64x64), medians of time / time after its own kind of the same round:
 
                      eager after it    it after eager    eager, led in    it, led in
     a second eager        1.00              1.01              1.01            1.00
@@ -14,10 +14,10 @@ None may slow the next. `python -m benchmarks.tools.interference --seconds 8` on
     ONNX Runtime          1.08              1.46              1.03            1.13
     OpenVINO              1.08              1.45              1.04            1.27
 
-ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's own do, for 4
-to 8 ms after a parallel region (GNU OpenMP's default), and slow the others down by more than these slow eager. So in cases
-in which a contender has threads of its own each counted call comes after uncounted ones of the same contender, for
-LEAD_IN_SECONDS. What is left slows everybody but eager, OpenVINO most, in this net of few milliseconds a call.
+ONNX Runtime's threads are told not to spin: with theirs spinning, eager took about twice as long. PyTorch's own threads
+do spin, for 4 to 8 ms after a parallel region (GNU OpenMP's default), and slow the others down by more than these slow eager.
+So in cases where a contender has threads of its own, uncounted calls of the same contender come before each counted call, for
+LEAD_IN_SECONDS. The rest of the effect slows everybody but eager, OpenVINO most, in this network of few milliseconds a call.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from ..workload import ForeignRunner, GraphRunner, ModuleRunner, Workload
 from .base import Contender
 from .ours import fused_module
 
-# Longer than threads that wait go on spinning.
+# Longer than the 4 to 8 ms for which waiting threads spin.
 LEAD_IN_SECONDS = 0.01
 
 
 class Compile(Contender):
-    """torch.compile. In inference on CPUs with freezing, where that is what it takes to be fast."""
+    """torch.compile; with freezing in inference on CPUs, where it is slow without."""
 
     name, label = "compile", "torch.compile"
     settings = "torch.compile(model); freezing on CPUs"
-    own_threads = True  # its kernels bring an OpenMP runtime of the compiler's
+    own_threads = True  # its kernels link the compiler's own OpenMP runtime
 
     def covers(self, case, full):
-        # Training on CPUs: minutes of compilation for a model.
+        # Not training on CPUs: a model compiles for minutes.
         return full and (case.device == "cuda" or not case.backward)
 
     def prepare(self, workload):
@@ -59,20 +59,20 @@ class Compile(Contender):
         import torch._dynamo as dynamo
         import torch._inductor.config as inductor_config
 
-        # All cases of a model share its forward's code, and past eight graphs of a piece of code Dynamo runs it eagerly.
+        # All cases of a model share its forward's code, and after eight graphs of one code object Dynamo runs it eagerly.
         dynamo.config.fail_on_recompile_limit_hit = True
-        # A copy: freezing takes the parameters for constants.
+        # A copy: freezing turns the parameters into constants.
         compiled: Any = torch.compile(copy.deepcopy(workload.eager), **options)
         runner = _CompiledRunner(compiled, workload.case.backward)
-        # Compiled here. Not torch.compile's option: Dynamo asks the configuration, too, whether parameters are constants, and
-        # as an option alone it costs this peer a quarter of its speed.
+        # The call below compiles. The global setting, not torch.compile's option: Dynamo reads it, too, to decide whether
+        # parameters are constants, and with the option alone this peer loses a quarter of its speed.
         with inductor_config.patch(freezing=freezing):
             runner.bind(workload.operands)()
         return runner
 
 
 class _CompiledRunner(ModuleRunner):
-    saved_bytes: None = None  # type: ignore[assignment]  # hooks on saved tensors would be compiled, too, and be another graph than the timed one
+    saved_bytes: None = None  # type: ignore[assignment]  # hooks on saved tensors would be compiled, too: another graph than the timed one
 
 
 class CompileMax(Compile):
@@ -111,7 +111,7 @@ class CompileGraph(Compile):
 
 
 class Cudnn(Contender):
-    """cuDNN's fused convolution + bias (+ add) + ReLU, layer by layer, whatever "auto" has become."""
+    """cuDNN's fused convolution + bias (+ add) + ReLU, layer by layer, whatever "auto" chooses."""
 
     name, label = "cudnn", "cuDNN fused ops"
     settings = "torch.cudnn_convolution_relu / _add_relu per layer, channels_last, cudnn.benchmark"
@@ -134,7 +134,7 @@ class Cudnn(Contender):
 
 
 class _CudnnConv(nn.Module):
-    """The bare calls, without what rk.ops adds on the host."""
+    """cuDNN's bare calls, without the host work that rk.ops adds."""
 
     def __init__(self, eager: ConvBiasAct):
         super().__init__()
@@ -149,7 +149,7 @@ class _CudnnConv(nn.Module):
 
 
 class _Foreign(Contender):
-    """Another framework: forward passes of blocks, stages and models, with --full."""
+    """Framework other than PyTorch: forward passes of blocks, stages and models, with --full."""
 
     own_threads = True
     modules: tuple[str, ...]
@@ -164,13 +164,13 @@ class _Foreign(Contender):
         return self.why_not(case)
 
     def why_not(self, case: Case) -> str | None:
-        """Why it can't do a case although it is installed."""
+        """The reason why it can't do a case although it is installed; None if it can."""
         return None
 
 
 class OnnxRuntime(_Foreign):
     name, label, package, modules = "onnxruntime", "ONNX Runtime", "onnxruntime", ("onnxruntime", "onnx", "onnxscript")
-    # Spinning: once made eager look 1.6 times slower, which ran right after it.
+    # allow_spinning=0: its spinning threads once made eager, which ran right after it, look 1.6 times slower.
     settings = (
         "CPUExecutionProvider, all graph optimizations, intra-op threads as PyTorch's, session.intra_op.allow_spinning=0; "
         "input and output NumPy arrays, NCHW"
@@ -189,7 +189,7 @@ class OnnxRuntime(_Foreign):
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors alone
+        options.log_severity_level = 3  # errors only
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         session = onnxruntime.InferenceSession(_onnx(workload), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
@@ -224,14 +224,14 @@ class OpenVino(_Foreign):
         precision = {torch.float32: "f32", torch.bfloat16: "bf16"}[workload.case.platform.dtype]
         x = workload.operands.inputs[0].detach().float().contiguous()
         with warnings.catch_warnings():
-            # It traces, and SAME padding asks for the input's size, which is fixed here.
+            # SAME padding reads the input's size, of which tracing warns; the size is fixed here.
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             plain = copy.deepcopy(workload.eager).float()
             model = openvino.convert_model(plain, example_input=x, input=[tuple(x.shape)])
         config = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Pinned, its threads would keep PyTorch's off their cores, or the other way round.
+            # Pinned threads would keep PyTorch's threads off their cores, or the other way round.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": precision,
         }

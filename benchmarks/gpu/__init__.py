@@ -1,1 +1,1 @@
-"""A session on a GPU that is there for minutes: checks first, then numbers."""
+"""Session on a GPU that is available for minutes: checks first, then measurements."""

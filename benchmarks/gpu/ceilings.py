@@ -1,9 +1,9 @@
-"""What a GPU can do at most, measured with as little as possible around it, and which tensor descriptors its driver takes.
+"""Ceilings of a GPU, measured with minimal kernels, and the tensor descriptors that its driver accepts.
 
-copy     HBM: a tensor copied into another, reads and writes counted
-matmul   a large product in bf16 (cuBLAS)
-l2       a buffer that fits into L2 read again and again by every multiprocessor, past L1
-l2_tma   the same by TMA, in boxes as large as an operand's of a convolution
+copy     HBM: a copy of one tensor into another, counting reads and writes
+matmul   tensor cores: a large product in bf16 (cuBLAS)
+l2       L2: every multiprocessor reads a buffer that fits into L2 again and again, past L1
+l2_tma   L2 by TMA, in boxes as large as those of a convolution's operand
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from resnet_kernels.perf.timing import Timing, interleave
 
 BLOCK = 4096
-# Pixels and channels of bf16: 16 KiB.
+# (pixels, channels) of a TMA box in bf16: 16 KiB.
 BOX = (128, 64)
-# Of programs: four for each of an H200's multiprocessors.
+# Number of programs: four for each of an H200's multiprocessors.
 PROGRAMS = 4 * 132
-# Bytes of the buffers read from L2; an H200 has 50 MB in two halves, and a program reads both.
+# Bytes of the buffers read from L2. An H200's L2 has 50 MB in two halves, and a program reads both.
 L2_BUFFERS = (2**23, 2**24, 2**25)
 
 
@@ -34,7 +34,7 @@ def _read_kernel(x_ptr, sums_ptr, n_blocks, rounds, BLOCK: tl.constexpr):
     offs = tl.arange(0, BLOCK)
     acc = tl.zeros((BLOCK,), tl.float32)
     for i in tl.range(0, rounds, loop_unroll_factor=4):
-        # Each program starts elsewhere; .cg: not from L1.
+        # Each program starts at another block. .cg bypasses L1.
         acc += tl.load(x_ptr + (pid + i) % n_blocks * BLOCK + offs, cache_modifier=".cg")
     tl.store(sums_ptr + pid, tl.sum(acc))
 
@@ -43,7 +43,7 @@ def _read_kernel(x_ptr, sums_ptr, n_blocks, rounds, BLOCK: tl.constexpr):
 def _read_by_tma_kernel(desc, sums_ptr, n_boxes, rounds, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     pid = tl.program_id(0)
     acc = tl.zeros((ROWS, COLUMNS), tl.float32)
-    # Four boxes on their way: num_stages of the loop itself, or only loads for a product would be.
+    # Four boxes in flight: without num_stages on the loop, Triton pipelines only loads that feed a product.
     for i in tl.range(0, rounds, num_stages=4):
         acc += desc.load([(pid + i) % n_boxes * ROWS, 0]).to(tl.float32)
     tl.store(sums_ptr + pid, tl.sum(acc))
@@ -73,7 +73,7 @@ def matmul(device: torch.device, seconds: float, dry: bool) -> dict[str, Any]:
 def l2(device: torch.device, seconds: float, dry: bool, *, by_tma: bool = False) -> dict[str, Any]:
     found = {}
     rows, columns = BOX
-    # Bytes and elements of what a program reads in a round.
+    # Bytes and elements that a program reads in a round.
     block, elements = (2 * rows * columns, rows * columns) if by_tma else (4 * BLOCK, BLOCK)
     for size in (2 * block,) if dry else L2_BUFFERS:
         programs, n_blocks = 2 if dry else PROGRAMS, size // block
@@ -116,7 +116,7 @@ CEILINGS: dict[str, Callable[[torch.device, float, bool], dict[str, Any]]] = {
 
 
 class View(NamedTuple):
-    """A way to read memory through a descriptor: shape, strides and box in elements of 2 bytes, and where the box starts."""
+    """View of memory through a descriptor: shape, strides and box in elements of 2 bytes, and `at`, where the box starts."""
 
     shape: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
@@ -130,16 +130,16 @@ VIEWS = {
     "doubled strides": View((4, 4, 4, 64), (4096, 1024, 128, 1), (2, 4, 4, 64), (1, 0, 0, 0)),
     # Batch as M: (H, W, N, C) over memory that is (N, H, W, C).
     "non-monotonic strides": View((8, 8, 32, 64), (512, 64, 4096, 1), (1, 1, 32, 64), (3, 5, 0, 0)),
-    # The stem: windows of 8 pixels of 4 channels, 2 pixels apart.
+    # The stem's rows: windows of 8 pixels of 4 channels, 2 pixels apart.
     "overlapping windows": View((2, 16, 64, 32), (16384, 1024, 8, 1), (1, 2, 32, 32), (1, 5, 30, 0)),
-    # The same, with the windows of several rows in one dimension that steps over rows of memory.
+    # The stem's windows again, with one more dimension that steps over rows of memory.
     "overlapping and non-monotonic": View((16, 2, 64, 32), (1024, 16384, 8, 1), (2, 2, 16, 32), (4, 0, 48, 0)),
 }
 
 
 def read_through(view: View, device: torch.device) -> dict[str, Any]:
-    """Whether a descriptor of this view can be made, and reads what it should."""
-    # fp16 holds these integers exactly. Room for the overhang of the last windows.
+    """Reads a box through a descriptor of the view; "right" says whether its values are the expected ones."""
+    # fp16 holds integers below 2039 exactly. The 64 extra elements are room for the overhang of the last windows.
     elements = sum((size - 1) * stride for size, stride in zip(view.shape, view.strides)) + 1
     memory = (torch.arange(elements + 64, device=device) % 2039).to(torch.float16)
     size = torch.Size(view.box).numel()

@@ -1,15 +1,15 @@
-"""python -m benchmarks.gpu.checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1, every failure of every kernel.
+"""python -m benchmarks.gpu.checks OUTDIR JOBS.json [--seconds 150] [--dry-run]: act 1 checks every kernel for failures.
 
-A parent that never touches CUDA forks a child for each kernel and configuration, several at a time. A child says "starting X"
-before each check and its result after it; one that is silent for too long is killed, and goes on behind X in a new process. So
-a crash or a hang costs one check. Outputs lie in memory poisoned with NaN, and each kernel runs twice: a second result that
-differs in a bit is a race.
+A parent that never touches CUDA forks a child for each kernel and configuration, several at a time. A child reports
+"starting X" before each check and the result after it. A child that is silent for too long is killed, and a new process
+continues after X, so a crash or a hang costs one check. Outputs lie in memory filled with NaN, and each kernel runs twice: a
+second result that differs in a bit is a race.
 
-    checks.jsonl    a line a check, as it comes: ok, or what was wrong
-    denied.json     candidates that crashed or hung: act 2 leaves them away
+    checks.jsonl    one line per check, as it ends: ok, or the failure
+    denied.json     candidates that crashed or hung; act 2 leaves them out
     sanitizer.txt   compute-sanitizer on a chain, a split K and a stem
 
-What time is left compiles act 2's kernels into Triton's cache (TRITON_CACHE_DIR).
+The remaining time compiles act 2's kernels into Triton's cache (TRITON_CACHE_DIR).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .runner import CHILDREN, Check, Job, Result, Runner, device, is_cuda
 NETWORK_S = 120.0
 
 
-# Convolutions that take every path of a kernel: (problem, batch).
+# Convolutions (problem, batch) that together take every path of a kernel.
 _PAD1 = dict(padding=(1, 1, 1, 1))
 
 
@@ -76,7 +76,7 @@ DRY = {"3x3 ragged, residual": (_conv(24, (5, 6), 16, 3, residual=True, **_PAD1)
 
 
 def check_problem(problem: autotuner.Problem, name: str) -> Result:
-    """One candidate of a problem against fp64, in poisoned memory, twice."""
+    """Compares one candidate of a problem with fp64, in memory filled with NaN, and two of its runs with each other."""
     own = replace(problem, candidates={name: problem.candidates[name]})
     record: Result = {"candidates": {}}
     with torch.no_grad():
@@ -106,7 +106,7 @@ def _conv_checks(candidate: str, dtype: torch.dtype) -> list[Check]:
 
 
 def _problem_checks(asked, batch: int, dtype: torch.dtype, prefix: str) -> list[Check]:
-    """All of our candidates of a link, stem or BN; their names are known on the device alone, so one check has them all."""
+    """One check with all our candidates of a link, stem or BN, because only the device knows their names."""
 
     def run() -> Result:
         problem = problems.BUILDERS[type(asked)](asked, batch, dtype, device())
@@ -118,7 +118,7 @@ def _problem_checks(asked, batch: int, dtype: torch.dtype, prefix: str) -> list[
 
 
 def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
-    """What can fail first and at most, first."""
+    """Jobs, ordered so that the likeliest and costliest failures come first."""
     bf16 = torch.bfloat16
     links, norms = {}, {}
     for network in noted:
@@ -129,7 +129,7 @@ def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
                 links[str(asked)] = (asked, 8 if network.image_size > 100 else 3)
     tiles = [*conv_candidates.tiles(), "cudnn", "cudnn+epilogue"]
     ours = [name for name in tiles if name.startswith(("tma", "shared"))]
-    # Longest first: a network compiles some forty kernels.
+    # Networks take longest, as each compiles some forty kernels, so they come first.
     yield from (Job(name, checks, NETWORK_S) for name, checks in NETWORKS())
     yield from (Job(name, _conv_checks(name, bf16)) for name in ours)
     yield Job("small", SMALL())

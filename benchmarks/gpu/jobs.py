@@ -1,7 +1,7 @@
 """python -m benchmarks.gpu.jobs FILE: lists the problems that a GPU session checks and tunes, on a machine without a GPU.
 
-A problem is what `ops.tuned_table.choice` is asked for while a network runs: a convolution, a BN, a link of several layers,
-a stem. A GPU is lent by the minute, so the networks run here, in fp16 on the CPU, and the list travels as JSON.
+A problem is a convolution, a BN, a link of several layers or a stem that a running network looks up with
+`ops.tuned_table.choice`. GPU time is scarce, so the networks run here, in fp16 on the CPU, and the list travels as JSON.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from resnet_kernels.perf.tuning import problems
 from resnet_kernels.runtime.gpu import multi_layer
 from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
 
-# (network, image size). The small sizes leave every tile ragged; 224 is what is timed.
+# (network, image size). 75 leaves every tile ragged; 224 is the size that is timed.
 INFERENCE = (
     ("resnet50", 224),
     ("resnet18", 224),
@@ -37,7 +37,7 @@ _TYPES = {kind.__name__: kind for kind in (ConvProblem, NormProblem, LinkProblem
 
 
 class Noted(NamedTuple):
-    """Problems that one network asks a table for, and how often each in a call."""
+    """Problems that one network looks up in a table, each with the number of lookups in a call."""
 
     network: str
     image_size: int
@@ -46,25 +46,25 @@ class Noted(NamedTuple):
 
 
 def note(network: str, image_size: int, training: bool) -> Noted:
-    """Runs a network once on the CPU as if it were a Hopper GPU, and notes what it asks."""
+    """Runs a network once on the CPU as if it were a Hopper GPU, and returns the problems that it looks up."""
     torch.manual_seed(0)
     model = by_name.build(network).to(torch.float16)
     model = model.to(memory_format=torch.channels_last).eval()  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     x = by_name.image_batch(model, 2, image_size)
-    # A link is looked for only where its kernels run.
+    # A run looks for links only on devices where their kernels run.
     with mock.patch.object(multi_layer, "takes_links", lambda device: True):
         return Noted(network, image_size, training, problems.note(model, x, training=training))
 
 
 def to_json(value: Any) -> Any:
-    """A problem as lists; a named tuple is {its type: its fields}."""
+    """Converts a problem to lists; a named tuple becomes {its type: its fields}."""
     if isinstance(value, tuple) and type(value).__name__ in _TYPES:
         return {type(value).__name__: [to_json(field) for field in value]}
     return [to_json(item) for item in value] if isinstance(value, (tuple, list)) else value
 
 
 def from_json(value: Any) -> Any:
-    """The inverse of `to_json`."""
+    """Inverse of `to_json`."""
     if isinstance(value, dict):
         ((name, fields),) = value.items()
         return _TYPES[name](*map(from_json, fields))
@@ -72,7 +72,7 @@ def from_json(value: Any) -> Any:
 
 
 def read(path: Path) -> list[Noted]:
-    """Returns what `main` has written."""
+    """Reads the file that `main` has written."""
     rows = json.loads(path.read_text())
     return [
         Noted(network, size, training, [(from_json(asked), calls) for asked, calls in noted])

@@ -1,4 +1,4 @@
-"""Whole networks on a GPU, and small questions to its driver and cuDNN: checks of checks.py.
+"""Checks of whole networks on a GPU, for checks.py.
 
 python -m benchmarks.gpu.networks chain|split|stem launches one kernel a few times, for compute-sanitizer.
 """
@@ -21,7 +21,7 @@ from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import error_budget
 
 Result = dict[str, Any]
-# Not asked of CUDA: the parent, which forks, must not touch it.
+# From the environment, not from CUDA, which the parent must not initialize before it forks.
 DEVICE = "cpu" if os.environ.get("RESNET_KERNELS_DRY_RUN") else "cuda"
 BF16 = torch.bfloat16
 
@@ -34,7 +34,7 @@ def random_model(name: str, batch: int, size: int, dtype: torch.dtype) -> tuple[
 
 
 def judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
-    """Returns errors, and "refused" if y errs more than twice as much as eager does, plus a rounding."""
+    """Returns the errors, and "refused" if y exceeds the budget: twice eager's error plus one rounding."""
     truth = copy.deepcopy(model).double()(x.double())
     eager, ours = error_budget.relative_error(model(x), truth), error_budget.relative_error(y, truth)
     row: Result = {"error": ours, "eager": eager}
@@ -44,7 +44,7 @@ def judge(y: Tensor, model: nn.Module, x: Tensor) -> Result:
 
 
 def edit_weights(*modules: nn.Module) -> None:
-    """Multiplies all parameters by the same number, behind autograd's back."""
+    """Multiplies all parameters by the same number through .data, which autograd's version counters don't see."""
     for module in modules:
         for parameter in module.parameters():
             parameter.data.mul_(1.01)
@@ -62,7 +62,7 @@ def inference(name: str, batch: int, size: int, backend: str, dtype: torch.dtype
 
 @torch.no_grad()
 def frozen(name: str, batch: int, size: int, backend: str) -> Result:
-    """A frozen network errs as another does; its graph gives its bits; after refresh it runs on new weights."""
+    """Checks that a frozen network keeps the budget, that its graph gives its bits, and that refresh takes new weights."""
     model, x = random_model(name, batch, size, BF16)
     fused = rk.fuse(model, backend=backend, freeze=True)
     row = judge(fused(x), model, x)
@@ -97,7 +97,7 @@ def captured(name: str, batch: int, size: int, backend: str) -> Result:
 
 @torch.no_grad()
 def two_streams(name: str, size: int) -> Result:
-    """Two graphs of split-K layers, replayed side by side on two streams."""
+    """Checks two graphs of split-K layers, replayed side by side on two streams."""
     model, x = random_model(name, 1, size, BF16)
     runs = [rk.capture(rk.fuse(model, backend="triton"), x, copy=False) for _ in range(2)]
     inputs = [x, torch.randn_like(x)]
@@ -122,7 +122,7 @@ def compiled(name: str, backend: str) -> Result:
 
 
 def training(name: str, backend: str, autocast: bool) -> Result:
-    """Gradients of a step, all of them as one vector, and running statistics, against fp64."""
+    """Compares all gradients of a step, as one vector, and the running statistics with fp64."""
     model, x = random_model(name, 16, 64, torch.float32)
     model.train()
     weights = torch.randn(16, 1000 if "d2l" not in name else 10, device=DEVICE)

@@ -1,4 +1,4 @@
-"""Compiling the candidates of `tune` beforehand, on all CPU cores, into Triton's cache."""
+"""Compilation of `tune`'s candidates in advance, on all CPU cores, into Triton's cache."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .runner import device
 
 
 def precompile(noted: list[jobs.Noted], end: float, out: Path) -> None:
-    """Compiles act 2's candidates in children, dearest network first."""
+    """Compiles act 2's candidates in child processes: BNs last, batch 256 before 1, networks in the order noted."""
     from . import sections
 
     wanted: dict[tuple, None] = {}

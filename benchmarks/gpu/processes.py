@@ -1,4 +1,4 @@
-"""A session's commands: each in a process group of its own, that ends with its time."""
+"""Commands of a session, each in its own process group, which is ended when its time is up."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PYTHON = [sys.executable, "-u"]
 
 @dataclass
 class Session:
-    """A run: where it writes, how long it may take, what has become of its sections."""
+    """State of a session: output directory, time budget, and the results of its sections."""
 
     out: Path
     seconds: float
@@ -47,11 +47,11 @@ class Session:
             "environment": environment(self.device),
         }
         self.log = (self.out / "log.txt").open("a")
-        # Later sections run by the table that was measured here.
+        # Later sections use the table that `tune` writes into this folder.
         self.environment = {**os.environ, tuned_table.CACHE_VARIABLE: str(self.out), "PYTHONPATH": _python_path()}
         self.environment.pop("TRITON_INTERPRET", None)
         if self.dry:
-            # Threads that wait for one another, spinning, on a machine that others use, too.
+            # One thread, because waiting threads spin, and others use this machine, too.
             self.environment["OMP_NUM_THREADS"] = "1"
 
     @property
@@ -66,7 +66,7 @@ class Session:
         self.write("session.json", {"budget_s": self.seconds, "sections": self.sections})
 
     def command(self, arguments: list[str], seconds: float, output: Path | None = None, **environment: str) -> str:
-        """Runs one of our own commands; returns "done", "failed (status)" or "out of time". Its children end with it."""
+        """Runs a Python command; returns "done", "failed (status)" or "out of time". Its children end with it."""
         print(f"+ {' '.join(arguments)}", file=self.log, flush=True)
         with (output or Path(os.devnull)).open("w") as separate:
             stream = separate if output else self.log
@@ -95,8 +95,8 @@ def _python_path() -> str:
 
 
 def end_group(process: subprocess.Popen) -> None:
-    """Ends a command's whole process group, which is its own."""
-    # pytest-benchmark writes its file at its end, which an interrupt leads to and SIGTERM does not.
+    """Ends a command's whole process group."""
+    # SIGINT first: pytest-benchmark then still writes its file, which it does not after SIGTERM.
     for which, patience in ((signal.SIGINT, 5), (signal.SIGTERM, 2), (signal.SIGKILL, 5)):
         try:
             os.killpg(process.pid, which)

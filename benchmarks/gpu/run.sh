@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# A GPU session's second act, the numbers (the first, the checks: python -m benchmarks.gpu.checks): bash benchmarks/gpu/run.sh OUTDIR [BUDGET_SECONDS [DENIED.json]]
-# Most valuable first, within the budget (440 s unless given); at most 8 files in OUTDIR, each written as soon as there is
-# something to say, so that a run may be stopped at any point. Without a GPU it runs dry. See session.py.
+# Act 2 of a GPU session, the measurements (act 1, the checks: python -m benchmarks.gpu.checks):
+#     bash benchmarks/gpu/run.sh OUTDIR [BUDGET_SECONDS [DENIED.json]]
+# The most valuable come first, within the budget (440 s unless given). OUTDIR gets at most 8 files, each written as soon as
+# it has a result, so that a run may be stopped at any point. Without a GPU this is a dry run. See session.py.
 set -euo pipefail
 if [ $# -lt 1 ] || [ $# -gt 3 ]; then
     echo "usage: bash $0 OUTDIR [BUDGET_SECONDS [DENIED.json]]" >&2

@@ -1,4 +1,4 @@
-"""Checks in forked children, several at a time: a crash or a hang costs one check."""
+"""Runner of checks in forked children, several at a time, so that a crash or a hang costs one check."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from resnet_kernels.perf.tuning import autotuner
 CHILDREN = 14
 
 
-# For one check. A cold one starts CUDA and compiles for some seconds.
+# The longest silence of one check. A cold one starts CUDA and compiles for some seconds.
 SILENCE_S = 40.0
 
 
@@ -31,11 +31,11 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Check:
-    """One question. run: returns {} if all is well, else what was wrong; what it raises is a failure, too."""
+    """One check. run: returns figures, with "refused" if something is wrong; an exception is a failure, too."""
 
     name: str
     run: Callable[[], Result]
-    # What act 2 is to leave away if this crashes or hangs: a candidate, of one problem or (None) of all.
+    # The candidate that act 2 leaves out if this crashes or hangs, for one problem or (None) for all.
     candidate: str | None = None
     problem: str | None = None
 
@@ -69,7 +69,7 @@ class Child:
 
 @dataclass
 class Runner:
-    """Children, several at a time, and what they said."""
+    """Process pool that forks children, several at a time, and collects their lines."""
 
     out: Path
     end: float
@@ -129,8 +129,8 @@ class Runner:
         del alive[child.pipe]
         _, status = os.waitpid(child.pid, 0)
         if child.at < len(child.job.checks):
-            signalled = f" (signal {os.WTERMSIG(status)})" if os.WIFSIGNALED(status) else f" ({status})"
-            self.deny(child.job.checks[child.at], why + signalled)
+            signaled = f" (signal {os.WTERMSIG(status)})" if os.WIFSIGNALED(status) else f" ({status})"
+            self.deny(child.job.checks[child.at], why + signaled)
             if child.at + 1 < len(child.job.checks):
                 waiting.appendleft((child.job, child.at + 1))
 
@@ -163,7 +163,7 @@ def _child(job: Job, at: int, writer: int) -> int:
                 torch.cuda.synchronize()
         except Exception as error:
             result = {"refused": f"{type(error).__name__}: {error}"[:800], "where": traceback.format_exc()[-1500:]}
-            # After an illegal access nothing runs in this process any more: the parent goes on in a new one.
+            # After an illegal access nothing runs in this process any more: the parent continues in a new one.
             lost = isinstance(error, (autotuner.DeviceLost, torch.AcceleratorError))
         if lost:
             say({"check": check.name, **result})

@@ -1,8 +1,8 @@
-"""python -m benchmarks.gpu.sections ceilings OUTDIR SECONDS [--dry-run]: what this machine can do at most, and which tensor
-descriptors its driver takes.
+"""python -m benchmarks.gpu.sections ceilings OUTDIR SECONDS [--dry-run]: measures this machine's ceilings, and tries which
+tensor descriptors its driver accepts.
 
-Written whenever more is known. session.py calls it in a process of its own: a kernel that breaks the GPU's context takes
-the process with it. `compile_candidate` is what checks.py fills Triton's cache with.
+The file is rewritten after each result. session.py runs this in a process of its own, because a kernel that breaks the GPU's
+context takes the process with it. precompile.py fills Triton's cache with `compile_candidate`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Write = Callable[[dict[str, Any]], None]
 
 
 def compile_candidate(asked: Hashable, batch: int, name: str) -> dict[str, Any]:
-    """Compiles what a candidate would launch; in a worker process, for the cache on disk."""
+    """Compiles the kernels of a candidate into the cache on disk, in a worker process."""
     from triton.runtime.jit import JITFunction
 
     if not hasattr(JITFunction, "launching_run"):
@@ -66,7 +66,7 @@ def ceilings(write: Write, seconds: float, dry: bool) -> None:
         except Exception as error:
             found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
         write({"ceilings": found, "descriptors": {}})
-    # Last, as a bad one may break the context.
+    # Descriptors come last, because a bad one may break the context.
     taken: dict[str, Any] = {}
     for name, view in ceilings.VIEWS.items():
         try:
@@ -103,5 +103,5 @@ def main() -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    # Nothing that a worker left behind may keep the session waiting.
+    # os._exit, so that nothing that a worker left behind keeps the session waiting.
     os._exit(status)

@@ -1,17 +1,17 @@
-"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2, every number, most valuable first.
+"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2 measures, most valuable first.
 
-    session.json      device, driver, versions, commit; what each section took, and how it ended
-    ceilings.json     copy, matmul, L2; which descriptors the driver takes
-    <device>.json     the table of `python -m resnet_kernels tune`, which the sections behind it run by
+    session.json      device, driver, versions, commit; the time of each section, and how it ended
+    ceilings.json     copy, matmul, L2; the descriptors that the driver accepts
+    <device>.json     the table of `python -m resnet_kernels tune`, which later sections use
     models.json       whole networks against their peers, inference and training: pytest-benchmark's format
-    gpu_tests.json    the tests that a GPU runs, one by one, with what time is left
-    log.txt           what all of them printed
+    gpu_tests.json    the tests that a GPU runs, one by one, in the remaining time
+    log.txt           the output of all sections
 
-checks.py is act 1: what it finds wrong is to be mended before a number is taken, and what crashed or hung there is not
-tried again: its denied.json.
+checks.py is act 1: fix the failures that it finds before measuring. Its denied.json lists candidates that crashed or hung;
+they are not tried again.
 
-Each section has a share of the time that is left. Whatever crashes or hangs costs its section alone; a section that is done
-early leaves the rest to those behind it. Without a GPU everything runs dry: on the CPU, in small.
+Each section has a share of the remaining time. A crash or a hang costs its section alone; a section that ends early leaves
+its time to the later ones. Without a GPU the session is a dry run: small cases on the CPU.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ import torch
 
 from .processes import ROOT, Session, end_group
 
-# Shares of the budget, in the order of what is lost if nothing behind it runs.
+# Shares of the budget, the most valuable section first.
 SHARES = {
     "ceilings": 15,
     "tune": 170,
     "models": 330,
     "gpu_tests": 5,
 }
-MOST_SECONDS = 100.0  # of one case
-# (direction, model, batch, peers): what is quick first, then max-autotune and graphs of torch.compile, which compile for long.
+MOST_SECONDS = 100.0  # for one case
+# (direction, model, batch, peers): quick peers first; max-autotune and graphs of torch.compile take long to compile.
 _QUICK = "not compile-max and not compile-graph and not jax"
 _SLOW = "compile-max or compile-graph or jax"
 _STEP = "forward-backward"
@@ -58,12 +58,12 @@ MODELS = (
     *(("forward", model, 1, _QUICK) for model in ("resnet18", "resnet_v2_50", "resnet152")),
 )
 DRY_CASES = tuple(f"op-{what}-add_relu_256-56px-b1-fp32-cpu" for what in ("forward", _STEP))
-# What tells a test file that has something for a GPU.
+# The pattern finds test files that have tests for a GPU.
 _FOR_GPUS = re.compile(r"mark\.gpu|skip_unless_runnable\(\s*\"triton\"|hopper_with_nan_outputs")
 
 
 def in_a_process(name: str) -> Callable[[Session, float], dict[str, Any]]:
-    """A section of sections.py."""
+    """Returns the section of sections.py that has this name, to run in its own process."""
 
     def run(session: Session, seconds: float) -> dict[str, Any]:
         arguments = ["-m", "benchmarks.gpu.sections", name, str(session.out), f"{0.9 * seconds:.1f}"]
@@ -75,10 +75,10 @@ def in_a_process(name: str) -> Callable[[Session, float], dict[str, Any]]:
 
 
 def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
-    """The tests that have something for a GPU, a process a file, several at a time: compiling is a CPU's work."""
+    """Runs the test files that use a GPU, one process a file, several at a time, as compiling is a CPU's work."""
     end = time.monotonic() + seconds
     files = [path for path in sorted((ROOT / "tests").rglob("test_*.py")) if _FOR_GPUS.search(path.read_text())]
-    # A whole network's parity takes longest, and says most.
+    # A whole network's parity takes longest and is worth most, so it starts first.
     files.sort(key=lambda path: path.name != "test_parity.py")
     if session.dry:
         files = [ROOT / "tests" / "perf" / "test_timing.py"]
@@ -88,7 +88,7 @@ def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as work:
             output = Path(work) / "output.txt"
             arguments = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", str(path.relative_to(ROOT))]
-            # What is slow under the interpreter is not on a GPU; without -m pytest leaves it out.
+            # This -m replaces the default one, which leaves out tests that are slow under the interpreter but not on a GPU.
             arguments += ["-m", "not compile_only"]
             ended = session.command(arguments, end - time.monotonic(), output)
             found[path.name] = {"ended": ended, **_read_tests(output.read_text(errors="replace"))}
@@ -107,7 +107,7 @@ def gpu_tests(session: Session, seconds: float) -> dict[str, Any]:
 
 
 def _read_tests(text: str) -> dict[str, Any]:
-    """What pytest -v said line by line, so that a run that was cut off counts as far as it went."""
+    """Counts and failures from the lines of pytest -v, so that a run that was cut off counts as far as it went."""
     results = re.findall(r"^(\S+::.*?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", text, re.M)
     counts: dict[str, int] = {}
     for _, result in results:
@@ -118,7 +118,7 @@ def _read_tests(text: str) -> dict[str, Any]:
 
 
 def tune(session: Session, seconds: float) -> dict[str, Any]:
-    """ResNet-50 at 256 and 1 first, then its training, then the other networks at 256."""
+    """Tunes ResNet-50 at batch 256 and 1 first, then training, then the other networks at 256."""
     end = time.monotonic() + seconds
     table = ["--output", str(session.out / session.key.file_name), "--samples"]
     if session.denied is not None:
@@ -132,7 +132,7 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
         runs = ((1.0, ["--dry-run", "--model", "d2l_resnet18", "--image-size", "16"]),)
     ended = {}
     for share, arguments in runs:
-        # A candidate that breaks the GPU ends the command, which then has noted it and goes on behind it.
+        # A candidate that breaks the GPU ends the command with status 2; the next try continues after that candidate.
         for _ in range(4):
             left = share * (end - time.monotonic())
             if left < 1:
@@ -145,7 +145,7 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
 
 
 def models(session: Session, seconds: float) -> dict[str, Any]:
-    """Cases of `pytest benchmarks`, one after the other, added to models.json as they come."""
+    """Runs cases of `pytest benchmarks` one after another, and adds each to models.json as it ends."""
     selections = [
         f"model-{what}-{model}-224px-b{batch}-bf16-cuda and ({peers})" for what, model, batch, peers in MODELS
     ]
@@ -163,7 +163,7 @@ def models(session: Session, seconds: float) -> dict[str, Any]:
             arguments = ["-m", "pytest", "benchmarks", "-q", "-p", "no:cacheprovider", "-k", selection]
             arguments += [f"--benchmark-json={written}", f"--benchmark-max-time={0.2 if session.dry else 1}"]
             ended[selection] = session.command(arguments + ([] if session.dry else ["--full"]), min(left, MOST_SECONDS))
-            # pytest's 5: nothing has that name.
+            # pytest's status 5: no test was selected.
             ended[selection] = {"failed (5)": "no such case"}.get(ended[selection], ended[selection])
             if written.exists() and written.stat().st_size:
                 values = json.loads(written.read_text())
@@ -201,9 +201,9 @@ def main(arguments: list[str] | None = None) -> int:
         options.dry_run or not torch.cuda.is_available(),
         denied.resolve() if denied.exists() else None,
     )
-    # As Ctrl-C: what runs is ended, and what is known is written.
+    # SIGTERM acts as Ctrl-C: the running command is ended, and the results so far are written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Dry, all of them have as little to do.
+    # In a dry run all sections have equally little to do.
     waiting = dict.fromkeys(SHARES, 1) if session.dry else dict(SHARES)
     for name, run in SECTIONS.items():
         seconds = session.left * waiting[name] / sum(waiting.values())

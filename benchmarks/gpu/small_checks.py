@@ -1,4 +1,4 @@
-"""Small questions to a GPU: single kernels, descriptors, cuDNN's fused operations."""
+"""Small checks on a GPU: single kernels, descriptors, cuDNN's fused operations."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _conv_then_relu(x: Tensor, weight: Tensor, bias: Tensor, *arguments) -> Tens
 
 
 def _milliseconds(call: Callable[[], object]) -> float:
-    """Milliseconds of one call, the mean of ten."""
+    """Mean milliseconds of a call, over ten calls."""
     call()
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
@@ -31,7 +31,7 @@ def _milliseconds(call: Callable[[], object]) -> float:
 
 
 def z_is_read(dtype: torch.dtype, benchmark: bool) -> Result:
-    """Whether NaN in the memory that cudnn_convolution_relu passes as z, with alpha 0, comes through."""
+    """Checks that NaN in the memory that cudnn_convolution_relu passes as z, with alpha 0, stays out of the result."""
     torch.backends.cudnn.benchmark = benchmark
     rows: dict[str, Result] = {}
     leaks = []

@@ -2,11 +2,11 @@
 
     import   seconds that `import resnet_kernels` adds to `import torch`
     fuse     seconds of rk.fuse on ResNet-152
-    checks   ms of ResNet-50's forward, batch 1, that go into seeing that no weight has changed: what freeze=True saves
+    checks   ms of ResNet-50's forward, batch 1, for checking that no weight has changed; freeze=True saves them
              (interleaved with a frozen model's calls)
     memory   peak resident memory of ResNet-50 at 224x224 over that of the built model, eager channels_last and fused
 
-Each figure is of processes of its own, as a peak can't be taken back within one; the median of five.
+Each figure is the median of five fresh processes, because a process can't reset its memory peak.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def check_milliseconds() -> float:
     states = frozen_states(model)
 
     def call(frozen: bool) -> None:
-        # One model for both: two would differ in where their copies lie in memory.
+        # One model serves both: the weight copies of two would lie in different places in memory.
         for state in states:
             state.frozen = frozen
         model(x)
@@ -67,7 +67,7 @@ def check_milliseconds() -> float:
 
 
 def peak_megabytes(fused: bool, batch: int) -> float:
-    """Peak of five inferences over the resident memory that the built model and its input take, in MB."""
+    """Peak memory of five inferences in MB, less the resident memory of the built model and its input."""
     import torch
 
     import resnet_kernels as rk

@@ -1,8 +1,8 @@
-"""python -m benchmarks.tools.image_sizes: many image sizes in one process on the CPU, fused against eager, in turns.
+"""python -m benchmarks.tools.image_sizes: times many image sizes in one process on the CPU, fused against eager, in turns.
 
-A detector meets a new size in almost every call. So each size is called first once by both, which is where packed weights,
-oneDNN's kernels and our programs are made, and later, in another order, several times more. The ratio of a size is fused's
-time / eager's, the median over its rounds; a first call has one round.
+A detector meets a new size in almost every call. So both are called once at each size first, when packed weights, oneDNN's
+kernels and our programs are made, and several times more later, in another order. The ratio of a size is fused's time /
+eager's, the median over its rounds; a first call has one round.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ Size = tuple[int, int]
 
 
 def draw(count: int, smallest: int, largest: int, seed: int) -> list[Size]:
-    """Returns random (height, width)s."""
+    """Returns random pairs (height, width)."""
     generator = random.Random(seed)
     return [(generator.randint(smallest, largest), generator.randint(smallest, largest)) for _ in range(count)]
 
 
 def measure(model: nn.Module, sizes: list[Size], rounds: int, layout: torch.memory_format) -> dict:
-    """Returns the ratios by size, {"first": [...], "later": [...]}, the gate, and how many layouts each weight has.
+    """Returns the ratios by size, {"first": [...], "later": [...]}, and the gate's "error" and "budget".
 
     Raises:
-        AssertionError: the fused model's numbers are wrong: no time counts then.
+        AssertionError: if the fused model's numbers are wrong; no time counts then.
     """
     eager: nn.Module = randomise_batch_norms_(model).eval().to(memory_format=layout)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
     fused, oracle = rk.fuse(eager, backend="cpu"), copy.deepcopy(eager).double()
@@ -51,7 +51,7 @@ def measure(model: nn.Module, sizes: list[Size], rounds: int, layout: torch.memo
     results: dict[str, list[Tensor]] = {"eager": [], "fused": [], "fp64": []}
     with torch.inference_mode():
         for i, x in enumerate(images):
-            # Whoever comes second finds the image, and eager's share of oneDNN's kernels, in the caches.
+            # The second finds the image, and the oneDNN kernels that both use, in the caches, so they swap places.
             names = ["eager", "fused"] if i % 2 else ["fused", "eager"]
             seconds = {}
             for name in names:

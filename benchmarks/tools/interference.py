@@ -1,8 +1,9 @@
-"""python -m benchmarks.tools.interference: does a contender slow down the one whose turn comes after it?
+"""python -m benchmarks.tools.interference: measures how much a contender slows down the next one.
 
-In rounds eager, eager, peer, peer each call comes once after the other contender's and once after its own kind's; the ratio of
-the two is 1 if they leave each other alone. It is taken without uncounted calls in between, and with them, as the benchmarks
-do (peers.LEAD_IN_SECONDS). `twin`, a copy of the eager model, is the control: it has weights of its own and PyTorch's threads.
+In rounds of eager, eager, peer, peer each contender is called once after the other contender and once after itself. The ratio
+of the two times is 1 if they leave each other alone. It is taken without uncounted calls in between, and with them, as the
+benchmarks do (peers.LEAD_IN_SECONDS). The control is `twin`, a copy of the eager model with its own weights and PyTorch's
+threads.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ..workload import ModuleRunner, Runner, Workload
 
 
 def effects(eager, peer, seconds: float, lead_in: float) -> tuple[str, str]:
-    """(eager after the peer / after itself, the peer after eager / after itself): medians of pairs, with p20 and p80."""
+    """Slowdowns (eager after the peer / after itself, the peer after eager / after itself): medians, with p20 and p80."""
     calls = {"eager after peer": eager, "eager after eager": eager, "peer after eager": peer, "peer after peer": peer}
     after_peer, after_eager, crossed, own = interleave(calls, seconds=seconds, lead_in=lead_in).values()
     return _spread(after_peer, after_eager), _spread(crossed, own)
@@ -51,14 +52,14 @@ def main() -> None:
                 print(f"{contender.name}: {reason}")
             else:
                 runners[contender.name] = contender.prepare(workload)
-    rows, neighbours = [], Neighbours()
+    rows, neighbors = [], Neighbours()
     for name, runner in runners.items():
         call = runner.bind(workload.operands)
         found = (effects(eager, call, options.seconds, lead_in) for lead_in in (0.0, LEAD_IN_SECONDS))
         rows.append((name, *(cell for pair in found for cell in pair)))
     head = ("peer", "eager after it", "it after eager", "eager after it, led in", "it after eager, led in")
     print(table(head, rows))
-    cores = neighbours.cores()
+    cores = neighbors.cores()
     print("" if cores is None else f"other processes kept {cores:.1f} cores busy meanwhile")
 
 

@@ -1,8 +1,8 @@
-"""python -m benchmarks.tools.readme_tables [--write README.md]: the README's tables, from all files in benchmarks/results.
+"""python -m benchmarks.tools.readme_tables [--write README.md]: makes README's tables from all files in benchmarks/results.
 
-Prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. Networks are shown in inference, at
-their largest image size, in their smallest and largest batch; how all cases came out is counted below. All of a file is for
-`python -m resnet_kernels report` to show.
+It prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. A table shows networks in
+inference, at their largest image size, at their smallest and largest batch; the outcomes of all cases are counted below it.
+`python -m resnet_kernels report` shows all of a file.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _COSTS = {
 
 
 def blocks() -> dict[str, str]:
-    """What stands between each pair of markers, by the markers' name."""
+    """Text for each pair of markers, by the markers' name."""
     files = sorted(RESULTS.glob("*.json"))
     costs = [path for path in files if path.name.startswith("costs-")]
     return {
@@ -56,7 +56,7 @@ def blocks() -> dict[str, str]:
 
 
 def results_table(measured: Results) -> str:
-    """Networks in inference, eager and fused and the fastest peer, from one file; then how all of its cases came out."""
+    """Tables of one file: networks in inference (eager, fused, the fastest peer), then the outcomes of all its cases."""
     versions = ", ".join(f"{name} {version}" for name, version in measured.versions.items())
     shown = [case for case in measured.cases.values() if _is_shown(case, measured)]
     groups: dict[tuple[str, str], list[CaseResults]] = {}
@@ -99,7 +99,7 @@ def _is_shown(case: CaseResults, measured: Results) -> bool:
 def _row(case: CaseResults) -> tuple[str, ...]:
     fused, peer = case.contenders["fused"], case.best_peer()
     assert peer is not None, "a case that is shown has eager"
-    # A CUDA graph of the fused model (rk.capture) is compared with peers that are graphs, too.
+    # With rk.capture, the fused model's CUDA graph is compared with peers that are graphs, too.
     ours = [name for name in ("fused", "frozen", *_CAPTURED) if name in case.contenders]
     best = min(ours, key=lambda name: case.contenders[name].median)
     return (
@@ -117,7 +117,7 @@ def _row(case: CaseResults) -> tuple[str, ...]:
 
 
 def costs_table(path: Path) -> str:
-    """What the package costs beside its kernels, from a file of benchmarks.tools.costs."""
+    """Table of the package's costs beside its kernels, from a file of benchmarks.tools.costs."""
     costs = json.loads(path.read_text())
     rows = [
         (_COSTS[name][0], f"{value:.2g} {_COSTS[name][1]}" if value < 1 else f"{value:.0f} {_COSTS[name][1]}")
@@ -140,11 +140,11 @@ def fill(text: str, contents: dict[str, str]) -> str:
     """Returns a text with the contents between their markers.
 
     Raises:
-        ValueError: if a pair of markers is not there exactly once.
+        ValueError: if the text does not have each pair of markers exactly once.
     """
     for name, content in contents.items():
         start, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
-        # A function, as a string would have its backslashes read.
+        # A function, because re would interpret the backslashes of a string.
         text, count = re.subn(f"{start}.*?{end}", lambda _: f"{start}{content}\n{end}", text, flags=re.S)  # noqa: B023
         if count != 1:
             raise ValueError(f"the text must hold <!-- {name} --> and <!-- /{name} --> once, got {count} pairs")

@@ -1,9 +1,9 @@
-"""python -m benchmarks.tools.trim FILE OUT: makes a file of results, or a table of `tune`, as small as it is committed.
+"""python -m benchmarks.tools.trim FILE OUT: shrinks a file of results, or a table of `tune`, to the size that is committed.
 
-Results keep what `report` and README's tables read, and the conditions of each measurement. Samples have five digits, other
-numbers six. Kernels' names lose their template arguments and parameters. A kernel that the roofline can't draw loses its name
-and bytes, and a training step's kernels are added up by kind: the report shows no more of them. A table keeps two candidates
-of each record, the winner and the default, with their medians.
+Results keep the fields that `report` and README's tables read, and the conditions of each measurement. Samples keep five
+digits, other numbers six. Kernels' names lose their template arguments and parameters. A kernel that the roofline can't draw
+loses its name and bytes, and a training step's kernels are added up by kind: the report shows no more of them. A table keeps
+two candidates of each record, the winner and the default, with their medians.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from resnet_kernels.perf.schema import CaseInfo, Conditions, Kernel, Versions
 from resnet_kernels.perf.tuning.table_file import write_whole
 
 _DIGITS = 6
-_SAMPLES_DIGITS = 5  # with 4 a speed of 0.995 became 1.00
+_SAMPLES_DIGITS = 5  # four digits turned a speed of 0.995 into 1.00
 _LONGEST_NAME = 60
 _KEPT = {"schema", *(field.name for part in (CaseInfo, Versions, Measurement, Conditions) for field in fields(part))}
-# The group says it, too.
+# The group is the case's name already.
 _KEPT -= {"case"}
 
 
@@ -48,7 +48,7 @@ def _benchmark(benchmark: dict[str, Any]) -> dict[str, Any]:
 
 
 def _by_kind(kernels: list[Kernel]) -> list[Kernel]:
-    # Without paths and all of one kind, they would look like the one region of a compiled model.
+    # A path, because rows of one kind without paths would look like the single region of a compiled model.
     path = "network" if any(kernel.path for kernel in kernels) else ""
     seconds: dict[str, float] = {}
     for kernel in kernels:
@@ -68,7 +68,7 @@ def _without_defaults(kernel: Kernel) -> dict[str, Any]:
 
 
 def trimmed_table(table: dict[str, Any]) -> dict[str, Any]:
-    """Returns the same winners, with the times of each and of the default."""
+    """Returns the table with each record's candidates cut to the winner and the default, with their medians."""
     kept = _rounded(table, _DIGITS)
     for record in kept["records"]:
         rows = record.get("candidates", {})
@@ -88,7 +88,7 @@ def _rounded(value: Any, digits: int) -> Any:
 
 
 def _short(name: str) -> str:
-    """A kernel's name without what stands in brackets: its template arguments and parameters."""
+    """Kernel name without its template arguments and parameters, which stand in brackets."""
     while (inner := re.sub(r"<[^<>]*>|\([^()]*\)|\{[^{}]*\}", "", name)) != name:
         name = inner
     return name.removeprefix("void ").strip(" ,:<>")[:_LONGEST_NAME]

@@ -1,1 +1,1 @@
-"""Measuring: timing, profiling, rooflines, tuning, results files."""
+"""Measurement: timing, profiling, rooflines, tuning, results files."""

@@ -1,4 +1,4 @@
-"""The rates that a device reaches: a large copy and a large matrix product, measured."""
+"""Rates that a device reaches, measured with a large copy and a large matrix product."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from .roofline.bounds import Machine
 
 
 def ceilings(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.5) -> Machine:
-    """Measures the rates that a large product and a copy reach, the fastest of some rounds; L2 is not measured.
+    """Measures the rates of a large product and a copy, each in the fastest of some rounds; L2 is not measured.
 
-    The product is the faster of a matmul and a 1x1 convolution, which PyTorch lets run in TF32 where it doesn't a matmul.
+    The product is the faster of a matmul and a 1x1 convolution: by default PyTorch lets only convolutions run in TF32.
 
     Args:
         device: CPU or CUDA.
         dtype: Any floating point dtype.
-        seconds: Time to spend, about.
+        seconds: Approximate time to spend.
     """
     size, elements = (8192, 2**29) if torch.device(device).type == "cuda" else (1024, 2**24)
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)
     image = a.t().reshape(1, size, size, 1).contiguous(memory_format=torch.channels_last)
     source = torch.zeros(elements, dtype=dtype, device=device)
-    target = torch.zeros_like(source)  # not empty: its pages have to be there
+    target = torch.zeros_like(source)  # zeros, not empty: its pages must exist before the copy
     calls = {
         "matmul": lambda: torch.mm(a, b, out=product),
         "convolution": lambda: torch.conv2d(image, b[:, :, None, None]),

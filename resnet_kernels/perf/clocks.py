@@ -1,4 +1,4 @@
-"""Clocks of a device, perf_counter on the CPU and CUDA events on a GPU, and rounds by a clock."""
+"""Clocks of a device (perf_counter on the CPU, CUDA events on a GPU), and rounds timed with one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Clock = Callable[[Callable[[], object]], float]
 
 
 def leading_in(clock: Clock, lead_in: float) -> Clock:
-    """Returns a clock that calls a callable uncounted, at least once and for `lead_in` seconds, before the counted call."""
+    """Returns a clock that precedes the counted call with uncounted ones, at least one and for `lead_in` seconds."""
 
     def seconds(call: Callable[[], object]) -> float:
         end = time.perf_counter() + lead_in
@@ -54,7 +54,7 @@ def _cpu_seconds(call: Callable[[], object]) -> float:
 def _cuda_clock(device: torch.device) -> Clock:
     stream = torch.cuda.current_stream(device)
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    # Nothing that was queued before may count as the first sample's.
+    # Work queued earlier must not count in the first sample.
     torch.cuda.synchronize(device)
 
     def seconds(call: Callable[[], object]) -> float:
@@ -74,7 +74,7 @@ def rounds(
     min_rounds: int,
     progress: Callable[[int, float], object] | None,
 ) -> dict[str, list[float]]:
-    """Returns each contender's seconds in rounds that go on for `seconds`, and for `min_rounds` at least."""
+    """Returns each contender's seconds, by round; rounds go on for `seconds`, and there are at least `min_rounds`."""
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begin = time.perf_counter()
     done, elapsed = 0, 0.0

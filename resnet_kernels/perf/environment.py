@@ -1,4 +1,4 @@
-"""Versions, driver, commit and time: the metadata that is saved with each measurement."""
+"""Metadata that is saved with each measurement: versions, driver, commit and time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._version import __version__
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Returns driver, versions, time and, where there is one, commit: the metadata saved with each measurement."""
+    """Returns the metadata of a measurement: versions, driver, time, and the commit if there is one."""
     values = {**versions(), "driver": None, "commit": _output("git", "describe", "--always", "--dirty", "--abbrev=40")}
     if device.type == "cuda":
         driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
@@ -24,12 +24,12 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str | int | None]:
-    """Returns the versions that decide how fast a candidate is. A record of other versions is measured anew."""
+    """Returns the versions that a candidate's speed depends on. Problems with a record of other versions are measured anew."""
     try:
         triton = metadata.version("triton")
     except metadata.PackageNotFoundError:
         triton = None
-    # As PyTorch was built, without a look at a GPU.
+    # PyTorch knows cuDNN's version without touching a GPU.
     cudnn = torch.backends.cudnn.version() if torch.backends.cudnn.is_available() else None
     return {"resnet_kernels": __version__, "torch": torch.__version__, "triton": triton, "cudnn": cudnn}
 
@@ -38,7 +38,7 @@ _seen: dict[tuple[str, ...], str | None] = {}
 
 
 def _output(*command: str) -> str | None:
-    """A command's output, asked for once; None if there is no such command, or it fails."""
+    """Output of a command, which runs once per process; None if it does not exist or fails."""
     if command not in _seen:
         try:
             done = subprocess.run(

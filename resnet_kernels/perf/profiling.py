@@ -1,10 +1,11 @@
-"""Profile of a model, module by module and kernel by kernel, by torch.profiler.
+"""Profile of a model, by module and by kernel, from torch.profiler.
 
-    times = profile(lambda: model(x), model)       seconds of each kernel (on the CPU: of each operation), and in which module
-    rows = by_range(times, network.trace(model, x), itemsize)    the same by module, beside what its roofline asks for
+    times = profile(lambda: model(x), model)       seconds and module of each kernel (on the CPU: of each operation)
+    rows = by_range(times, network.trace(model, x), itemsize)    the kernels by module, beside its roofline's least work
 
-Every module's call runs inside a profiler range that bears its path, and in a fused block each step does (profiler_ranges.py).
-A kernel belongs to the innermost. A backward's kernels are those of the forward that autograd made them for.
+Every module's call runs inside a profiler range named by its path, and so does each step of a fused block
+(profiler_ranges.py). A kernel belongs to the innermost range around it. A backward's kernel belongs to the range of the
+forward operation whose gradient it computes.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ class KernelTime:
 
     range: the profiler's range that it ran in: a module's path in the model, "layer1.0.conv1", or a fused step's,
         "layer1.0.conv1+bn1+relu"; "" outside of all modules.
-    call: which call of that range in a step it was, from 0: a block may call one ReLU three times.
-    name: the CUDA kernel's, on the CPU the operation's ("aten::conv2d", "ConvolutionBackward0").
+    call: the number of the range's call in a step, from 0: a block may call one ReLU three times.
+    name: the CUDA kernel's name; on the CPU the operation's ("aten::conv2d", "ConvolutionBackward0").
     kind: "conv", "bn" or "rest", by the operation. A kernel that fuses them is a "conv".
     backward: whether it ran in the backward of that range.
-    seconds: on the device, a step.
+    seconds: time on the device, per step.
     """
 
     range: str
@@ -64,9 +65,9 @@ class KernelTime:
 class RangeTime:
     """One call of a range, forward or backward: its kernels, and the least that it has to compute and move.
 
-    layer: the convolution with its BN, add and ReLU that this belongs to, fused or not, "layer1.0.conv1+bn1+relu": the same
-        for an eager and a fused model. "" for what belongs to none (a check of ours), or to several (a block's own adds).
-    least: FLOPs and bytes (see roofline.py), with the step's own fusion; None for a backward, and where nothing is known.
+    layer: its layer, a convolution with its BN, add and ReLU, fused or not: "layer1.0.conv1+bn1+relu", the same for an eager
+        and a fused model. "" if it belongs to no layer (a check of ours), or to several (a block's own adds).
+    least: FLOPs and bytes (see roofline/), with the step's own fusion; None for a backward, and if unknown.
     """
 
     range: str
@@ -78,12 +79,12 @@ class RangeTime:
 
     @property
     def seconds(self) -> float:
-        """Seconds of all its kernels."""
+        """Total seconds of the range's kernels."""
         return sum(kernel.seconds for kernel in self.kernels)
 
     @property
     def kind(self) -> str:
-        """Kind of kernel that takes most of its time."""
+        """Kind of kernel that takes most of the range's time."""
         return max(KINDS, key=lambda kind: sum(k.seconds for k in self.kernels if k.kind == kind))
 
 
@@ -98,13 +99,13 @@ def profile(
 ) -> list[KernelTime]:
     """Runs a step several times under torch.profiler; returns its kernels, in the order of their first launch.
 
-    It replaces nn.Module.__call__ for all threads meanwhile, so nothing else may run models. Errors of `call` are passed on.
+    Meanwhile nn.Module.__call__ is replaced for all threads, so nothing else may run models. Errors of `call` are passed on.
 
     Args:
         call: one step, called without arguments: a forward, or a forward and a backward.
-        model: whose paths the ranges bear, plain or fused; all of its modules that `call` calls are seen. None for none: a
-            compiled model, whose modules are not called, or a captured one.
-        device: where the work is done, CPU or CUDA. On CUDA seconds are kernels', on the CPU operations'.
+        model: the model, plain or fused, whose paths name the ranges. None makes no ranges: for a compiled model, whose
+            modules are not called, or a captured one.
+        device: where the work is done, CPU or CUDA. Seconds are those of kernels on CUDA, of operations on the CPU.
         steps: Number of steps to average over, at least 1.
         warm_up: Number of steps before them, at least 1.
         trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev) of these steps.
@@ -141,7 +142,7 @@ def profile(
 def _named_calls(model: nn.Module | None) -> Iterator[None]:
     """Makes each call of a module run inside a range with its path.
 
-    By nn.Module.__call__, as torch.fx does it: a hook or a forward of its own would have a fused module run eager.
+    It patches nn.Module.__call__, as torch.fx does: with a hook or an own forward a fused module would run eager.
     """
     if model is None:
         yield
@@ -169,7 +170,7 @@ def _named_calls(model: nn.Module | None) -> Iterator[None]:
 
 
 class _Place(NamedTuple):
-    """Where an event ran. operation: the outermost inside the range; "" for what is no operation."""
+    """Place of an event. operation: the outermost one inside the range; "" if the event is in none."""
 
     range: str = ""
     call: int = 0
@@ -179,7 +180,7 @@ class _Place(NamedTuple):
 
 
 def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[KernelTime]:
-    """Adds up torch.profiler's events, which come in the order of their starts and know their parents."""
+    """Adds up torch.profiler's events, which come in the order of their starts, each with its parent."""
     seconds: dict[KernelTime, float] = defaultdict(float)
     places: dict[int, _Place] = {}
     forward_of: dict[tuple[int, int], _Place] = {}
@@ -206,10 +207,10 @@ def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[Kern
                 calls[range_] += 1
             continue
         place = around if around.operation else _enter(event, around, forward_of)
-        # Somebody else's range is no operation, but what it does between its operations may be a compiled model's.
+        # A range that is not ours is no operation, but a compiled model's kernels may run inside it.
         places[id(event)] = place._replace(operation="") if event.is_user_annotation else place
         if not place.backward:
-            # The last operation to begin under a number is the one whose gradient bears it.
+            # The last operation to begin with a sequence number is the one whose gradient has that number.
             forward_of[event.thread, event.sequence_nr] = place
         if on_cuda and not event.is_user_annotation:
             for kernel in event.kernels:
@@ -219,14 +220,14 @@ def _kernel_times(events: Iterable[Any], on_cuda: bool, steps: int) -> list[Kern
         elif not on_cuda:
             seconds[_key(place, place.operation, place.kind)] += event.self_cpu_time_total / 1e6
     for name, microseconds in homeless.items():
-        # A range has a shadow on the device, from its first kernel to its last.
+        # Leave out annotations: a range is also an event on the device, from its first kernel to its last.
         if on_cuda and name not in annotations and microseconds > 1e-3:
             seconds[_key(_Place(), name, _kind(name))] += microseconds / 1e6
     return [KernelTime(**{**vars(key), "seconds": total / steps}) for key, total in seconds.items()]
 
 
 def _enter(event: Any, around: _Place, forward_of: dict[tuple[int, int], _Place]) -> _Place:
-    """The place of an operation that is the outermost in its range."""
+    """Place of an operation that is the outermost in its range."""
     name = event.name.removeprefix(_BACKWARD)
     if name != event.name:
         forward = forward_of.get((event.fwd_thread, event.sequence_nr), _Place())
@@ -246,7 +247,7 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
     """Groups kernels by the call of a range in which they ran, and finds the network's operations of each call.
 
     Args:
-        times: what `profile` returned for a model.
+        times: the result of `profile` for a model.
         net: network.trace of the same model, fused or not, on an input of the same shape.
         itemsize: bytes of an element.
     """
@@ -258,7 +259,7 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
     layer_of = {operation: layer for layer in layers for operation in layer.operations}
     least = dict(zip(net.operations, bounds.eager(net, itemsize)))
     least_of_layer = dict(zip(layers, bounds.per_layer(net, itemsize)))
-    # In training a step's convolution is a call of its own, and so are others, before the rest of them runs as one.
+    # Training calls a step's convolution, among others, as a module; the rest of the step runs fused after it.
     steps = [range_ for range_ in n_calls if "+" in range_ and _path(range_) not in n_calls]
     firsts = {range_: [_operations(net, range_, call, n_calls) for call in range(n_calls[range_])] for range_ in steps}
     swallowed = {o for calls in firsts.values() for own in calls if own for o in layer_of[own[0]].operations}
@@ -279,12 +280,12 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
 
 
 def _path(range_: str) -> str:
-    """Of the module that a range begins with; for one of the functions add and add_relu, of an add."""
+    """Path of the module that a range begins with; a range of the functions add and add_relu counts as an add."""
     return range_.split("+")[0].removesuffix("_relu")
 
 
 def _operations(net: Network, range_: str, call: int, n_calls: Mapping[str, int]) -> list[Operation]:
-    """The operation that a fused step begins with, or all that a module's call is but for its children's."""
+    """Operation that a fused step begins with, or all operations of a module's call except its children's."""
     path = _path(range_)
     own = [
         operation

@@ -1,4 +1,4 @@
-"""Reading and checking a results file of `pytest benchmarks --benchmark-json=FILE`."""
+"""Reader that checks a results file of `pytest benchmarks --benchmark-json=FILE`."""
 
 from __future__ import annotations
 
@@ -99,16 +99,16 @@ def _measurement(benchmark: dict[str, Any]) -> Measurement:
 
 
 def _device(case: CaseInfo, document: dict[str, Any]) -> str:
-    """The machine's name; two files are of one machine if the names are the same."""
+    """Name of the machine; two files are of one machine if the names are equal."""
     if case.device_type != "cpu":
         return case.device
     brand = ((document.get("machine_info") or {}).get("cpu") or {}).get("brand_raw")
-    # The same processor with other threads is another machine to whoever compares times.
+    # The number of threads is part of the name, because times with different numbers don't compare.
     return f"{case.device}{f' {brand}' if brand else ''}, {case.threads} threads"
 
 
 def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
-    """A dataclass of the schema from the values of its fields' names.
+    """Builds a dataclass of the schema from values by field name.
 
     Raises:
         KeyError: A field is missing.
@@ -127,7 +127,7 @@ def _part(cls: type[_Part], values: Mapping[str, Any]) -> _Part:
 
 
 def _value(hint: Any, value: Any, name: str) -> Any:
-    """A value from JSON as its annotation has it: a dataclass from an object, a tuple from a list, a float from an int."""
+    """Converts a JSON value to its annotation: an object to a dataclass, a list to a tuple, an int to a float."""
     if get_origin(hint) is tuple:
         if not isinstance(value, list):
             raise ValueError(f"{name} must be a list, got {value!r}")
@@ -135,8 +135,13 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     kinds = get_args(hint) or (hint,)
     for kind in kinds:
         if is_dataclass(kind) and isinstance(value, dict):
+<<<<<<< HEAD
             return _part(kind, value)  # type: ignore[arg-type]  # `kind` is a dataclass here
         # bool is an int to Python, and no number here.
+=======
+            return _part(kind, value)  # type: ignore[arg-type]
+        # type() is kind, because isinstance would take a bool for an int.
+>>>>>>> prose
         if type(value) is kind or (kind is float and type(value) is int):
             return value
     wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)

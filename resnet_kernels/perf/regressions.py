@@ -1,4 +1,4 @@
-"""Comparison of two results files of one machine: which contenders became slower or faster by more than noise.
+"""Comparison of two results files of one machine: contenders that became slower or faster by more than noise.
 
 Each contender's time over eager's time of the same round is compared, so a machine that is slower as a whole changes nothing.
 Eager is the control: nothing of this package runs in it. A change counts if it lies beyond both kinds of noise:
@@ -7,8 +7,8 @@ Eager is the control: nothing of this package runs in it. A change counts if it 
                     which assumes no distribution. Intervals of several medians are joined by MOVER (Zou and Donner 2008,
                     "Construction of confidence limits about effect measures").
     between runs    The margin is 3%, or two standard deviations of the peers' changes, if that is more. Peers of one version
-                    are not this package's, so their changes between the runs are noise. The standard deviation is 1.48 times
-                    the median magnitude, which is robust. Fewer than three changes are no estimate.
+                    don't contain this package, so their changes between the runs are noise. The standard deviation is 1.48
+                    times the median magnitude, which is robust. Fewer than three changes give no estimate.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Comparison:
 
     margin: smallest change that isn't noise between these runs, a share. controls: number of peers' changes behind it. drift:
     eager's time over its time in the old file, the median over cases, None if no case has eager in both. missing: "case,
-    contender" of what only one file has, in the cases that both have.
+    contender" for each contender that only one file has, in the cases that both have.
     """
 
     new: Results
@@ -131,7 +131,7 @@ def _verdict(interval: _Interval, margin: float) -> str:
 
 
 def _change(new: CaseResults, old: CaseResults, contender: str) -> tuple[str, _Interval]:
-    """(unit, change in logarithms). A file with samples of eager has them of the same rounds."""
+    """Returns (unit, change in logarithms). Eager's samples in a file are of the same rounds as the contender's."""
     if all("eager" in case.contenders and case.contenders["eager"].samples for case in (new, old)):
         return "eager", _joined(*([_median(_log_ratios(case, contender))] for case in (new, old)))
     logs = ([math.log(sample) for sample in case.contenders[contender].samples] for case in (new, old))
@@ -144,18 +144,18 @@ def _log_ratios(case: CaseResults, contender: str) -> list[float]:
 
 
 def _median(values: Sequence[float]) -> _Interval:
-    """(median, low, high): the tightest order statistics that hold the median 99% of the time, else the whole range."""
+    """Returns (median, low, high): the tightest order statistics that hold the median 99% of the time, else the range."""
     ordered = sorted(values)
     n = len(ordered)
-    # Of n samples a binomial number lies below the true median. The normal approximation of it, with the correction for
-    # whole numbers, is off by less than one from n = 8 on; fewer samples need their whole range, and get it.
+    # The number of samples below the true median is binomial. Its normal approximation, with the correction for whole
+    # numbers, is off by less than one from n = 8 on; fewer samples need their whole range, and get it.
     z = statistics.NormalDist().inv_cdf((1 + _CONFIDENCE) / 2)
     k = max(0, math.floor(n / 2 - z * math.sqrt(n) / 2 - 0.5))
     return statistics.median(ordered), ordered[k], ordered[n - 1 - k]
 
 
 def _joined(added: Sequence[_Interval], subtracted: Sequence[_Interval]) -> _Interval:
-    """The sum of some medians less that of others, with its interval by MOVER."""
+    """Sum of some medians less the sum of others, with its interval by MOVER."""
     middle = sum(m for m, _, _ in added) - sum(m for m, _, _ in subtracted)
     below = math.hypot(*(m - low for m, low, _ in added), *(high - m for m, _, high in subtracted))
     above = math.hypot(*(high - m for m, _, high in added), *(m - low for m, low, _ in subtracted))

@@ -1,4 +1,4 @@
-"""Contents of a results file of `pytest benchmarks --benchmark-json=FILE`, as the report and the README's tables see them."""
+"""Contents of a results file of `pytest benchmarks --benchmark-json=FILE`, for the report and the README's tables."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _SHORT_NAMES = {str(dtype).removeprefix("torch."): name for dtype, name in SHORT
 
 
 class ResultsError(ValueError):
-    """A results file that can't be used: its path and the reason, in one line."""
+    """Error for a results file that can't be used: its path and the reason, in one line."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement(ContenderInfo, Ratios, Roofline):
-    """A contender's seconds on a case. samples: in the order of the rounds, empty if the file has none."""
+    """Seconds of a contender on a case. samples: in the order of the rounds, empty if the file has none."""
 
     median: float
     samples: tuple[float, ...] = ()
 
     @property
     def ratios(self) -> dict[str, float]:
-        """The file's own ratios, by the other contender's name."""
+        """Ratios that the file holds, by the other contender's name."""
         known = {"eager": self.interleaved_ratio_to_eager, "fused": self.interleaved_ratio_to_fused}
         return {name: ratio for name, ratio in known.items() if ratio is not None}
 
@@ -53,12 +53,12 @@ class CaseResults(CaseInfo):
 
     @property
     def interleaved(self) -> bool:
-        """Whether there are samples: those of one index are of one round, in all contenders."""
+        """Whether all contenders have samples; those with the same index are of one round."""
         return all(measurement.samples for measurement in self.contenders.values())
 
     @property
     def label(self) -> str:
-        """The case in words, without its level, direction and platform."""
+        """Name of the case without its level, direction and platform."""
         return f"{self.subject} {self.size}px b{self.batch} {_SHORT_NAMES.get(self.dtype, self.dtype)}"
 
     def img_per_s(self, contender: str) -> float:
@@ -66,7 +66,7 @@ class CaseResults(CaseInfo):
         return self.batch / self.contenders[contender].median
 
     def speed(self, ours: str, peer: str) -> float:
-        """Returns how many times the peer's speed ours has: the median over shared rounds, else the ratio of medians."""
+        """Returns our speed over the peer's: the median over shared rounds, else the ratio of medians."""
         mine, other = self.contenders[ours], self.contenders[peer]
         if self.interleaved:
             return statistics.median(b / a for a, b in zip(mine.samples, other.samples))
@@ -75,14 +75,14 @@ class CaseResults(CaseInfo):
         return 1 / mine.ratios[peer] if peer in mine.ratios else other.median / mine.median
 
     def best_peer(self, ours: str = "fused") -> str | None:
-        """Returns the fastest contender that isn't ours, over its budget or not; None if ours or every peer is missing."""
+        """Returns the fastest contender that isn't ours, even if over its budget; None if ours or every peer is missing."""
         peers = [name for name, measurement in self.contenders.items() if not measurement.ours]
         return min(peers, key=lambda name: self.speed(ours, name), default=None) if ours in self.contenders else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """A whole file. date: "2026-11-22". devices: platform -> its name. versions: package -> version. cases: by name."""
+    """Contents of a file. date: "2026-11-22". devices: platform -> its name. versions: package -> version. cases: by name."""
 
     path: Path
     date: str
@@ -100,13 +100,13 @@ class Results:
 
 
 def outcome(speed: float) -> str:
-    """Returns a ratio of speeds in a word: "faster", "slower", or "level" if it is written as 1.00."""
+    """Returns the word for a ratio of speeds: "faster", "slower", or "level" if it is written as 1.00."""
     text = f"{speed:.2f}"
     return "level" if text == "1.00" else "faster" if speed > 1 else "slower"
 
 
 def outcomes(cases: Iterable[CaseResults]) -> dict[str, int]:
-    """Returns in how many cases fused is faster than, level with and slower than the fastest peer."""
+    """Counts the cases in which fused is faster than, level with and slower than the fastest peer."""
     counts = dict.fromkeys(("faster", "level", "slower"), 0)
     for case in cases:
         peer = case.best_peer()

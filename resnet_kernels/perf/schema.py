@@ -1,4 +1,4 @@
-"""The schema of what `pytest benchmarks --benchmark-json=FILE` adds to pytest-benchmark's file.
+"""Schema of the fields that `pytest benchmarks --benchmark-json=FILE` adds to pytest-benchmark's file.
 
 The benchmarks fill these dataclasses and write their fields side by side into a benchmark's `extra_info`; read_results.py
 fills the same dataclasses from a file. A field that may be None may be missing in a file.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-# The layout of extra_info that is written and read.
+# Version of the layout of extra_info that is written and read.
 SCHEMA = 1
 
 
@@ -18,9 +18,9 @@ class Kernel:
     """One kernel of a profiled call, or on a CPU one operation.
 
     path: module or fused step that it works for, "" outside of any. kind: "conv", "bn" or "rest". seconds: time in one call.
-    name: the kernel's, or several joined by " + ". flops, hbm_bytes: the least it has to do and move, None if unknown.
-    call: which call of `path` this was, from 0. layer: the same for eager and fused, "" if none or unknown. backward: whether
-    it ran in a backward.
+    name: the kernel's, or several joined by " + ". flops, hbm_bytes: its least work and traffic, None if unknown.
+    call: the number of this call of `path`, from 0. layer: the same for eager and fused, "" if none or unknown. backward:
+    whether it ran in a backward.
     """
 
     path: str
@@ -36,7 +36,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Ceilings:
-    """The highest rates that the machine reaches, None where unknown. source: how they are known."""
+    """Highest rates that the machine reaches, None where unknown. source: how they were measured."""
 
     tflop_per_s: float | None
     gb_per_s: float | None
@@ -78,7 +78,7 @@ class CaseInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Versions:
-    """Versions of what a time depends on, None where it isn't installed."""
+    """Versions of the software that a time depends on, None if not installed."""
 
     torch: str
     triton: str | None
@@ -91,9 +91,9 @@ class Versions:
 class ContenderInfo:
     """A contender on a case.
 
-    label: its name in a plot's legend. ours: whether it is this package's. settings: one line. version: its package and that
-    one's version. parity_error: relative norm error against fp64. parity_budget: the largest error it may have.
-    parity_failure: "" unless the error is over the budget. kernels: where a call's time goes, empty if not profiled.
+    label: its name in a plot's legend. ours: whether it is this package's. settings: one line. version: its package and
+    the package's version. parity_error: relative norm error against fp64. parity_budget: the largest error it may have.
+    parity_failure: "" unless the error is over the budget. kernels: a call's time by kernel, empty if not profiled.
     """
 
     contender: str
@@ -109,7 +109,7 @@ class ContenderInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Ratios:
-    """A contender's time over another one's of the same round, the median over rounds; None without such rounds."""
+    """Median over rounds of a contender's time over another's of the same round; None without such rounds."""
 
     interleaved_ratio_to_eager: float | None = None
     interleaved_ratio_to_fused: float | None = None
@@ -117,7 +117,7 @@ class Ratios:
 
 @dataclass(frozen=True, kw_only=True)
 class Roofline:
-    """The machine's ceilings, and the least time that they allow over the median time."""
+    """Ceilings of the machine, and the share: the least time that they allow over the median time."""
 
     ceilings: Ceilings | None
     roofline_share: float | None
@@ -125,7 +125,7 @@ class Roofline:
 
 @dataclass(frozen=True, kw_only=True)
 class Spread(Ratios):
-    """Percentiles of a contender's seconds and ratios. The report computes those it shows from the samples."""
+    """Percentiles of a contender's seconds and ratios. The report computes its own from the samples."""
 
     p20: float
     p80: float
@@ -139,7 +139,7 @@ class Spread(Ratios):
 class Rates(Roofline):
     """Work of a call and rates by its median time.
 
-    gflop: 1e9 FLOPs of convolutions and matmuls. hbm_gb: 1e9 bytes that per-layer fusion has to move, None where uncounted.
+    gflop: 1e9 FLOPs of convolutions and matmuls. hbm_gb: 1e9 bytes that per-layer fusion has to move, None if not counted.
     roofline_seconds: least seconds of a call. roofline_bound: "FLOP" or "HBM", whichever bounds most of it.
     """
 
@@ -158,7 +158,7 @@ class Conditions:
     """Facts about a measurement that the report doesn't show.
 
     tf32: whether fp32 convolutions may run in TF32. input_copies: copies of the inputs in rotation. prepare_s, gate_s: seconds
-    for making the contender ready and comparing it with fp64. saved_mib: MiB kept for the backward, None if unknown.
+    for preparing the contender and comparing it with fp64. saved_mib: MiB kept for the backward, None if unknown.
     """
 
     case: str
@@ -171,7 +171,7 @@ class Conditions:
 
 @dataclass(frozen=True)
 class ExtraInfo:
-    """The whole `extra_info` of one benchmark, in parts."""
+    """All parts of one benchmark's `extra_info`."""
 
     case: CaseInfo
     versions: Versions
@@ -191,7 +191,7 @@ class ExtraInfo:
 
 @dataclass(frozen=True)
 class Absence:
-    """A contender that was not measured, why, and in which cases."""
+    """Contender that was not measured, with the reason and the cases."""
 
     contender: str
     reason: str

@@ -1,4 +1,4 @@
-"""A forward pass, and a forward and backward pass, as callables without arguments."""
+"""Steps to time, as callables without arguments: a forward pass, and a forward and backward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ def forward(net: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def forward_backward(model: nn.Module, x: Tensor) -> Callable[[nn.Module, Tensor], Callable[[], object]]:
-    """Returns a maker of steps in train mode from networks like `model`: gradients of a loss, on the same labels for all.
+    """Returns a function that makes a step for a network like `model` in train mode: gradients of a loss.
+
+    All steps use the same labels.
 
     Raises:
         ValueError: `model` doesn't give one row of logits or probabilities for each image.

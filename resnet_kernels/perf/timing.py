@@ -1,12 +1,12 @@
 """Timing on machines that drift: contenders take turns, round after round, and are compared pair by pair.
 
-A clock that throttles or a neighbor that wakes up makes whichever contender runs at that moment look slow. In rounds
-A B C A B C ... it hits all of them, and the ratio of two samples of one round hardly changes.
+A throttled clock or another process that wakes up makes the contender that runs at that moment look slow. In rounds
+A B C A B C ... it hits all contenders, and the ratio of two samples of one round hardly changes.
 
 The clock is `time.perf_counter` on the CPU and CUDA events on a GPU. No function here fails because of a time.
 
-    interleave    rounds for some seconds, warm-up included: what our own benchmarks use
-    time_run      the slim text's experiment: burn-in steps, a fixed number of steps, its lines; time_runs for several
+    interleave    rounds for some seconds, after a warm-up; our own benchmarks use it
+    time_run      the slim text's experiment: burn-in steps, a fixed number of steps, its lines; time_runs times several
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from .clocks import clock_of, leading_in, rounds
 
 _STEPS_BETWEEN_LINES = 10  # of time_run, as in the slim text
 
-# Two calls see everything that is lazy: the first compiles, packs and allocates; the second may compile for what the first
-# has changed. The share of the time is for caches and clocks to settle.
+# Two calls trigger all lazy work: the first compiles, packs and allocates; the second may compile again for the state that
+# the first has changed. During a tenth of the time caches and clocks settle.
 _WARM_UP_ROUNDS = 2
 _WARM_UP_SHARE = 0.1
 
@@ -74,11 +74,11 @@ class Timing:
     @property
     def std(self) -> float:
         """Population standard deviation in seconds, never NaN and 0 for equal samples."""
-        # pstdev adds up exactly; the text's sqrt(E[x^2] - E[x]^2) can become the root of a negative number.
+        # pstdev adds up exactly; the slim text's sqrt(E[x^2] - E[x]^2) can take the root of a negative number.
         return statistics.pstdev(self.samples)
 
     def _percentile(self, percent: int) -> float:
-        import numpy as np  # here: importing the package is not to import NumPy
+        import numpy as np  # here, because importing the package must not import NumPy
 
         return float(np.percentile(self.samples, percent))
 
@@ -105,16 +105,15 @@ def interleave(
     """Times callables in turns: after a warm-up a round calls each of them once, in the mapping's order.
 
     Each call is waited for, so a sample is a latency: on a GPU it includes the time that the host keeps the GPU waiting.
-    Each call meets the caches as the other contenders left them. A loop over one contender would give other times.
+    Each call finds the caches as the other contenders left them. A loop over one contender would give other times.
     Errors of a contender are passed on.
 
     Args:
-        contenders: what to time, by name; called without arguments, results are dropped.
-        seconds: go on with rounds until this much time has gone, at least 0. The warm-up takes a tenth of it, or two
-            rounds, on top.
-        min_rounds: rounds to do however long they take, at least 1.
+        contenders: the callables to time, by name; called without arguments, results are dropped.
+        seconds: time for rounds, at least 0. The warm-up takes a tenth of it on top, and at least two rounds.
+        min_rounds: least number of rounds, however long they take; at least 1.
         device: where the work is done: CPU (None as well) or CUDA.
-        progress: called after each round with (rounds done, seconds gone), outside of what is timed.
+        progress: called after each round with (rounds done, seconds elapsed), outside of the timed calls.
         lead_in: If above 0, uncounted calls of the same contender come before each counted one: at least one, for this
             many seconds. It is for contenders with their own thread pools: waiting threads spin for some milliseconds and
             slow the next contender down. Each contender then finds the caches as its own call left them.
@@ -135,25 +134,25 @@ def interleave(
     clock = clock_of(device)
     clock = leading_in(clock, lead_in) if lead_in else clock
     calls = dict(contenders)
-    # The same loop as what counts, so that caches, too, are as they will be.
+    # The warm-up is the same loop as the measurement, so that caches are in the same state, too.
     rounds(calls, clock, seconds * _WARM_UP_SHARE, _WARM_UP_ROUNDS, None)
     samples = rounds(calls, clock, seconds, min_rounds, progress)
     return {name: Timing(tuple(values)) for name, values in samples.items()}
 
 
 def ratio(a: Timing, b: Timing) -> float:
-    """Returns the median over the rounds of a's time / b's: below 1, a is the faster.
+    """Returns the median over the rounds of a's time / b's; below 1, a is faster.
 
-    It isn't the ratio of the medians: what slows a whole round down cancels in its ratio. Errors are those of `ratios`.
+    It isn't the ratio of the medians: a disturbance of a whole round cancels in its ratio. Errors are those of `ratios`.
     """
     return statistics.median(ratios(a, b))
 
 
 def ratios(a: Timing, b: Timing) -> tuple[float, ...]:
-    """Returns a's time / b's of each round.
+    """Returns a's time / b's for each round.
 
     Raises:
-        TypeError: One is no Timing.
+        TypeError: An argument is not a Timing.
         ValueError: They differ in their number of samples, so they can't be of one call of `interleave`, or `b` has a
             sample of 0 seconds.
     """
@@ -189,9 +188,9 @@ def time_run(
 
     Args:
         target: one step, called without arguments; its result is dropped.
-        info: what is timed, for the last line.
-        num_batches: steps that count, at least 1.
-        num_steps_burn_in: steps before them that don't, at least 0.
+        info: name of the timed run, for the last line.
+        num_batches: number of counted steps, at least 1.
+        num_steps_burn_in: number of uncounted steps before them, at least 0.
         device: where the work is done: CPU (None as well) or CUDA. Each step is waited for.
         stream: text stream for the lines, sys.stdout if None.
 
@@ -250,7 +249,7 @@ def time_runs(
 
 
 def summary_line(info: str, timing: Timing) -> str:
-    """Returns the slim text's last line about a run, with the present time of day; `info` says what was timed."""
+    """Returns the slim text's last line about a run, with the present time of day and `info`, the run's name."""
     what = f"{info} across {len(timing.samples)} steps, {timing.mean:.3f} +/- {timing.std:.3f} sec / batch"
     return f"{datetime.now()}: {what}"
 

@@ -1,19 +1,20 @@
-"""capture: a model's inference as a CUDA graph, so that a call costs one launch and not fifty.
+"""Capture of a model's inference as a CUDA graph, so that a call costs one launch and not fifty.
 
     run = capture(model, x)
     y = run(x)               copies x into the graph's input, replays, copies the result out
 
-What a replay sees. A graph is a list of kernels with the addresses that they had. Those of the weights are the model's own:
-what is derived from them (BN's scale and shift, a weight in another layout, autocast's casts) was computed by kernels, too,
-so a replay computes it anew. Hence values that were edited in place, in any way, are seen; of a model that was fused with
-freeze=True it was computed before the capture, and a thaw has it captured again. What a graph can't see is Python:
-another tensor in the place of a parameter, another module, mode, hook, attribute or setting. Each call looks for these
-(model_snapshot.py), while the GPU is at work on the replay, and where it finds one it captures again.
+What a replay sees. A graph is a list of kernels with the addresses of their operands. The weights' addresses are the model's
+own, and tensors derived from weights (BN's scale and shift, a weight in another layout, autocast's casts) are computed by
+kernels in the graph. So a replay sees values that were edited in place, in any way. With freeze=True the derived tensors were
+made before the capture, and a thaw leads to a new capture. A graph can't see changes in Python: another tensor in the place
+of a parameter, another module, mode, hook, attribute or setting. Each call looks for these (model_snapshot.py) while the GPU
+is at work on the replay, and captures again if it finds one.
 
-Memory. A graph keeps what its kernels write. All graphs of a model share one pool, which is safe as they never run at the same
-time and as a result is copied out before the next replay: a second shape costs little more than its input and output.
+Memory. A graph keeps the memory that its kernels write. All graphs of a model share one pool. That is safe because they never
+run at the same time and a result is copied out before the next replay. A second shape costs little more than its input and
+output.
 
-What is refused. A replay fires no hook and updates no statistics, so a model with forward hooks or in train() mode is.
+Refusals. A replay fires no hook and updates no statistics, so `capture` refuses models with forward hooks or in train() mode.
 
 Source: PyTorch's notes on CUDA graphs; torch.cuda.graph, make_graphed_callables (PyTorch 2.11 to 2.13).
 """
@@ -35,7 +36,7 @@ from .live_modules import has_global_hooks
 from .model_snapshot import Watch
 from .state import tables_of
 
-# As many as torch.cuda.make_graphed_callables does. In the first, Triton compiles and cuDNN chooses, which no capture may do.
+# The number of torch.cuda.make_graphed_callables. In the first, Triton compiles and cuDNN searches, which no capture may do.
 _WARM_UPS = 3
 
 # PyTorch allows one capture at a time in a process.
@@ -51,12 +52,12 @@ def capture(model: nn.Module, x: Tensor, *, copy: bool = True, max_graphs: int =
     Args:
         model: any module of one tensor, in eval mode, fused or not; all of it on x's device.
         x: an input like those to come. Another shape, dtype or layout is captured when it first comes.
-        copy: whether a call returns tensors of its own. If not, what it returns is the graph's own memory: it is valid until
-            the next call, whatever that call's shape.
-        max_graphs: how many to keep, at least 1; beyond that the one that was not used for longest goes.
+        copy: whether a call copies its result. If not, the result is the graph's own memory: it is valid until the next call,
+            whatever that call's shape.
+        max_graphs: number of graphs to keep, at least 1; beyond that the least recently used one is dropped.
 
     Returns:
-        A CapturedModel: call it with a tensor. It returns what the model returns: a tensor, or dicts, lists and tuples of
+        A CapturedModel: call it with a tensor. It returns the model's output: a tensor, or dicts, lists and tuples of
         them.
 
     Raises:
@@ -78,8 +79,8 @@ def capture(model: nn.Module, x: Tensor, *, copy: bool = True, max_graphs: int =
 class CapturedModel:
     """A model whose calls replay CUDA graphs; see `capture`. Its `model` is the live one, not a copy.
 
-    Calls from several threads take turns. A copy or an unpickled one has its own model and no graphs yet: its first call
-    captures.
+    Calls from several threads take turns. A copied or unpickled CapturedModel has its own model and no graphs yet; its first
+    call captures.
     """
 
     def __init__(self, model: nn.Module, *, copy: bool, max_graphs: int):
@@ -89,7 +90,7 @@ class CapturedModel:
         self.reset()
 
     def __call__(self, x: Tensor) -> Any:
-        """The model's output for x; arguments and errors as `capture`."""
+        """Returns the model's output for x. Arguments and errors are those of `capture`."""
         if torch.compiler.is_compiling() or _Recorder.is_recording():
             return self.model(x)
         _check_input(x)
@@ -97,8 +98,8 @@ class CapturedModel:
             key = _key(x)
             graph = self._graphs.get(key)
             y = None if graph is None else self._run(graph, x)
-            # After the launch: the check takes the host as long as a small batch takes the GPU. What a replay in vain reads
-            # is still there, as Watch holds it, and what it writes is the graph's own.
+            # After the launch: the check takes the host as long as a small batch takes the GPU. A replay in vain is harmless:
+            # Watch keeps the memory that it reads, and it writes only the graph's own.
             if self._watch is not None and not self._watch.is_current():
                 self.reset()
                 graph = None
@@ -126,12 +127,12 @@ class CapturedModel:
             raise RuntimeError(f"model can't be captured: {reason}")
         recorder = self._recorder or _Recorder(x.device)
         self._graphs[key] = graph = _Graph(self.model, x, recorder)
-        # Not before: a pool ends with its last graph. And only now that there is a graph may the next one ask for the pool.
+        # Keep the recorder only once a graph exists: its memory pool lives only as long as its graphs.
         self._recorder = recorder
         if len(self._graphs) > self.max_graphs:
             self._graphs.popitem(last=False)
         if self._watch is None:
-            self._watch = Watch(self.model)  # afterwards: a forward may keep something on its modules
+            self._watch = Watch(self.model)  # after the forward, which may set attributes of its modules
         return graph
 
     def __getstate__(self) -> dict:
@@ -146,15 +147,15 @@ class CapturedModel:
 
 
 class _Graph:
-    """One recorded call: an input of its own, an output of its own, and what is between."""
+    """Recorded call with its own input and output tensors."""
 
     def __init__(self, model: nn.Module, x: Tensor, recorder: _Recorder):
         self._recorder = recorder
-        # Ordinary tensors, even if the call is in inference mode: the next one need not be.
+        # Ordinary tensors even in inference mode, because the next call may be outside of it.
         with torch.inference_mode(False), torch.no_grad(), _uncached_autocast(x.device):
             self._x = torch.empty_like(x).copy_(x)
             self._replay, self._y = recorder.record(lambda: model(self._x))
-        # A plan may be dropped or made anew by calls of the model itself; replays go on reading the tables of this one.
+        # Kept, because calls of the model itself may drop or remake its plan while replays still read this plan's tables.
         self._tables = tables_of(model)
         for leaf in pytree.tree_leaves(self._y):
             if not (leaf is None or isinstance(leaf, (Tensor, int, float, str))):
@@ -172,7 +173,7 @@ class _Graph:
 
 
 class _Recorder:
-    """Records CUDA graphs of one device, on a stream of its own, into one memory pool."""
+    """Recorder of CUDA graphs on one device, with its own stream and one memory pool."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -182,16 +183,16 @@ class _Recorder:
 
     @staticmethod
     def is_recording() -> bool:
-        """Whether somebody's capture is underway on this stream."""
+        """Whether a capture is underway on the current stream."""
         return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
     @staticmethod
     def why_not(device: torch.device) -> str | None:
-        """Why a device has no graphs, as the end of a sentence; None if it has."""
+        """The reason why a device has no graphs, as the end of a sentence; None if it has."""
         return None if device.type == "cuda" else f"x is on {device}, and graphs are CUDA's"
 
     def record(self, call: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Returns (replay, what `call` returned): each replay() computes that anew, in the same memory."""
+        """Returns (replay, result of `call`); each replay() computes the result anew, in the same memory."""
         graph = torch.cuda.CUDAGraph()
         with _one_capture, torch.cuda.device(self._device):
             before = torch.cuda.current_stream()
@@ -201,7 +202,7 @@ class _Recorder:
                     for _ in range(_WARM_UPS):
                         call()
                 before.wait_stream(self._stream)
-                # thread_local: what other threads do meanwhile, pinning memory say, is no error here.
+                # thread_local, so that other threads' CUDA calls, such as pinning memory, are no error here.
                 context = torch.cuda.graph(
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 )
@@ -212,19 +213,19 @@ class _Recorder:
         return graph.replay, y
 
     def take_turns(self) -> None:
-        """Has this stream wait for the one that the last call was on: graphs that share memory can't overlap."""
+        """Makes this stream wait for the last call's stream: graphs that share memory can't overlap."""
         stream = torch.cuda.current_stream(self._device)
         if self._last_user is not None and self._last_user != stream:
             stream.wait_stream(self._last_user)
         self._last_user = stream
 
     def finish(self) -> None:
-        """Waits until nothing that was recorded runs any more."""
+        """Waits until no recorded graph runs any more."""
         torch.cuda.synchronize(self._device)
 
 
 def _explained(context: Any, call: Callable[[], Any]) -> Any:
-    """Runs the call inside a capture; an error there says what it means."""
+    """Runs the call inside a capture, and explains an error there."""
     cause = None
     try:
         with context:
@@ -234,7 +235,7 @@ def _explained(context: Any, call: Callable[[], Any]) -> Any:
                 cause = error
                 raise
     except RuntimeError as error:
-        cause = cause or error  # what ending the capture says only follows from the first error inside
+        cause = cause or error  # the error of ending a capture only follows from the first error inside
         raise RuntimeError(
             "model can't be captured: its forward did something that a CUDA graph can't hold: most often it waits for the "
             "GPU (.item(), .cpu(), .tolist(), print, a mask as an index, an `if` on a tensor) or copies from pageable memory. "
@@ -243,14 +244,14 @@ def _explained(context: Any, call: Callable[[], Any]) -> Any:
 
 
 def _key(x: Tensor) -> tuple:
-    """What a graph is good for: an input like x under the autocast that is on."""
+    """Key of a graph: shape, layout, dtype and device of x, and the current autocast."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return x.shape, x.stride(), x.dtype, x.device, autocast and torch.get_autocast_dtype(kind)
 
 
 def _uncached_autocast(device: torch.device) -> torch.autocast:
-    """The autocast that is on, without its cache: a cast made before the capture would be a copy that no replay renews."""
+    """The current autocast without its cache: no replay would renew a cast that was made before the capture."""
     kind = device.type
     enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
     return torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
@@ -266,7 +267,7 @@ def _check_input(x: Any) -> None:
 
 
 def _why_elsewhere(model: nn.Module, device: torch.device) -> str | None:
-    """The first parameter or buffer that is not on x's device, and what to do."""
+    """Error text if a parameter or buffer is not on x's device, with the remedy; else None."""
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.device != device:
             return f"x is on {device} and its {name} on {tensor.device}: move one to the other's device"

@@ -1,8 +1,8 @@
-"""Images as they come from a decoder: `fuse(model, normalize=(mean, std))` takes their normalisation into the model.
+"""Normalization of decoded images inside a model: `fuse(model, normalize=(mean, std))`.
 
-Of a model that was fused so, f(x) is what the original gives on ((x / 255) - mean) / std for uint8 images, and on
-(x - mean) / std for floating-point ones in 0..1. Computed in fp32 and rounded to the model's dtype: by the stem's packing
-pass (kernels/sm90/stem.py) where that kernel runs, in front of the model's forward elsewhere.
+Such a model gives on x what the original gives on ((x / 255) - mean) / std for uint8 images, and on (x - mean) / std for
+floating-point images in 0..1. The normalization is computed in fp32 and rounded to the model's dtype: by the stem's packing
+pass (kernels/sm90/stem.py) where that kernel runs, elsewhere in front of the model's forward.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Normalize:
-    """mean and std of each channel, of images in 0..1."""
+    """Mean and standard deviation of each channel, for images in 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -43,7 +43,7 @@ class Normalize:
         return cls(tuple(map(float, mean)), tuple(map(float, std)))
 
     def check(self, x: object) -> None:
-        """Raises TypeError or ValueError unless x is a batch of images, (N, C, H, W), that can be normalised."""
+        """Raises TypeError or ValueError unless x is a batch of images, (N, C, H, W), that can be normalized."""
         if not isinstance(x, Tensor) or not (x.dtype == torch.uint8 or x.is_floating_point()):
             got = x.dtype if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"x must be a uint8 or floating-point tensor for a model fused with normalize, got {got}")
@@ -51,11 +51,11 @@ class Normalize:
             raise ValueError(f"x must be (N, {len(self.mean)}, H, W), as normalize says, got shape {tuple(x.shape)}")
 
     def __call__(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """(x / 255 - mean) / std or (x - mean) / std in `dtype`, in x's layout."""
+        """Returns (x / 255 - mean) / std or (x - mean) / std in `dtype`, in x's layout."""
         v = x.to(torch.promote_types(dtype, torch.float32))
         if x.dtype == torch.uint8:
             v = v / 255
-        # Channel by channel: vectors of mean and std would be copied to the GPU in each call, which no graph can capture.
+        # Channel by channel with numbers: each call would copy vectors to the GPU, which no graph can capture.
         channels = [(channel - m) / s for channel, m, s in zip(v.unbind(1), self.mean, self.std)]
         layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         layout = torch.contiguous_format if x.is_contiguous() else layout

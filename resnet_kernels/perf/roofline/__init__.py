@@ -1,1 +1,1 @@
-"""How fast a network could be at most, and what it launches."""
+"""Upper limits on a network's speed, and counts of its launches."""

@@ -1,10 +1,10 @@
-"""Lower bounds on a network's inference time, from FLOPs, HBM bytes and L2 bytes, by how it is cut into kernels.
+"""Lower bounds on a network's inference time from FLOPs, HBM bytes and L2 bytes, for several ways to cut it into kernels.
 
-    eager       every ATen operation is a kernel: convolution, BN, ReLU and add apart
-    compiled    torch.compile's default: a convolution is a kernel, and all that is pointwise between two is one
-    per_layer   convolution + BN (+ add) (+ ReLU) is one, as `fuse` has it
-    chained     3x3 -> 1x1 + add + ReLU -> the next block's first 1x1 is one, stem + max-pool is another
-    compute     no kernel moves a byte
+    eager       a kernel for each ATen operation: convolution, BN, ReLU and add apart
+    compiled    torch.compile's default: a kernel for each convolution, and one for all pointwise operations between two
+    per_layer   a kernel for each convolution + BN (+ add) (+ ReLU), as in `fuse`
+    chained     a kernel for each 3x3 -> 1x1 + add + ReLU -> the next block's first 1x1, and one for stem + max-pool
+    compute     kernels that move no byte
 
 A kernel takes no less than max(FLOPs / FLOP rate, HBM bytes / HBM rate, L2 bytes / L2 rate), a network no less than the sum
 over its kernels, which run one after the other. That is a limit, not a forecast.
@@ -12,18 +12,18 @@ over its kernels, which run one after the other. That is a limit, not a forecast
 How bytes are counted
 
     HBM   Each activation that a kernel reads, and each that it makes and that another kernel or the caller reads, counts
-          once: overlapping windows and a second read inside the kernel hit a cache. A kernel that passes over pixels (a
-          strided 1x1) doesn't read them. Weights count once per kernel. All at the dtype's size, the image included.
-          Left out: vectors of a number per channel (bias, BN), the indices that eager's max-pool also writes, workspaces.
-    L2    What implicit GEMMs load from L2 to shared memory: a step of a BLOCK_M x BLOCK_N tile loads (BLOCK_M + BLOCK_N) *
+          once: overlapping windows and a second read inside the kernel hit a cache. Pixels that a kernel skips (a strided
+          1x1) don't count. Weights count once per kernel. Every element has the dtype's size, the image's included. Left
+          out are vectors of a number per channel (bias, BN), the indices that eager's max-pool also writes, workspaces.
+    L2    Loads of implicit GEMMs from L2 to shared memory: a step of a BLOCK_M x BLOCK_N tile loads (BLOCK_M + BLOCK_N) *
           BLOCK_K elements, so a kernel loads m * k * ceil(n / BLOCK_N) + ceil(m / BLOCK_M) * n * k, with no loads over the
           edges of m and n. k counts every tap, so a 3x3 loads its input nine times. With tap sharing `columns`
           neighboring columns of pixels, a block each, share a filter row's columns + 2 input tiles and 3 weight tiles. In
-          a chain the 3x3's tile has all its channels and later products load weights only. The others load what they read
-          from HBM. Left out: residuals (1.5% of ResNet-50 per layer) and stores.
+          a chain the 3x3's tile has all its channels and later products load weights only. Other kernels load from L2 as
+          much as from HBM. Left out are residuals (1.5% of ResNet-50 per layer) and stores.
 
-tests/test_roofline.py holds the limits that were worked out by hand beforehand against these counts. Chains of wide stages are
-limits alone: 128 pixels by 512 channels of fp32 accumulators are a multiprocessor's 256 KiB of registers; hence max_width.
+tests/perf/test_roofline.py compares these counts with limits that were worked out by hand beforehand. Chains of wide stages
+are only limits: 128 pixels by 512 channels of fp32 accumulators are a multiprocessor's 256 KiB of registers; hence max_width.
 
 Source: Williams, Waterman and Patterson 2009, "Roofline: an insightful visual performance model".
 """
@@ -41,7 +41,7 @@ from .network import Network, Operation
 
 @dataclass(frozen=True)
 class Kernel:
-    """The least that a kernel does: name, FLOPs, and bytes from and to HBM and from L2 to shared memory."""
+    """Least work of a kernel: name, FLOPs, and bytes from and to HBM and from L2 to shared memory."""
 
     name: str
     flops: int
@@ -51,14 +51,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Machine:
-    """Rates that kernels reach: FLOP/s, and bytes/s from HBM and from L2. math.inf takes a roof away."""
+    """Rates that kernels reach: FLOP/s, and bytes/s from HBM and from L2. math.inf removes a roof."""
 
     flops_per_s: float
     hbm_bytes_per_s: float
     l2_bytes_per_s: float = math.inf
 
     def bound(self, kernel: Kernel) -> tuple[float, str]:
-        """A kernel's least time in seconds, and what bounds it: "FLOP", "HBM" or "L2"."""
+        """Least time of a kernel in seconds, and the roof that bounds it: "FLOP", "HBM" or "L2"."""
         return max(
             (kernel.flops / self.flops_per_s, "FLOP"),
             (kernel.hbm_bytes / self.hbm_bytes_per_s, "HBM"),
@@ -67,7 +67,7 @@ class Machine:
         )
 
     def without_l2(self) -> Machine:
-        """The same with FLOP and HBM as its only roofs."""
+        """Machine with FLOP and HBM as its only roofs."""
         return replace(self, l2_bytes_per_s=math.inf)
 
 
@@ -76,7 +76,7 @@ H200_FLOPS_PER_S = {"bf16": 790e12, "fp16": 790e12, "fp32": 395e12}
 
 
 def h200(dtype: str = "bf16") -> Machine:
-    """An H200 as PyTorch sees it: 790 TFLOP/s in a bf16 matmul, 4.3 TB/s in a copy, and 8 TB/s that Hopper GEMMs draw from L2.
+    """Rates of an H200 from PyTorch: 790 TFLOP/s in a bf16 matmul, 4.3 TB/s in a copy, 8 TB/s from L2 in Hopper GEMMs.
 
     Raises:
         ValueError: `dtype` isn't bf16, fp16 or fp32.
@@ -100,14 +100,14 @@ class Tiling:
     def loads(self, operation: Operation, from_inside: bool, whole_width: bool) -> int:
         """Elements that a convolution or matmul loads from L2.
 
-        from_inside: its input is in shared memory already. whole_width: a tile has all output channels.
+        from_inside: whether its input is in shared memory already. whole_width: whether a tile has all output channels.
         """
         gemm = operation.gemm
         assert gemm is not None
         taps: float = gemm.taps
         block_m = self.block_m
         if gemm.kernel_size == (3, 3) and {*gemm.stride, *gemm.dilation} == {1}:
-            # A filter row needs columns + 2 input tiles for `columns` tiles of the output: at 1 that is all nine taps.
+            # A filter row needs columns + 2 input tiles for `columns` tiles of the output; one column loads all nine taps.
             taps = 3 * (self.columns + 2) / self.columns
             block_m *= self.columns
         block_n = 64 if gemm.n <= 64 else self.block_n
@@ -117,12 +117,12 @@ class Tiling:
 
 
 def limit(kernels: Iterable[Kernel], machine: Machine, batch_size: int) -> float:
-    """The images/s that kernels for a batch of that size can't exceed."""
+    """Upper limit on the images/s of kernels for a batch of that size."""
     return batch_size / sum(machine.bound(kernel)[0] for kernel in kernels)
 
 
 def eager(net: Network, itemsize: int, tiling: Tiling = Tiling()) -> list[Kernel]:
-    """A kernel for each operation; itemsize: bytes of an element."""
+    """Returns a kernel for each operation; itemsize: bytes of an element."""
     return _kernels([Group((operation,)) for operation in net.operations], net, itemsize, tiling)
 
 
@@ -140,8 +140,8 @@ def per_layer(
         net: The network.
         tiling: Tiles of its GEMMs.
         itemsize: bytes of an element.
-        merged_shortcut: a projection is a second loop of the kernel that adds it.
-        stem_with_pool: a max-pool is in the kernel of the convolution before it.
+        merged_shortcut: whether a projection is a second loop of the kernel that adds it.
+        stem_with_pool: whether a max-pool is in the kernel of the convolution before it.
     """
     groups = kernel_groups.layers(net)
     if merged_shortcut:
@@ -166,9 +166,9 @@ def chained(
         net: The network.
         tiling: Tiles of its GEMMs.
         itemsize: bytes of an element.
-        merged_shortcut: a projection is a second loop of the kernel that adds it.
-        across_stages: chain into the first 1x1 of a stage as well. A stage is a run of blocks of one width.
-        max_width: channels of the 3x3 above which layers stay apart: a tile has them all, and registers are few.
+        merged_shortcut: whether a projection is a second loop of the kernel that adds it.
+        across_stages: whether to chain into the first 1x1 of a stage, too. A stage is a run of blocks of one width.
+        max_width: most channels of the 3x3 in a chain: a tile holds them all, and registers are few.
     """
     groups = kernel_groups.merge_pools(kernel_groups.layers(net), net)
     if merged_shortcut:
@@ -177,12 +177,12 @@ def chained(
 
 
 def compiled(net: Network, itemsize: int, tiling: Tiling = Tiling()) -> list[Kernel]:
-    """torch.compile's default: a kernel for each convolution, and for all that is pointwise between two."""
+    """Returns the kernels of torch.compile's default: one per convolution, one for all pointwise operations between two."""
     return _kernels(kernel_groups.pointwise(net), net, itemsize, tiling)
 
 
 def compute(net: Network) -> list[Kernel]:
-    """Each layer's FLOPs and no bytes."""
+    """Returns a kernel for each layer, with its FLOPs and no bytes."""
     return [replace(kernel, hbm_bytes=0, l2_bytes=0) for kernel in per_layer(net, 1) if kernel.flops]
 
 

@@ -1,14 +1,14 @@
-"""What a model launches on a GPU that need not be here: every kernel with its FLOPs and its bytes from and to HBM.
+"""Launches of a model on a GPU that need not be here: every kernel with its FLOPs and its bytes from and to HBM.
 
-The model itself runs, on the meta device, and nothing is computed: PyTorch's operations are recorded as they are dispatched,
-ours where they are launched. So fusing goes its whole way, with every decision that it takes on an NVIDIA GPU (compute
-capability 9, cuDNN, no table of measurements), and a count rests on no formula of what should run.
+The model itself runs, on the meta device, and nothing is computed: PyTorch's operations are recorded when they are
+dispatched, our kernels when they are launched. Fusion takes every decision that it takes on an NVIDIA GPU (compute
+capability 9, cuDNN, no table), so no formula has to guess which kernels run.
 
 How it is counted
 
-    An ATen operation is one launch, a view none. It reads each of its tensors once, of a convolution's input the pixels that
-    it touches, and writes its result. A convolution's bias is a launch of its own: PyTorch adds it to cuDNN's output.
-    A launch of ours reads or writes each of its tensors once, and what a table of addresses leads to.
+    An ATen operation is one launch, a view is none. It reads each of its tensors once (only the touched pixels of a
+    convolution's input) and writes its result. A convolution's bias is a launch of its own: PyTorch adds it to cuDNN's output.
+    A launch of ours reads or writes each of its tensors once, and those behind a table of addresses.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ from ...ops import backends
 from .bounds import Kernel
 from .network import pixels_read
 
-# The name of a convolution's bias among the launches.
+# Name of the launch that adds a convolution's bias.
 BIAS = "bias of a convolution"
-# An H200's.
+# Number of an H200's multiprocessors.
 MULTIPROCESSORS = 132
 _CONVOLUTIONS = ("convolution", "cudnn_convolution_relu", "cudnn_convolution_add_relu")
-# They make no launch whatever they return.
+# Operations that launch nothing.
 _FREE = ("empty", "empty_strided", "empty_like", "new_empty", "lift_fresh", "as_strided_")
 
 
 def count(model: nn.Module, x: Tensor, backend: str | None = None) -> list[Kernel]:
-    """The launches of one call in inference, channels_last, in order.
+    """Returns the launches of one call in inference, channels_last, in order.
 
     Args:
         model: any module of one tensor; it is left as it is.
@@ -49,7 +49,7 @@ def count(model: nn.Module, x: Tensor, backend: str | None = None) -> list[Kerne
         backend: "auto" or "triton" fuses the model first; None counts the model as it is.
 
     Raises:
-        ValueError: if backend is another one.
+        ValueError: if the backend is none of these.
         RuntimeError: if Triton is not installed and the model is to be fused.
     """
     if backend not in (None, "auto", "triton"):
@@ -65,7 +65,7 @@ def count(model: nn.Module, x: Tensor, backend: str | None = None) -> list[Kerne
             model = fuse(model, backend=backend)
         with recorder:
             model(x)
-            # Tables and plans are made in the first call, and kept.
+            # The first call makes tables and plans, which are kept; the second counts.
             recorder.kernels.clear()
             model(x)
     return recorder.kernels
@@ -73,7 +73,7 @@ def count(model: nn.Module, x: Tensor, backend: str | None = None) -> list[Kerne
 
 @contextlib.contextmanager
 def _gpu(recorder: _Recorder) -> Iterator[None]:
-    """Meta tensors look like an NVIDIA GPU's, and what is launched on Triton is recorded."""
+    """Makes meta tensors look like an NVIDIA GPU's, and records Triton launches."""
     from triton.runtime.interpreter import InterpretedFunction
     from triton.runtime.jit import JITFunction
 
@@ -99,7 +99,7 @@ def _gpu(recorder: _Recorder) -> Iterator[None]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Writes launches down, PyTorch's and ours."""
+    """Recorder of launches, PyTorch's and ours."""
 
     def __init__(self):
         super().__init__()
@@ -109,7 +109,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         if func.namespace == "resnet_kernels":
-            # An op of ours launches by itself.
+            # The recorder stays on inside our op, so that it sees the op's launches.
             with self:
                 return getattr(import_module(f"resnet_kernels.ops.{name}"), f"_{name}")(*args, **kwargs)
         inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -135,7 +135,7 @@ class _Recorder(TorchDispatchMode):
         self.kernels.append(Kernel(name, flops, read + written, 0))
 
     def launched(self, kernel: Any, arguments: tuple, options: dict[str, Any]) -> None:
-        """Writes a launch of ours down."""
+        """Records a launch of ours."""
         given = dict(zip(kernel.arg_names, arguments)) | options
         moved = sum(_argument_bytes(value) for value in given.values())
         if "pointers_ptr" in given:
@@ -147,7 +147,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _convolve(name: str, args: tuple) -> Tensor:
-    """The result of a convolution, in cuDNN's layout; of its fused operations, too, which the meta device does not know."""
+    """Result of a convolution in cuDNN's layout, also of cuDNN's fused operations, which lack a meta implementation."""
     x, weight = args[:2]
     if name == "convolution":
         stride, padding, dilation, transposed, output_padding, groups = args[3:]
@@ -169,7 +169,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _argument_bytes(value: Any) -> int:
-    """Bytes of a tensor, or of what a descriptor describes; nothing for any other argument of a launch."""
+    """Bytes of a tensor, or of the tensor behind a descriptor; 0 for any other argument of a launch."""
     if isinstance(value, Tensor):
         return _bytes(value)
     base = getattr(value, "base", None)

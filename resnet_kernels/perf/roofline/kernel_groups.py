@@ -1,7 +1,7 @@
-"""Grouping of a network's operations into kernels: layers with their epilogues, and what larger kernels hold.
+"""Grouping of a network's operations into kernels: layers with their epilogues, and larger kernels.
 
-Each function takes and gives groups in an order in which they can run. It asks only who reads a value, so a block may have
-any class and any names.
+Each function takes and returns groups in an order in which they can run. It looks only at the readers of values, so a block
+may have any class and any names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .network import Gemm, Network, Operation
 
 @dataclass(frozen=True)
 class Group:
-    """Operations in one kernel. conv: what gives it its shape. head: a chain's first convolution."""
+    """Operations in one kernel. conv: the convolution that sets its shape. head: a chain's first convolution."""
 
     operations: tuple[Operation, ...]
     conv: Operation | None = None
@@ -23,7 +23,7 @@ class Group:
 
     @property
     def name(self) -> str:
-        """conv+bn+relu of a layer, with paths where they change; " -> " between a kernel's layers."""
+        """Name like "conv+bn+relu", with paths where they change, and " -> " between a kernel's layers."""
         name, prefix = "", None
         for operation in self.operations:
             if operation.kind == "pad" and len(self.operations) > 1:
@@ -38,37 +38,37 @@ class Group:
 
     @property
     def gemm(self) -> Gemm | None:
-        """The GEMM of its convolution, None if it has none."""
+        """GEMM of the group's convolution, None without one."""
         return self.conv.gemm if self.conv else None
 
     @property
     def output(self) -> int:
-        """The value that its last operation makes."""
+        """Value that the last operation makes."""
         return self.operations[-1].writes
 
     @property
     def kinds(self) -> set[str]:
-        """Kinds of its operations."""
+        """Kinds of the group's operations."""
         return {operation.kind for operation in self.operations}
 
     @property
     def residuals(self) -> set[int]:
-        """Values that it adds and does not make."""
+        """Values that the group adds but does not make."""
         own = {operation.writes for operation in self.operations}
         adds = (operation for operation in self.operations if operation.kind == "add")
         return {value for add in adds for value, _ in add.reads} - own
 
     @property
     def input(self) -> int:
-        """The value that its first operation, or its convolution, reads."""
+        """Value that the group's first operation or its convolution reads."""
         first = self.operations[0]
         return (first if first.kind == "pad" or self.conv is None else self.conv).reads[0][0]
 
 
 def layers(net: Network) -> list[Group]:
-    """Convolutions with their epilogues: a BN, add or ReLU goes into the kernel that makes its input.
+    """Groups convolutions with their epilogues: a BN, add or ReLU joins the kernel that makes its input.
 
-    Only where nobody else reads that. Of an add's two sides the deeper branch takes it; the shortcut is its residual.
+    It joins only if nobody else reads that input. An add joins the deeper of its two branches; the shortcut is its residual.
     """
     groups: dict[int, Group] = {}
     depth: dict[int, int] = {}
@@ -93,7 +93,7 @@ def _takes(group: Group, kind: str) -> bool:
 
 
 def _replaced(groups: Sequence[Group], merged: dict[int, Group | None]) -> list[Group]:
-    """Groups with those replaced that make a value of `merged`; None leaves the group out."""
+    """Replaces each group whose output is a key of `merged`; None leaves the group out."""
     new = (merged.get(group.output, group) for group in groups)
     return [group for group in new if group is not None]
 
@@ -102,9 +102,9 @@ _POINTWISE = ("bn", "relu", "add", "pad")
 
 
 def pointwise(net: Network) -> list[Group]:
-    """The kernels of torch.compile's default: convolutions, products and pools apart, what is pointwise between them fused.
+    """Groups as in torch.compile's default: convolutions, products and pools apart, pointwise operations between them fused.
 
-    A rule for what Inductor does, not a record of it: a pointwise operation joins those that make its inputs, unless a
+    It is a model of Inductor, not a record of it: a pointwise operation joins those that make its inputs, unless a
     convolution lies between them.
     """
     groups: dict[int, list[Operation]] = {}
@@ -123,12 +123,12 @@ def pointwise(net: Network) -> list[Group]:
                 own = [*maker, *own]
         for member in own:
             groups[member.writes] = own
-    # In the place of the last member: all that it reads is there.
+    # A group stands at its last member's place: by then all its inputs exist.
     return [Group(tuple(own), None) for value, own in groups.items() if own[-1].writes == value]
 
 
 def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
-    """Puts a projection into the kernel that adds it: two loops, one accumulator."""
+    """Merges a projection into the kernel that adds it: two loops, one accumulator."""
     adders = {value: group for group in groups if group.conv for value in group.residuals if net.readers[value] == 1}
     merged: dict[int, Group | None] = {}
     for group in groups:
@@ -140,7 +140,7 @@ def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
 
 
 def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
-    """Puts a max-pool into the kernel of the convolution before it."""
+    """Merges a max-pool into the kernel of the convolution before it."""
     makers = {group.output: group for group in groups}
     merged: dict[int, Group | None] = {}
     for group in groups:
@@ -152,9 +152,9 @@ def merge_pools(groups: Sequence[Group], net: Network) -> list[Group]:
 
 
 def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width: int | None) -> list[Group]:
-    """Makes one kernel of 3x3 -> 1x1 + add and, if there is one, the next block's first 1x1 (see roofline.chained).
+    """Merges 3x3 -> 1x1 + add and, if there is one, the next block's first 1x1 into one kernel (see bounds.chained).
 
-    All between two 3x3s is pointwise, so a tile of pixels goes through without a neighbor's.
+    Everything between two 3x3s is pointwise, so a tile of pixels needs no neighbors.
     """
     makers = {group.output: group for group in groups}
     merged: dict[int, Group | None] = {}
@@ -183,7 +183,7 @@ def chain(groups: Sequence[Group], net: Network, across_stages: bool, max_width:
         for part in parts:
             merged[part.output] = None
         operations = tuple(operation for part in parts for operation in part.operations)
-        # In the second's place: what it adds is there, and others may read its sum before the third runs.
+        # The chain stands at the second's place: its residual exists by then, and others may read its sum before the third.
         merged[second.output] = Group(operations, first.conv, first.conv)
     return _replaced(groups, merged)
 

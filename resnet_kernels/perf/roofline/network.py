@@ -1,8 +1,8 @@
-"""A network's work on one batch, as data: its operations, the values that they read and write, and FLOPs.
+"""Work of a network on one batch, as data: its operations, the values that they read and write, and FLOPs.
 
-The network runs once on the meta device under a dispatch mode that writes each ATen operation down, so any PyTorch module
-that runs there can be seen, whatever its forward looks like; nothing is computed and no weight is needed. reader.py sees a
-block before it has shapes; this sees a whole network with them.
+The network runs once on the meta device under a dispatch mode that records each ATen operation, so any PyTorch module that
+runs there can be traced, whatever its forward looks like. Nothing is computed and no weight is needed. reader.py reads a
+block without shapes; this module traces a whole network with them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-# By an ATen operation's name, in-place variants included. Anything else is "other": bytes alone, attention's products too.
+# Kinds by ATen name, in-place variants included. Anything else is "other": only bytes count, also for attention's products.
 _KINDS = {
     "convolution": "conv",
     "mm": "matmul",
@@ -40,7 +40,7 @@ class Gemm:
     """A convolution or matrix product as an implicit GEMM: (m, k) times (k, n), k = c_in / groups * taps.
 
     m: output pixels, or rows. n: output channels of all groups. c_in: input channels of all groups.
-    kernel_size, stride: per axis, () for a matrix product. groups: of channels that see only each other.
+    kernel_size, stride: per axis, () for a matrix product. groups: as in nn.Conv2d.
     """
 
     m: int
@@ -53,22 +53,22 @@ class Gemm:
 
     @property
     def taps(self) -> int:
-        """Pixels of the kernel."""
+        """Number of pixels of the kernel."""
         return math.prod(self.kernel_size)
 
     @property
     def flops(self) -> int:
-        """A multiplication and an addition each count as one."""
+        """FLOPs; a multiplication and an addition count as one each."""
         return 2 * self.m * self.weights
 
     @property
     def weights(self) -> int:
-        """Elements of the weight."""
+        """Number of elements of the weight."""
         return self.n * self.c_in // self.groups * self.taps
 
     @property
     def is_pointwise(self) -> bool:
-        """A 1x1 convolution at stride 1: pixel in, pixel out."""
+        """Whether it is a 1x1 convolution at stride 1, which maps each pixel by itself."""
         return bool(self.kernel_size) and self.taps == 1 and math.prod(self.stride) == 1
 
 
@@ -77,8 +77,8 @@ class Operation:
     """One ATen operation.
 
     name: its module's path, and its kind where a module has several. kind: conv, matmul, bn, relu, add, max_pool, pad or
-    other. reads: (value, elements read of it) for each activation. writes: the value it makes. elements: of that value.
-    gemm: of a conv or matmul.
+    other. reads: (value, number of elements read) for each activation. writes: the value that it makes. elements: number
+    of elements of that value. gemm: the GEMM of a conv or matmul.
     """
 
     name: str
@@ -91,7 +91,7 @@ class Operation:
 
 @dataclass(frozen=True)
 class Network:
-    """The operations in the order of eager's calls. Value 0 is the input; `results` are the values that the caller gets."""
+    """Operations in the order of eager's calls. Value 0 is the input; `results` are the values that the caller gets."""
 
     operations: tuple[Operation, ...]
     results: frozenset[int]
@@ -99,7 +99,7 @@ class Network:
 
     @cached_property
     def readers(self) -> Counter[int]:
-        """How many operations read a value; the caller is one, too."""
+        """Number of readers of each value; the caller counts as one."""
         read = Counter(value for operation in self.operations for value, _ in operation.reads)
         return read + Counter(self.results)
 
@@ -114,7 +114,7 @@ def trace(model: nn.Module, x: Tensor) -> Network:
     Raises:
         ValueError: The model runs a transposed convolution, or no convolution and no matrix product at all.
     """
-    # The copy gets hooks of ours and loses its numbers.
+    # Copied, because it gets hooks and loses its weights.
     model = copy.deepcopy(model).to("meta").eval()
     mode = _Tracer(model)
     x = x.to("meta")
@@ -129,7 +129,7 @@ def trace(model: nn.Module, x: Tensor) -> Network:
 
 
 class _Tracer(TorchDispatchMode):
-    """Writes operations down. A value is a storage between two writes, so views and in-place operations need no thought."""
+    """Recorder of operations. A value is a storage between two writes: views and in-place operations are no special case."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -137,7 +137,7 @@ class _Tracer(TorchDispatchMode):
         self.operations: list[Operation] = []
         self.values: dict[int, int] = {}
         self.n_values = 0
-        self.kept: list[Any] = []  # storages, as an address may be given out again
+        self.kept: list[Any] = []  # storages, kept alive so that no address is reused
         self.path: list[tuple[str, nn.Module]] = []
         self.parameters = {_storage(tensor) for tensor in (*model.parameters(), *model.buffers())}
         for path, module in model.named_modules():
@@ -170,7 +170,7 @@ class _Tracer(TorchDispatchMode):
         return out
 
     def _write_down(self, kind: str, args: tuple, inputs: list[Tensor], out: Tensor) -> None:
-        # Before the output's: an in-place operation reads the old value of what it writes.
+        # Inputs before the output: an in-place operation reads the old value of the tensor that it writes.
         activations = [(self.value_of(t), t.numel()) for t in inputs if _storage(t) not in self.parameters]
         reads = [(value, n) for value, n in activations if value is not None]
         if not reads:
@@ -198,7 +198,7 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _conv(args: Sequence[Any], out: Tensor) -> Gemm:
-    """The GEMM of aten.convolution."""
+    """GEMM of an aten.convolution."""
     x, weight, _, stride, _, dilation, transposed, _, groups = args
     if transposed:
         raise ValueError("model must have no transposed convolution, got one: its GEMM is another")
@@ -214,6 +214,6 @@ def _conv(args: Sequence[Any], out: Tensor) -> Gemm:
 
 
 def pixels_read(x: Tensor, kernel_size: Sequence[int], out: Tensor) -> int:
-    """Elements of x that windows touch: one smaller than its stride passes over rows and columns."""
+    """Number of elements of x that windows touch: windows smaller than their stride skip rows and columns."""
     touched = [min(size, n * k) for size, n, k in zip(x.shape[2:], out.shape[2:], kernel_size)]
     return x.shape[0] * x.shape[1] * math.prod(touched)

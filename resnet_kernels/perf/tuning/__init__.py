@@ -1,1 +1,1 @@
-"""Finding the fastest right candidate for each layer on this device, and writing it down."""
+"""Search for the fastest right candidate for each layer on this device, and the tables that keep it."""

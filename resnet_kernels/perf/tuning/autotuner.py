@@ -1,12 +1,12 @@
-"""Measuring a table: for each problem every candidate is checked against fp64 first, and then timed against the others.
+"""Measurement of a problem: checks every candidate against fp64, then times the right ones against each other.
 
-A candidate that is wrong, or that raises, can't win; the record says why. Wrong is what it is everywhere: a relative norm
-error above twice that of eager PyTorch in the same dtype, plus one rounding.
+A candidate that is wrong or raises can't win; the record says why. It is wrong if its relative norm error exceeds the budget:
+twice that of eager PyTorch in the same dtype, plus one rounding.
 
-The winner has to be faster than what runs without a table by every clock: as a call, which on a GPU includes the time that
-the host keeps the GPU waiting, and, on a GPU, as a CUDA graph, which does not. So a table makes neither slower.
+The winner has to beat the default, which runs without a table, by every clock: as a call, which on a GPU includes the time
+that the host keeps the GPU waiting, and on a GPU also as a CUDA graph, which does not. So a table makes neither slower.
 
-    problems.py   which problems a model has, and their candidates
+    problems.py   the problems of a model, and their candidates
     measure       one problem -> one record, ready for JSON
     table_file.py     a device's records in a file
 """
@@ -30,21 +30,21 @@ from ..timing import Timing, interleave, ratio
 
 Outputs = Tensor | tuple[Tensor, ...]
 
-# A graph holds as many calls as last this long, so that launching it and reading the clock don't count.
+# A graph repeats the call until it lasts this long, so that its launch and reading the clock don't count.
 _GRAPH_SECONDS, _MOST_CALLS = 2e-4, 20
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A choice to be measured.
+    """Problem to measure.
 
     key: what `ops.tuned_table.choice` looks up. batch: images.
-    operands: makes what all the callables below take; random, the same in each call.
-    candidates: by name, with `default`, which runs without a table, among them.
-    eager: plain PyTorch in `dtype`, whose error is the budget. reference: the truth, in fp64, or in fp32 where that loses
-        nothing that the dtype could show.
-    flops, bytes: of one call; bytes of HBM, each tensor once.
-    calls: how often the model has this problem.
+    operands: makes the operands of all callables below: random, but equal in each call.
+    candidates: by name, including `default`, which runs without a table.
+    eager: plain PyTorch in `dtype`, whose error sets the budget. reference: the oracle, in fp64, or rounded to fp32 where
+        that is precise enough for the dtype.
+    flops, bytes: of one call; bytes from and to HBM, each tensor once.
+    calls: number of times that the model has this problem.
     """
 
     key: str
@@ -65,7 +65,7 @@ class Problem:
 
 
 class DeviceLost(RuntimeError):
-    """A candidate left the GPU in a state in which nothing runs any more. record: the problem's, which names it."""
+    """Error of a candidate that left the GPU in a state in which nothing runs. record: the problem's, which names it."""
 
     def __init__(self, message: str, record: dict[str, Any]):
         super().__init__(message)
@@ -77,12 +77,12 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
 
     Args:
         problem: The problem.
-        seconds: to spend on timing, all candidates together; the checks and, on a GPU, compiling come on top.
-        samples: keep every sample, and not only median, p20 and p80.
+        seconds: time for timing, all candidates together; the checks and, on a GPU, compiling come on top.
+        samples: whether to keep every sample beside median, p20 and p80.
 
     Returns:
-        The record. `winner` is a name, or None: no candidate is right, or the problem does not fit into memory (`failed`).
-        Times are in seconds a call.
+        The record. `winner` is a name, or None if no candidate is right or the problem does not fit into memory (`failed`).
+        Times are in seconds per call.
 
     Raises:
         DeviceLost: A candidate broke the GPU; the record then has no winner.
@@ -125,9 +125,9 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
 
 
 def fastest(default: str, clocks: list[dict[str, Timing]]) -> str:
-    """The best by the last clock of those that beat the default by every clock, round against round; else the default.
+    """Name of the fastest candidate, by the last clock, of those that beat the default by every clock; else the default.
 
-    A default that is not among them was wrong: then the best of what is right.
+    Candidate and default are compared within rounds. A default without times was wrong: then the fastest right one wins.
     """
     names = list(clocks[-1])
     if default in names:
@@ -136,7 +136,7 @@ def fastest(default: str, clocks: list[dict[str, Timing]]) -> str:
 
 
 def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) -> None:
-    """Fills record["candidates"] in: error and budget of each, and why it is refused.
+    """Fills record["candidates"] with the error and budget of each, and the reason if it is refused.
 
     Raises:
         DeviceLost: A candidate has left the GPU in a state in which nothing runs any more.
@@ -152,7 +152,7 @@ def check_candidates(problem: Problem, operands: tuple, record: dict[str, Any]) 
         row = record["candidates"][name] = {}
         try:
             for oracle in truth:
-                # The allocator hands the same memory out again: NaN there, and not the last candidate's right values.
+                # The allocator hands this memory out again: it holds NaN then, not the last candidate's right values.
                 torch.full_like(oracle, math.nan, dtype=problem.dtype)
             outputs = as_tuple(run(*operands))
             _synchronize(problem.device)
@@ -175,9 +175,9 @@ def _judge(outputs: tuple, truth: tuple, budgets: list[float], dtype: torch.dtyp
     if outputs[0].dtype != dtype:
         return {"refused": f"gives {outputs[0].dtype}, not {dtype}"}
     errors = [relative_error(y, oracle) for y, oracle in zip(outputs, truth)]
-    # `not <=`: NaN is over any budget, and an eager result that overflows is none.
+    # `not <=`: NaN exceeds any budget, and an eager result that overflows sets no budget.
     worst = max(range(len(errors)), key=lambda i: (not errors[i] <= budgets[i], errors[i] / budgets[i]))
-    # JSON knows no NaN.
+    # JSON has no NaN.
     row: dict[str, Any] = {
         what: x if math.isfinite(x) else None for what, x in (("error", errors[worst]), ("budget", budgets[worst]))
     }
@@ -187,7 +187,7 @@ def _judge(outputs: tuple, truth: tuple, budgets: list[float], dtype: torch.dtyp
 
 
 def as_tuple(outputs: Outputs) -> tuple[Tensor, ...]:
-    """What a callable of a Problem returns, as a tuple also where it is one tensor."""
+    """Outputs of a Problem's callable as a tuple, even of one tensor."""
     return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
@@ -199,7 +199,7 @@ def _synchronize(device: torch.device) -> None:
 def _near_the_best(
     calls: dict[str, Callable[[], object]], problem: Problem, record: dict[str, Any]
 ) -> dict[str, Callable[[], object]]:
-    """The calls that a glance finds within three times the fastest, and the default; the record says which are left out."""
+    """Calls that take at most three times the fastest's time at first sight, and the default; the record names the others."""
     quick = {name: glance(call, problem.device) for name, call in calls.items()}
     best = min(quick.values())
     for name, seconds in quick.items():
@@ -209,7 +209,7 @@ def _near_the_best(
 
 
 def glance(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the best of two rounds of three: enough to tell a factor of 3, not to choose a winner."""
+    """Seconds of one call, in the better of two rounds of three calls: precise enough to see a factor of 3, not to choose."""
     rounds = []
     for _ in range(2):
         _synchronize(device)
@@ -230,7 +230,7 @@ def _time(calls: dict[str, Callable[[], object]], seconds: float, device: torch.
     try:
         graphs = {name: _captured(call, repeats, device) for name, call in calls.items()}
     except RuntimeError:
-        return clocks  # one of them can't be captured, so no graph has to choose between them
+        return clocks  # one of them can't be captured, so calls alone decide
     timings = interleave({name: graph.replay for name, graph in graphs.items()}, seconds=seconds / 2, device=device)
     clocks["graph"] = {
         name: Timing(tuple(sample / repeats for sample in timing.samples)) for name, timing in timings.items()
@@ -243,7 +243,7 @@ def _captured(call: Callable[[], object], repeats: int, device: torch.device) ->
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
-        call()  # what an op makes for each stream, cuDNN's handle for one
+        call()  # makes per-stream state, such as cuDNN's handle
         stream.synchronize()
         graph.capture_begin()
         try:

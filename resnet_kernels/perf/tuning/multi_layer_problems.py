@@ -1,4 +1,4 @@
-"""Several layers in one kernel as a problem to tune: links and the stem."""
+"""Problems to tune of several layers in one kernel: links and the stem."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .random_operands import Draw, output_shape, random_conv, random_norm
 
 
 def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A bottleneck's convolutions that could share launches."""
-    # Values: 0 is the first layer's input, 1 the shortcut's or what conv3 adds, the others are made.
+    """Returns the problem of a bottleneck's convolutions that could share launches."""
+    # Values: 0 is the first layer's input, 1 the shortcut's input or conv3's residual; layers make the others.
     hidden, projected, y, normed, z = range(2, 7)
     reads = dict(conv2=0, shortcut=1, conv3=hidden if asked.conv2 else 0, conv1=normed if asked.norm else y)
     makes = dict(conv2=hidden, shortcut=projected, conv3=y, conv1=z)
@@ -46,7 +46,7 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
 
 
 def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A network's first convolution and its max-pool."""
+    """Returns the problem of a network's first convolution and its max-pool."""
     conv = ConvPart(ConvStep("conv", None, asked.conv.relu, 0, 1), random_conv(asked.conv, Draw(dtype, device)), None)
     kernel_size, stride, padding, dilation, ceil_mode = asked.window
     pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
@@ -66,20 +66,20 @@ def _problem_of_parts(
     device: torch.device,
     calls: int,
 ) -> Problem:
-    """Parts that could share launches: which of them do; APART for none, else `roles` of the link.
+    """Returns the problem of parts that could share launches. Candidates: APART, or a link's `roles`, whose parts share one.
 
-    Apart, each runs as the table says that is there when this is measured, so layers are to be measured before links.
+    Apart, each layer runs as the current table says, so layers have to be measured before links.
 
     Args:
         asked: The problem.
         parts: Its layers, in order.
-        convs: The convolutions, by the value that each makes.
+        convs: Its convolutions, by the value that each makes.
         inputs: Shapes of the values that no part makes.
         results: Values to compare.
-        batch: Images.
+        batch: Number of images.
         dtype: The dtype of the activations.
         device: The device to measure on.
-        calls: How often the model has this problem.
+        calls: Number of times that the model has this problem.
     """
     shapes = multi_layer.shapes_of(parts, inputs, dtype)
     flops = sum(2 * math.prod(shapes[out]) * math.prod(conv.weight_shape[1:]) for out, conv in convs.items())

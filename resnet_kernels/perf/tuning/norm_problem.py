@@ -1,4 +1,4 @@
-"""A BN, residual add and ReLU as a problem to tune."""
+"""Problem to tune of a BN, residual add and ReLU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .random_operands import Draw
 
 
 def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A BN, residual add and ReLU; in training forward and backward: (y, dx, dresidual, dweight, dbias)."""
+    """Returns the problem of a BN, residual add and ReLU; in training (y, dx, dresidual, dweight, dbias) are the outputs."""
     shape = (batch, asked.channels, asked.height, asked.width)
 
     def operands() -> tuple:
@@ -41,14 +41,15 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
             leaves = [t.detach().requires_grad_() for t in (x, residual, weight, bias) if t is not None]
             given = iter(leaves)
             x, residual, weight, bias = (None if t is None else next(given) for t in (x, residual, weight, bias))
-            # Copies, or each call would start from other running statistics.
+            # Cloned, because each call updates the running statistics.
             y = run_norm(x, residual, weight, bias, mean.clone(), var.clone(), *settings)
             return y.detach(), *torch.autograd.grad(y, leaves, dy)
 
     names = ["eager"]
     if backends.why_not_on("triton", device, dtype) is None:
         names.append("triton")
-    # Passes over data: x (and the residual) in, y out, and x once more for its statistics; backward twice dy and x ...
+    # Passes over activations: x (and the residual) in, y out. Training reads x once more for its statistics; without a
+    # residual its backward reads dy and x twice, and writes dx.
     passes = (2 + asked.residual) if not asked.training else (11 if asked.residual else 8)
     return Problem(
         key=str(asked),

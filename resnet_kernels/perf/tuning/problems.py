@@ -1,7 +1,7 @@
-"""The choices that a model has, each as an autotuner.Problem: operands, candidates, the truth, what it costs.
+"""Problems of a model, each as an autotuner.Problem: operands, candidates, oracle and cost.
 
-A kind of problem is a hashable type whose `str` is the key. A call site hands it to `ops.tuned_table.choice`; here it has a
-builder in BUILDERS. What a model asks for is seen by running it once (`tuned_table.noting`), so a new kind needs nothing else.
+A kind of problem is a hashable type whose `str` is the key. A call site passes it to `ops.tuned_table.choice`, and BUILDERS
+has its builder. Running a model once notes the problems that it looks up (`tuned_table.noting`), so a new kind needs no more.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from .multi_layer_problems import link_problem, stem_problem
 from .norm_problem import norm_problem
 from .random_operands import Draw
 
-# Elements that the fp64 reference holds at a time.
+# Most elements that the fp64 reference holds at a time.
 _REFERENCE = 2**26
 
 
 def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[Hashable, int]]:
-    """What a model asks a table for, and how often: in inference, or in a training step for BN, add and ReLU.
+    """Returns the problems that a model looks up, each with its number: in inference, or BN, add and ReLU in training.
 
     Args:
         model: A copy of it is fused and run once on x.
-        x: a batch of images, at least 2 of them for training; their size counts, not how many there are.
+        x: a batch of images, at least 2 of them for training; their size matters, not their number.
         training: Whether to note a training step's problems.
 
     Raises:
@@ -44,7 +44,7 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[H
         raise ValueError(f"{backends.ENVIRONMENT_VARIABLE} must not be set: with it no table is asked")
     fused = fuse(model)
     if fused.training is not training:
-        fused.train(training)  # else its own modes stay: a BN may be frozen
+        fused.train(training)  # only if it differs: train() would unfreeze a BN that is in eval mode
     with torch.no_grad(), tuned_table.noting() as noted:
         fused(x)
     by_key = {str(asked): asked for asked, _ in noted if not training or getattr(asked, "training", False)}
@@ -55,7 +55,7 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[H
 def build(
     noted: Sequence[tuple[Hashable, int]], batches: Iterable[int], dtype: torch.dtype, device: torch.device
 ) -> list[Problem]:
-    """The problems of what `note` found at these batch sizes, dearest first, as they matter most; links after all layers."""
+    """Builds the problems that `note` found at these batch sizes: the costliest, which matter most, first; links last."""
     problems = [
         BUILDERS[type(asked)](asked, batch, dtype, device, calls) for batch in batches for asked, calls in noted
     ]
@@ -64,12 +64,12 @@ def build(
     )  # fmt: skip
 
 
-# Of an H200's ridge. Only the order of the problems hangs on it.
+# An H200's ridge point. Only the order of the problems depends on it.
 _FLOPS_PER_BYTE = 184
 
 
 def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """A convolution with its epilogue."""
+    """Returns the problem of a convolution with its epilogue."""
     geometry, relu = asked.geometry, asked.relu
     x_shape, weight_shape = asked.x_shape(batch), asked.weight_shape
     y_shape = geometry.out_shape(x_shape, weight_shape)
@@ -96,7 +96,7 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
         for start in range(0, batch, step):
             part = slice(start, start + step)
             added = None if residual is None else residual[part].double()
-            # In fp32 it is as good a truth for 16 bits, in half the memory.
+            # For 16-bit dtypes fp32 keeps enough of the oracle, in half the memory.
             y = eager(x[part].double(), weight, bias, added, scale)
             parts.append(y if dtype == torch.float32 else y.float())
         return torch.cat(parts)
@@ -133,11 +133,11 @@ BUILDERS: dict[type, Callable[..., Problem]] = {
 
 
 def training_record(name: str, layers: list[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
-    """What `ops.tuned.trains` reads: whether all layers' BN, add and ReLU together are faster on our kernels.
+    """Record for `tuned_table.trains`: whether the BNs, adds and ReLUs of all layers together are faster on our kernels.
 
     Args:
-        name: of the model, with the size of its images.
-        layers: how often a model has it, and the record, of each problem of its training; of one batch, dtype and device.
+        name: the model's name, with the size of its images.
+        layers: (number of times in the model, record) of each problem of its training, all of one batch, dtype and device.
     """
     both, rows = ("eager", "triton"), [record["candidates"] for _, record in layers]
     seconds = {

@@ -17,15 +17,20 @@ def output_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:
 
 
 def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
-    """A convolution of that shape, with random weights; its bias is the epilogue's."""
+    """Returns a convolution of a problem's shape with random weights; its bias belongs to the epilogue."""
     c_out, c_in, *size = conv.weight_shape
     kernel_size = (size[0], size[1])
     stride, padding, dilation, groups = conv.geometry
     module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
     module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
     if not conv.geometry.symmetric:
+<<<<<<< HEAD
         # Read by the runtime as Conv2dSame's method.
         module.same_padding = lambda *size: padding  # type: ignore[assignment]  # a stand-in for a method
+=======
+        # The runtime asks this method for the padding, as of Conv2dSame.
+        module.same_padding = lambda *size: padding  # type: ignore[assignment]
+>>>>>>> prose
     return module
 
 
@@ -39,14 +44,14 @@ def random_norm(channels: int, draw: Draw) -> nn.BatchNorm2d:
 
 
 class Draw:
-    """Normal numbers, the same ones for each problem, on the device itself; images channels_last."""
+    """Generator of normal numbers on the device, the same for each problem; images are channels_last."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(0)
         self.dtype, self.device = dtype, device
 
     def __call__(self, shape: Sequence[int], deviation: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
-        """Returns a tensor of normal numbers with mean 0; dtype None is the problem's."""
+        """Returns a tensor of normal numbers with mean 0; dtype None means the problem's."""
         layout = torch.channels_last if len(shape) == 4 else torch.contiguous_format
         y = torch.empty(shape, dtype=dtype or self.dtype, device=self.device, memory_format=layout)
         return y.normal_(0, deviation, generator=self.generator)

@@ -1,4 +1,4 @@
-"""Tables as `tune` writes them: a device's records in a file, each with what it was measured with.
+"""Tables that `tune` writes: the records of a device in a file, each with the versions it was measured with.
 
 ops/tuned_table.py reads them.
 """
@@ -18,18 +18,18 @@ from ..environment import versions
 
 
 def no_device() -> DeviceKey:
-    """The key of a dry run's table, which is nobody's."""
+    """Key of a dry run's table, which no device has."""
     return DeviceKey(f"dry run on a {platform.machine()} CPU", "none")
 
 
 class Table:
-    """A device's records, in a file that is whole at any time."""
+    """Records of a device in a file that is complete at any time."""
 
     def __init__(self, path: Path, key: DeviceKey):
-        """Reads what is there.
+        """Reads the file's records, if it exists.
 
         Raises:
-            ValueError: The file is no table of this device.
+            ValueError: The file is not a table of this device.
         """
         self.path, self.key = path, key
         try:
@@ -39,16 +39,16 @@ class Table:
         self.records = {_identity(record): record for record in records}
 
     def has(self, key: str, batch: int, dtype: str) -> dict[str, Any] | None:
-        """The record of a problem, if these versions measured it."""
+        """Record of a problem, or None unless the current versions measured it."""
         record = self.records.get((dtype, key, batch))
         measured = {} if record is None else record.get("measured") or {}
         return record if versions().items() <= measured.items() else None
 
     def put(self, record: dict[str, Any]) -> None:
-        """Adds a record, or puts it in an older one's place, and writes the file.
+        """Adds a record or replaces an older one, and writes the file.
 
         Raises:
-            OSError: The file can't be written; then it is as before.
+            OSError: The file can't be written; it stays as before.
         """
         self.records[_identity(record)] = record
         lines = ",\n".join(json.dumps(record) for _, record in sorted(self.records.items()))
@@ -57,7 +57,7 @@ class Table:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Writes a file that is never seen half-written: beside it first, then in its place. Threads may write the same one."""
+    """Writes a file atomically: a temporary file beside it first, then a rename. Threads may write the same file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:

@@ -1,7 +1,7 @@
-"""Tuning a model's layers in the user's own process; `auto` runs by the new table at once.
+"""Tuning of a model's layers in the user's own process; `auto` uses the new table at once.
 
-rk.tune and the command line share `measure`: it measures problems one after another, dearest first, within a budget. Each
-record is written as soon as it is there, so an interrupted run keeps its records and the next call goes on from there.
+rk.tune and the command line share `measure`: it measures problems one after another, costliest first, within a time limit.
+Each record is written at once, so an interrupted run keeps its records and the next call continues from there.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from . import autotuner, problems, table_file
 from .autotuner import Problem
 from .tune_result import TunedLayer, TuneResult
 
-# Per problem: rounds enough for some dozen candidates of some 0.3 ms.
+# Per problem: enough rounds for a dozen candidates of about 0.3 ms each.
 SECONDS_EACH = 2.0
 
 
 def tune(
     model: nn.Module, x: Tensor, *, training: bool = False, seconds: float | None = None, progress: bool = True
 ) -> TuneResult:
-    """Measures every candidate for a fused model's layers on this GPU; `auto` runs by the result from the next call on.
+    """Measures every candidate for a fused model's layers on this GPU; `auto` uses the result from the next call on.
 
-    A candidate wins only if its numbers are right and it is faster than what runs without a table. The winners go into the
-    table in the user's cache directory, where later processes find them. What these versions of PyTorch, Triton and this
-    package have measured there already is not measured again. The model itself is not run: a copy is, once.
+    A candidate wins only if its numbers are right and it is faster than the default, which runs without a table. The winners
+    go into the table in the user's cache directory, where later processes find them. Problems that these versions of PyTorch,
+    Triton and this package have measured already are not measured again. A copy of the model runs once; the model does not.
 
     Args:
         model: fused for `backend="auto"`, in eval mode unless `training`.
-        x: a batch like those to come: its shape, dtype and device, and the autocast that is on, are what is measured for.
-        training: measures BN, add and ReLU of a training step, and not inference.
-        seconds: to spend in all; None for about 2 a layer. What is left undone then, another call goes on with.
-        progress: shows a bar on stderr: tqdm's, if that is installed, else a line a layer.
+        x: a batch like those to come: the measurement is for its shape, dtype and device, under the current autocast.
+        training: whether to measure BN, add and ReLU of a training step instead of inference.
+        seconds: time limit in all; None for about 2 per layer. Another call continues with the layers that are left.
+        progress: whether to show a bar on stderr: tqdm's, if it is installed, else a line per layer.
 
     Returns:
-        A TuneResult: a row a layer, for `print`. It says "nothing to tune", and nothing was changed, where no candidates are:
-        on a CPU, for a model in which no block is fused, or one that was fused for another backend than "auto".
+        A TuneResult: a row per layer, for `print`. It says "nothing to tune", and nothing was changed, if there are no
+        candidates: on a CPU, for a model without a fused block, or one that was fused for another backend than "auto".
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: An argument is none of the above, there is no home directory for the table, or the file in its place is
-            no table of this device.
-        RuntimeError: A CUDA graph is being captured, or a candidate broke the GPU; it is passed over next time.
+        ValueError: An argument is out of range, there is no home directory for the table, or the file in its place is not a
+            table of this device.
+        RuntimeError: A CUDA graph is being captured, or a candidate broke the GPU; the next call skips it.
     """
     _check(model, x, training, seconds)
     model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
@@ -83,7 +83,7 @@ def _tune(model: nn.Module, x: Tensor, training: bool, seconds: float | None, pr
         try:
             return measure({_name(model, x): own}, file, training=training, deadline=deadline, progress=progress)
         finally:
-            tuned_table.forget()  # the next call reads what is in the file by now
+            tuned_table.forget()  # so that the next call reads the new file
 
 
 def measure(
@@ -96,19 +96,19 @@ def measure(
     samples: bool = False,
     progress: bool = False,
 ) -> TuneResult:
-    """Measures the problems of models, of one device, and writes each record into `file` at once.
+    """Measures problems of models on one device, and writes each record into `file` at once.
 
     Args:
-        layers: problems by the name of their model; what two models share is measured once.
+        layers: problems by the name of their model; a problem that two models share is measured once.
         file: The device's table.
-        progress: Shows a bar on stderr.
-        training: adds a record for each whole model, which says whether it trains on our kernels.
-        deadline: by time.perf_counter(); None for SECONDS_EACH a problem.
-        again: also measures what these versions have measured already.
-        samples: keeps all samples, and not only medians, p20 and p80.
+        progress: whether to show a bar on stderr.
+        training: whether to add a record for each whole model, which says if it trains on our kernels.
+        deadline: by time.perf_counter(); None for SECONDS_EACH per problem.
+        again: whether to measure problems again that these versions have measured already.
+        samples: whether to keep all samples beside median, p20 and p80.
 
     Raises:
-        RuntimeError: A candidate broke the GPU; the file has it.
+        RuntimeError: A candidate broke the GPU; the file notes it.
     """
     todo = {(problem.key, problem.batch): problem for own in layers.values() for problem in own}
     records = {
@@ -119,14 +119,14 @@ def measure(
     known = len(records)
     queue = [problem for identity, problem in todo.items() if identity not in records]
     left = len(queue)
-    # cuDNN at its best is what the others have to beat.
+    # The others have to beat cuDNN at its best.
     with cudnn.searching(True), contextlib.closing(_shown(queue, progress)) as shown:
         for problem in shown:
             seconds = _share(deadline, left)
             if seconds <= 0:
                 break
             if problem.default == multi_layer.APART:
-                tuned_table.forget()  # apart, its layers run as this table says by now
+                tuned_table.forget()  # so that its layers, apart, use the records made so far
             try:
                 record = autotuner.measure(problem, seconds, samples=samples)
             except autotuner.DeviceLost as lost:
@@ -142,7 +142,7 @@ def measure(
 
 
 def default_path(key: tuned_table.DeviceKey) -> Path:
-    """The table of a device in the user's cache directory."""
+    """Path of a device's table in the user's cache directory."""
     directory = tuned_table.cache_directory()
     if directory is None:
         raise ValueError(f"there is no home directory to put the table in: set {tuned_table.CACHE_VARIABLE}")
@@ -181,7 +181,7 @@ def _why_nothing(model: nn.Module, x: Tensor) -> str | None:
 
 
 def _dtype(model: nn.Module, x: Tensor) -> torch.dtype:
-    """The dtype that the model's convolutions compute x in."""
+    """Dtype in which the model's convolutions compute x."""
     state = state_of(model)
     if state is not None and state.normalize is not None:
         x = next(p for p in model.parameters() if p.is_floating_point())
@@ -189,7 +189,7 @@ def _dtype(model: nn.Module, x: Tensor) -> torch.dtype:
 
 
 def _name(model: nn.Module, x: Tensor) -> str:
-    """A whole model's name in its record: two of one class are told apart by their size."""
+    """Name of a whole model in its record; its size tells two of one class apart."""
     size = sum(p.numel() for p in model.parameters())
     return f"{fusible.original_class(model).__name__} of {size} parameters {'x'.join(map(str, x.shape[1:]))}"
 
@@ -200,7 +200,7 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager:
 
 
 def _shown(queue: Sequence[Problem], progress: bool) -> Generator[Problem, None, None]:
-    """The queue; on stderr, if asked for, what is being measured and how much is left."""
+    """Iterates over the queue; with `progress`, stderr shows the current problem and how many are left."""
     if not progress:
         yield from queue
         return
@@ -218,7 +218,7 @@ def _shown(queue: Sequence[Problem], progress: bool) -> Generator[Problem, None,
 
 
 def _share(deadline: float | None, problems_left: int) -> float:
-    """Seconds for the next problem's timing; half of its share of what is left, as it has to be compiled, too."""
+    """Seconds for the next problem's timing: half of its share of the time left, because it has to be compiled, too."""
     if deadline is None:
         return SECONDS_EACH
     return min(SECONDS_EACH, (deadline - time.perf_counter()) / problems_left / 2)
@@ -227,7 +227,7 @@ def _share(deadline: float | None, problems_left: int) -> float:
 def _sum_up(
     layers: Mapping[str, Sequence[Problem]], records: Mapping[tuple[str, int], dict[str, Any]], file: table_file.Table
 ) -> None:
-    """A record a model and batch, if all its layers were measured: what `ops.tuned.trains` reads."""
+    """Writes a record for `tuned_table.trains` per model and batch, if all its layers were measured."""
     for whole, own in layers.items():
         for batch in dict.fromkeys(problem.batch for problem in own):
             asked = [p for p in own if p.batch == batch]

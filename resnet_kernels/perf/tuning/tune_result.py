@@ -1,4 +1,4 @@
-"""The result of a `tune`, for `print`."""
+"""Result of a `tune`, for `print`."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ...fusion.report import table
 class TunedLayer:
     """One layer, or several that could share a launch, at one batch size.
 
-    layer: its shapes, as the table's key has them. candidates: how many ways to run it there are; refused: how many of them
-    gave wrong numbers or failed. winner: the fastest that is right; None if none is, or if memory did not suffice.
-    seconds: the winner's, in a CUDA graph where there are graphs. gain: how many times as fast as what runs without a table;
-    1 where that won; None where there is no telling, as nothing won or what would run gives wrong numbers.
+    layer: its shapes, as in the table's key. candidates: number of candidates; refused: number of them that gave wrong numbers
+    or failed. winner: the record's winner; None if no candidate is right, or memory did not suffice. seconds: the winner's
+    time, in a CUDA graph where there are graphs. gain: the default's time over the winner's; 1 if the default won,
+    None if nothing won or the default gives wrong numbers.
     """
 
     layer: str
@@ -30,10 +30,10 @@ class TunedLayer:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """Layers in the order in which they were measured, the dearest first; `print` it for a table.
+    """Layers in the order of measurement, the costliest first; `print` it for a table.
 
-    path: the table's file, None where there was nothing to tune; reason: why not. known: how many layers these versions had
-    measured before. left: how many the time did not suffice for.
+    path: the table's file, None if there was nothing to tune; reason: why there was nothing. known: number of layers that
+    these versions had measured before. left: number of layers for which the time did not suffice.
     """
 
     layers: tuple[TunedLayer, ...] = ()

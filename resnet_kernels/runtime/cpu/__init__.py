@@ -1,1 +1,1 @@
-"""Fused inference on the CPU, on oneDNN's packed weights."""
+"""Fused inference on the CPU with oneDNN's packed weights."""

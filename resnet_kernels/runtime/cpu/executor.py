@@ -1,7 +1,7 @@
-"""Running a recipe on the CPU: convolutions on oneDNN's packed weights.
+"""Execution of a recipe on the CPU: convolutions use oneDNN's packed weights.
 
-A block whose weights are verified is one flat list of oneDNN calls (program.PackedProgram). Any other block runs step by
-step. A residual that nobody else holds is written over.
+A block whose weights are verified runs as one flat list of oneDNN calls (program.PackedProgram). Any other block runs step by
+step. A residual that nobody else holds is overwritten.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ def run(
     """Runs a recipe on x.
 
     Args:
-        recipe: of a block or a run.
-        state: of the fused module.
-        run: how `eligibility.decide` lets it run.
+        recipe: the recipe of a block or a run.
+        state: the fused module's state.
+        run: the decision of `eligibility.decide`.
         x: (N, C, H, W), channels_last, not empty.
-        x_bound: no value in x is larger in magnitude; None if that is unknown.
-        owned: nobody else holds x, so a step may write over it.
+        x_bound: a bound on the magnitude of x's values; None if unknown.
+        owned: whether nobody else holds x, so that a step may overwrite it.
 
     Returns:
         The output, and a bound on it.
     """
     bound = onednn.bound(x, x_bound)
-    # One object for the whole call: a copy of the weights as they are now must not outlive their change during the call.
+    # One object for the whole call: if weights change during the call, their old copies go with the old object.
     copies = state.copies
     if run.verified:
         program = copies.program(recipe, x) or copies.make_program(recipe, x)
@@ -66,7 +66,7 @@ def run(
             y = run_steps.normalize(part.bn, values[part.step.x], residual, part.step.relu, "cpu")
         else:
             y = run_steps.call(part, values, "cpu")
-        # A maximum of values is no larger than they are.
+        # A maximum of values keeps their bound.
         is_maximum = isinstance(part, CallPart) and type(part.child) is nn.MaxPool2d
         bounds[part.step.out] = onednn.bound(y, bounds[part.step.inputs[0]] if is_maximum else None)
         return y

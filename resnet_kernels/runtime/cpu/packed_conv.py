@@ -1,11 +1,11 @@
-"""The packed weights that oneDNN wants, and the changes that make them stale.
+"""Packed weights for oneDNN, and the detection of changes that make them stale.
 
-On a GPU nothing folded is kept, except for a frozen model: plan.py reads the live tensors in each call. oneDNN has no
+On a GPU only a frozen model keeps folded weights: plan.py reads the live tensors in each call. oneDNN has no
 per-channel scale, so on the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to
 notice every change of its sources. A version counter is not enough: fused optimizers, BN's own running statistics,
 `p.data.mul_()` and NumPy write under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and
-version, BN's vectors and the bias are compared in full, and the weight at 16 samples. Only single weights edited behind
-PyTorch's back can slip through; `resnet_kernels.refresh` is for that.
+version, BN's vectors and the bias are compared in full, and the weight at 16 samples. Only edits of single weights that don't
+change the version can go unnoticed; call `resnet_kernels.refresh` after those.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from ...ops import onednn, reference
 from ...ops.library import is_dense
 from ..parts import scale_shift, settings
 
-# Each sample is a cache miss, and 16 of them see every change of a whole tensor.
+# Each sample is a cache miss, and 16 samples reveal every change of a whole tensor.
 _SAMPLES = 16
-# Each layout is a copy of the weight. ResNets at sizes from 64 to 512 have three on AVX2, and the plain one for small images.
+# Each layout is a copy of the weight. ResNets at sizes from 64 to 512 need three on AVX2, and the plain one for small images.
 _MOST_LAYOUTS = 5
 _MOST_SIZES = 256
 
 
 class SizedConv(NamedTuple):
-    """A packed convolution for inputs of one size. weight: None where folding has overflowed."""
+    """Packed convolution for inputs of one size. weight: None if folding overflowed."""
 
     geometry: Geometry
     arguments: tuple[Any, ...]
@@ -40,16 +40,16 @@ class SizedConv(NamedTuple):
 
     @property
     def is_one_call(self) -> bool:
-        """Whether a call is one of oneDNN's ops and nothing else."""
+        """Whether a call is a single oneDNN op."""
         return self.weight is not None and not self.for_aten and self.geometry.symmetric
 
 
 class PackedConv:
-    """A convolution's weight and bias with BN folded in, packed in each layout that oneDNN wants for the sizes seen so far.
+    """Convolution's weight and bias with BN folded in, packed in each layout that oneDNN asks for, for the sizes seen so far.
 
-    oneDNN blocks a weight by the input's size, and reorders one in another layout in each call, at up to 14 times eager's
-    time (ResNet-18 on two AVX2 cores). Sizes that want the same layout share a copy of the weight. Where folding overflows
-    (a huge gamma over tiny weights), the layer runs unfolded.
+    oneDNN's layout of a weight depends on the input's size. A weight in another layout is reordered in each call, at up to 14
+    times eager's time (ResNet-18 on two AVX2 cores). Sizes with the same layout share a copy of the weight. Where folding
+    overflows (a huge gamma over tiny weights), the layer runs unfolded.
     """
 
     __slots__ = (
@@ -86,7 +86,7 @@ class PackedConv:
         self._unfolded = None
         if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
             self._unfolded = conv.weight.detach().to(dtype), shift, scale
-        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None for that of the model's own weight
+        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None is the layout of the model's own weight
         self._sizes: dict[tuple, SizedConv] = {}
         self._add(x.shape, weight)
 
@@ -95,18 +95,18 @@ class PackedConv:
         return (weight if scale is None else weight * scale.detach()[:, None, None, None]).to(self._dtype)
 
     def _folded_as_packed(self) -> Tensor:
-        """The folded weight that all copies are of; in a frozen model the live one may be another by now."""
+        """Folded weight that all copies hold; a frozen model's live weight may differ by now."""
         if self.is_unchanged(self._conv, self._bn):
             return self._folded(scale_shift(self._conv.bias, self._bn)[0])
         weight = next(iter(self._weights.values()))
         return weight.to_dense() if weight.is_mkldnn else weight
 
     def fits(self, x: Tensor) -> bool:
-        """Whether it takes an x of this dtype and size; False where that would need one layout more than are kept."""
+        """Whether it takes an x of this dtype and size; False if that needs one layout more than are kept."""
         return x.dtype == self._dtype and self.at(x.shape) is not None
 
     def at(self, shape: torch.Size) -> SizedConv | None:
-        """The convolution of an input of this shape, packed now if the size is new; None where there are too many layouts."""
+        """Convolution for inputs of this shape, packed now if the size is new; None if there are too many layouts."""
         sized = self._sizes.get((shape, torch.get_num_threads()))
         return self._add(shape) if sized is None else sized
 
@@ -118,7 +118,7 @@ class PackedConv:
     def _add(self, shape: torch.Size, folded: Tensor | None = None) -> SizedConv | None:
         geometry = Geometry.of_module(self._conv, shape[2:])
         if min(geometry.out_size(shape[2:], self._conv.kernel_size)) < 1:
-            # oneDNN would only say that it could not construct a descriptor; ATen has an error that helps.
+            # To ATen, whose error helps; oneDNN would only say that it could not construct a descriptor.
             return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
         for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, self._conv.stride)
         weight = None
@@ -136,11 +136,11 @@ class PackedConv:
     def _weight_for(
         self, shape: torch.Size, geometry: Geometry, for_aten: bool, folded: Tensor | None
     ) -> tuple[bytes | None, Tensor]:
-        """Returns the layout that inputs of this shape want, and the weight in it."""
+        """Returns oneDNN's layout for inputs of this shape, and the weight in it."""
         problem = onednn.problem(self._conv.weight.shape, self._dtype, geometry, shape)
         layout = None if for_aten else onednn.known_layout(problem)
         if layout is None and not for_aten and len(self._weights) > 1:
-            # Most likely one that is here already, and then the weight need not be folded to find that out.
+            # The layout is most likely a known one; the unfolded weight shows that without folding.
             unfolded = self._conv.weight.detach().to(self._dtype)
             layout = onednn.note_layout(problem, onednn.pack_weight(unfolded, geometry, shape))
         if (for_aten or layout is not None) and layout in self._weights:
@@ -161,7 +161,7 @@ class PackedConv:
         )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
-        """Whether the packed copies still are what conv and bn say."""
+        """Whether the packed copies still match conv and bn."""
         if conv is not self._conv or bn is not self._bn or settings(conv, bn) != self._settings:
             return False
         for registry, name, source, pointer, version, live, then in self._watched:
@@ -177,24 +177,24 @@ class PackedConv:
         return True
 
     def bound(self, x_bound: float, offset: float | None = None) -> float:
-        """A bound on the magnitude of bn(conv(x)), partial sums included, from one on x's."""
+        """Bound on the magnitude of bn(conv(x)), partial sums included, from a bound on x's."""
         return self._gain * x_bound + (self._offset if offset is None else offset)
 
     def out_shape(self, x_shape: torch.Size) -> torch.Size:
-        """The output's shape for an input that it `fits`."""
+        """Output shape for an input that it `fits`."""
         return torch.Size(self._at(x_shape).geometry.out_shape(x_shape, self._conv.weight.shape))
 
     def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple[Any, ...]:
-        """The one call of oneDNN that `__call__` makes where oneDNN's ReLU is safe; see onednn.call."""
+        """The single oneDNN call that `__call__` makes if oneDNN's ReLU is safe; see onednn.call."""
         assert sized.weight is not None  # it is one call
         return onednn.call(sized.weight, self.bias, residual is not None, sized.arguments, relu, overwrite_residual)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, relu: bool, bound: float, overwrite_residual: bool
     ) -> Tensor:
-        """relu(bn(conv(x)) + residual); x, which it `fits`, and residual channels_last, `bound` on the sum's magnitude.
+        """Returns relu(bn(conv(x)) + residual); see onednn.run.
 
-        See onednn.run.
+        It `fits` x. x and residual are channels_last; `bound` is a bound on the sum's magnitude.
         """
         sized = self._at(x.shape)
         if self._unfolded is not None:
@@ -208,7 +208,7 @@ class PackedConv:
 
 
 def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:
-    """What it takes to notice a change of a parameter or buffer: where it is, its address, version and some values."""
+    """Snapshot that reveals a change of a parameter or buffer: its registry and name, address, version and some values."""
     registry = module._parameters if name in module._parameters else module._buffers
     source = registry.get(name)
     if source is None:
@@ -220,9 +220,9 @@ def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:
 
 
 def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
-    """The live bytes of a tensor, or of samples spread over all of it: half a microsecond to compare, NaN included.
+    """Live bytes of a tensor, or of samples spread over all of it; comparing them takes half a microsecond and sees NaN.
 
-    None for a tensor that is not dense (an expanded one): that is packed anew in each call.
+    None for a tensor that is not dense (an expanded one): it is packed anew in each call.
     """
     if not is_dense(tensor):
         return None
@@ -231,5 +231,5 @@ def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
     if samples is None or tensor.numel() <= samples:
         return memory
     step = tensor.numel() // samples
-    # An odd step: an even one would meet the same tap and channel in every filter.
+    # Odd, because an even step would hit the same tap and channel in every filter.
     return memory[:: step - 1 if step % 2 == 0 else step]

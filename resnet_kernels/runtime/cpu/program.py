@@ -1,4 +1,4 @@
-"""What the CPU keeps of a fused module: packed weights, and recipes on them as flat lists of calls."""
+"""Copies that a fused module keeps on the CPU: packed weights, and recipes as flat lists of calls on them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ...ops import onednn
 from .. import profiler_ranges
 from .packed_conv import PackedConv
 
-# Programs of a module: detection models see many image sizes.
+# Most programs of a module; detection models see many image sizes.
 _MOST_PROGRAMS = 256
 
 
 class Copies:
-    """Everything that was made from a fused module's weights. It is dropped as a whole, so identity shows whether it holds.
+    """Copies made from a fused module's weights. They are dropped as a whole, so identity shows whether they hold.
 
     packs: packed weights by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, and the
-    number of threads. Both are the CPU's. On other devices a frozen module's copies are reached by `first`.
+    number of threads. Both are for the CPU. On other devices a frozen module's copies are reached by `first`.
     """
 
     def __init__(self) -> None:
@@ -30,20 +30,20 @@ class Copies:
         self._first: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 
     def first(self, key: tuple[Any, ...], sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """The first result of `make` for this key and these very source objects, whatever is in them now."""
+        """First result of `make` for this key and these source objects, whatever their present values."""
         found = self._first.get(key)
         if found is None or any(a is not b for a, b in zip(found[0], sources)):
             found = self._first[key] = sources, make()
         return found[1]
 
     def pack(self, name: str, pack: PackedConv) -> None:
-        """Puts a pack in the place of an older one, which programs have in them."""
+        """Replaces an older pack, and drops the programs that use it."""
         self.packs[name] = pack
-        # A new dict: another thread that is making a program of the old pack puts it into the old one.
+        # A new dict: another thread that is making a program of the old pack puts it into the old dict.
         self.programs = {}
 
     def program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
-        """The program for x, if there is one."""
+        """Program for x, if there is one."""
         return self.programs.get(_program_key(recipe, x))
 
     def make_program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
@@ -62,17 +62,17 @@ def _program_key(recipe: Recipe, x: Tensor) -> tuple[Any, ...]:
 
 
 class PackedProgram:
-    """A recipe as a flat list of oneDNN calls for one size of the input: the least work for a call in which nothing changed.
+    """Recipe as a flat list of oneDNN calls for one input size: the least work for a call if nothing changed.
 
     Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
-    oneDNN's own ReLU is safe in all steps. There are no entries where a step needs more than one call.
+    oneDNN's own ReLU is safe in all steps. `entries` is empty if a step needs more than one call.
     """
 
     def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
         self._result = recipe.result
         self.entries: list[
             list[tuple[Any, ...]]
-        ] = []  # for an input that must not be written over, and for one that may
+        ] = []  # for an input that must not be overwritten, and for one that may
         shapes, sized = {0: x.shape}, {}
         steps = [step for step in recipe.steps if isinstance(step, ConvStep)]
         if len(steps) < len(recipe.steps):
@@ -109,11 +109,11 @@ class PackedProgram:
         return onednn.is_safe(self._largest[0] * bound + self._largest[1])
 
     def result_bound(self, bound: float) -> float:
-        """A bound on the output, for an input within `bound`."""
+        """Bound on the output, for an input within `bound`."""
         return self._bound[0] * bound + self._bound[1]
 
     def __call__(self, x: Tensor, owned: bool, path: str) -> Tensor:
-        """Runs all calls on x. owned: it may be written over. path: of the module, for profilers."""
+        """Runs all calls on x. owned: whether it may be overwritten. path: the module's path, for profilers."""
         values = {0: x}
         del x
         for step, function, swapped, arguments in profiler_ranges.around(self.entries[owned], path):

@@ -1,8 +1,9 @@
 """Constants: the tensors that a plan's launches read besides activations. They are scales, shifts and copied weights.
 
-Each call makes them from the live tensors, so that nothing can go stale. That takes two launches whatever the network: one
-writes all scales and shifts (kernels/bn_scale_shift.py), the other all weights that get their scale or that cuDNN cannot read
-as they are (kernels/fold_weights.py). Both work in a CUDA graph. Where a kernel cannot take a tensor, PyTorch does the same.
+Each call makes them from the live tensors, so that nothing can go stale. That takes two launches for any network: one writes
+all scales and shifts (kernels/bn_scale_shift.py), the other all weights that are folded, or whose dtype or layout cuDNN cannot
+read (kernels/fold_weights.py). Both work in a CUDA graph. Where a kernel cannot take a tensor, PyTorch's operations do the
+same.
 
 The constants of frozen modules are made once and kept: frozen_constants.py.
 """
@@ -18,15 +19,15 @@ from ...ops import backends
 from ..parts import ConvPart, NormPart, scale_shift
 from .forms import Form, needs_copy
 
-# What has constants: a convolution, or a BN in a link.
+# A layer that has constants: a convolution, or a BN in a link.
 Layer = ConvPart | NormPart
 
 
 class Constants(NamedTuple):
     """A layer's scale and shift, (C,), and its weight. None stands for the module's own weight, in the dtype of the call.
 
-    Without a BN the shift is the convolution's bias. With the scale in the weight there is no scale, and the shift has the
-    weight's dtype.
+    Without a BN the shift is the convolution's bias. If the scale is folded into the weight, `scale` is None and the shift has
+    the weight's dtype.
     """
 
     scale: Tensor | None
@@ -35,7 +36,7 @@ class Constants(NamedTuple):
 
 
 class LiveConstants:
-    """The constants of a plan's layers.
+    """Constants of a plan's layers, made in each call.
 
     Args:
         layers: convolutions, and BNs that are part of a link.
@@ -45,7 +46,7 @@ class LiveConstants:
 
     def __init__(self, layers: list[Layer], in_form: dict[int, Form], dtype: torch.dtype):
         self.layers, self.dtype, self.forms = layers, dtype, in_form
-        # A projection's bias goes into another layer's, so its place has to be among the shifts.
+        # A projection's bias is added to another layer's, so it has to be among the shifts.
         added = {form.adds for form in in_form.values() if form.folds}
         self._bare = [
             part
@@ -56,7 +57,7 @@ class LiveConstants:
         self._on_cudnn = [
             part for part in layers if isinstance(part, ConvPart) and _on_cudnn(in_form.get(part.step.out))
         ]
-        # Looked up in each call, past nn.Module's own lookup, which takes ten times as long.
+        # Looked up in each call from the registries: nn.Module's own lookup takes ten times as long.
         self._sources = [source for part in self._parts for source in _sources(part)]
         self.norms: Any = None
         self.weights: Any = None
@@ -68,18 +69,18 @@ class LiveConstants:
 
     @property
     def tables(self) -> tuple[Any, ...]:
-        """What the launches read besides the model's own tensors. Whoever replays them has to keep it."""
+        """Tables that the launches read besides the model's tensors. They must live as long as a graph that replays them."""
         return self.norms, self.weights
 
     def read(self) -> dict[int, Constants]:
-        """All constants, by the value that each layer makes, in each call anew."""
+        """Makes all constants anew, by the value that each layer makes."""
         found, flat = self.vectors()
         if self._on_cudnn:
             self._copy_weights(found, flat)
         return found
 
     def vectors(self) -> tuple[dict[int, Constants], tuple[Tensor, Tensor] | None]:
-        """All constants but weights; and the scales and shifts of all layers as two tensors, if one launch wrote them."""
+        """All constants except weights, and the scales and shifts of all layers as two tensors if one launch wrote them."""
         found = {part.step.out: Constants(None, part.conv.bias) for part in self._bare}
         flat = None
         if self._parts:
@@ -88,18 +89,18 @@ class LiveConstants:
         return found, flat
 
     def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor | None, Tensor | None]]]:
-        """The scales and shifts of all parts, in one launch: flat, if it was one, and by part."""
+        """Scales and shifts of all parts: as two flat tensors if one launch wrote them, else None, and by part."""
         tensors = [registry[name] for registry, name in self._sources]
         eps = tuple([0.0 if part.bn is None else part.bn.eps for part in self._parts])
         if self.norms is None or not self.norms.are(tensors, eps):
             before, self.norms = self.norms, None
-            # cuDNN's backend uses the kernel, too, where Triton is there: PyTorch takes six launches a layer.
+            # The cudnn backend uses the kernel, too, if Triton is installed: PyTorch takes six launches per layer.
             if _on_triton(next(tensor for tensor in tensors if tensor is not None).device):
                 from ...kernels import bn_scale_shift
 
                 vectors = [tuple(tensors[i : i + 5]) for i in range(0, len(tensors), 5)]
                 self.norms = bn_scale_shift.Layers(vectors, eps) if bn_scale_shift.takes(vectors) else None
-            # Vectors start elsewhere now.
+            # New tables are needed, because vectors start elsewhere now.
             self.weights = self.weights if self.norms is before else None
         if self.norms is not None:
             flat = self.norms.launch()
@@ -110,7 +111,7 @@ class LiveConstants:
         """Puts the weights that are folded, cast or laid out anew into `found`, in one launch where it takes them all."""
         if self.weights is None or not self.weights.is_of([part.conv.weight for part in self._copied]):
             self.weights, self._copied = self._table_of_weights(flat is not None)
-        # A projection's shift is read by two.
+        # A copy, because two layers read a projection's shift.
         before = dict(found)
         if self.weights is not None:
             for part, (weight, bias) in zip(self._copied, self.weights.launch(*(flat or (None, None)))):
@@ -124,7 +125,7 @@ class LiveConstants:
                 found[part.step.out] = Constants(None, folded_bias(part, form, before, self.dtype), weight)
 
     def _table_of_weights(self, by_kernel: bool) -> tuple[Any, list[ConvPart]]:
-        """The table of the weights that are copied, and whose they are; (None, []) where there are none."""
+        """The table of the weights that are copied, and their parts; (None, []) if there are none."""
         if not _on_triton(self._on_cudnn[0].conv.weight.device):
             return None, []
         from ...kernels import fold_weights
@@ -156,14 +157,14 @@ def _on_cudnn(form: Form | None) -> bool:
 
 
 def _shift_is_read(part: Layer, in_form: dict[int, Form], added: set[int | None]) -> bool:
-    """Whether a convolution without a BN has a bias that goes into a folded one, its own or that of the one that adds it."""
+    """Whether a convolution without a BN has a bias that is added to a folded bias, its own or the adding convolution's."""
     form = in_form.get(part.step.out)
     folds = form is not None and form.folds
     return part.bn is None and bias_of(part) is not None and (part.step.out in added or folds)
 
 
 def _sources(part: Layer) -> list[tuple[dict[str, Any], str]]:
-    """Where a part's (weight, bias, running_mean, running_var, conv_bias) are found in each call."""
+    """Registry and name of a part's weight, bias, running_mean, running_var and conv_bias."""
     bn_places = [(part.bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
     places = [*bn_places, (part.conv if isinstance(part, ConvPart) else None, "bias")]
     return [_NOTHING if module is None else (_registry(module, name), name) for module, name in places]
@@ -192,16 +193,16 @@ def _by_pytorch(part: Layer) -> tuple[Tensor | None, Tensor | None]:
 
 
 def scaled_weight(weight: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """A weight with its scale in it, as kernels and cuDNN read it: the weight's own memory if it is like that already."""
+    """Weight with its scale folded in, in the layout of kernels and cuDNN; the weight's own memory if it needs no change."""
     weight = weight.detach()
     weight = weight if scale is None else weight * scale[:, None, None, None]
     weight = weight.to(dtype).contiguous(memory_format=torch.channels_last)
-    # What a TMA descriptor takes; a slice's address need not be a multiple of 16 bytes.
+    # A TMA descriptor needs an address that is a multiple of 16 bytes; a slice's need not be one.
     return weight if weight.data_ptr() % 16 == 0 else weight.clone(memory_format=torch.channels_last)
 
 
 def folded_bias(part: ConvPart, form: Form, found: dict[int, Constants], dtype: torch.dtype) -> Tensor | None:
-    """The bias of a convolution with its scale in the weight: its shift, and that of the projection that it adds."""
+    """Bias of a convolution with a folded weight: its shift plus the shift of the projection that it adds."""
     shift = found[part.step.out].shift
     if form.adds is not None and (more := found[form.adds].shift) is not None:
         shift = more if shift is None else shift + more

@@ -27,7 +27,7 @@ from .multi_layer import Link, Stem
 
 @dataclass(frozen=True)
 class Form:
-    """How one convolution runs.
+    """Form in which one convolution runs.
 
     name: of a candidate (ops/conv_candidates.py). geometry: of the convolution, at the plan's image size. run: the candidate.
     folds: the weight and the bias come from the launch that folds all weights of a plan.
@@ -96,7 +96,7 @@ def _form(name: str, asked: conv_candidates.ConvProblem, x: Tensor, **more: Any)
 def _by_bytes(
     part: ConvPart, asked: conv_candidates.ConvProblem, shapes: dict[int, Sequence[int]], x: Tensor, frozen: bool
 ) -> str:
-    """The name of an untuned convolution's form by itself."""
+    """Name of an untuned convolution's form, without regard to a projection."""
     folded = asked._replace(scale=False)
     fused = conv_candidates.untuned(folded, x.dtype, x.device)
     if not asked.scale or fused not in conv_candidates.FOLDING:
@@ -126,7 +126,7 @@ def _together(
 ) -> dict[int, Form]:
     asked, bare = (multi_layer.conv_problem(part, shapes[part.step.x]) for part in (adding, projection))
     fused = conv_candidates.untuned(asked._replace(scale=False), x.dtype, x.device)
-    # Even without a BN: the sum of two biases is made where weights are folded.
+    # The adding convolution folds even without a BN, because the launch that folds weights also adds two biases.
     folded = (adding,) if projection.bn is None else (adding, projection)
     folding = sum(_folding_bytes(part, x, frozen) for part in folded)
     folds = (

@@ -1,7 +1,7 @@
-"""The constants of frozen modules: made once, and reused until one of the modules thaws.
+"""Constants of frozen modules: made once, and reused until one of the modules thaws.
 
-They are what constants.py makes in each call, and also each weight and bias that a kernel would have to copy because of its
-dtype or layout. Where a kernel reads the model's own weight, the constant is that very memory.
+They are the constants that constants.py makes in each call, and also each weight and bias that a kernel would have to copy
+because of its dtype or layout. Where a kernel can read the model's own weight, the constant shares its memory.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from ..parts import ConvPart, bn_tensors
 from ..state import FusedState
 from .constants import Constants, Layer, LiveConstants, bias_of, folded_bias, scaled_weight
 
-# For all plans: what one has put among a block's copies, another may read at once, so it has to be written by then.
+# One lock for all plans: others may read a block's copies as soon as they are stored, so they must be written by then.
 _making = threading.Lock()
 
 
 class FrozenConstants:
-    """The constants of a plan whose modules are all frozen, in the place of its LiveConstants.
+    """Constants of a plan whose modules are all frozen, in the place of its LiveConstants.
 
     A layer's constants stay with the copies of its block, where the plans of other sizes find them. So all sizes use the
-    values that the first of them has read, and no other size needs copies of its own.
+    values that the first of them read, and no other size needs its own copies.
 
     Args:
-        live: the same constants, made in each call. They serve once a module is no longer frozen.
-        states: of the blocks that the plan runs.
-        modules: of these blocks.
-        device: of the plan.
+        live: the constants made in each call, which are used once a module is no longer frozen.
+        states: states of the blocks that the plan runs.
+        modules: modules of these blocks.
+        device: the plan's device.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class FrozenConstants:
         """All constants, by the value that each layer makes."""
         made = self._made
         if made is None or not made.copies.hold():
-            # What a capture allocates is the graph's, and each replay writes it anew: no later call may read it.
+            # Memory allocated during a capture is the graph's, and each replay writes it anew: no later call may read it.
             made = None if _is_capturing(self._device) else self._make()
         if made is None:
             return self._live.read()
@@ -67,7 +67,7 @@ class FrozenConstants:
         return made.constants
 
     def _make(self) -> _Made | None:
-        """None if a module is not frozen any more."""
+        """Makes the constants; None if a module is not frozen any more."""
         with _making:
             made = self._made
             if made is not None and made.copies.hold():
@@ -75,14 +75,14 @@ class FrozenConstants:
             copies = FrozenCopies.of(self._states, self._modules)
             if copies is None:
                 return None
-            # Ordinary tensors, even if this call is in inference mode: the next one need not be.
+            # Ordinary tensors even in inference mode, because the next call may be outside of it.
             with torch.inference_mode(False), torch.no_grad():
                 made = _Made(copies, self._constants([copies.of_state[i] for i in self._owners]), self._device)
             self._made = made
             return made
 
     def _constants(self, kept: list[Copies]) -> dict[int, Constants]:
-        """kept: by layer, where the module that it belongs to has its copies."""
+        """Constants by the value that each layer makes. kept: the copies of each layer's module."""
         live = self._live
         found, _ = live.vectors()
         for part, copies in zip(live.layers, kept):
@@ -92,10 +92,10 @@ class FrozenConstants:
                 sources = bias, *bn_tensors(part.bn), eps
                 found[out] = copies.first(("vectors", _path(part)), sources, partial(found.__getitem__, out))
             elif bias is not None and out not in live.forms:
-                # In a link. A chain reads it in fp32, and would have to copy any other.
+                # The layer is in a link. A chain reads biases in fp32, and would have to copy others.
                 wide = copies.first(("bias", _path(part)), (bias,), partial(_wide, bias))
                 found[out] = Constants(None, wide)
-        vectors = dict(found)  # a projection's shift is read by two
+        vectors = dict(found)  # a copy, because two layers read a projection's shift
         for part, copies in zip(live.layers, kept):
             if not isinstance(part, ConvPart):
                 continue
@@ -111,22 +111,22 @@ class FrozenConstants:
 
 
 class _Made:
-    """Constants that hold as long as `copies` does; written by the time that this is there."""
+    """Constants that hold as long as `copies` does; the GPU has written them before this object exists."""
 
     def __init__(self, copies: FrozenCopies, constants: dict[int, Constants], device: torch.device):
         self.copies, self.constants, self._device = copies, constants, device
         self._streams: set[int] = set()
         if device.type == "cuda":
-            # Once, so that no other stream has to wait for this one.
+            # Synchronize once, so that no other stream has to wait for this one.
             stream = torch.cuda.current_stream(device)
             stream.synchronize()
             self._streams.add(stream.cuda_stream)
 
     def is_read_here(self) -> None:
-        """Lets the allocator know which streams read them: after a thaw, memory goes back to the one that made it."""
+        """Tells the allocator which streams read the constants: after a thaw their memory returns to its first stream."""
         if self._device.type != "cuda":
             return
-        # Not torch.cuda.current_stream: that makes an object in each call.
+        # Not torch.cuda.current_stream, which makes an object in each call.
         if torch._C._cuda_getCurrentRawStream(self._device.index) not in self._streams:
             stream = torch.cuda.current_stream(self._device)
             for tensor in {

@@ -1,13 +1,13 @@
 """Links: steps that one launch could hold. They are a projection with the convolution that adds it, chains and stems.
 
-All that lies between two 3x3 convolutions of a bottleneck is pointwise, so a tile of pixels needs no neighbors:
+Everything between two 3x3 convolutions of a bottleneck is pointwise, so a tile of pixels needs no neighbors:
 
     stem     conv1 + ReLU, max-pool
     merged   shortcut, conv3 + add + ReLU                          two products into one tile
     chain    conv2 -> [shortcut,] conv3 + add + ReLU [-> conv1]    the next block's conv1, its BN in front of it included
 
-`find` asks who reads a value and what is pointwise. `why_not` asks whether a kernel can do a link. `choose` also asks whether
-that gains.
+`find` looks for values with one reader and pointwise convolutions. `why_not` says whether a kernel can do a link. `choose`
+also decides whether the link gains.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Link:
 
     @property
     def roles(self) -> str:
-        """The roles that it has, as in "conv2+conv3+conv1"."""
+        """Roles of the link's parts, as in "conv2+conv3+conv1"."""
         return "+".join(role for role in ROLES if getattr(self, role) is not None)
 
     @property
@@ -64,7 +64,7 @@ class Link:
 
 @dataclass(frozen=True)
 class Stem:
-    """A network's first convolution and the max-pool behind it."""
+    """Network's first convolution and the max-pool after it."""
 
     conv: ConvPart
     pool: CallPart
@@ -82,7 +82,7 @@ class Stem:
 
     @property
     def roles(self) -> str:
-        """The roles that it has."""
+        """Roles of the stem's parts."""
         return "conv+pool"
 
     @property
@@ -155,7 +155,7 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
         able = [link for link in around if all(part.step.out not in chosen for part in link.parts)]
         able = [link for link in able if why_not(link, shapes, x.dtype) is None]
         if able and backend == "tuned":
-            # The longest of them holds all the others. A table says how much of it one launch does.
+            # The longest contains all the others. A table says which of them one launch does.
             name = tuned_table.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device, _is_known)
             able = [link for link in able if link.roles == name]
         if able:
@@ -203,7 +203,7 @@ class StemProblem(NamedTuple):
 
 
 def problem(link: Link | Stem, shapes: dict[int, Sequence[int]]) -> LinkProblem | StemProblem:
-    """The problem of a link, with which a table is asked. shapes: of all values, by number."""
+    """The problem of a link, to look up in a table. shapes: shapes of all values, by number."""
 
     def conv(part: ConvPart) -> ConvProblem:
         return conv_problem(part, shapes[part.step.x])

@@ -32,11 +32,11 @@ class Plan:
     """Launches in the order in which they can run.
 
     Args:
-        modules: of each block.
-        recipes: of each block.
-        states: of each block.
+        modules: modules of each block.
+        recipes: recipe of each block.
+        states: state of each block.
         x: the input of the first block, in the dtype of the convolutions.
-        backend: resolved.
+        backend: the resolved backend.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Plan:
         in_form = forms.choose(self.parts, self.result, chosen, x, backend, frozen)
         launches = in_order(self.parts, chosen, in_form)
         last_reader = {value: i for i, launch in enumerate(launches) for value in launch.reads}
-        # With the name that profilers show.
+        # Each with the name that profilers show.
         self.launches = [
             (
                 " -> ".join(map(label, launch.parts)),
@@ -77,7 +77,7 @@ class Plan:
         self.constants = FrozenConstants(live, states, modules, x.device) if frozen else live
 
     def is_of(self, modules: Sequence[LiveModules]) -> bool:
-        """Whether these are the modules, with the settings, that it was made for."""
+        """Whether the plan was made for these modules with their present settings."""
         return (
             len(modules) == len(self._modules)
             and all(a is b for a, b in zip(modules, self._modules))
@@ -99,7 +99,7 @@ class Plan:
         del x
         for _, launch in profiler_ranges.around(self.launches, ""):
             launch.run(values, constants, backend)
-            # Dead values go at once: peak memory is eager's.
+            # Dead values are freed at once, so that peak memory is eager's.
             for dead in launch.frees:
                 del values[dead]
         return values[self.result]
@@ -120,7 +120,7 @@ class Plan:
 
 
 def run_traced(recipe: Recipe, modules: LiveModules, x: Tensor, backend: str) -> Tensor:
-    """Runs a recipe step by step, without a plan: torch.compile can look through that."""
+    """Runs a recipe step by step, without a plan, so that torch.compile can trace it."""
 
     def run(part: Part, values: Values) -> Tensor:
         constants = {}
@@ -135,9 +135,9 @@ def parts_of(modules: Sequence[LiveModules], recipes: Sequence[Recipe], paths: S
     """The parts of blocks that follow each other, with values numbered through.
 
     Args:
-        modules: of each block.
-        recipes: of each block.
-        paths: of each block, for profilers.
+        modules: modules of each block.
+        recipes: recipe of each block.
+        paths: path of each block, for profilers.
 
     Returns:
         The parts, and the number of the last block's output.
