@@ -135,13 +135,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     kinds = get_args(hint) or (hint,)
     for kind in kinds:
         if is_dataclass(kind) and isinstance(value, dict):
-<<<<<<< HEAD
             return _part(kind, value)  # type: ignore[arg-type]  # `kind` is a dataclass here
         # bool is an int to Python, and no number here.
-=======
-            return _part(kind, value)  # type: ignore[arg-type]
-        # type() is kind, because isinstance would take a bool for an int.
->>>>>>> prose
         if type(value) is kind or (kind is float and type(value) is int):
             return value
     wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)

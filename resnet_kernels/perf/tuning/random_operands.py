@@ -24,13 +24,8 @@ def random_conv(conv: ConvProblem, draw: Draw) -> nn.Conv2d:
     module = nn.Conv2d(c_in * groups, c_out, kernel_size, stride, padding[::2], dilation, groups, bias=False)
     module.weight = nn.Parameter(draw(conv.weight_shape, math.prod(conv.weight_shape[1:]) ** -0.5), requires_grad=False)
     if not conv.geometry.symmetric:
-<<<<<<< HEAD
         # Read by the runtime as Conv2dSame's method.
         module.same_padding = lambda *size: padding  # type: ignore[assignment]  # a stand-in for a method
-=======
-        # The runtime asks this method for the padding, as of Conv2dSame.
-        module.same_padding = lambda *size: padding  # type: ignore[assignment]
->>>>>>> prose
     return module
 
 
