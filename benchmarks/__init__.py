@@ -7,7 +7,7 @@
     parity.py           the parity gate before the timing
     harness.py          the measurement of a case: prepares and gates all contenders, then times them in rounds
     extra_info.py       FLOPs, bytes, ceilings, versions, a model's time by kernel
-    neighbours.py       the number of cores that other processes keep busy
+    neighbors.py       the number of cores that other processes keep busy
     test_benchmarks.py  one benchmark per contender;  conftest.py: --full, and the tables at the end
     gpu/                a session on a GPU: jobs.py, checks.py (act 1), run.sh (act 2: session.py and its sections)
     tools/              readme_tables, costs, image_sizes, interference, trim: python -m benchmarks.tools.NAME
@@ -18,7 +18,7 @@
     python -m pytest benchmarks --benchmark-json=out.json      all samples and extra_info; Ctrl-C keeps the cases that are done
 
 All contenders of a case take turns in the same rounds, and pytest-benchmark is shown those samples, so its tables, comparisons
-and histograms are as fair as the ratios at the end. Use a quiet machine all the same: neighbours.py says why, and each result
+and histograms are as fair as the ratios at the end. Use a quiet machine all the same: neighbors.py says why, and each result
 records how busy others were.
 
 The JSON file has pytest-benchmark's format; resnet_kernels/perf/schema.py has the types of our fields. Its top level adds

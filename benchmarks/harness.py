@@ -20,7 +20,7 @@ from .cases import Case
 from .contenders.base import Contender
 from .contenders.ours import Eager, Fused, FusedGraph
 from .contenders.peers import LEAD_IN_SECONDS, PEERS
-from .neighbours import Neighbours
+from .neighbors import Neighbors
 from .parity import Gate
 from .workload import Operands, Runner, Workload
 
@@ -116,7 +116,7 @@ def measure(
         except Exception as error:
             rows[name] = Absent.crashed(str(case), name, error)
     by_name = {contender.name: contender for contender in chosen}
-    neighbors = Neighbours()
+    neighbors = Neighbors()
     timings = _interleaved(calls, by_name, rows, workload, seconds, min_rounds)
     shared, versions = extra_info.of_case(workload, neighbors.cores()), extra_info.versions(workload.device)
     work, machine = extra_info.work(workload), extra_info.ceilings(workload.device, case.platform.dtype)

@@ -19,7 +19,7 @@ from resnet_kernels.perf.timing import interleave, ratio, ratios
 from ..cases import Case, Model, Platform
 from ..contenders.peers import LEAD_IN_SECONDS
 from ..harness import CONTENDERS
-from ..neighbours import Neighbours
+from ..neighbors import Neighbors
 from ..workload import ModuleRunner, Runner, Workload
 
 
@@ -52,7 +52,7 @@ def main() -> None:
                 print(f"{contender.name}: {reason}")
             else:
                 runners[contender.name] = contender.prepare(workload)
-    rows, neighbors = [], Neighbours()
+    rows, neighbors = [], Neighbors()
     for name, runner in runners.items():
         call = runner.bind(workload.operands)
         found = (effects(eager, call, options.seconds, lead_in) for lead_in in (0.0, LEAD_IN_SECONDS))

@@ -62,4 +62,4 @@ class Normalize:
         return torch.stack(channels, 1).to(dtype).contiguous(memory_format=layout)
 
     def __str__(self) -> str:
-        return f"images normalised by mean {self.mean} and std {self.std}"
+        return f"images normalized by mean {self.mean} and std {self.std}"

@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-import results_files as files
 
 from benchmarks.tools import readme_tables
 from benchmarks.tools.trim import trimmed, trimmed_table
+from helpers import results_files as files
 from resnet_kernels.cli import main as cli
 from resnet_kernels.perf import read_results
 

@@ -28,7 +28,7 @@ def fails_in_one_line(capsys, *arguments):
 
 @pytest.fixture
 def fashion_mnist(tmp_path):
-    """20 + 10 images in the files that torchvision reads; the colour of each says its label."""
+    """20 + 10 images in the files that torchvision reads; the color of each says its label."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for part, count in (("train", 20), ("t10k", 10)):

@@ -179,7 +179,7 @@ def test_nan_stays_nan_and_inf_stays_inf(device):
 
 @pytest.mark.parametrize("size", (6, 7))
 @pytest.mark.parametrize("stride", (1, 2))
-def test_an_image_does_not_see_its_neighbours(stride, size, device):
+def test_an_image_does_not_see_its_neighbors(stride, size, device):
     """Through the padding neither the next image nor, at stride 2, the other column's channels leak in."""
     x = torch.full((3, 32, size, size), float("nan"), device=device, dtype=FP16)
     x[1] = 1.0

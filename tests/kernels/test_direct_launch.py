@@ -191,7 +191,7 @@ def test_launch_hooks_see_every_launch(stream, monkeypatch):
 
 
 def test_what_compiles_to_another_kernel_is_asked_for():
-    """As Triton specialises: by presence, dtype and whether 16 divides the address."""
+    """As Triton specializes: by presence, dtype and whether 16 divides the address."""
     kernel, prepared = Kernel(), {}
     kinds = [vector(), None, vector(1), vector(dtype=torch.float16), vector(4)]
     for bias in kinds:
@@ -209,10 +209,10 @@ def test_the_interpreter_is_asked_each_time():
 
 
 def test_tritons_own_rule_is_ours():
-    """Triton's specialisation of pointers, so that a change of it is noticed."""
+    """Triton's specialization of pointers, so that a change of it is noticed."""
     jit = pytest.importorskip("triton.runtime.jit", reason="Triton is not installed")
     if not hasattr(jit, "native_specialize_impl"):
-        pytest.skip("this Triton specialises elsewhere")
+        pytest.skip("this Triton specializes elsewhere")
     from triton.backends.nvidia.compiler import CUDABackend
 
     def triton_key(tensor):

@@ -133,7 +133,7 @@ def packed_by_pytorch(x, dtype, todo, mean=None, std=None):
     return v.permute(0, 2, 3, 1).to(dtype)
 
 
-@pytest.mark.parametrize("statistics", ((None, None), (MEAN, STD)), ids=("as it is", "normalised"))
+@pytest.mark.parametrize("statistics", ((None, None), (MEAN, STD)), ids=("as it is", "normalized"))
 @pytest.mark.parametrize("x_dtype", (torch.float32, FP16, BF16, torch.uint8), ids=str)
 def test_packing_is_pytorchs_own_bit_for_bit(x_dtype, statistics, device):
     for (h, w), channels_last in itertools.product(((20, 23), (33, 18)), (False, True)):
@@ -233,7 +233,7 @@ KERNEL_BUGS = {
     "eighth pixel read": ("< 28)", "< 32)"),
     "fourth channel not zero": ("tl.join(green, tl.zeros_like(green))", "tl.join(green, green / 0.0)"),
     "green and blue swapped": ("tl.join(tl.join(red, blue), tl.join(green,", "tl.join(tl.join(red, green), tl.join(blue,"),
-    "padding normalised": ("return tl.where(mask, v, 0.0)", "return v"),
+    "padding normalized": ("return tl.where(mask, v, 0.0)", "return v"),
     "not divided by 255": ("if UNIT:", "if False:"),
     "std forgotten": ("tl.div_rn(v - mean, tl.zeros_like(v) + std)", "v - mean"),
     "mean of another channel": ("inside, mean1, std1", "inside, mean0, std1"),
@@ -247,9 +247,9 @@ KERNEL_BUGS = {
     "row below left out": ("even = elementwise.maximum(even, above_even)", "even = elementwise.maximum(even, even)"),
     "row of padding below taken for one": ("tl.maximum(h, 0), out_h - 1)", "tl.maximum(h, 0), out_h // 2)"),
     "row above taken for another": ("tl.maximum(h, 0)", "tl.maximum(h, 2)"),
-    "left neighbour of the first": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane - 1, 2)"),
+    "left neighbor of the first": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane - 1, 2)"),
     "own lane for the left one": ("tl.maximum(lane - 1, 0)", "tl.maximum(lane, 0)"),
-    "last column's right neighbour": ("(2 * j + 1 < out_w)", "(2 * j < out_w)"),
+    "last column's right neighbor": ("(2 * j + 1 < out_w)", "(2 * j < out_w)"),
     "dropped ReLU": ("tl.zeros_like(even))", "even)"),
     "NaN lost": ("y = elementwise.maximum(", "y = tl.maximum("),
     "strips side by side": ("tiles_w * (BLOCK_W - 1)", "tiles_w * BLOCK_W"),
@@ -266,7 +266,7 @@ PLAN_BUGS = {
 
 
 def failures(device, monkeypatch) -> int:
-    """How many of some calls go wrong: normalised images, a NaN and an inf, several strips, segments and channel tiles."""
+    """How many of some calls go wrong: normalized images, a NaN and an inf, several strips, segments and channel tiles."""
     monkeypatch.setattr(stem, "multiprocessors", lambda device: 5)
     wrong = 0
     for size, config in itertools.product(BUG_SIZES, (CONFIGS[1], CONFIGS[3])):

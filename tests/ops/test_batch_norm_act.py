@@ -149,8 +149,8 @@ def test_exact_on_integers(channels, device):
     sign = torch.ones(2, channels, 4, 8, device=device)
     sign.view(-1)[::2] = -1
     scale = 2.0 ** (torch.arange(channels, device=device) % 3)[:, None, None]
-    centre = torch.arange(channels, device=device)[:, None, None]
-    x, residual = sign * scale + centre, torch.randint(-9, 9, sign.shape, device=device).float()
+    center = torch.arange(channels, device=device)[:, None, None]
+    x, residual = sign * scale + center, torch.randint(-9, 9, sign.shape, device=device).float()
     weight, bias = torch.arange(1.0, channels + 1, device=device), torch.arange(channels, device=device) % 5.0
     # eps=1e-30 is lost in a variance of 1, so rstd is exactly 1 / scale.
     y = batch_norm_act(

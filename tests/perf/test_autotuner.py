@@ -365,8 +365,8 @@ def test_it_measures_the_dtype_that_is_computed_in(fake_device, won):
     rk.tune(fused, images(), progress=False)
     assert {r["dtype"] for r in written(fake_device)["records"]} == {"bf16", "tf32"}
     won.clear()
-    normalised = rk.fuse(small_model().bfloat16(), normalize=([0.5] * 3, [0.2] * 3))
-    rk.tune(normalised, (images(5) * 50).clamp(0, 255).to(torch.uint8), progress=False)
+    normalized = rk.fuse(small_model().bfloat16(), normalize=([0.5] * 3, [0.2] * 3))
+    rk.tune(normalized, (images(5) * 50).clamp(0, 255).to(torch.uint8), progress=False)
     assert {problem.dtype for problem in won} == {torch.bfloat16}
 
 

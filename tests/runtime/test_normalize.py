@@ -17,7 +17,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 NORMALIZE = (MEAN, STD)
 
 
-def normalised(x, dtype=torch.float32):
+def normalized(x, dtype=torch.float32):
     v = x.float() / 255 if x.dtype == torch.uint8 else x.float()
     mean, std = (torch.tensor(s)[:, None, None] for s in NORMALIZE)
     return ((v - mean) / std).to(dtype)
@@ -38,12 +38,12 @@ def x(request, images):
 
 @torch.no_grad()
 def same(fused, model, x):
-    y, expected = fused(x), model(normalised(x))
+    y, expected = fused(x), model(normalized(x))
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert y.stride() == expected.stride()
 
 
-def test_gives_what_the_model_gives_on_normalised_images(x):
+def test_gives_what_the_model_gives_on_normalized_images(x):
     model = prepared(Net())
     fused = rk.fuse(model, normalize=NORMALIZE)
     for _ in range(2):
@@ -53,7 +53,7 @@ def test_gives_what_the_model_gives_on_normalised_images(x):
 
 
 def test_where_no_run_is_at_the_entry(x):
-    """The first convolution of a Sequential lies in a block of its own: normalised in front."""
+    """The first convolution of a Sequential lies in a block of its own: normalized in front."""
     net = prepared(Net())
     model = nn.Sequential(nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool), net.layer1)
     fused = rk.fuse(model, normalize=NORMALIZE)
@@ -64,7 +64,7 @@ def test_where_no_run_is_at_the_entry(x):
 def test_in_training_with_gradients_and_under_hooks(x):
     model = prepared(Net()).train()
     fused = rk.fuse(model, normalize=NORMALIZE)
-    y, expected = fused(x), model(normalised(x))
+    y, expected = fused(x), model(normalized(x))
     torch.testing.assert_close(y, expected)
     model.eval(), fused.eval()
     fused.bn1.register_forward_hook(lambda *_: None)
@@ -81,7 +81,7 @@ def test_eager_backend_and_other_dtypes(x):
     model = prepared(Net())
     same(rk.fuse(model, normalize=NORMALIZE, backend="eager"), model, x)
     double = model.double()
-    expected = double(normalised(x).double())
+    expected = double(normalized(x).double())
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="runs float32 and bfloat16, got torch.float64"):
         torch.testing.assert_close(rk.fuse(double, normalize=NORMALIZE)(x), expected, rtol=1e-5, atol=1e-5)
 
@@ -97,7 +97,7 @@ def test_copies_and_pickles_keep_it_and_unfuse_removes_it(images):
     assert other.normalize.mean == (0.5,) * 3
     rk.unfuse_(fused)
     with torch.no_grad():
-        torch.testing.assert_close(fused(normalised(images)), model(normalised(images)))
+        torch.testing.assert_close(fused(normalized(images)), model(normalized(images)))
     assert rk.fuse_(fused).normalize is None
 
 
@@ -105,9 +105,9 @@ def test_the_report_shows_it():
     model = prepared(Net())
     fused = rk.fuse(model, normalize=NORMALIZE)
     report = rk.explain(fused)
-    assert "normalised by mean (0.485, 0.456, 0.406)" in str(report)
+    assert "normalized by mean (0.485, 0.456, 0.406)" in str(report)
     assert json.loads(report.to_json())["normalize"] == {"mean": [*MEAN], "std": [*STD]}
-    assert rk.explain(model).normalize is None and "normalised" not in str(rk.explain(model))
+    assert rk.explain(model).normalize is None and "normalized" not in str(rk.explain(model))
 
 
 @pytest.mark.parametrize(
@@ -159,13 +159,13 @@ def test_verify_says_that_it_can_not_compare(images):
 
 @torch.no_grad()
 @pytest.mark.parametrize("floats", (False, True))
-def test_the_stem_kernel_normalises_while_it_packs(floats, launches, images):
+def test_the_stem_kernel_normalizes_while_it_packs(floats, launches, images):
     model = prepared(Net())
     model.layer1 = nn.Sequential(model.layer1[0])
     half, x = model.half(), images[:1]
     x = x / 255 if floats else x
     fused = rk.fuse(half, normalize=NORMALIZE, backend="triton")
-    true = normalised(x).half()
-    assert_within_budget(fused(x), half(true), half.double()(normalised(x.double() if floats else x).double()))
+    true = normalized(x).half()
+    assert_within_budget(fused(x), half(true), half.double()(normalized(x.double() if floats else x).double()))
     ((image, *_, mean, std),) = launches
     assert image.dtype == x.dtype and (mean, std) == NORMALIZE

@@ -73,7 +73,7 @@ def relative_errors(tensors, oracle):
 def assert_parity(module, fused, x, rounding=None):
     """One step of both against fp64: the root mean square of all relative errors is at most twice eager's plus one rounding.
 
-    Over all tensors, as single small vectors are a lottery: eager's error of one is by luck a tenth of that of its neighbour.
+    Over all tensors, as single small vectors are a lottery: eager's error of one is by luck a tenth of that of its neighbor.
     """
     with torch.no_grad():
         shape = copy.deepcopy(module)(x).shape

@@ -13,7 +13,7 @@ from pathlib import Path
 _STAT = Path("/proc/stat")
 
 
-class Neighbours:
+class Neighbors:
     """Counter of the CPU time of other processes since its construction."""
 
     def __init__(self):
