@@ -147,8 +147,9 @@ def _named_calls(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    paths = {id(module): path for path, module in model.named_modules() if path}
+    paths: dict[int, str] = {}
     for path, module in model.named_modules():
+        paths[id(module)] = path
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
             raise ValueError("model must not be compiled: the modules inside are not called (model=None profiles it)")
         if (state := state_of(module)) is not None:
@@ -157,9 +158,7 @@ def _named_calls(model: nn.Module | None) -> Iterator[None]:
 
     def named_call(self, *args, **kwargs):
         path = paths.get(id(self))
-        if path is None:
-            return original(self, *args, **kwargs)
-        with record_function(profiler_ranges.PREFIX + path):
+        with record_function(profiler_ranges.PREFIX + path) if path else contextlib.nullcontext():
             return original(self, *args, **kwargs)
 
     nn.Module.__call__ = named_call  # type: ignore[method-assign]  # patched on purpose

@@ -111,9 +111,9 @@ def _is_verified(owner: nn.Module, state: FusedState[Any], live: LiveModules) ->
     # Only oneDNN needs packed weights.
     if live.convs[0].weight.device.type != "cpu" or backends.requested(state.backend) not in ("auto", "cpu"):
         return True
-    packs = state.copies.packs
+    packs, holds = state.copies.packs, state.holds
     return all(
-        part.step.conv in packs and state.trusts(packs[part.step.conv], part.conv, part.bn)
+        part.step.conv in packs and holds(packs[part.step.conv], part.conv, part.bn)
         for part in live.parts
         if isinstance(part, ConvPart)
     )

@@ -7,7 +7,7 @@ replace. So code that keeps copies of frozen weights checks by identity whether 
         copies = freezing.FrozenCopies.of(states, modules)     # before the weights are read; None if not all are frozen
         ...                                                    # read the weights, write the copies
 
-frozen_constants.py and model_snapshot.py do so. PackedConv checks by itself, through `FusedState.trusts`.
+frozen_constants.py and model_snapshot.py do so. PackedConv checks by itself, through `FusedState.holds`.
 """
 
 from __future__ import annotations

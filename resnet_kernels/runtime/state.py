@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
@@ -97,9 +98,10 @@ class FusedState(Generic[Fusible]):
         if self.frozen:
             self.plans = {}  # they may hold copies, too
 
-    def trusts(self, pack: PackedConv, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
-        """Whether a packed weight may stand for these modules in this call."""
-        return pack.is_of(conv, bn) if self.frozen else pack.is_unchanged(conv, bn)
+    @property
+    def holds(self) -> Callable[[PackedConv, nn.Conv2d, BatchNorm | None], bool]:
+        """The check that a packed weight may stand for these modules in this call."""
+        return PackedConv.is_of if self.frozen else PackedConv.is_unchanged
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are opaque, and the rest is of this very module: a copy makes its own in its first call.

@@ -47,7 +47,7 @@ def run(
     def convolve(part: ConvPart, values: Values) -> Tensor:
         step, x, residual = part.step, values[part.step.x], run_steps.residual_of(part, values)
         pack = copies.packs.get(step.conv)
-        if pack is None or not (run.verified or state.trusts(pack, part.conv, part.bn)) or not pack.fits(x):
+        if pack is None or not (run.verified or state.holds(pack, part.conv, part.bn)) or not pack.fits(x):
             pack = PackedConv(part.conv, part.bn, x)
             copies.pack(step.conv, pack)
         bound = pack.bound(bounds[step.x]) + (0.0 if step.residual is None else bounds[step.residual])
