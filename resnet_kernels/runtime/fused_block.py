@@ -3,7 +3,7 @@
 A fused block is the user's own module, with the user's parameters, names and hooks, under a subclass of its own class:
 `isinstance` holds, and going back is setting `__class__` back. Its forward runs the recipe that reader.py found:
 
-    FusedBlock.forward -> inference.run_recipe -> ops.conv_bias_act (or oneDNN with packed weights) -> kernel
+    FusedBlock.forward -> inference.run_recipes -> ops.conv_bias_act (or oneDNN with packed weights) -> kernel
 
 It runs the class's own forward whenever eager semantics ask for that: training, gradients, hooks on inner modules, tracing,
 structure that changed since. `eligibility.decide` holds all of these conditions.
