@@ -191,3 +191,15 @@ def test_container_plan_leaves_a_relu_alone_that_is_called_twice():
 
     plan = reader.read(Net()).container_plan()
     assert [str(run) for run in plan.runs.values()] == ["conv1+bn1", "conv2+bn2"]
+
+
+def test_a_pool_named_add_is_no_addition():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.add, self.relu = nn.Conv2d(2, 2, 1), nn.AvgPool2d(2), nn.ReLU()
+
+        def forward(self, x):
+            return self.relu(self.add(self.conv(x)))
+
+    assert recipe(Net()) == "conv -> add -> relu"
