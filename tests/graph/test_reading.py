@@ -209,16 +209,15 @@ def test_a_residual_that_is_added_twice_is_written_over_the_second_time_alone():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv1, self.conv2, self.conv3 = (nn.Conv2d(4, 4, 1) for _ in range(3))
-            self.relu = nn.ReLU()
+            self.conv1, self.conv2, self.conv3, self.conv4 = (nn.Conv2d(4, 4, 1) for _ in range(4))
 
         def forward(self, x):
-            y = self.relu(self.conv1(x))
-            z = self.relu(self.conv2(y) + y)
-            return self.relu(self.conv3(z) + y)
+            y = F.relu(self.conv1(x))
+            z = F.relu(self.conv3(F.relu(self.conv2(y))) + y)
+            return F.relu(self.conv4(z) + y)
 
     steps = reader.read(Net()).recipe().steps
-    assert [step.overwrites_residual for step in steps] == [False, False, True]
+    assert [step.overwrites_residual for step in steps] == [False, False, False, True]
     net, x = Net().eval(), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
         torch.testing.assert_close(fuse_block_(copy.deepcopy(net))(x), net(x))
