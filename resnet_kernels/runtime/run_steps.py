@@ -16,7 +16,7 @@ from ..graph.fusible import BatchNorm
 from ..kernels.geometry import Geometry
 from ..ops import add_relu, backends
 from . import profiler_ranges
-from .parts import CallPart, Part, bn_tensors
+from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
 
 Values = dict[int, Tensor]
 
@@ -40,14 +40,33 @@ def run_steps(
     return values[result]
 
 
-def residual_of(part: Part, values: Values) -> Tensor | None:
+def run_part(
+    part: Part, values: Values, backend: str, convolve: Callable[[ConvPart, Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """Computes one part's output.
+
+    Args:
+        part: a step with its modules.
+        values: the values that the step reads.
+        backend: resolved.
+        convolve: runs a convolution and what follows it, given its part, input and residual.
+    """
+    if isinstance(part, CallPart):
+        return _call(part, values, backend)
+    x, residual = values[part.step.x], residual_of(part, values)
+    if isinstance(part, NormPart):
+        return normalize(part.bn, x, residual, part.step.relu, backend)
+    return convolve(part, x, residual)
+
+
+def residual_of(part: ConvPart | NormPart, values: Values) -> Tensor | None:
     """The tensor that a part adds; None if it adds none."""
-    return None if isinstance(part, CallPart) or part.step.residual is None else values[part.step.residual]
+    return None if part.step.residual is None else values[part.step.residual]
 
 
 def with_residual(
     run: Callable[[Tensor | None, bool], Tensor],
-    shape: Sequence[int],
+    shape: Callable[[], Sequence[int]],
     dtype: torch.dtype,
     residual: Tensor | None,
     relu: bool,
@@ -57,13 +76,13 @@ def with_residual(
 
     Args:
         run: an operation that can end in an add and a ReLU.
-        shape: of its output.
+        shape: gives the shape of its output; asked only where there is a residual.
         dtype: of its output.
         residual: None for no add.
         relu: whether a ReLU is last.
         backend: resolved.
     """
-    if residual is None or (residual.shape == shape and residual.dtype == dtype):
+    if residual is None or (residual.shape == shape() and residual.dtype == dtype):
         return run(residual, relu)
     return add(run(None, False), residual, relu, backend)
 
@@ -94,7 +113,7 @@ def convolve(
             x, weight, shift, residual, scale, *geometry, relu, backend
         )
 
-    return with_residual(run, geometry.out_shape(x.shape, weight.shape), x.dtype, residual, relu, backend)
+    return with_residual(run, lambda: geometry.out_shape(x.shape, weight.shape), x.dtype, residual, relu, backend)
 
 
 def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, backend: str) -> Tensor:
@@ -110,7 +129,7 @@ def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, bac
             x, residual, weight, bias, mean, var, not frozen, momentum, bn.eps, relu, backend
         )[0]
 
-    return with_residual(run, x.shape, x.dtype, residual, relu, backend)
+    return with_residual(run, lambda: x.shape, x.dtype, residual, relu, backend)
 
 
 def _count_batch(bn: BatchNorm) -> float:
@@ -122,7 +141,7 @@ def _count_batch(bn: BatchNorm) -> float:
     return 0.0 if bn.momentum is None else bn.momentum
 
 
-def call(part: CallPart, values: Values, backend: str) -> Tensor:
+def _call(part: CallPart, values: Values, backend: str) -> Tensor:
     """A child module, an add or a ReLU."""
     inputs = [values[i] for i in part.step.inputs]
     if part.child is not None:

@@ -18,7 +18,7 @@ from ..ops import onednn
 from ..ops.dtypes import autocast_dtype
 from . import run_steps
 from .live_modules import needs_gradient
-from .parts import CallPart, NormPart, Part, scale_shift
+from .parts import ConvPart, Part, scale_shift
 from .run_steps import Values
 from .state import FusedRun, FusedState
 
@@ -35,19 +35,17 @@ def run_recipe(recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor)
         restore = all(conv.weight.is_contiguous() for conv in run.live.convs)
 
     def run_part(part: Part, values: Values) -> Tensor:
-        return _run_part(part, values, run.backend)
+        return run_steps.run_part(part, values, run.backend, convolve)
+
+    def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
+        return _convolve_part(part, x, residual, run.backend)
 
     y = run_steps.run_steps(run.live.parts, values, recipe.result, state.path, run_part)
     return y.contiguous() if restore else y
 
 
-def _run_part(part: Part, values: Values, backend: str) -> Tensor:
-    if isinstance(part, CallPart):
-        return run_steps.call(part, values, backend)
-    x, residual, relu = values[part.step.x], run_steps.residual_of(part, values), part.step.relu
-    if isinstance(part, NormPart):
-        return run_steps.normalize(part.bn, x, residual, relu, backend)
-    conv, bn = part.conv, part.bn
+def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
+    conv, bn, relu = part.conv, part.bn, part.step.relu
     if bn is not None and fusible.is_frozen(bn) and not needs_gradient(bn):
         dtype = autocast_dtype(x) or x.dtype
         scale, shift = scale_shift(conv.bias, bn)

@@ -154,3 +154,13 @@ def _saved(model):
 
 
 COPIES = (copy.deepcopy, _pickled, _saved)
+
+
+def edited(fused):
+    """A frozen model after a call and an edit of its weights, which the next call has not seen."""
+    before = call(fused)
+    assert not is_stale(fused)
+    edit(fused)
+    assert torch.equal(call(fused), before), "weights are read or compared"
+    assert is_stale(fused), "the edit must matter"
+    return fused

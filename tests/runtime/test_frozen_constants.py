@@ -12,7 +12,7 @@ from torch import nn
 import resnet_kernels as rk
 from helpers import frozen, pretend
 from helpers.forms import cheaper, forms_of, plan_of, prepared
-from helpers.frozen import CHANGES, COPIES, THAWS, X, call, eagers, edit, is_stale, plain_model
+from helpers.frozen import CHANGES, COPIES, THAWS, X, call, eagers, edit, edited, is_stale, plain_model
 from helpers.oracle import skip_unless_runnable
 from helpers.stages import CHANNELS_LAST, FP16, Net, basic_blocks, bottlenecks, d2l, preacts, run
 from resnet_kernels import models
@@ -56,16 +56,6 @@ def written(monkeypatch):
 def _frozen():
     """Its weights are contiguous, so that each of them is copied: no edit of any is seen."""
     return rk.fuse(plain_model(), freeze=True)
-
-
-def _edited():
-    fused = _frozen()
-    before = call(fused)
-    assert not is_stale(fused)
-    edit(fused)
-    assert torch.equal(call(fused), before), "weights are read"
-    assert is_stale(fused), "the edit must matter"
-    return fused
 
 
 @pytest.mark.slow(unless=lambda make, what: make is basic_blocks or (make is preacts and what == "folding"))
@@ -123,7 +113,7 @@ def test_every_launch_takes_the_kept_weight(make, hopper):
 @pytest.mark.slow(unless=lambda thaw: thaw in QUICK)
 @pytest.mark.parametrize("thaw", THAWS, ids=lambda f: f.__name__.strip("_"))
 def test_thawed_by(thaw):
-    fused = _edited()
+    fused = edited(_frozen())
     thaw(fused)
     assert not is_stale(fused)
     assert rk.explain(fused).frozen, "only the constants go, not the promise"
@@ -141,7 +131,7 @@ def test_planted_bug_constants_that_always_hold_are_stale(thaw, monkeypatch):
 
 
 def test_a_block_thaws_alone_in_a_plan_of_several():
-    fused = _edited()
+    fused = edited(_frozen())
     assert len(plan_of(fused)._modules) == 3
     rk.refresh(fused[2])  # the plan is the first block's
     assert is_stale(fused)
@@ -181,7 +171,7 @@ def test_functional_call_uses_the_given_parameters():
 @pytest.mark.slow(unless=lambda copied: copied is copy.deepcopy)
 @pytest.mark.parametrize("copied", COPIES, ids=lambda f: f.__name__.strip("_"))
 def test_copies_keep_the_promise_and_make_their_own(copied):
-    fused = _edited()
+    fused = edited(_frozen())
     twin = copied(fused)
     assert rk.explain(twin).frozen and not is_stale(twin) and is_stale(fused)
     edit(twin)

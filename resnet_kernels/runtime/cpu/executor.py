@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...graph.recipe import Recipe
 from ...ops import onednn
 from .. import run_steps
-from ..parts import CallPart, ConvPart, NormPart, Part
+from ..parts import CallPart, ConvPart, Part
 from ..run_steps import Values
 from ..state import FusedRun, FusedState
 from .packed_conv import PackedConv
@@ -44,8 +44,8 @@ def run(
             return program(x, owned, state.path), program.result_bound(bound)
     bounds: dict[int, float] = {0: bound}
 
-    def convolve(part: ConvPart, values: Values) -> Tensor:
-        step, x, residual = part.step, values[part.step.x], run_steps.residual_of(part, values)
+    def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
+        step = part.step
         pack = copies.packs.get(step.conv)
         if pack is None or not (run.verified or state.holds(pack, part.conv, part.bn)) or not pack.fits(x):
             pack = PackedConv(part.conv, part.bn, x)
@@ -55,20 +55,15 @@ def run(
         overwrite = step.overwrites_residual and (step.residual != 0 or owned)
         return run_steps.with_residual(
             lambda residual, relu: pack(x, residual, relu, bound, overwrite),
-            pack.out_shape(x.shape), x.dtype, residual, step.relu, "cpu",
+            lambda: pack.out_shape(x.shape), x.dtype, residual, step.relu, "cpu",
         )  # fmt: skip
 
     def run_part(part: Part, values: Values) -> Tensor:
-        if isinstance(part, ConvPart):
-            return convolve(part, values)
-        if isinstance(part, NormPart):
-            residual = run_steps.residual_of(part, values)
-            y = run_steps.normalize(part.bn, values[part.step.x], residual, part.step.relu, "cpu")
-        else:
-            y = run_steps.call(part, values, "cpu")
-        # A maximum of values keeps their bound.
-        is_maximum = isinstance(part, CallPart) and type(part.child) is nn.MaxPool2d
-        bounds[part.step.out] = onednn.bound(y, bounds[part.step.inputs[0]] if is_maximum else None)
+        y = run_steps.run_part(part, values, "cpu", convolve)
+        if not isinstance(part, ConvPart):
+            # A maximum of values keeps their bound.
+            is_maximum = isinstance(part, CallPart) and type(part.child) is nn.MaxPool2d
+            bounds[part.step.out] = onednn.bound(y, bounds[part.step.inputs[0]] if is_maximum else None)
         return y
 
     values = {0: x}

@@ -16,7 +16,7 @@ from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import cudnn
 from .. import run_steps
-from ..parts import CallPart, ConvPart, NormPart, Part
+from ..parts import ConvPart, Part
 from ..run_steps import Values
 from .constants import Constants
 from .forms import Form
@@ -45,15 +45,13 @@ class Launch:
 
 def run_part(part: Part, values: Values, constants: AllConstants, backend: str) -> Tensor:
     """One part on the op for its kind."""
-    if isinstance(part, CallPart):
-        return run_steps.call(part, values, backend)
-    x, residual = values[part.step.x], run_steps.residual_of(part, values)
-    if isinstance(part, NormPart):
-        return run_steps.normalize(part.bn, x, residual, part.step.relu, backend)
-    scale, shift, _ = constants[part.step.out]
-    return run_steps.convolve(
-        part.conv, x, _weight(part, x, constants), scale, shift, residual, part.step.relu, backend
-    )  # fmt: skip
+
+    def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
+        scale, shift, _ = constants[part.step.out]
+        weight = _weight(part, x, constants)
+        return run_steps.convolve(part.conv, x, weight, scale, shift, residual, part.step.relu, backend)
+
+    return run_steps.run_part(part, values, backend, convolve)
 
 
 def _run_alone(part: Part, values: Values, constants: AllConstants, backend: str) -> None:
