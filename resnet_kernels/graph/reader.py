@@ -42,7 +42,7 @@ class Reader:
 
     def __init__(self, module: nn.Module, training: bool = False, into_wrappers: bool = False):
         self.module = module
-        self.graph = trace(module, training, into_wrappers)
+        self.graph, self.reads = trace(module, training, into_wrappers)
         self.children = dict(module.named_modules())
 
     def is_residual(self) -> bool:

@@ -1,46 +1,145 @@
-"""A module's own forward as an fx graph, whose leaves are the modules that can be fused."""
+"""A module's own forward as an fx graph, whose leaves are the modules that can be fused.
+
+The forward runs once, on copies of the module and of all modules in it, with a torch.fx.Proxy as its input. Copies share
+tensors and settings with the user's modules, but no registry, list or dict: whatever forward writes there stays in the copy. Each
+copy's `_compiled_call_impl`, which nn.Module.__call__ asks first, records the call. So no class is patched, as
+torch.fx.Tracer.trace does, and other threads may call and trace the same modules meanwhile.
+"""
 
 from __future__ import annotations
 
-import copy
+import functools
 import inspect
 import operator
-from collections.abc import Callable
-from typing import Any
+import types
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.fx.proxy import GraphAppendingTracer
 
 from .fusible import is_plain_sequential, is_wrapper, original_class
+from .observer import Observer
+from .reads import Reads
 from .recipe import CannotRead
 
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 
 
-class _Tracer(torch.fx.Tracer):
-    """Looks into plain Sequentials, and into wrappers if asked to; every other child is a leaf."""
+class Traced(NamedTuple):
+    """A forward as a graph, and what it read besides its input and its modules."""
+
+    graph: torch.fx.Graph
+    reads: Reads
+
+
+class _Value(torch.fx.Proxy):
+    """A tensor of a trace. Attributes of a real tensor that forward would set (requires_grad) can't be fused."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("tracer", "node"):
+            raise CannotRead(f"its forward sets the attribute {name} of a tensor")
+        super().__setattr__(name, value)
+
+
+class _Tensors(dict[str, Any]):
+    """A registry of parameters or buffers that gives a value of the trace in the place of each tensor."""
+
+    def __init__(self, registry: Mapping[str, Tensor | None], path: str, tracer: _Tracer):
+        super().__init__(registry)
+        self._path, self._tracer = path, tracer
+
+    def __getitem__(self, name: str) -> Any:
+        tensor = super().__getitem__(name)
+        return None if tensor is None else self._tracer.attribute(f"{self._path}.{name}".lstrip("."))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The value of a tensor."""
+        return self[name] if name in self else default
+
+    def values(self) -> Any:
+        """The values of all tensors."""
+        return [self[name] for name in self]
+
+    def items(self) -> Any:
+        """All tensors' names and values."""
+        return [(name, self[name]) for name in self]
+
+
+class _Tracer(GraphAppendingTracer):
+    """Records calls of modules and functions. Looks into plain Sequentials, and into wrappers if asked to."""
 
     def __init__(self, into_wrappers: bool):
-        super().__init__()
+        super().__init__(torch.fx.Graph())
         self.into_wrappers = into_wrappers
+        self.observer: Observer | None = None
 
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return not (is_plain_sequential(module) or (self.into_wrappers and is_wrapper(module)))
+    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+        """The value of a node."""
+        return _Value(node, self)
 
-    def call_module(
-        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any:
-        if self.is_leaf_module(module, ""):
-            return super().call_module(module, forward, args, kwargs)
-        # Without its hooks: they are the user's, and would see proxies.
-        return original_class(module).forward(module, *args, **kwargs)
+    def attribute(self, path: str) -> Any:
+        """The value of a parameter or a buffer."""
+        return self.create_proxy("get_attr", path, (), {})
+
+    def create_arg(self, a: Any) -> Any:
+        """An argument as a part of the graph; tensors that are no parameters are constants."""
+        if isinstance(a, Tensor):
+            return self.create_node("get_attr", "a tensor of its own", (), {})
+        return super().create_arg(a)
+
+    def call(self, path: str, clone: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """A call of a module by the forward."""
+        if not path:
+            raise CannotRead("its forward calls itself")
+        if is_plain_sequential(clone) or (self.into_wrappers and is_wrapper(clone)):
+            if self.observer is not None:
+                self.observer.ran_into.add(path)
+            # Without its hooks: they are the user's, and would see proxies.
+            return type(clone).forward(clone, *args, **kwargs)
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def clone(self, module: nn.Module, training: bool) -> dict[str, nn.Module]:
+        """Copies of a module and of all modules in it, by path; the module's own is at ""."""
+        clones: dict[int, nn.Module] = {}
+        paths: dict[str, nn.Module] = {}
+        for path, child in module.named_modules():
+            # No constructor and no __new__ runs: both are the user's.
+            clones[id(child)] = paths[path] = object.__new__(original_class(child))
+        for path, child in module.named_modules():
+            clone = paths[path]
+            for name, value in child.__dict__.items():
+                clone.__dict__[name] = _rebound(value, clones)
+            tensors = ("_parameters", "_buffers")
+            clone.__dict__.update({name: _Tensors(child.__dict__[name], path, self) for name in tensors})
+            clone.__dict__.update(training=training, _compiled_call_impl=functools.partial(self.call, path, clone))
+            clone.__dict__.pop("_rk_state", None)
+        return paths
 
 
-def trace(module: nn.Module, training: bool, into_wrappers: bool) -> torch.fx.Graph:
+def _rebound(value: Any, clones: Mapping[int, nn.Module]) -> Any:
+    """A copy of an attribute in which modules are replaced by their clones: of containers, and of methods of the module."""
+    if type(value) in (list, tuple, set):
+        return type(value)(_rebound(v, clones) for v in value)
+    if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
+        copy = value.copy()
+        copy.update((key, _rebound(v, clones)) for key, v in value.items())
+        return copy
+    if isinstance(value, nn.Module):
+        return clones.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in clones:
+        return types.MethodType(value.__func__, clones[id(value.__self__)])
+    return value
+
+
+def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
     """The graph of module.forward(x) in eval or train() mode, with all other arguments at their defaults.
+
+    Neither the module nor anything else that its code can reach changes.
 
     Raises:
         CannotRead: with the reason.
@@ -50,35 +149,42 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> torch.fx.Gr
         raise CannotRead("its forward was set on the instance")
     if isinstance(module, torch.jit.ScriptModule):
         raise CannotRead("it is compiled by TorchScript")
-    if any(getattr(cls, name) is not getattr(object, name) for name in ("__reduce__", "__reduce_ex__")):
-        raise CannotRead(f"{cls.__name__} has a way of pickling of its own")
-    parameters = list(inspect.signature(cls.forward).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if not parameters or parameters[0].kind not in kinds:
-        raise CannotRead("its forward takes no positional argument")
-    defaults = {}
-    for parameter in parameters[1:]:
-        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
-            raise CannotRead(f"its forward takes *{parameter.name}")
-        if parameter.default is inspect.Parameter.empty:
-            raise CannotRead("its forward takes more than one argument")
-        defaults[parameter.name] = parameter.default
-    # A shallow copy: what forward may write to `self` (a counter, a kept activation) does not reach the user's module.
-    clone: nn.Module = cls.__new__(cls)
-    clone.__dict__.update(module.__dict__, training=training)
-    for registry in ("_modules", "_parameters", "_buffers"):
-        clone.__dict__[registry] = copy.copy(module.__dict__[registry])
-    before = dict(clone.__dict__)
+    if cls.__call__ is not nn.Module.__call__:
+        raise CannotRead(f"{cls.__name__} has a __call__ of its own")
+    name = _input_name(cls.forward)
+    tracer = _Tracer(into_wrappers)
+    clones = tracer.clone(module, training)
+    forward = inspect.unwrap(cls.forward)
+    observer = tracer.observer = Observer([*clones.items()], forward if isinstance(forward, types.FunctionType) else trace)
+    x = tracer.create_proxy("placeholder", name, (), {})
     try:
-        graph = _Tracer(into_wrappers).trace(clone, concrete_args=defaults or None)
+        with observer.running():
+            result = cls.forward(clones[""], x)
+        tracer.create_node("output", "output", (tracer.create_arg(result),), {})
+        reads = observer.reads()
     except CannotRead:
         raise
     except Exception as error:  # forward is the user's code: it may raise anything
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CannotRead(f"its forward can't be traced ({first_line})") from error
-    if clone.__dict__.keys() != before.keys() or any(clone.__dict__[k] is not v for k, v in before.items()):
-        raise CannotRead("its forward sets attributes")
-    return graph
+    for node in reversed(tracer.graph.nodes):
+        if node.op == "get_attr" and not node.users:
+            tracer.graph.erase_node(node)
+    return Traced(tracer.graph, reads)
+
+
+def _input_name(forward: Callable[..., Any]) -> str:
+    """The name of a forward's input; all its other arguments have defaults."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if not parameters or parameters[0].kind not in kinds:
+        raise CannotRead("its forward takes no positional argument")
+    for parameter in parameters[1:]:
+        if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+            raise CannotRead(f"its forward takes *{parameter.name}")
+        if parameter.default is inspect.Parameter.empty:
+            raise CannotRead("its forward takes more than one argument")
+    return parameters[0].name
 
 
 def mutates(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:

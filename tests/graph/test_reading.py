@@ -106,7 +106,7 @@ def test_forms_of_forward(forward, expected):
         (variant(lambda self, x: F.relu(self.bn1(x) + x)), "no convolution of its own"),
         (variant(lambda self, x: torch.add(self.conv1(x), x, alpha=2)), "other arguments than two tensors"),
         (variant(lambda self, x: self.conv1(x).add_(x, alpha=2)), "other arguments than two tensors"),
-        (variant(lambda self, x: setattr(self, "kept", x) or self.conv1(x)), "sets attributes"),
+        (variant(lambda self, x: setattr(self, "kept", x) or self.conv1(x)), "calls setattr"),
         (variant(lambda self, x: self.conv1(F.relu_(x)) + x), "writes over a value that is used elsewhere"),
         (variant(lambda self, x: self.conv1(F.relu(x, True)) + x), "writes over a value that is used elsewhere"),
     ],

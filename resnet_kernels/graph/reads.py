@@ -1,0 +1,247 @@
+"""The attributes, flags and globals that a forward reads: data that is compared in each call.
+
+A forward is traced once, and its recipe stands for all calls. A flag that it asks (`if self.active`) is therefore a part of
+the recipe. `Observer` in observer.py collects the names that the traced code reads; `Reads` holds the values behind them.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import numbers
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .recipe import CannotRead
+
+# nn.Module's own attributes. Modes, hooks and registries are checked by themselves in each call.
+INTERNAL = frozenset(nn.Module().__dict__) | {"_rk_state"}
+
+
+class _Missing(enum.Enum):
+    """The value of an attribute that is not there."""
+
+    MISSING = "missing"
+
+
+MISSING = _Missing.MISSING
+
+_PLAIN = (numbers.Number, str, bytes, type(None), enum.Enum, range, slice)
+_TORCH_PLAIN = (torch.dtype, torch.device, torch.memory_format, torch.layout)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
+_CONTAINERS = (list, tuple, set, frozenset, deque, dict, types.MappingProxyType)
+# Elements of a container, and containers inside of each other, that are compared in each call at most.
+_MOST_ELEMENTS, _MOST_LEVELS = 256, 5
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value is immutable and compares by `==`."""
+    return isinstance(value, (*_PLAIN, *_TORCH_PLAIN))
+
+
+def is_plain_object(value: object) -> bool:
+    """Whether a value is an instance of a class written in Python, whose state is its __dict__."""
+    if isinstance(value, types.SimpleNamespace):
+        return True
+    if isinstance(value, (type, types.ModuleType, nn.Module, Tensor, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
+        return False
+    # A class written in C has a __new__ of its own, and state beside the __dict__.
+    return not any(isinstance(vars(cls).get("__new__"), types.BuiltinFunctionType) for cls in type(value).__mro__[:-1])
+
+
+def is_comparable(value: object) -> bool:
+    """Whether `described` can tell a value from another one."""
+    kinds = (*_FUNCTIONS, *_CONTAINERS, type, types.ModuleType, nn.Module, Tensor, functools.partial)
+    return is_plain(value) or isinstance(value, kinds) or is_plain_object(value)
+
+
+def described(value: Any, names: frozenset[str], levels: int = 0) -> Any:
+    """A value as plain data that is equal for two values only if code that reads `names` can't tell them apart.
+
+    Raises:
+        CannotRead: for a value with state that can't be seen, such as a file or a random generator.
+    """
+    if value is MISSING or is_plain(value):
+        return type(value).__name__, value
+    if isinstance(value, nn.Module):
+        return ("module",)  # which one it is shows in the registries
+    if isinstance(value, Tensor):
+        return ("tensor",)
+    if isinstance(value, _FUNCTIONS):
+        return _described_function(value)
+    if isinstance(value, type):
+        return "class", value.__module__, value.__qualname__
+    if levels >= _MOST_LEVELS:
+        raise CannotRead(f"its forward reads a {type(value).__name__} that is nested too deeply to be compared in each call")
+    if isinstance(value, _CONTAINERS):
+        if len(value) > _MOST_ELEMENTS:
+            raise CannotRead(f"its forward reads a {type(value).__name__} that is too long to be compared in each call")
+        items: Iterable[Any] = value.items() if isinstance(value, Mapping) else value
+        if isinstance(value, (set, frozenset)):
+            items = sorted(value, key=repr)
+        return type(value).__name__, tuple(described(item, names, levels + 1) for item in items)
+    if isinstance(value, types.ModuleType):
+        return "python module", value.__name__
+    if isinstance(value, functools.partial):
+        return "partial", *(described(v, names, levels + 1) for v in (value.func, value.args, value.keywords))
+    if is_plain_object(value):
+        state = {**class_values(type(value), names), **vars(value)}
+        seen = tuple((name, described(state[name], names, levels + 1)) for name in sorted(names & state.keys()))
+        return type(value).__qualname__, seen
+    raise CannotRead(f"its forward uses a {type(value).__name__}, whose state can't be compared in each call")
+
+
+def _described_function(function: Any) -> tuple[Any, ...]:
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    name = getattr(function, "__module__", None), function.__qualname__
+    # Two lambdas bear one name.
+    return ("function", *name) if code is None else ("function", *name, code.co_code, code.co_names, repr(code.co_consts))
+
+
+def class_values(cls: type, names: frozenset[str]) -> dict[str, Any]:
+    """The class attributes that a lookup of these names on an instance finds, without those of PyTorch's own classes."""
+    found: dict[str, Any] = {}
+    for base in reversed(user_classes(cls)):
+        found.update((name, vars(base)[name]) for name in names & vars(base).keys())
+    return found
+
+
+def user_classes(cls: type) -> list[type]:
+    """The classes of an MRO that are neither PyTorch's nor ours nor built in."""
+    return [base for base in cls.__mro__ if base.__module__.split(".")[0] not in ("torch", "builtins", "typing", "abc")]
+
+
+class Cell:
+    """A variable of an enclosing function, as a mapping of one name."""
+
+    def __init__(self, cell: types.CellType):
+        self._cell = cell
+
+    def get(self, name: str, default: Any) -> Any:
+        """The variable's value."""
+        try:
+            return self._cell.cell_contents
+        except ValueError:
+            return default
+
+
+@dataclass(frozen=True)
+class Read:
+    """An attribute of a module inside the one that was read.
+
+    path: of the module. name: of the attribute. value: `described`.
+    """
+
+    path: str
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class OutsideRead:
+    """A global, a class attribute or a variable of an enclosing function. mapping: what holds it. label: for messages."""
+
+    mapping: Any
+    name: str
+    value: Any
+    label: str
+
+
+class Outside:
+    """The outside reads of a forward. Copies of a model share them, and a pickle leaves them behind: see `UNKNOWN`."""
+
+    def __init__(self, reads: Iterable[OutsideRead]):
+        self.reads = tuple(reads)
+
+    def __deepcopy__(self, memo: Any) -> Outside:
+        return self
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        return _unknown, ()
+
+
+UNKNOWN = Outside(())
+"""Outside reads of a recipe that came from a pickle: the module has to be read again."""
+
+
+def _unknown() -> Outside:
+    return UNKNOWN
+
+
+@dataclass(frozen=True)
+class Reads:
+    """All that a forward reads besides its input and its modules.
+
+    names: of all attributes that the traced code reads, for `described`.
+    """
+
+    inside: tuple[Read, ...] = ()
+    outside: Outside = UNKNOWN
+    names: frozenset[str] = frozenset()
+
+    def __add__(self, other: Reads) -> Reads:
+        inside = dict.fromkeys((*self.inside, *other.inside))
+        outside = Outside((*self.outside.reads, *other.outside.reads))
+        return Reads(tuple(inside), outside, self.names | other.names)
+
+    def below(self, path: str) -> Reads:
+        """The same reads, seen from a module that has this one at `path`."""
+        inside = tuple(Read(f"{path}.{read.path}".rstrip("."), read.name, read.value) for read in self.inside)
+        return Reads(inside, self.outside, self.names)
+
+
+class LiveReads:
+    """Reads bound to a live module: what they give now is compared with what they gave when the forward was traced."""
+
+    def __init__(self, owners: Mapping[str, nn.Module], reads: Reads):
+        self._names = reads.names
+        bound = [(owners[r.path].__dict__, r.name, r.value, f"{r.path}.{r.name}".lstrip(".")) for r in reads.inside]
+        bound += [(r.mapping, r.name, r.value, r.label) for r in reads.outside.reads]
+        self._slow = []
+        self._getters, self._expected, self._fast = [], [], []
+        for mapping, name, value, label in bound:
+            now = mapping.get(name, MISSING)
+            if (now is MISSING or is_plain(now) or isinstance(now, _FUNCTIONS)) and described(now, self._names) == value:
+                self._getters.append((mapping.get, name))
+                self._expected.append(now)
+                self._fast.append((mapping, name, value, label))
+            else:
+                self._slow.append((mapping, name, value, label))
+
+    def changed(self) -> str | None:
+        """The name of something that is another than it was; None if nothing is."""
+        for (get, name), expected in zip(self._getters, self._expected):
+            if get(name, MISSING) is not expected:
+                break
+        else:
+            return self._differs(self._slow) if self._slow else None
+        return self._differs(self._fast + self._slow)
+
+    def _differs(self, bound: list[tuple[Any, str, Any, str]]) -> str | None:
+        for mapping, name, value, label in bound:
+            try:
+                if described(mapping.get(name, MISSING), self._names) != value:
+                    return label
+            except CannotRead:
+                return label
+        return None
+
+
+def owners_of(module: nn.Module) -> dict[str, nn.Module]:
+    """All modules in a module by path, itself included; one that is registered twice has two paths."""
+    return dict(module.named_modules(remove_duplicate=False))
+
+
+def pieces(names: Iterable[str], value: Any) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """The attributes of a class or a Python module with one of these names that code may read as flags."""
+    attributes = vars(value)
+    for name in names:
+        if name in attributes and (is_plain(attributes[name]) or isinstance(attributes[name], _CONTAINERS)):
+            yield attributes, name
