@@ -150,7 +150,10 @@ class Observer:
         self._containers: dict[int, tuple[Any, Any]] = {}
         self._entries: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         for state, _ in self._states:
-            for name, value in state.items():
+            for name in state.keys() - INTERNAL:
+                value = state[name]
+                if is_plain(value) or type(value) is tuple:
+                    continue
                 self._keep(value)
                 if not is_comparable(value) or _is_impure(value):
                     self._opaque[name] = type(value).__name__

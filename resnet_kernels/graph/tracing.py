@@ -23,11 +23,15 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from .fusible import is_plain_sequential, is_wrapper, original_class
 from .observer import Observer
-from .reads import Reads
+from .reads import INTERNAL, Reads, is_plain
 from .recipe import CannotRead
 
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
+
+
+# A registry of hooks in a copy: calls don't reach it, and nothing can be registered there.
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Traced(NamedTuple):
@@ -112,17 +116,26 @@ class _Tracer(GraphAppendingTracer):
             clones[id(child)] = paths[path] = object.__new__(original_class(child))
         for path, child in module.named_modules():
             clone = paths[path]
+            state = clone.__dict__
             for name, value in child.__dict__.items():
-                clone.__dict__[name] = _rebound(value, clones)
-            tensors = ("_parameters", "_buffers")
-            clone.__dict__.update({name: _Tensors(child.__dict__[name], path, self) for name in tensors})
-            clone.__dict__.update(training=training, _compiled_call_impl=functools.partial(self.call, path, clone))
-            clone.__dict__.pop("_rk_state", None)
+                if name not in INTERNAL:
+                    state[name] = _rebound(value, clones)
+                elif isinstance(value, (dict, set)):
+                    state[name] = _NOTHING  # hooks, which a forward may not add to
+                else:
+                    state[name] = value
+            state["_modules"] = {n: None if m is None else clones[id(m)] for n, m in child._modules.items()}
+            for name in ("_parameters", "_buffers"):
+                state[name] = _Tensors(child.__dict__[name], path, self)
+            state.update(training=training, _compiled_call_impl=functools.partial(self.call, path, clone))
+            state.pop("_rk_state", None)
         return paths
 
 
 def _rebound(value: Any, clones: Mapping[int, nn.Module]) -> Any:
     """A copy of an attribute in which modules are replaced by their clones: of containers, and of methods of the module."""
+    if is_plain(value):
+        return value
     if type(value) in (list, tuple, set):
         return type(value)(_rebound(v, clones) for v in value)
     if isinstance(value, dict) and type(value).__module__ in ("builtins", "collections"):
