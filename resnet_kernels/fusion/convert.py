@@ -193,7 +193,10 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
                 )
             else:
                 recipe = _recipe_of(state, row)
-                reason = eligibility.why_not_now(finding.module, recipe, state.backend)
+                if recipe is None:
+                    rows.append(replace(row, fused=False, reason="is another one than was fused: call fuse_ again"))
+                    continue
+                reason = eligibility.why_not_now(finding.module, recipe, state)
                 hook = not reason and has_hooks(finding.module) and isinstance(state.plan, Recipe)
                 by_table = "" if reason or not tables else _decided_by_table(finding.module, recipe, state.backend)
                 apart = "a hook on it has to fire" if hook else ""
@@ -259,9 +262,9 @@ def _check(model: object, backend: str, freeze: object = False) -> None:
     backends.check_name(backend)
 
 
-def _recipe_of(state: FusedState[Any], row: Row) -> Recipe:
-    """Returns the recipe behind a report's row: the block's own, or that of a container's run."""
+def _recipe_of(state: FusedState[Any], row: Row) -> Recipe | None:
+    """Returns the recipe behind a report's row: the block's own, or that of a container's run; None if there is none now."""
     plan: Recipe | ContainerPlan = state.plan
     if isinstance(plan, Recipe):
         return plan
-    return next(recipe for recipe in plan.runs.values() if str(recipe) == row.steps)
+    return next((recipe for recipe in plan.runs.values() if str(recipe) == row.steps), None)

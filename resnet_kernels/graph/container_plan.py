@@ -19,10 +19,19 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
+from .reads import NOTHING, Read, Reads, described
 from .recipe import CallStep, ContainerPlan, ConvStep, Recipe, Step
 
 
-def container_plan(module: nn.Module, graph: torch.fx.Graph, children: Mapping[str, nn.Module]) -> ContainerPlan:
+def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:
+    """The settings of a convolution or a pool without which it could not be fused as it was."""
+    names = ("padding_mode",) if isinstance(child, nn.Conv2d) else ("return_indices",) if is_plain_max_pool(child) else ()
+    return tuple(Read(path, name, described(getattr(child, name), frozenset())) for name in names)
+
+
+def container_plan(
+    module: nn.Module, graph: torch.fx.Graph, children: Mapping[str, nn.Module], reads: Reads
+) -> ContainerPlan:
     """Finds the runs of a container.
 
     Each member of a run is the container's own child, called once, and only the next member reads its output.
@@ -31,11 +40,12 @@ def container_plan(module: nn.Module, graph: torch.fx.Graph, children: Mapping[s
         module: the container.
         graph: its forward.
         children: its modules by path.
+        reads: what the forward reads.
     """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     shared = shared_children(module)
 
-    def own(node: Node | None, accepts: Callable[[nn.Module], bool]) -> str | None:
+    def member(node: Node | None, accepts: Callable[[nn.Module], bool]) -> str | None:
         """The path of the child that a node calls, if the child may be a member of a run."""
         if node is None or node.op != "call_module" or len(node.args) != 1 or node.kwargs:
             return None
@@ -46,18 +56,18 @@ def container_plan(module: nn.Module, graph: torch.fx.Graph, children: Mapping[s
     runs: dict[str, Recipe] = {}
     absorbed: list[str] = []
     for node in graph.nodes:
-        conv = own(node, lambda m: why_not_conv(m) is None)
+        conv = member(node, lambda m: why_not_conv(m) is None)
         if conv is None:
             continue
         last = node
-        bn = own(_only_reader(last), lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None)
+        bn = member(_only_reader(last), lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None)
         last = last if bn is None else next(iter(last.users))
-        relu = own(_only_reader(last), lambda m: type(m) is nn.ReLU and why_not_patched(m) is None)
+        relu = member(_only_reader(last), lambda m: type(m) is nn.ReLU and why_not_patched(m) is None)
         last = last if relu is None else next(iter(last.users))
         pool = (
             None
             if relu is None
-            else own(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
+            else member(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
         )
         followers = [path for path in (bn, relu, pool) if path is not None]
         if not followers:
@@ -67,11 +77,14 @@ def container_plan(module: nn.Module, graph: torch.fx.Graph, children: Mapping[s
             steps.append(CallStep(pool, True, (1,), 2, frees=(1,)))
         members = (conv, *followers)
         signature = tuple((name, original_class(children[name])) for name in members)
-        runs[conv] = Recipe(tuple(steps), len(steps), members, signature, whole=False)
+        settings = tuple(read for name in members for read in reads_of_child(name, children[name]))
+        own = Reads(settings, NOTHING)
+        runs[conv] = Recipe(tuple(steps), len(steps), members, signature, whole=False, reads=own)
         absorbed += followers
     first = _only_reader(next(node for node in graph.nodes if node.op == "placeholder"))
     entry = str(first.target) if first is not None and first.op == "call_module" else None
-    return ContainerPlan(runs, tuple(absorbed), tuple(module._modules), entry if entry in runs else None)
+    entry = entry if entry in runs else None
+    return ContainerPlan(runs, tuple(absorbed), tuple(module._modules), entry, reads=reads)
 
 
 def _only_reader(node: Node) -> Node | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -12,13 +14,22 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 # In eval mode they return their input. In train() mode a block with one of them runs its own forward.
-_QUIET_NAMES = frozenset(
-    {"Identity", "Dropout", "Dropout1d", "Dropout2d", "Dropout3d", "AlphaDropout", "FeatureAlphaDropout", "DropPath",
-     "DropBlock2d", "StochasticDepth"}
+_QUIET = (
+    nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout
 )  # fmt: skip
+# Classes of libraries that need not be installed: the module where each is looked up, and its name.
+_QUIET_ELSEWHERE = (
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"),
+    ("torchvision.ops.drop_block", "DropBlock2d"),
+    ("timm.layers.drop", "DropPath"),
+    ("timm.layers.drop", "DropBlock2d"),
+)
+_FROZEN_BN = (("torchvision.ops.misc", "FrozenBatchNorm2d"),)  # weight, bias, running_mean, running_var as buffers
+_BN_ACT = (("timm.layers.norm_act", "BatchNormAct2d"),)  # a BatchNorm2d with `drop` and `act`
 POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-_FROZEN_BN_NAME = "FrozenBatchNorm2d"  # torchvision.ops, detectron2: weight, bias, running_mean, running_var as buffers
-_BN_ACT_NAME = "BatchNormAct2d"  # timm: a BatchNorm2d with `drop` and `act`
+
+# Classes whose forward was found to be that of a frozen BN, and the eps that it has in its code; None for the attribute `eps`.
+_frozen_bn_classes: weakref.WeakKeyDictionary[type[nn.Module], float | None] = weakref.WeakKeyDictionary()
 
 # The classes that `is_batch_norm` accepts have the attributes of this one in common.
 BatchNorm = nn.BatchNorm2d
@@ -47,20 +58,40 @@ def is_plain_sequential(module: nn.Module) -> bool:
     return original_class(module).forward is nn.Sequential.forward and "forward" not in module.__dict__
 
 
+def _is_one_of(cls: type, known: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a class is one of those known. A name alone says nothing: users give famous names to classes of their own."""
+    return any(
+        cls.__name__ == name and getattr(sys.modules.get(library), name, None) is cls for library, name in known
+    )
+
+
+def note_frozen_bn(cls: type[nn.Module], eps: float | None) -> None:
+    """Remembers that the forward of a class is a frozen BN's (strangers.py). eps: in its code; None for its attribute."""
+    _frozen_bn_classes[cls] = eps
+
+
+def eps_of(bn: BatchNorm) -> float:
+    """What a BN adds to its variance."""
+    if type(bn) is nn.BatchNorm2d:
+        return bn.eps  # at once, because each call asks
+    eps = _frozen_bn_classes.get(type(bn))
+    return bn.eps if eps is None else eps
+
+
 def is_batch_norm(module: nn.Module | None) -> TypeIs[BatchNorm]:
     """Whether a module is a scale and a shift per channel in eval mode. An activation may follow, as in BatchNormAct2d."""
-    names = (_FROZEN_BN_NAME, _BN_ACT_NAME)
-    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm) or type(module).__name__ in names
+    cls = type(module)
+    return cls in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_one_of(cls, _FROZEN_BN + _BN_ACT) or cls in _frozen_bn_classes
 
 
 def is_frozen(bn: BatchNorm) -> bool:
     """Whether a BN normalizes by its running statistics, and leaves them as they are."""
-    return not bn.training or type(bn).__name__ == _FROZEN_BN_NAME
+    return not bn.training or not isinstance(bn, nn.modules.batchnorm._BatchNorm)
 
 
 def has_act(bn: nn.Module) -> bool:
     """Whether a BN is timm's BatchNormAct2d, with dropout and activation behind it."""
-    return type(bn).__name__ == _BN_ACT_NAME
+    return _is_one_of(type(bn), _BN_ACT)
 
 
 def has_relu(bn: nn.Module) -> bool:
@@ -70,7 +101,7 @@ def has_relu(bn: nn.Module) -> bool:
 
 def is_quiet(module: nn.Module | None) -> bool:
     """Whether a module returns its input in eval mode: Identity, dropout, drop path."""
-    return type(module).__name__ in _QUIET_NAMES
+    return type(module) in _QUIET or _is_one_of(type(module), _QUIET_ELSEWHERE)
 
 
 def is_not_materialized(module: nn.Module) -> bool:
@@ -112,9 +143,17 @@ def why_not_patched(module: nn.Module) -> str | None:
     """The reason why a module's class does not say what the module computes; None if it does."""
     if hasattr(module, "parametrizations"):
         return "has a parametrization"
-    if "forward" in module.__dict__:
-        return "has a forward of its own, set on the instance"
+    for name in ("forward", "_conv_forward", "_compiled_call_impl"):
+        if module.__dict__.get(name) is not None:
+            return f"has a {name} of its own, set on the instance"
+    if type(module).__call__ is not nn.Module.__call__:
+        return "has a __call__ of its own"
     return None
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module's class is PyTorch's own, or one of the classes above."""
+    return type(module).__module__.startswith("torch.nn.") or is_batch_norm(module) or is_quiet(module)
 
 
 def is_wrapper(module: nn.Module) -> bool:

@@ -132,7 +132,7 @@ class Observer:
         forward: the function that is run.
     """
 
-    def __init__(self, stand_ins: Sequence[tuple[str, nn.Module]], forward: types.FunctionType):
+    def __init__(self, stand_ins: Sequence[tuple[str, nn.Module]], forward: Callable[..., Any]):
         self._stand_ins = stand_ins
         self._states = [(clone.__dict__, dict(clone.__dict__)) for _, clone in stand_ins]
         self._classes = list(dict.fromkeys(cls for _, clone in stand_ins for cls in user_classes(type(clone))))
@@ -161,8 +161,9 @@ class Observer:
             for value in vars(cls).values():
                 self._note_function(value)
         self._note_function(forward)
-        for value in (*(forward.__defaults__ or ()), *(forward.__kwdefaults__ or {}).values()):
-            self._keep(value)
+        for function in self._functions.values():
+            for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+                self._keep(value)
 
     def refuse(self, reason: str) -> None:
         """Ends the run, for good: the user's code may catch the exception, but not the reason.

@@ -18,12 +18,13 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Node
 
-from .container_plan import container_plan
+from .container_plan import container_plan, reads_of_child
 from .fusible import (
     NOT_MATERIALIZED,
     POOLS,
     has_relu,
     is_batch_norm,
+    is_known,
     is_not_materialized,
     is_quiet,
     is_wrapper,
@@ -33,7 +34,9 @@ from .fusible import (
     why_not_patched,
 )
 from .group_steps import Operation, group, schedule
+from .reads import NOTHING, Read, Reads, described
 from .recipe import CannotRead, ContainerPlan, Recipe
+from .strangers import role_of
 from .tracing import is_add, is_relu_function, mutates, trace
 
 
@@ -42,6 +45,7 @@ class Reader:
 
     def __init__(self, module: nn.Module, training: bool = False, into_wrappers: bool = False):
         self.module = module
+        self.training = training
         self.graph, self.reads = trace(module, training, into_wrappers)
         self.children = dict(module.named_modules())
 
@@ -70,19 +74,21 @@ class Reader:
         into_wrappers = self.has_wrappers()
         recipe = _recipe(Reader(self.module, into_wrappers=True) if into_wrappers else self)
         try:
-            trains = _recipe(Reader(self.module, True, into_wrappers)) == recipe
+            training = _recipe(Reader(self.module, True, into_wrappers))
         except CannotRead:
-            trains = False
-        return replace(recipe, trains=trains)
+            return replace(recipe, trains=False)
+        assert recipe.reads is not None and training.reads is not None
+        return replace(recipe, trains=training == recipe, reads=recipe.reads + training.reads)
 
     def container_plan(self) -> ContainerPlan:
         """The runs of conv+bn+relu(+max-pool) among the module's own children."""
-        plan = container_plan(self.module, self.graph, self.children)
+        plan = container_plan(self.module, self.graph, self.children, self.reads)
         try:
             training = Reader(self.module, True)
         except CannotRead:
             return replace(plan, trains=False)
-        return replace(plan, trains=container_plan(self.module, training.graph, self.children) == plan)
+        other = container_plan(self.module, training.graph, self.children, training.reads)
+        return replace(plan, trains=other == plan, reads=self.reads + training.reads)
 
 
 def _recipe(reader: Reader) -> Recipe:
@@ -95,11 +101,13 @@ def _recipe(reader: Reader) -> Recipe:
     # Identities vanish: `source` is the node that computed a value.
     source: dict[Node, Node] = {}
     operations: dict[Node, Operation] = {}
+    reads = reader.reads
     for node in nodes:
         source[node] = node
         if node.op in ("placeholder", "output"):
             continue
-        kind = _kind(node, reader.children)
+        kind, seen = _kind(node, reader)
+        reads += seen
         inputs = _inputs(node, kind, source)
         if kind == "identity":
             source[node] = inputs[0]
@@ -107,34 +115,35 @@ def _recipe(reader: Reader) -> Recipe:
         path = str(node.target) if node.op == "call_module" else ""
         relu = kind == "bn" and has_relu(reader.children[path])
         operations[node] = Operation(kind, path, inputs, relu)
-    _check_mutation(nodes, x, source, reader.children)
+    reads += Reads(_check_mutation(nodes, x, source, reader.children), NOTHING)
     readers = Counter(argument for operation in operations.values() for argument in operation.inputs)
     readers[source[result]] += 1  # the caller
     steps, number = schedule(group(operations, readers), x, source[result])
     modules = sorted({str(node.target) for node in nodes if node.op == "call_module"})
     around = sorted({".".join(path.split(".")[:i]) for path in modules for i in range(1, path.count(".") + 1)})
-    return Recipe(steps, number, (*modules, *around), signature(reader.module))
+    return Recipe(steps, number, (*modules, *around), signature(reader.module), reads=reads)
 
 
-def _kind(node: Node, children: dict[str, nn.Module]) -> str:
-    """The kind of a node's operation: "conv", "bn", "relu", "add", "call" or "identity"."""
+def _kind(node: Node, reader: Reader) -> tuple[str, Reads]:
+    """The kind of a node's operation, and what it rests on: "conv", "bn", "relu", "add", "call" or "identity"."""
+    nothing = Reads((), NOTHING)
     if node.op == "call_module":
-        return _kind_of_module(node, children)
+        return _kind_of_module(node, reader)
     if is_relu_function(node):
-        return "relu"
+        return "relu", nothing
     if is_add(node):
         if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
             raise CannotRead(f"its add has other arguments than two tensors ({node.format_node()})")
-        return "add"
+        return "add", nothing
     if node.op == "get_attr":
         raise CannotRead(f"its forward reads the attribute {node.target}")
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     raise CannotRead(f"its forward calls {name}")
 
 
-def _kind_of_module(node: Node, children: dict[str, nn.Module]) -> str:
+def _kind_of_module(node: Node, reader: Reader) -> tuple[str, Reads]:
     path = str(node.target)
-    child = children[path]
+    child = reader.children[path]
     if len(node.args) != 1 or node.kwargs:
         raise CannotRead(f"{path} is called with more than one argument")
     is_conv = isinstance(child, nn.modules.conv._ConvNd)
@@ -142,14 +151,18 @@ def _kind_of_module(node: Node, children: dict[str, nn.Module]) -> str:
     reason = why_not_conv(child) if is_conv else why_not_bn(child) if is_bn else why_not_patched(child)
     if reason:
         raise CannotRead(f"{path} {reason}")
-    if is_conv or is_bn:
-        return "conv" if is_conv else "bn"
-    if type(child) is nn.ReLU:
-        return "relu"
-    if is_quiet(child):
-        return "identity"
+    seen = Reads(reads_of_child(path, child), NOTHING)
+    if is_conv:
+        return "conv", seen
+    if is_known(child):
+        kind = "bn" if is_bn else "relu" if type(child) is nn.ReLU else "identity" if is_quiet(child) else None
+    else:
+        kind, more = role_of(child, reader.training)
+        seen += more.below(path)
+    if kind is not None:
+        return kind, seen
     if type(child) in POOLS:
-        return "call"
+        return "call", seen
     if is_not_materialized(child):
         raise CannotRead(f"{path} {NOT_MATERIALIZED}")
     what = "norm" if "norm" in type(child).__name__.lower() else "module"
@@ -164,14 +177,27 @@ def _inputs(node: Node, kind: str, source: dict[Node, Node]) -> tuple[Node, ...]
     return nodes
 
 
-def _check_mutation(nodes: list[Node], x: Node, source: dict[Node, Node], children: dict[str, nn.Module]) -> None:
-    """Refuses in-place operations on values that something else reads: a recipe has no aliasing."""
+def _check_mutation(
+    nodes: list[Node], x: Node, source: dict[Node, Node], children: dict[str, nn.Module]
+) -> tuple[Read, ...]:
+    """Refuses in-place operations on values that something else reads: a recipe has no aliasing.
+
+    Returns:
+        The `inplace` of the modules that could do so, if they were switched.
+    """
     readers = Counter(source[i] for node in nodes if source[node] is node for i in node.all_input_nodes)
+    switches = []
     for node in nodes:
-        if node.op in ("call_module", "call_function", "call_method") and mutates(node, children):
-            target = node.args[0]
-            if isinstance(target, Node) and (source[target] is x or readers[source[target]] > 1):
+        if node.op not in ("call_module", "call_function", "call_method") or not node.args:
+            continue
+        target = node.args[0]
+        if isinstance(target, Node) and (source[target] is x or readers[source[target]] > 1):
+            if mutates(node, children):
                 raise CannotRead(f"{node.target} writes over a value that is used elsewhere")
+            if node.op == "call_module" and hasattr(children[str(node.target)], "inplace"):
+                inplace = children[str(node.target)].inplace
+                switches.append(Read(str(node.target), "inplace", described(inplace, frozenset())))
+    return tuple(switches)
 
 
 def read(module: nn.Module) -> Reader:

@@ -170,8 +170,9 @@ class Outside:
         return _unknown, ()
 
 
+NOTHING = Outside(())
+# Of a recipe that came from a pickle: the module has to be read again.
 UNKNOWN = Outside(())
-"""Outside reads of a recipe that came from a pickle: the module has to be read again."""
 
 
 def _unknown() -> Outside:
@@ -205,7 +206,11 @@ class LiveReads:
 
     def __init__(self, owners: Mapping[str, nn.Module], reads: Reads):
         self._names = reads.names
-        bound = [(owners[r.path].__dict__, r.name, r.value, f"{r.path}.{r.name}".lstrip(".")) for r in reads.inside]
+        bound = [
+            (owners[r.path].__dict__, r.name, r.value, f"{r.path}.{r.name}".lstrip("."))
+            for r in reads.inside
+            if r.path in owners  # without it the registries differ, too
+        ]
         bound += [(r.mapping, r.name, r.value, r.label) for r in reads.outside.reads]
         self._slow = []
         self._getters, self._expected, self._fast = [], [], []

@@ -5,8 +5,11 @@ A recipe holds paths, no module and no tensor. Each call of a fused module looks
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .reads import Reads
 
 
 class CannotRead(Exception):
@@ -90,6 +93,7 @@ class Recipe:
     signature: names and types of the modules that the recipe was read from; with another signature it does not hold.
     whole: it is a block's whole forward, and not a run.
     trains: the forward is the same in train() mode.
+    reads: what the forward reads besides; with other values the recipe does not hold. None in a run: the container has them.
     """
 
     steps: tuple[Step, ...]
@@ -98,6 +102,7 @@ class Recipe:
     signature: tuple[Any, ...]
     whole: bool = True
     trains: bool = True
+    reads: Reads | None = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return " -> ".join(str(step) for step in self.steps)
@@ -120,6 +125,7 @@ class ContainerPlan:
     runs: a short recipe by the path of its convolution. absorbed: the BNs, ReLUs and max-pools that a run stands for.
     names: the names of the container's children; with other children its forward may be another.
     entry: the run that is the only reader of the container's input. trains: the forward is the same in train() mode.
+    reads: what the forward reads besides its input and its modules; with other values the plan does not hold.
     """
 
     runs: dict[str, Recipe]
@@ -127,3 +133,4 @@ class ContainerPlan:
     names: tuple[str, ...]
     entry: str | None = None
     trains: bool = True
+    reads: Reads | None = field(default=None, compare=False)

@@ -166,11 +166,10 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
         raise CannotRead(f"{cls.__name__} has a __call__ of its own")
     name = _input_name(cls.forward)
     tracer = _Tracer(into_wrappers)
-    clones = tracer.clone(module, training)
-    forward = inspect.unwrap(cls.forward)
-    observer = tracer.observer = Observer([*clones.items()], forward if isinstance(forward, types.FunctionType) else trace)
     x = tracer.create_proxy("placeholder", name, (), {})
     try:
+        clones = tracer.clone(module, training)
+        observer = tracer.observer = Observer([*clones.items()], cls.forward)
         with observer.running():
             result = cls.forward(clones[""], x)
         tracer.create_node("output", "output", (tracer.create_arg(result),), {})

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import fusible
-from ..graph.recipe import CallStep, Recipe
+from ..graph import reader as graph_reader
+from ..graph.recipe import CallStep, CannotRead, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
 from .checked_calls import resolve, verified_modules
-from .live_modules import LiveModules, child_at, has_global_hooks, wire
+from .live_modules import LiveModules, changed_reads, child_at, has_global_hooks, wire
 from .state import BlockInput, Eager, FusedRun, FusedState
 
 # Said of train() mode where the forward differs from the one in eval mode.
@@ -40,11 +41,28 @@ def is_ordinary(x: Any) -> bool:
     )
 
 
-def why_not_now(module: nn.Module, recipe: Recipe, backend: str) -> str | None:
+def read_again(module: nn.Module, state: FusedState[Any]) -> None:
+    """Reads the forward of a fused module that came from a pickle: the globals that it reads may be others here."""
+    state.unread = False
+    try:
+        reader = graph_reader.read(module)
+        state.plan = reader.recipe() if isinstance(state.plan, Recipe) else reader.container_plan()
+    except CannotRead as error:
+        state.why_not = f"it can't be read any more: {error}"
+
+
+def why_not_now(module: nn.Module, recipe: Recipe, state: FusedState[Any]) -> str | None:
     """The reason why a fused module runs eager now; None if it runs fused. It needs no input, so that `explain` can ask."""
+    backend = state.backend
+    if state.why_not is not None:
+        return state.why_not
+    if not recipe.whole and (reason := changed_reads(module, state.plan.reads)):
+        return reason
     live = wire(module, recipe)
     if isinstance(live, str):
         return live
+    if live.runs_other_code(recipe):
+        return _OTHER_IN_TRAINING
     weight = live.convs[0].weight
     if live.in_training() is None or not trains_on(backend, weight):
         return live.why_not_now() or backends.why_eager(backend, weight.device, weight.dtype) or None
@@ -69,6 +87,8 @@ def decide(
     """
     if torch.compiler.is_compiling():
         return _decide_for_compiler(module, recipe, state, x)
+    if state.why_not is not None:
+        return Eager(f"in a {type(module).__name__}, {state.why_not}")
     if module.training and not trains_on(state.backend, x) and _has_batch_statistics(module, recipe):
         return Eager()  # PyTorch's BN is all there is
     if known.backend is None and not is_ordinary(x):
@@ -112,7 +132,8 @@ def _why_not(module: nn.Module, recipe: Recipe, live: LiveModules) -> str | None
         return "a global module hook is registered"
     if (reason := live.why_not_at_all()) is not None:
         return reason
-    return _OTHER_IN_TRAINING if module.training and not recipe.trains else None
+    other = live.runs_other_code(recipe) or (module.training and not recipe.trains)
+    return _OTHER_IN_TRAINING if other else None
 
 
 def _has_batch_statistics(module: nn.Module, recipe: Recipe) -> bool:
@@ -165,7 +186,23 @@ def _decide_for_compiler(module: nn.Module, recipe: Recipe, state: FusedState[An
     if not (state.backend == "triton" or (not learns and (on_gpu or state.backend == "cudnn"))):
         return Eager()
     live = wire(module, recipe)
-    if isinstance(live, str) or (module.training and not recipe.trains):
+    if isinstance(live, str) or (module.training and not recipe.trains) or _reads_more_than_flags(module, recipe):
         return Eager()
     reason = live.why_not_at_all() or live.why_not_trained() if learns else live.why_not_now()
     return FusedRun(state.backend, live, False, learns) if reason is None else Eager()
+
+
+def _reads_more_than_flags(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether a forward reads what a compiler can't guard, or a flag that is another one now."""
+    for read in () if recipe.reads is None else recipe.reads.inside:
+        owner = module if not read.path else child_at(module, read.path)
+        if len(read.value) != 2 or owner is None:
+            return True
+        kind, then = read.value
+        now = getattr(owner, read.name, None)
+        if kind == "_Missing":
+            if read.name in owner.__dict__:
+                return True
+        elif kind != type(now).__name__ or now != then:
+            return True
+    return False

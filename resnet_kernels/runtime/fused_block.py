@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
@@ -33,6 +34,8 @@ class FusedBlock(Fused):
     def _rk_call(self, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput]:
         """Runs the block on x; returns its output, and what is known about that."""
         state = state_of(self)
+        if state is not None and state.unread and not torch.compiler.is_compiling():
+            eligibility.read_again(self, state)
         if state is not None and (result := run_if_fused(self, state.plan, state, x, known)) is not None:
             return result
         return type(self)._rk_original_class.forward(self, x), UNKNOWN

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ..graph import fusible
+from ..graph.reads import LiveReads, Reads
 from ..graph.recipe import CallStep, ConvStep, Recipe, Step
 from .parts import CallPart, ConvPart, NormPart, Part
 
@@ -41,7 +43,10 @@ def has_global_hooks() -> bool:
 class LiveModules:
     """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
-    __slots__ = ("children", "classes", "convs", "dicts", "names", "parts", "registries", "widths", "with_modes")
+    __slots__ = (
+        "children", "classes", "convs", "dicts", "names", "others", "parts", "reads", "registries", "statistics", "widths",
+        "with_modes",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module, recipe: Recipe):
         members = _members(module, recipe)
@@ -54,7 +59,12 @@ class LiveModules:
         self.with_modes = [
             c for c in self.children if fusible.is_batch_norm(c) or (fusible.is_quiet(c) and type(c) is not nn.Identity)
         ]
+        # Modules whose own code ran when the forward was read, so that their mode may matter.
+        self.others = [c for c in self.children if c._modules or not fusible.is_known(c)]
         self.parts = [_part(module, step) for step in recipe.steps]
+        norms = [part.bn for part in self.parts if not isinstance(part, CallPart) and part.bn is not None]
+        self.statistics = [bn._buffers for bn in norms if "running_mean" in bn._buffers]
+        self.reads = None if torch.compiler.is_compiling() else _live_reads(module, recipe.reads)
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
         # Channels that the block's input has to have: with others, eager has its own error to raise.
         self.widths = {
@@ -70,8 +80,11 @@ class LiveModules:
     def is_current(self) -> bool:
         """Whether every module is still in its place, under its class."""
         # Comparing lists of modules compares identities: nn.Module has no __eq__.
-        return [*map(type, self.children)] == self.classes and all(
-            [*registry.values()] == children for registry, children in self.registries
+        return (
+            [*map(type, self.children)] == self.classes
+            and all([*registry.values()] == children for registry, children in self.registries)
+            and (self.reads is None or self.reads.changed() is None)
+            and not any(r.get("running_mean") is None or r.get("running_var") is None for r in self.statistics)
         )
 
     def why_not_now(self) -> str | None:
@@ -84,9 +97,13 @@ class LiveModules:
         for i, d in enumerate(self.dicts):
             if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
                 return f"a hook on {self.names[i]} has to fire"
-            if "forward" in d:
+            if "forward" in d or "_conv_forward" in d or "_compiled_call_impl" in d:
                 return f"{self.names[i]} got a forward of its own"
         return None
+
+    def runs_other_code(self, recipe: Recipe) -> bool:
+        """Whether a module in train() mode has a forward there that isn't the recipe's."""
+        return not recipe.trains and any(child.training for child in self.others)
 
     def in_training(self) -> str | None:
         """The name of the first BN or dropout that train() mode makes another function; None if there is none."""
@@ -144,6 +161,24 @@ def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
     return members
 
 
+def _live_reads(module: nn.Module, reads: Reads | None) -> LiveReads | None:
+    if reads is None:
+        return None
+    owners = {path: module if not path else child_at(module, path) for path in {read.path for read in reads.inside}}
+    return LiveReads({path: owner for path, owner in owners.items() if owner is not None}, reads)
+
+
+def changed_reads(module: nn.Module, reads: Reads | None) -> str | None:
+    """The reason why a module's forward may do something else than when it was read; None if it does not."""
+    live = _live_reads(module, reads)
+    return None if live is None or (name := live.changed()) is None else why_changed(name)
+
+
+def why_changed(name: str) -> str:
+    """The reason that a report shows for an attribute or a flag that changed."""
+    return f"{name}, which its forward depends on, changed after it was fused: call fuse_ again"
+
+
 def wire(module: nn.Module, recipe: Recipe) -> LiveModules | str:
     """Looks a recipe's modules up; returns a reason if they no longer are what the recipe was read from."""
     if recipe.whole:
@@ -153,4 +188,12 @@ def wire(module: nn.Module, recipe: Recipe) -> LiveModules | str:
         same = recipe.signature == tuple(
             (name, type(None) if child is None else fusible.original_class(child)) for name, child in children
         )
-    return LiveModules(module, recipe) if same else "its submodules changed after it was fused: call fuse_ again"
+    if not same:
+        return "its submodules changed after it was fused: call fuse_ again"
+    for step in recipe.steps:
+        if isinstance(step, CallStep):
+            continue
+        if step.bn is not None and (bn := child_at(module, step.bn)) is not None and (reason := fusible.why_not_bn(bn)):
+            return f"{step.bn} {reason}"
+    live = LiveModules(module, recipe)
+    return live if live.reads is None or (name := live.reads.changed()) is None else why_changed(name)

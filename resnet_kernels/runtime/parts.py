@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from ..graph import fusible
 from ..graph.fusible import BatchNorm
 from ..graph.recipe import CallStep, ConvStep, NormStep
 from ..ops import reference
@@ -51,7 +52,7 @@ def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any,
         child: a convolution or a max-pool; other modules have no settings of interest.
         bn: the BN that follows.
     """
-    eps = None if bn is None else bn.eps
+    eps = None if bn is None else fusible.eps_of(bn)
     if isinstance(child, nn.Conv2d):
         return child.stride, child.padding, child.dilation, child.groups, child.padding_mode, eps
     if type(child) is nn.MaxPool2d:
@@ -77,4 +78,5 @@ def scale_shift(conv_bias: Tensor | None, bn: BatchNorm | None) -> tuple[Tensor 
     if bn is None:
         return None, conv_bias
     assert bn.running_mean is not None and bn.running_var is not None  # fusible.why_not_bn
-    return reference.bn_scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, conv_bias, bn.eps)
+    eps = fusible.eps_of(bn)
+    return reference.bn_scale_shift(bn.weight, bn.bias, bn.running_mean, bn.running_var, conv_bias, eps)

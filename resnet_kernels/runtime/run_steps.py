@@ -126,7 +126,7 @@ def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, bac
 
     def run(residual: Tensor | None, relu: bool) -> Tensor:
         return torch.ops.resnet_kernels.batch_norm_act.default(
-            x, residual, weight, bias, mean, var, not frozen, momentum, bn.eps, relu, backend
+            x, residual, weight, bias, mean, var, not frozen, momentum, fusible.eps_of(bn), relu, backend
         )[0]
 
     return with_residual(run, lambda: x.shape, x.dtype, residual, relu, backend)

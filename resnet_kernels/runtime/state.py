@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from torch import nn
 
 from ..graph.fusible import BatchNorm
+from ..graph.reads import UNKNOWN, LiveReads
 from ..graph.recipe import ContainerPlan, Recipe
 from .cpu.packed_conv import PackedConv
 from .cpu.program import Copies
@@ -69,6 +70,9 @@ class FusedState(Generic[Fusible]):
     path: the module's path in the model that was fused, a label for profilers.
     normalize: in the outermost container, what `fuse(model, normalize=...)` asked for.
     frozen: the user has promised that weights stay, so copies are not compared with them; see freezing.py.
+
+    unread: the plan is from a pickle, and the forward has to be read again. why_not: the reason why that failed.
+    reads: in a container, what its forward reads.
     """
 
     def __init__(
@@ -91,6 +95,10 @@ class FusedState(Generic[Fusible]):
         self.live: dict[tuple[str, ...], LiveModules] = {}
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self.survey: Survey | None = None
+        # The plan holds as long as what the forward reads is the same. A pickle doesn't know that: the forward is read again.
+        self.unread = self.plan.reads is None or self.plan.reads.outside is UNKNOWN
+        self.why_not: str | None = None
+        self.reads: LiveReads | None = None
 
     def drop_copies(self) -> None:
         """Forgets all copies of weights; the next call makes them anew."""
@@ -108,8 +116,8 @@ class FusedState(Generic[Fusible]):
         return {name: self.__dict__[name] for name in _KEPT}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
-        self._forget()
         self.__dict__.update((name, kept[name]) for name in _KEPT)
+        self._forget()
 
 
 def state_of(module: nn.Module) -> FusedState[Any] | None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...graph import fusible
 from ...ops import backends
 from ..parts import ConvPart, NormPart, scale_shift
 from .forms import Form, needs_copy
@@ -91,7 +92,7 @@ class LiveConstants:
     def _scales_and_shifts(self) -> tuple[tuple[Tensor, Tensor] | None, list[tuple[Tensor | None, Tensor | None]]]:
         """Scales and shifts of all parts: as two flat tensors if one launch wrote them, else None, and by part."""
         tensors = [registry[name] for registry, name in self._sources]
-        eps = tuple([0.0 if part.bn is None else part.bn.eps for part in self._parts])
+        eps = tuple([0.0 if part.bn is None else fusible.eps_of(part.bn) for part in self._parts])
         if self.norms is None or not self.norms.are(tensors, eps):
             before, self.norms = self.norms, None
             # The cudnn backend uses the kernel, too, if Triton is installed: PyTorch takes six launches per layer.

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...graph import fusible
 from ..cpu.program import Copies
 from ..freezing import FrozenCopies
 from ..live_modules import LiveModules
@@ -87,7 +88,7 @@ class FrozenConstants:
         found, _ = live.vectors()
         for part, copies in zip(live.layers, kept):
             out = part.step.out
-            bias, eps = bias_of(part), None if part.bn is None else part.bn.eps
+            bias, eps = bias_of(part), None if part.bn is None else fusible.eps_of(part.bn)
             if live.has_vectors(part):
                 sources = bias, *bn_tensors(part.bn), eps
                 found[out] = copies.first(("vectors", _path(part)), sources, partial(found.__getitem__, out))
