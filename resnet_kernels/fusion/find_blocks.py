@@ -35,7 +35,7 @@ def find_blocks(model: nn.Module) -> list[Finding]:
     if any(f.plan for f in findings) and not any(f.module is model and f.plan for f in findings):
         # The model becomes the container that converts the layout once, if its forward can be read.
         try:
-            findings.insert(0, Finding(model, [], graph_reader.read(model).container_plan()))
+            findings.insert(0, Finding(model, [], graph_reader.read(model).container_plan(_fused(findings))))
         except CannotRead:
             pass
     return findings
@@ -72,12 +72,16 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:
     if reader.is_residual() and reason and not any(f.residual for f in below):
         # A residual block that holds something unfusible stays as it is, and so do the modules in it.
         return [Finding(module, [Row(path, kind, False, reason=reason)], residual=True)]
-    plan = reader.container_plan()
+    plan = reader.container_plan(_fused(below))
     stage = fusible.is_plain_sequential(module) and sum(f.residual and f.plan is not None for f in below) > 1
     if plan.runs or stage:
         rows = [Row(path, f"{kind} (part)", True, str(recipe)) for recipe in plan.runs.values()]
         below.insert(0, Finding(module, rows, plan))
     return below
+
+
+def _fused(findings: list[Finding]) -> list[nn.Module]:
+    return [finding.module for finding in findings if finding.plan is not None]
 
 
 def _visit_children(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:

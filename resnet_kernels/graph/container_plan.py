@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import torch.fx
 from torch import nn
@@ -12,6 +12,7 @@ from torch.fx import Node
 from .fusible import (
     has_act,
     is_batch_norm,
+    is_known,
     is_plain_max_pool,
     original_class,
     shared_children,
@@ -19,8 +20,10 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
+from .layouts import boundaries, seen_outputs
 from .reads import NOTHING, Read, Reads, described
-from .recipe import CallStep, ContainerPlan, ConvStep, Recipe, Step
+from .recipe import CallStep, CannotRead, ContainerPlan, ConvStep, Recipe, Step
+from .tracing import trace
 
 
 def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:
@@ -30,7 +33,11 @@ def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:
 
 
 def container_plan(
-    module: nn.Module, graph: torch.fx.Graph, children: Mapping[str, nn.Module], reads: Reads
+    module: nn.Module,
+    graph: torch.fx.Graph,
+    children: Mapping[str, nn.Module],
+    reads: Reads,
+    fused: Collection[nn.Module],
 ) -> ContainerPlan:
     """Finds the runs of a container.
 
@@ -41,6 +48,7 @@ def container_plan(
         graph: its forward.
         children: its modules by path.
         reads: what the forward reads.
+        fused: the modules in it that are fused by themselves.
     """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     shared = shared_children(module)
@@ -84,7 +92,27 @@ def container_plan(
     first = _only_reader(next(node for node in graph.nodes if node.op == "placeholder"))
     entry = str(first.target) if first is not None and first.op == "call_module" else None
     entry = entry if entry in runs else None
-    return ContainerPlan(runs, tuple(absorbed), tuple(module._modules), entry, reads=reads)
+    paths = [path for path, child in module.named_modules() if path and any(child is f for f in fused)]
+    boundary = boundaries(paths)
+    called = dict.fromkeys(boundary(str(node.target)) for node in graph.nodes if node.op == "call_module")
+    seen = seen_outputs(graph, children, paths, (*runs, *absorbed))
+    # The last member of a run gives the run's output; the convolution stands for it.
+    members = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
+    seen = tuple(members.get(path, path) for path in seen)
+    others = [children[path] for path in called if path not in paths and path not in members]
+    quiet = all(is_known(child) or _computes_only(child) for child in others)
+    return ContainerPlan(runs, tuple(absorbed), tuple(module._modules), entry, True, tuple(called), seen, quiet, reads)
+
+
+def _computes_only(module: nn.Module) -> bool:
+    """Whether a module's forward, and those of all modules that it calls, do nothing but compute."""
+    try:
+        graph = trace(module, False, False).graph
+    except CannotRead:
+        return False
+    children = dict(module.named_modules())
+    called = [children[str(node.target)] for node in graph.nodes if node.op == "call_module"]
+    return all(is_known(child) or _computes_only(child) for child in called)
 
 
 def _only_reader(node: Node) -> Node | None:

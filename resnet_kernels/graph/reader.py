@@ -13,6 +13,7 @@ the author wrote: the stride on the 1x1, biases, a pooled shortcut, other names.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 from torch import nn
@@ -80,14 +81,14 @@ class Reader:
         assert recipe.reads is not None and training.reads is not None
         return replace(recipe, trains=training == recipe, reads=recipe.reads + training.reads)
 
-    def container_plan(self) -> ContainerPlan:
-        """The runs of conv+bn+relu(+max-pool) among the module's own children."""
-        plan = container_plan(self.module, self.graph, self.children, self.reads)
+    def container_plan(self, fused: Collection[nn.Module] = ()) -> ContainerPlan:
+        """The runs of conv+bn+relu(+max-pool) among the module's own children. fused: the fused modules in it."""
+        plan = container_plan(self.module, self.graph, self.children, self.reads, fused)
         try:
             training = Reader(self.module, True)
         except CannotRead:
             return replace(plan, trains=False)
-        other = container_plan(self.module, training.graph, self.children, training.reads)
+        other = container_plan(self.module, training.graph, self.children, training.reads, fused)
         return replace(plan, trains=other == plan, reads=self.reads + training.reads)
 
 

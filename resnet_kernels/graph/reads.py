@@ -204,7 +204,8 @@ class Reads:
 class LiveReads:
     """Reads bound to a live module: what they give now is compared with what they gave when the forward was traced."""
 
-    def __init__(self, owners: Mapping[str, nn.Module], reads: Reads):
+    def __init__(self, module: nn.Module, owners: Mapping[str, nn.Module], reads: Reads):
+        self._attributes = module.__dict__
         self._names = reads.names
         bound = [
             (owners[r.path].__dict__, r.name, r.value, f"{r.path}.{r.name}".lstrip("."))
@@ -223,6 +224,10 @@ class LiveReads:
             else:
                 self._slow.append((mapping, name, value, label))
 
+    def is_of(self, module: nn.Module) -> bool:
+        """Whether they are bound to this very module."""
+        return self._attributes is module.__dict__
+
     def changed(self) -> str | None:
         """The name of something that is another than it was; None if nothing is."""
         for (get, name), expected in zip(self._getters, self._expected):
@@ -240,11 +245,6 @@ class LiveReads:
             except CannotRead:
                 return label
         return None
-
-
-def owners_of(module: nn.Module) -> dict[str, nn.Module]:
-    """All modules in a module by path, itself included; one that is registered twice has two paths."""
-    return dict(module.named_modules(remove_duplicate=False))
 
 
 def pieces(names: Iterable[str], value: Any) -> Iterator[tuple[Mapping[str, Any], str]]:

@@ -126,6 +126,9 @@ class ContainerPlan:
     names: the names of the container's children; with other children its forward may be another.
     entry: the run that is the only reader of the container's input. trains: the forward is the same in train() mode.
     reads: what the forward reads besides its input and its modules; with other values the plan does not hold.
+    called: the paths of the modules that the forward calls, down to fused ones. seen: those whose output is read by code
+    that sees its layout; "" for the container's input.
+    quiet: nothing that the forward runs can change a fused block, so that all may be checked before it runs.
     """
 
     runs: dict[str, Recipe]
@@ -133,4 +136,7 @@ class ContainerPlan:
     names: tuple[str, ...]
     entry: str | None = None
     trains: bool = True
+    called: tuple[str, ...] = ()
+    seen: tuple[str, ...] = ("",)
+    quiet: bool = False
     reads: Reads | None = field(default=None, compare=False)

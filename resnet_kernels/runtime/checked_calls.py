@@ -42,22 +42,30 @@ class Survey:
 
 
 @contextlib.contextmanager
-def one_call(found: dict[Question, str]) -> Iterator[None]:
+def one_call(found: dict[Question, str], contiguous: bool) -> Iterator[None]:
     """Spans the call of a fused module: until the outermost one ends, `resolve` keeps its answers.
 
     A hook that sets RESNET_KERNELS_BACKEND in mid-call therefore changes the next call.
 
     Args:
         found: the answers that the caller has already.
+        contiguous: whether the tensors inside the module are contiguous in eager, and channels_last in this call.
     """
     if getattr(_call_state, "resolved", None) is not None:
         yield
         return
-    _call_state.resolved = found
+    _call_state.resolved, _call_state.contiguous = found, contiguous
     try:
         yield
     finally:
-        _call_state.resolved = None
+        _call_state.resolved = _call_state.contiguous = None
+
+
+def as_eager(value: Any) -> Any:
+    """A tensor inside a container in the layout that it has in eager, for code that sees it; any other value as it is."""
+    if getattr(_call_state, "contiguous", None) and isinstance(value, Tensor) and value.dim() == 4:
+        return value.contiguous()
+    return value
 
 
 def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,7 @@ from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
 from . import checked_calls, eligibility, fused_block, inference
+from .live_modules import child_at, has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, Eager, FusedState
 
 CHANNELS_LAST = torch.channels_last
@@ -70,38 +73,62 @@ def _run_stem(
     return None if y is None else (y, BlockInput(owned=True, backend=(state.backend, answer.backend)))
 
 
-class _StandIn:
-    """A run in the place of its convolution, in a container's forward: a call makes the run, attributes are the module's."""
-
-    def __init__(self, container: nn.Module, name: str, state: FusedState[ContainerPlan]):
-        self._container, self._name, self._state = container, name, state
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return call_run(self._container, self._name, self._state, x)[0]
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._container.get_submodule(self._name), attribute)
-
-
-class _PassOn:
-    """An identity in the place of a BN, ReLU or pool that a run has done; attributes are the module's."""
-
-    def __init__(self, module: nn.Module | None):
-        self._module = module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x
-
-    def __getattr__(self, attribute: str) -> Any:
-        return getattr(self._module, attribute)
-
-
 def view_of(module: nn.Module, state: FusedState[ContainerPlan]) -> nn.Module:
-    """A shallow copy of a container for its own forward, with stand-ins for the children that belong to a run."""
-    cls = fusible.original_class(module)
-    view = cls.__new__(cls)
-    children: dict[str, Any] = dict(module._modules)
-    children.update({name: _StandIn(module, name, state) for name in state.plan.runs})
-    children.update({name: _PassOn(children[name]) for name in state.plan.absorbed})
-    view.__dict__.update(module.__dict__, _modules=children)
+    """A copy of a container for its own forward, in which some children are stand-ins; the container itself if none are.
+
+    A stand-in is a copy of the child, of the same class and with the same attributes, whose call does something else:
+    it runs a run, passes on what a run has done already, or gives code that sees a tensor's layout the one of eager.
+    """
+    calls: dict[str, Callable[..., Any]] = {name: partial(_call_run, module, name, state) for name in state.plan.runs}
+    calls.update((name, _pass_on) for name in state.plan.absorbed)
+    every = has_global_hooks()
+    for path in state.plan.called:
+        child = child_at(module, path)
+        if child is not None and path not in calls:
+            hooked = every or has_hooks(child)
+            if hooked or path in state.plan.seen:
+                calls[path] = partial(_call_as_eager, child, hooked)
+    return _with_calls(module, calls) if calls else module
+
+
+def _call_run(module: nn.Module, name: str, state: FusedState[ContainerPlan], x: Tensor) -> Tensor:
+    y = call_run(module, name, state, x)[0]
+    return checked_calls.as_eager(y) if name in state.plan.seen else y
+
+
+def _pass_on(x: Tensor) -> Tensor:
+    return x
+
+
+def _call_as_eager(child: nn.Module, hooked: bool, *args: Any, **kwargs: Any) -> Any:
+    if hooked:  # hooks see what goes in, too
+        args = tuple(checked_calls.as_eager(value) for value in args)
+    return checked_calls.as_eager(child(*args, **kwargs))
+
+
+def _with_calls(module: nn.Module, calls: Mapping[str, Callable[..., Any]]) -> nn.Module:
+    """A copy of a module and of those on the way to some paths in it; a call of what is there is another one."""
+    view = _copy(module)
+    below: dict[str, dict[str, Callable[..., Any]]] = {}
+    for path, call in calls.items():
+        name, _, rest = path.partition(".")
+        below.setdefault(name, {})[rest] = call
+    children = dict(module._modules)
+    for name, inner in below.items():
+        if (child := children[name]) is None:
+            continue
+        if "" in inner:
+            children[name] = _copy(child)
+            # nn.Module.__call__ asks this attribute first; hooks of the child are its own call's to run.
+            children[name].__dict__["_compiled_call_impl"] = inner[""]
+        else:
+            children[name] = _with_calls(child, inner)
+    view.__dict__["_modules"] = children
     return view
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    # No constructor and no __new__ runs: both are the user's.
+    copy: nn.Module = object.__new__(fusible.original_class(module))
+    copy.__dict__.update(module.__dict__)
+    return copy

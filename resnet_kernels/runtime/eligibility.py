@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph import reader as graph_reader
-from ..graph.recipe import CallStep, CannotRead, Recipe
+from ..graph.recipe import CallStep, CannotRead, ContainerPlan, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
 from .checked_calls import resolve, verified_modules
-from .live_modules import LiveModules, changed_reads, child_at, has_global_hooks, wire
-from .state import BlockInput, Eager, FusedRun, FusedState
+from .live_modules import LiveModules, child_at, has_global_hooks, live_reads, why_changed, wire
+from .state import BlockInput, Eager, FusedRun, FusedState, state_of
 
 # Said of train() mode where the forward differs from the one in eval mode.
 _OTHER_IN_TRAINING = "its forward is another one in train() mode"
@@ -46,17 +46,30 @@ def read_again(module: nn.Module, state: FusedState[Any]) -> None:
     state.unread = False
     try:
         reader = graph_reader.read(module)
-        state.plan = reader.recipe() if isinstance(state.plan, Recipe) else reader.container_plan()
+        fused = [child for child in module.modules() if child is not module and state_of(child) is not None]
+        state.plan = reader.recipe() if isinstance(state.plan, Recipe) else reader.container_plan(fused)
     except CannotRead as error:
         state.why_not = f"it can't be read any more: {error}"
+
+
+def why_container_changed(module: nn.Module, state: FusedState[ContainerPlan]) -> str | None:
+    """The reason why the forward of a container may do something else than its plan; None if it does not."""
+    if state.why_not is not None:
+        return state.why_not
+    if torch.compiler.is_compiling():
+        return None
+    # A replica (nn.DataParallel) shares the state, but not the attributes.
+    if state.reads is None or not state.reads.is_of(module):
+        state.reads = live_reads(module, state.plan.reads)
+    return None if state.reads is None or (name := state.reads.changed()) is None else why_changed(name)
 
 
 def why_not_now(module: nn.Module, recipe: Recipe, state: FusedState[Any]) -> str | None:
     """The reason why a fused module runs eager now; None if it runs fused. It needs no input, so that `explain` can ask."""
     backend = state.backend
-    if state.why_not is not None:
+    if recipe.whole and state.why_not is not None:
         return state.why_not
-    if not recipe.whole and (reason := changed_reads(module, state.plan.reads)):
+    if not recipe.whole and (reason := why_container_changed(module, state)):
         return reason
     live = wire(module, recipe)
     if isinstance(live, str):

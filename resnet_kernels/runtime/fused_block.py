@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
-from . import eligibility, inference, training
+from . import checked_calls, eligibility, inference, training
 from .fused_module import Fused
 from .state import UNKNOWN, BlockInput, Eager, FusedState, state_of
 
@@ -38,7 +38,8 @@ class FusedBlock(Fused):
             eligibility.read_again(self, state)
         if state is not None and (result := run_if_fused(self, state.plan, state, x, known)) is not None:
             return result
-        return type(self)._rk_original_class.forward(self, x), UNKNOWN
+        # Its own code may see the layout that x has.
+        return type(self)._rk_original_class.forward(self, checked_calls.as_eager(x)), UNKNOWN
 
 
 def run_if_fused(

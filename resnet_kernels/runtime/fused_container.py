@@ -41,6 +41,8 @@ class FusedContainer(Fused):
         state: FusedState[ContainerPlan] | None = state_of(self)
         if state is None:
             return original(self, *args, **kwargs)
+        if state.unread and not torch.compiler.is_compiling():
+            eligibility.read_again(self, state)
         like = args[0] if args else None
         if state.normalize is not None:
             like = like_normalized(self, state, args)
@@ -54,14 +56,15 @@ class FusedContainer(Fused):
         if checked_calls.is_inside_verified() and fusible.is_plain_sequential(self):
             return _run_stage(self, state, x, UNKNOWN)
         # A run at the entry converts by itself, or packs the image as it is: call_run.
-        value = x if state.plan.entry is not None else x.contiguous(memory_format=CHANNELS_LAST)
+        as_it_is = state.plan.entry is not None or "" in state.plan.seen
+        value = x if as_it_is else x.contiguous(memory_format=CHANNELS_LAST)
         restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
-        survey = None if self.training else _survey(self, state)
-        with checked_calls.one_call(found), checked_calls.verified_below(survey):
+        survey = _survey(self, state) if state.plan.quiet and not self.training else None
+        with checked_calls.one_call(found, restore), checked_calls.verified_below(survey):
             if fusible.is_plain_sequential(self):
                 y = _run_stage(self, state, value, BlockInput(owned=value is not x))
             else:
-                y = original(view_of(self, state) if state.plan.runs else self, value)
+                y = original(view_of(self, state), value)
         return pytree.tree_map(_to_contiguous, y) if restore else y
 
 
@@ -97,6 +100,9 @@ def _plain_call(
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
         )
         return None
+    if (reason := eligibility.why_container_changed(module, state)) is not None:
+        eligibility.say_runs_eager(f"in a {type(module).__name__}, {reason}")
+        return None
     question = (state.backend, x.device, autocast_dtype(x) or x.dtype)
     backend = checked_calls.resolve(*question)
     return None if backend == "eager" else {question: backend}
@@ -123,9 +129,11 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
             x, known = result
         elif name in state.plan.runs:
             x, known = call_run(module, name, state, x, known)
+            if name in state.plan.seen:
+                x = checked_calls.as_eager(x)
         elif name in state.plan.absorbed:
             continue
-        elif _is_free_block(child):
+        elif _is_free_block(child) and name not in state.plan.seen:
             together = _together([child, *(child for _, child in children)], x, known)
             if together:
                 del children[: len(together) - 1]
@@ -133,7 +141,11 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
             else:
                 x, known = child._rk_call(x, known)
         else:
+            if has_hooks(child):
+                x = checked_calls.as_eager(x)
             x, known = child(x), UNKNOWN
+            if name in state.plan.seen:
+                x = checked_calls.as_eager(x)
     return x
 
 

@@ -64,7 +64,7 @@ class LiveModules:
         self.parts = [_part(module, step) for step in recipe.steps]
         norms = [part.bn for part in self.parts if not isinstance(part, CallPart) and part.bn is not None]
         self.statistics = [bn._buffers for bn in norms if "running_mean" in bn._buffers]
-        self.reads = None if torch.compiler.is_compiling() else _live_reads(module, recipe.reads)
+        self.reads = None if torch.compiler.is_compiling() else live_reads(module, recipe.reads)
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
         # Channels that the block's input has to have: with others, eager has its own error to raise.
         self.widths = {
@@ -161,17 +161,12 @@ def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
     return members
 
 
-def _live_reads(module: nn.Module, reads: Reads | None) -> LiveReads | None:
+def live_reads(module: nn.Module, reads: Reads | None) -> LiveReads | None:
+    """What a module's forward reads, bound to this very module."""
     if reads is None:
         return None
     owners = {path: module if not path else child_at(module, path) for path in {read.path for read in reads.inside}}
-    return LiveReads({path: owner for path, owner in owners.items() if owner is not None}, reads)
-
-
-def changed_reads(module: nn.Module, reads: Reads | None) -> str | None:
-    """The reason why a module's forward may do something else than when it was read; None if it does not."""
-    live = _live_reads(module, reads)
-    return None if live is None or (name := live.changed()) is None else why_changed(name)
+    return LiveReads(module, {path: owner for path, owner in owners.items() if owner is not None}, reads)
 
 
 def why_changed(name: str) -> str:
