@@ -28,7 +28,9 @@ from .tracing import trace
 
 def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:
     """The settings of a convolution or a pool without which it could not be fused as it was."""
-    names = ("padding_mode",) if isinstance(child, nn.Conv2d) else ("return_indices",) if is_plain_max_pool(child) else ()
+    names = (
+        ("padding_mode",) if isinstance(child, nn.Conv2d) else ("return_indices",) if is_plain_max_pool(child) else ()
+    )
     return tuple(Read(path, name, described(getattr(child, name), frozenset())) for name in names)
 
 

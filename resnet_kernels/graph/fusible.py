@@ -60,9 +60,7 @@ def is_plain_sequential(module: nn.Module) -> bool:
 
 def _is_one_of(cls: type, known: tuple[tuple[str, str], ...]) -> bool:
     """Whether a class is one of those known. A name alone says nothing: users give famous names to classes of their own."""
-    return any(
-        cls.__name__ == name and getattr(sys.modules.get(library), name, None) is cls for library, name in known
-    )
+    return any(cls.__name__ == name and getattr(sys.modules.get(library), name, None) is cls for library, name in known)
 
 
 def note_frozen_bn(cls: type[nn.Module], eps: float | None) -> None:
@@ -81,7 +79,9 @@ def eps_of(bn: BatchNorm) -> float:
 def is_batch_norm(module: nn.Module | None) -> TypeIs[BatchNorm]:
     """Whether a module is a scale and a shift per channel in eval mode. An activation may follow, as in BatchNormAct2d."""
     cls = type(module)
-    return cls in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_one_of(cls, _FROZEN_BN + _BN_ACT) or cls in _frozen_bn_classes
+    return (
+        cls in (nn.BatchNorm2d, nn.SyncBatchNorm) or _is_one_of(cls, _FROZEN_BN + _BN_ACT) or cls in _frozen_bn_classes
+    )
 
 
 def is_frozen(bn: BatchNorm) -> bool:

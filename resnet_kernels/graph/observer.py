@@ -55,19 +55,19 @@ _STATEFUL = tuple(
     _TORCH + name.replace("/", os.sep)
     for name in (
         "random.py", "cuda/random.py", "cuda/streams.py", "cuda/nvtx.py", "autograd/grad_mode.py", "autograd/profiler.py",
-        "autograd/graph.py", "autograd/anomaly_mode.py", "amp/", "cuda/amp/", "cpu/amp/", "utils/_device.py", "profiler/", "distributed/",
-        "backends/", "serialization.py",
+        "autograd/graph.py", "autograd/anomaly_mode.py", "amp/", "cuda/amp/", "cpu/amp/", "utils/_device.py",
+        "profiler/", "distributed/", "backends/", "serialization.py",
     )
 )  # fmt: skip
 # Modules of Python's library whose functions leave everything as it is.
 _PURE_MODULES = frozenset(
-    {"collections", "_collections_abc", "functools", "typing", "enum", "abc", "_weakrefset", "dataclasses", "operator", "types",
-     "copy", "copyreg", "numbers", "math", "itertools", "inspect", "re", "contextlib"}
+    {"collections", "_collections_abc", "functools", "typing", "enum", "abc", "_weakrefset", "dataclasses", "operator",
+     "types", "copy", "copyreg", "numbers", "math", "itertools", "inspect", "re", "contextlib"}
 )  # fmt: skip
 _PURE_C = frozenset({"math", "_operator", "operator", "_functools", "_collections", "itertools", "cmath"})
 _PURE_BUILTINS = frozenset(
-    {"abs", "all", "any", "ascii", "bin", "callable", "chr", "dir", "divmod", "format", "getattr", "hasattr", "hash", "hex", "id",
-     "isinstance", "issubclass", "iter", "len", "locals", "max", "min", "next", "oct", "ord", "pow", "repr", "round", "sorted",
+    {"abs", "all", "any", "ascii", "bin", "callable", "chr", "dir", "divmod", "format", "getattr", "hasattr", "hash", "hex",
+     "id", "isinstance", "issubclass", "iter", "len", "locals", "max", "min", "next", "oct", "ord", "pow", "repr", "round", "sorted",
      "sum", "vars", "__build_class__", "__import__"}
 )  # fmt: skip
 _WITH = frozenset({"BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH"})
@@ -140,7 +140,9 @@ class Observer:
         self._reason: str | None = None
         self._named: set[str] = set()  # by code that ran, whether or not the very instruction did
         self._read: set[str] = set()  # by instructions that ran
-        self._asked: set[str] = set()  # string constants: getattr and hasattr may look for attributes that are not there
+        self._asked: set[str] = (
+            set()
+        )  # string constants: getattr and hasattr may look for attributes that are not there
         self._globals: dict[tuple[int, str], tuple[Any, str]] = {}
         self._cells: dict[int, tuple[Cell, str]] = {}
         self._holders: dict[int, Any] = {}  # Python modules and classes that code got as globals
@@ -358,7 +360,9 @@ class Observer:
                 return
             copy = dict(value) if isinstance(value, dict) else set(value) if isinstance(value, set) else list(value)
             self._containers[id(value)] = value, copy
-            inner = list(dict.values(value)) if isinstance(value, dict) else [] if isinstance(value, set) else list(value)
+            inner = (
+                list(dict.values(value)) if isinstance(value, dict) else [] if isinstance(value, set) else list(value)
+            )
         elif isinstance(value, tuple):
             inner = list(value)
         elif is_plain_object(value):

@@ -81,7 +81,9 @@ def described(value: Any, names: frozenset[str], levels: int = 0) -> Any:
     if isinstance(value, type):
         return "class", value.__module__, value.__qualname__
     if levels >= _MOST_LEVELS:
-        raise CannotRead(f"its forward reads a {type(value).__name__} that is nested too deeply to be compared in each call")
+        raise CannotRead(
+            f"its forward reads a {type(value).__name__} that is nested too deeply to be compared in each call"
+        )
     if isinstance(value, _CONTAINERS):
         if len(value) > _MOST_ELEMENTS:
             raise CannotRead(f"its forward reads a {type(value).__name__} that is too long to be compared in each call")
@@ -105,7 +107,9 @@ def _described_function(function: Any) -> tuple[Any, ...]:
     code = getattr(function, "__code__", None)
     name = getattr(function, "__module__", None), function.__qualname__
     # Two lambdas bear one name.
-    return ("function", *name) if code is None else ("function", *name, code.co_code, code.co_names, repr(code.co_consts))
+    return (
+        ("function", *name) if code is None else ("function", *name, code.co_code, code.co_names, repr(code.co_consts))
+    )
 
 
 def class_values(cls: type, names: frozenset[str]) -> dict[str, Any]:
@@ -158,7 +162,7 @@ class OutsideRead:
 
 
 class Outside:
-    """The outside reads of a forward. Copies of a model share them, and a pickle leaves them behind: see `UNKNOWN`."""
+    """The outside reads of a forward. Copies of a model share them, and a pickle leaves them behind: see `UNREAD`."""
 
     def __init__(self, reads: Iterable[OutsideRead]):
         self.reads = tuple(reads)
@@ -167,16 +171,16 @@ class Outside:
         return self
 
     def __reduce__(self) -> str | tuple[Any, ...]:
-        return _unknown, ()
+        return _unread, ()
 
 
 NOTHING = Outside(())
 # Of a recipe that came from a pickle: the module has to be read again.
-UNKNOWN = Outside(())
+UNREAD = Outside(())
 
 
-def _unknown() -> Outside:
-    return UNKNOWN
+def _unread() -> Outside:
+    return UNREAD
 
 
 @dataclass(frozen=True)
@@ -187,7 +191,7 @@ class Reads:
     """
 
     inside: tuple[Read, ...] = ()
-    outside: Outside = UNKNOWN
+    outside: Outside = UNREAD
     names: frozenset[str] = frozenset()
 
     def __add__(self, other: Reads) -> Reads:
@@ -217,7 +221,9 @@ class LiveReads:
         self._getters, self._expected, self._fast = [], [], []
         for mapping, name, value, label in bound:
             now = mapping.get(name, MISSING)
-            if (now is MISSING or is_plain(now) or isinstance(now, _FUNCTIONS)) and described(now, self._names) == value:
+            if (now is MISSING or is_plain(now) or isinstance(now, _FUNCTIONS)) and described(
+                now, self._names
+            ) == value:
                 self._getters.append((mapping.get, name))
                 self._expected.append(now)
                 self._fast.append((mapping, name, value, label))

@@ -25,7 +25,22 @@ _FUNCTIONS = frozenset(
      torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.rsqrt, torch.sqrt, torch.reshape, F.batch_norm}
 )  # fmt: skip
 _METHODS = frozenset(
-    {"reshape", "view", "unsqueeze", "expand", "rsqrt", "sqrt", "pow", "add", "sub", "mul", "div", "neg", "to", "type_as"}
+    {
+        "reshape",
+        "view",
+        "unsqueeze",
+        "expand",
+        "rsqrt",
+        "sqrt",
+        "pow",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "to",
+        "type_as",
+    }
 )
 
 
@@ -63,7 +78,13 @@ def _frozen_bn_eps(module: nn.Module, graph: Graph) -> float | None:
     """
     buffers = [module._buffers.get(name) for name in _BUFFERS]
     shapes = {None if buffer is None else tuple(buffer.shape) for buffer in buffers}
-    if len(shapes) != 1 or None in shapes or len(next(iter(shapes)) or ()) != 1 or module._parameters or module._modules:
+    if (
+        len(shapes) != 1
+        or None in shapes
+        or len(next(iter(shapes)) or ()) != 1
+        or module._parameters
+        or module._modules
+    ):
         return None
     channels = buffers[0].numel() if buffers[0] is not None else 0
     kind: Any = {"dtype": torch.float64, "device": "cpu"}

@@ -1,9 +1,9 @@
 """A module's own forward as an fx graph, whose leaves are the modules that can be fused.
 
 The forward runs once, on copies of the module and of all modules in it, with a torch.fx.Proxy as its input. Copies share
-tensors and settings with the user's modules, but no registry, list or dict: whatever forward writes there stays in the copy. Each
-copy's `_compiled_call_impl`, which nn.Module.__call__ asks first, records the call. So no class is patched, as
-torch.fx.Tracer.trace does, and other threads may call and trace the same modules meanwhile.
+tensors and settings with the user's modules, but no registry, list or dict: what forward writes there stays in the copy.
+Each copy's `_compiled_call_impl`, which nn.Module.__call__ asks first, records the call. torch.fx.Tracer.trace patches
+nn.Module instead, which other threads would see: they may call and trace the same modules meanwhile.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
 from ..ops import backends, onednn
+from ..ops.layouts import as_contiguous
 from .cpu.program import Copies
 from .live_modules import LiveModules, has_global_hooks, has_hooks
 from .parts import ConvPart
@@ -63,9 +64,7 @@ def one_call(found: dict[Question, str], contiguous: bool) -> Iterator[None]:
 
 def as_eager(value: Any) -> Any:
     """A tensor inside a container in the layout that it has in eager, for code that sees it; any other value as it is."""
-    if getattr(_call_state, "contiguous", None) and isinstance(value, Tensor) and value.dim() == 4:
-        return value.contiguous()
-    return value
+    return as_contiguous(value) if getattr(_call_state, "contiguous", None) else value
 
 
 def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:

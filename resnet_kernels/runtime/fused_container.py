@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
+from ..ops.layouts import as_contiguous, is_channels_last
 from . import checked_calls, eligibility, inference
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
@@ -53,19 +54,19 @@ class FusedContainer(Fused):
         if found is None:
             return original(self, *args, **kwargs)
         x = args[0]
-        if checked_calls.is_inside_verified() and fusible.is_plain_sequential(self):
+        if checked_calls.is_inside_verified() and _is_stage(self, state):
             return _run_stage(self, state, x, UNKNOWN)
         # A run at the entry converts by itself, or packs the image as it is: call_run.
         as_it_is = state.plan.entry is not None or "" in state.plan.seen
         value = x if as_it_is else x.contiguous(memory_format=CHANNELS_LAST)
-        restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
+        restore = not (is_channels_last(x) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
         with checked_calls.one_call(found, restore), checked_calls.verified_below(survey):
-            if fusible.is_plain_sequential(self):
+            if _is_stage(self, state):
                 y = _run_stage(self, state, value, BlockInput(owned=value is not x))
             else:
                 y = original(view_of(self, state), value)
-        return pytree.tree_map(_to_contiguous, y) if restore else y
+        return pytree.tree_map(as_contiguous, y) if restore else y
 
 
 def _survey(module: nn.Module, state: FusedState[ContainerPlan]) -> Survey:
@@ -108,14 +109,14 @@ def _plain_call(
     return None if backend == "eager" else {question: backend}
 
 
-def _first_weight_is_contiguous(module: nn.Module) -> bool:
-    # 1x1 kernels are both contiguous and channels_last, so they say nothing.
-    weights = (m.weight for m in module.modules() if type(m) is nn.Conv2d and max(m.kernel_size) > 1)
-    return next(weights, torch.empty(1)).is_contiguous()
+def _has_channels_last_weights(module: nn.Module) -> bool:
+    # The first one stands for all.
+    weight = next((m.weight for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    return weight is not None and is_channels_last(weight)
 
 
-def _to_contiguous(value: Any) -> Any:
-    return value.contiguous() if isinstance(value, Tensor) and value.dim() == 4 else value
+def _is_stage(module: nn.Module, state: FusedState[ContainerPlan]) -> bool:
+    return fusible.is_plain_sequential(module) and not any("." in path for path in state.plan.called)
 
 
 def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, known: BlockInput) -> Any:

@@ -14,12 +14,12 @@ from torch import Tensor
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops import tuned_table
 from ..ops.dtypes import autocast_dtype
+from ..ops.layouts import CHANNELS_LAST, as_contiguous, is_channels_last
 from .cpu import executor
 from .gpu import plan as gpu_plan
 from .gpu.plan import Plan
 from .state import BlockInput, FusedRun, FusedState
 
-CHANNELS_LAST = torch.channels_last
 # Plans that a block keeps. Detection models see many image sizes.
 _MOST_PLANS = 32
 
@@ -43,10 +43,11 @@ def run_recipes(blocks: Sequence[Decided], x: Tensor, known: BlockInput) -> tupl
     dtype = autocast_dtype(x)
     value = x if dtype is None else x.to(dtype)
     restore = False
-    if not value.is_contiguous(memory_format=CHANNELS_LAST):
+    # What comes from a block of ours is channels_last, and so is what goes to the next one.
+    if known.backend is None and not is_channels_last(value):
         value = value.contiguous(memory_format=CHANNELS_LAST)
         # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = all(conv.weight.is_contiguous() for _, _, run in blocks for conv in run.live.convs)
+        restore = not any(is_channels_last(conv.weight) for _, _, run in blocks for conv in run.live.convs)
     if first.backend == "cpu" and value.shape[0] > 0:
         assert len(blocks) == 1, "packed blocks run one at a time"
         y, bound = executor.run(recipe, state, first, value, known.bound, known.owned or value is not x)
@@ -58,7 +59,7 @@ def run_recipes(blocks: Sequence[Decided], x: Tensor, known: BlockInput) -> tupl
             y = _plan(blocks, value).run(value, first.backend)
     # Only a channels_last tensor may go to the next block without a check.
     if restore:
-        return y.contiguous(), BlockInput(True, bound)
+        return as_contiguous(y), BlockInput(True, bound)
     return y, BlockInput(True, bound, (state.backend, first.backend))
 
 

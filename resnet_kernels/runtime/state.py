@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 from torch import nn
 
 from ..graph.fusible import BatchNorm
-from ..graph.reads import UNKNOWN, LiveReads
+from ..graph.reads import UNREAD, LiveReads
 from ..graph.recipe import ContainerPlan, Recipe
 from .cpu.packed_conv import PackedConv
 from .cpu.program import Copies
@@ -96,7 +96,7 @@ class FusedState(Generic[Fusible]):
         self.plans: dict[tuple[Any, ...], Plan] = {}
         self.survey: Survey | None = None
         # The plan holds as long as what the forward reads is the same. A pickle doesn't know that: the forward is read again.
-        self.unread = self.plan.reads is None or self.plan.reads.outside is UNKNOWN
+        self.unread = self.plan.reads is None or self.plan.reads.outside is UNREAD
         self.why_not: str | None = None
         self.reads: LiveReads | None = None
 

@@ -16,23 +16,22 @@ from ..graph import fusible
 from ..graph.recipe import Recipe
 from ..ops import onednn
 from ..ops.dtypes import autocast_dtype
+from ..ops.layouts import CHANNELS_LAST, as_contiguous, is_channels_last
 from . import run_steps
 from .live_modules import needs_gradient
 from .parts import ConvPart, Part, scale_shift
 from .run_steps import Values
 from .state import FusedRun, FusedState
 
-CHANNELS_LAST = torch.channels_last
-
 
 def run_recipe(recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor) -> Tensor:
     """Runs a recipe on x, as `eligibility.decide` has said that it may. The output has the layout that eager would give."""
     restore = False
     values = {0: x}
-    if not x.is_contiguous(memory_format=CHANNELS_LAST):
+    if not is_channels_last(x):
         values[0] = x.contiguous(memory_format=CHANNELS_LAST)
         # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = all(conv.weight.is_contiguous() for conv in run.live.convs)
+        restore = not any(is_channels_last(conv.weight) for conv in run.live.convs)
 
     def run_part(part: Part, values: Values) -> Tensor:
         return run_steps.run_part(part, values, run.backend, convolve)
@@ -41,7 +40,7 @@ def run_recipe(recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor)
         return _convolve_part(part, x, residual, run.backend)
 
     y = run_steps.run_steps(run.live.parts, values, recipe.result, state.path, run_part)
-    return y.contiguous() if restore else y
+    return as_contiguous(y) if restore else y
 
 
 def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:

@@ -1,0 +1,42 @@
+"""The layouts of 4-D tensors in memory, as eager's convolutions see them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHANNELS_LAST = torch.channels_last
+
+
+def is_channels_last(tensor: Tensor) -> bool:
+    """Whether eager takes a 4-D tensor for channels_last, and so gives a convolution's output that layout.
+
+    A tensor with one channel, or of single pixels, is in both layouts at once: then its strides decide, as they do in ATen
+    (c10/core/MemoryFormat.h, is_channels_last_strides_2d_s4).
+    """
+    if not tensor.is_contiguous(memory_format=CHANNELS_LAST):
+        return False
+    if not tensor.is_contiguous():
+        return True
+    sizes, strides = tensor.shape, tensor.stride()
+    smallest = 0
+    if strides[1] == 0:
+        return False
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < smallest or (d == 0 and smallest == strides[1]):
+            return False
+        smallest = strides[d] * max(sizes[d], 1)
+    return True
+
+
+def as_contiguous(value: Any) -> Any:
+    """A 4-D tensor with a contiguous one's strides, also those of dimensions of size 1; other values as they are."""
+    if not isinstance(value, Tensor) or value.dim() != 4:
+        return value
+    value = value.contiguous()
+    n, c, h, w = value.shape
+    return (
+        value if value.stride() == (c * h * w, h * w, w, 1) or value.numel() == 0 else value.flatten().view(n, c, h, w)
+    )
