@@ -7,6 +7,7 @@ FrozenBatchNorm2d, a Dropout2d that drops in eval mode, too. So a name says noth
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -67,7 +68,8 @@ def role_of(module: nn.Module, training: bool) -> Role:
     if (eps := _frozen_bn_eps(module, graph)) is not None:
         by_attribute = "eps" in reads.names and getattr(module, "eps", None) == eps
         fusible.note_frozen_bn(type(module), None if by_attribute else eps)
-        return Role("bn", reads)
+        # Calls take the eps that there is then.
+        return Role("bn", replace(reads, inside=tuple(read for read in reads.inside if read.name != "eps")))
     return Role(None, reads)
 
 
