@@ -243,7 +243,9 @@ class Observer:
             self._enter(frame)
             frame.f_trace_lines, frame.f_trace_opcodes = False, True
             return self._on_instruction
-        if origin != "ours" and _is_stateful(code.co_filename) and frame.f_back is not None:
+        # A mode around the trace, such as `with torch.device(...)`, is called for each function: that is no call of forward's.
+        is_mode = code.co_name == "__torch_function__"
+        if origin != "ours" and _is_stateful(code.co_filename) and frame.f_back is not None and not is_mode:
             # What PyTorch and Python call by themselves is their business, but for a decorator that enters a context.
             caller = frame.f_back.f_code.co_filename
             if caller == _DECORATORS or _origin(caller) == "user":

@@ -180,6 +180,16 @@ def test_a_forward_that_only_computes_is_read(besides):
     assert str(reader.read(block).recipe()) == "conv+bn+add+relu"
 
 
+def test_a_device_context_around_explain_is_none_of_the_forward():
+    class Net(Block):
+        def forward(self, x):
+            return torch.flatten(self.relu(self.bn(self.conv(x))), 1)
+
+    with torch.device("meta"):
+        net = Net()
+        assert len(rk.explain(net).fused) == 1
+
+
 def test_explain_beside_calls_of_other_threads_shows_them_no_proxy():
     net = nn.Sequential(*(Block() for _ in range(4))).eval()
     x, errors, stop = torch.randn(1, 8, 6, 6), [], threading.Event()
