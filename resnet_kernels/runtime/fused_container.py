@@ -11,6 +11,7 @@ A container does three things, each only where reader.py has shown that it is sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from torch.utils import _pytree as pytree
 from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
-from . import checked_calls, eligibility, inference
+from . import checked_calls, eligibility, inference, subclasses
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
 from .fused_block import FusedBlock
@@ -54,8 +55,11 @@ class FusedContainer(Fused):
         if checked_calls.is_inside_verified() and fusible.is_plain_sequential(self):
             return _run_stage(self, state, x, UNKNOWN)
         # A run at the entry converts by itself, or packs the image as it is: call_run.
-        value = x if state.plan.entry is not None else x.contiguous(memory_format=CHANNELS_LAST)
-        restore = not x.is_contiguous(memory_format=CHANNELS_LAST) and _first_weight_is_contiguous(self)
+        # What a subclass is converted to depends on its rule: the container's own forward gets x itself.
+        converts = state.plan.entry is None and not subclasses.is_plain_subclass(x)
+        value = x.contiguous(memory_format=CHANNELS_LAST) if converts else x
+        is_channels_last = subclasses.as_plain(x).is_contiguous(memory_format=CHANNELS_LAST)
+        restore = not is_channels_last and _first_weight_is_contiguous(self)
         survey = None if self.training else _survey(self, state)
         with checked_calls.one_call(found), checked_calls.verified_below(survey):
             if fusible.is_plain_sequential(self):
@@ -84,7 +88,10 @@ def _plain_call(
 
     It has to under a tracer, in training on a backend without kernels for it, and after submodules changed.
     """
+    x = subclasses.as_plain(x)
     if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
+        if reason := eligibility.why_not_ordinary(x):
+            eligibility.say_runs_eager(f"in a {type(module).__name__}, {reason}")
         return None
     if module.training and not (state.plan.trains and eligibility.trains_on(state.backend, x)):
         return None
@@ -105,7 +112,7 @@ def _plain_call(
 def _first_weight_is_contiguous(module: nn.Module) -> bool:
     # 1x1 kernels are both contiguous and channels_last, so they say nothing.
     weights = (m.weight for m in module.modules() if type(m) is nn.Conv2d and max(m.kernel_size) > 1)
-    return next(weights, torch.empty(1)).is_contiguous()
+    return all(weight.is_contiguous() for weight in itertools.islice(weights, 1))
 
 
 def _to_contiguous(value: Any) -> Any:

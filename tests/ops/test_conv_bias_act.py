@@ -380,12 +380,12 @@ def test_triton_on_cpu_tensors_names_the_interpreter(monkeypatch):
 
     pytest.importorskip("triton", reason="needs triton")
     monkeypatch.setattr(target, "is_interpreted", lambda: False)
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1"):
             ops.conv_bias_act(torch.ones(1, 4, 4, 4), torch.ones(4, 4, 1, 1), backend="triton")
     finally:
-        backends.why_not.cache_clear()
+        backends.why_never.cache_clear()
 
 
 def test_absent_triton_is_named(monkeypatch):
@@ -394,13 +394,13 @@ def test_absent_triton_is_named(monkeypatch):
     from resnet_kernels.ops import backends
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
     try:
         with pytest.raises(RuntimeError, match="package triton, which is not installed"):
             ops.conv_bias_act(torch.ones(1, 4, 4, 4), torch.ones(4, 4, 1, 1), backend="triton")
         assert ops.conv_bias_act(torch.ones(1, 4, 4, 4), torch.ones(4, 4, 1, 1)).shape == (1, 4, 4, 4)
     finally:
-        backends.why_not.cache_clear()
+        backends.why_never.cache_clear()
 
 
 X, W = torch.ones(2, 8, 6, 6), torch.ones(4, 8, 3, 3)

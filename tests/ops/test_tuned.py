@@ -229,7 +229,7 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     from resnet_kernels.kernels import target
 
     monkeypatch.setattr(target, "is_hopper", lambda device: True)
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
     cuda = torch.device("cuda", 0)
     if backends.why_not("cudnn", "cuda", torch.bfloat16) is None:
         first = ["cudnn", "cudnn+epilogue"]
