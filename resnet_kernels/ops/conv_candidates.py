@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import target
+from ..kernels import limits, target
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 from . import backends, cudnn, onednn, reference, tuned_table
@@ -165,7 +165,7 @@ def _kernels() -> dict[str, Kernel]:
         return why_not_by_shape(*shapes, dtype)
 
     def pointer(config: conv_bias_act.ConvConfig | None) -> Kernel:
-        return Kernel(lambda operands: conv_bias_act.launch(operands, config), lambda *_: None)
+        return Kernel(lambda operands: conv_bias_act.launch(operands, config), lambda shapes, *_: limits.why_not_convolution(*shapes))
 
     def tma(config: conv_tiles.TmaConfig | None) -> Kernel:
         return Kernel(
