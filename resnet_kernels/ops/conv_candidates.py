@@ -1,6 +1,6 @@
 """Every way to run a convolution, by name. Only this module picks a kernel: an op asks it, and it calls a launcher.
 
-cudnn                     one fused operation of cuDNN where there is a ReLU; the scale is multiplied into the weight
+cudnn                     one fused operation of cuDNN where there is a ReLU and no scale. A plan multiplies scales into weights
 cudnn+epilogue            cuDNN's convolution, then one pass for all that follows it; no weight is folded
 cpu, eager                oneDNN's fused operation; plain PyTorch
 triton                    a kernel of ours with a tile that it chooses itself: Hopper's where that takes the convolution, else

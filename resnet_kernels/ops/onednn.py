@@ -148,11 +148,15 @@ def conv_bias_act(operands: ConvOperands) -> Tensor:
     Args:
         operands: in a dtype that `why_not` lets pass. A scale is multiplied into a copy of the weight.
     """
-    operands = operands.folded()
-    x, weight, bias, residual, _, geometry, relu = operands
+    x, weight, bias, residual, scale, geometry, relu = operands
     if x.shape[0] == 0 or is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
         return reference.conv_bias_act(*operands)
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
+    if scale is not None:
+        weight = operands.folded().weight
+        # A large scale in the weight may overflow, in the weight or in sums of it that cancel, where eager is finite.
+        if not is_safe(gain(weight) * bound(x, None)):
+            return reference.conv_bias_act(*operands)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     return run(x, weight, as_bias(bias, x.dtype), residual, arguments(geometry), relu)
@@ -210,6 +214,11 @@ def call(
     if overwrite_residual:
         return ops._convolution_pointwise_.binary, True, rest
     return ops._convolution_pointwise.binary, False, rest
+
+
+def gain(weight: Tensor) -> float:
+    """Returns the largest sum of magnitudes of a filter: how much larger than its input a convolution's sums can be."""
+    return weight.float().abs().sum((1, 2, 3)).max().item()
 
 
 def is_safe(bound: float) -> bool:
