@@ -38,7 +38,10 @@ def call_run(
     """Runs one of a container's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
     if name == state.plan.entry:
-        if not subclasses.is_plain_subclass(x) and (result := _run_stem(container, recipe, state, x, known)) is not None:
+        if (
+            not subclasses.is_plain_subclass(x)
+            and (result := _run_stem(container, recipe, state, x, known)) is not None
+        ):
             return result
         if state.normalize is not None:
             x = state.normalize(x, dtype_of(container))

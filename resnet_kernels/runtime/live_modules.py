@@ -56,9 +56,7 @@ class LiveModules:
         ]
         self.parts = [_part(module, step) for step in recipe.steps]
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
-        self._readers = [
-            _reader(part) for part in self.parts if not isinstance(part, CallPart) and part.step.x == 0
-        ]
+        self._readers = [_reader(part) for part in self.parts if not isinstance(part, CallPart) and part.step.x == 0]
 
     @property
     def widths(self) -> set[int]:

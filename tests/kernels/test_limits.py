@@ -43,7 +43,9 @@ def test_a_far_tap_killed_the_process(channels, far):
 @pytest.mark.parametrize("far", (2**30, 2**31 + 3, 2**40))
 def test_a_tap_beyond_int32_is_refused(far):
     done = run(64, far)
-    assert done.returncode == 1 and f'backend="triton" takes at most {limits.MOST} rows of the padded image' in done.stderr
+    assert (
+        done.returncode == 1 and f'backend="triton" takes at most {limits.MOST} rows of the padded image' in done.stderr
+    )
 
 
 SHAPES = {
@@ -69,7 +71,10 @@ def test_a_large_batch_is_no_limit():
 PASSES = {
     "add": (lambda: add_relu._launcher(2**41 - 2048), lambda: add_relu._launcher(2**41)),
     "epilogue, rows": (lambda: epilogue._launcher(2**30, 64, 4, True), lambda: epilogue._launcher(2**31, 64, 4, True)),
-    "epilogue, channels": (lambda: epilogue._launcher(1, 2**26, 4, True), lambda: epilogue._launcher(1, 2**28, 4, True)),
+    "epilogue, channels": (
+        lambda: epilogue._launcher(1, 2**26, 4, True),
+        lambda: epilogue._launcher(1, 2**28, 4, True),
+    ),
     "norm, rows": (
         lambda: batch_norm_act._forward(2**30, 64, 4, 1e-5, True, False),
         lambda: batch_norm_act._forward(2**31, 64, 4, 1e-5, True, False),
