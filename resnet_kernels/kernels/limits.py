@@ -1,4 +1,4 @@
-"""Limits of what kernels count in 32 bits. Launchers check them in Python's integers, where nothing overflows, before a launch.
+"""Limits of what kernels count in 32 bits, checked before a launch in Python's integers, where nothing overflows.
 
 An offset that wraps around reads and writes memory of others: on a GPU an illegal access, in the interpreter a dead process.
 """

@@ -288,4 +288,4 @@ def _is_candidate(row: Any) -> bool:
 
 def _is_timing(timing: Any) -> bool:
     median = timing.get("median") if isinstance(timing, dict) else None
-    return type(median) in (int, float) and 0 < median <= sys.float_info.max
+    return isinstance(median, int | float) and not isinstance(median, bool) and 0 < median <= sys.float_info.max
