@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import elementwise
+from . import elementwise, limits
 from .launching import Launcher
 
 # 1024 elements on 4 warps: a thread takes 8 fp32 of each operand, two 16-byte loads.
@@ -49,4 +49,6 @@ def launch(x: Tensor, residual: Tensor) -> Tensor:
 def _launcher(n_elements: int) -> Launcher:
     # Programs: blocks of BLOCK_SIZE elements, in memory order.
     grid = (triton.cdiv(n_elements, BLOCK_SIZE),)
+    if (reason := limits.why_too_large(elements=(n_elements, limits.MOST * BLOCK_SIZE))) is not None:
+        raise ValueError(f'backend="triton" {reason}')
     return Launcher(_add_relu_kernel, grid, dict(n_elements=n_elements, BLOCK_SIZE=BLOCK_SIZE), NUM_WARPS)

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import triton
 
+from . import limits
+
 # Bytes of a tile: two 16-byte loads for each thread of 8 warps. Where 16 does not divide the channels, elements are loaded one
 # by one, and a tile is a quarter of that.
 TILE_BYTES = 8192
@@ -31,10 +33,15 @@ class Split(NamedTuple):
 
 
 def choose_split(n_rows: int, n_channels: int, itemsize: int) -> Split:
-    """Cuts rows so that few channels fill the machine as well as many do. itemsize: bytes of an element of x."""
+    """Cuts rows so that few channels fill the machine as well as many do. itemsize: bytes of an element of x.
+
+    Raises:
+        ValueError: the kernels can't count so far.
+    """
     block_channels = min(MOST_CHANNELS, triton.next_power_of_2(n_channels))
     block_rows = (RAGGED_TILE_BYTES if n_channels % 16 else TILE_BYTES) // itemsize // block_channels
     most = max(1, MOST_SPLITS // triton.cdiv(n_channels, block_channels))
+    limits.check_rows(n_rows, n_channels, block_rows, block_channels, channels_in_y=True)
     rows = triton.cdiv(triton.cdiv(n_rows, most), block_rows) * block_rows
     return Split(block_rows, block_channels, rows, triton.cdiv(n_rows, rows))
 

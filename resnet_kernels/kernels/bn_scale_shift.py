@@ -80,7 +80,9 @@ class Layers:
         self.addresses = _addresses([tensor for layer in vectors for tensor in layer])
         self.eps = eps
         self.starts = [sum(self.sizes[:i]) for i in range(len(vectors) + 1)]
-        self._pointers, self._starts = (torch.tensor(t, device=self.device) for t in (self.addresses, self.starts))
+        self._pointers, self._starts = (
+            torch.tensor(t, dtype=torch.int64, device=self.device) for t in (self.addresses, self.starts)
+        )
         self._eps = torch.tensor(self.eps, dtype=torch.float32, device=self.device)
         # Programs: layers x the widest layer's blocks of BLOCK_SIZE channels.
         grid = (len(self.sizes), triton.cdiv(max(self.sizes), BLOCK_SIZE))

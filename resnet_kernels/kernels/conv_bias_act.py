@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import elementwise, launching, target
+from . import elementwise, launching, limits, target
 from .geometry import Geometry
 from .layouts import channels_last, contiguous
 from .operands import ConvOperands
@@ -68,9 +68,6 @@ CONFIGS: tuple[ConvConfig, ...] = (
     ConvConfig(64, 64, 16, num_warps=8, num_stages=3),  # fp32, on the FMA units: 64x64x32 on 4 warps spills
     ConvConfig(64, 16, 16, num_warps=2, num_stages=3),  # groups of a few channels, depthwise, d2l's 3 and 6 channels
 )
-
-# The kernel counts pixels in int32, up to a tile past the last one.
-_MOST_PIXELS = 2**31 - 1 - 128
 
 # Programs that fill the machine: a larger tile has to leave so many. An H200 has 132 multiprocessors.
 _FULL_MACHINE = 132
@@ -163,7 +160,8 @@ def _conv_bias_act_kernel(
             h = h_start + r * DILATION_H
             w = w_start + s * DILATION_W
             channel = k_start - tap * c_in + tl.arange(0, BLOCK_K)
-            x_ptrs = x_ptr + row_offset[:, None] + (r * DILATION_H * in_w + s * DILATION_W) * (groups * c_in) + channel
+            tap_offset = ((r * DILATION_H).to(tl.int64) * in_w + s * DILATION_W) * (groups * c_in)
+            x_ptrs = x_ptr + row_offset[:, None] + tap_offset + channel
             mask_x = mask_m[:, None]
             if not IN_BOUNDS:
                 mask_x = mask_x & ((h >= 0) & (h < in_h) & (w >= 0) & (w < in_w))[:, None]
@@ -177,7 +175,8 @@ def _conv_bias_act_kernel(
             s = tap % KERNEL_W
             h = h_start[:, None] + (r * DILATION_H)[None, :]
             w = w_start[:, None] + (s * DILATION_W)[None, :]
-            offset_k = (r * DILATION_H * in_w + s * DILATION_W) * (groups * c_in) + offs_k - tap * c_in
+            tap_offset = ((r * DILATION_H).to(tl.int64) * in_w + s * DILATION_W) * (groups * c_in)
+            offset_k = tap_offset + offs_k - tap * c_in
             mask_x = mask_m[:, None] & mask_k[None, :]
             if not IN_BOUNDS:
                 mask_x = mask_x & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)
@@ -213,14 +212,19 @@ def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
 
     Returns:
         y, channels_last.
+
+    Raises:
+        ValueError: the kernel can't count so far.
     """
     x, weight, bias, residual, scale, geometry, relu = operands
+    if (reason := _why_not(tuple(x.shape), tuple(weight.shape), geometry)) is not None:
+        raise ValueError(f'backend="triton" {reason}')
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
     batch, c_out = x.shape[0], weight.shape[0]
     y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    if batch > 1 and batch * out_h * out_w > _MOST_PIXELS:
+    if batch > 1 and batch * out_h * out_w > limits.MOST_COUNTED:
         # A larger batch is halved.
         half = batch // 2
         for part in (slice(0, half), slice(half, batch)):
@@ -241,6 +245,9 @@ def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     return y
+
+
+_why_not = lru_cache(_CACHED)(limits.why_not_convolution)
 
 
 @lru_cache(_CACHED)

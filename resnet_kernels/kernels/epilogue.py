@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import elementwise
+from . import elementwise, limits
 from .launching import Launcher
 from .layouts import channels_last, contiguous
 
@@ -119,6 +119,7 @@ def launch(
 @lru_cache(_CACHED)
 def _launcher(rows: int, channels: int, itemsize: int, relu: bool) -> Launcher:
     tile = choose_tile(channels, itemsize)
+    limits.check_rows(rows, channels, tile["BLOCK_ROWS"], tile["BLOCK_CHANNELS"], channels_in_y=False)
     # Programs: tiles of rows x tiles of channels, in one dimension, because there may be more than 65535 tiles of rows.
     programs = triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"])
     return Launcher(_epilogue_kernel, (programs,), dict(n_rows=rows, n_channels=channels, RELU=relu, **tile), NUM_WARPS)

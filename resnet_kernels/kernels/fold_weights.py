@@ -122,7 +122,7 @@ class Table:
         self._launcher = Launcher(_fold_weights_kernel, (len(owners),), fixed, NUM_WARPS)
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self._owners = torch.tensor(owners, dtype=torch.int32, device=self.device)
-        self._nothing = torch.empty(0, device=self.device)
+        self._nothing = torch.empty(0, dtype=torch.float32, device=self.device)
         # Shapes without memory, from which one call makes views of all copies.
         self._like = [weight.permute(0, 2, 3, 1).detach().to("meta") for weight in weights]
 

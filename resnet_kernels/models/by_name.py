@@ -45,5 +45,6 @@ def image_size(name: str) -> int:
 def image_batch(model: nn.Module, batch_size: int, size: int) -> Tensor:
     """Returns random images, (batch_size, C, size, size), channels_last, of the first convolution's dtype and device."""
     first = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
-    x = torch.randn(batch_size, first.in_channels, size, size)
+    # Drawn on the CPU in fp32 whatever the defaults are: every device and dtype gets the same images.
+    x = torch.randn(batch_size, first.in_channels, size, size, dtype=torch.float32, device="cpu")
     return x.to(first.weight.device, first.weight.dtype, memory_format=torch.channels_last)

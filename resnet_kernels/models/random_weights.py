@@ -30,6 +30,8 @@ def randomise_batch_norms_(model: nn.Module, seed: int = 0) -> nn.Module:
                     (module.bias, -0.5, 0.5),
                 ):
                     if tensor is not None:
-                        values = torch.empty(tensor.shape).uniform_(low, high, generator=generator)
+                        values = torch.empty(tensor.shape, dtype=torch.float32, device="cpu").uniform_(
+                            low, high, generator=generator
+                        )
                         tensor.copy_(values)
     return model

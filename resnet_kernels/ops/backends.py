@@ -63,6 +63,8 @@ def resolve(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     backend = requested(backend)
     if backend == "auto":
         name = untuned(device, dtype)
+        if name == "eager" and is_switched_off(_PREFERRED.get(device.type, "eager")):
+            return name  # a table may name the library that is switched off
         # Whatever wins in a table, Triton writes its scales and shifts.
         by_table = tuned_table.covers(device, dtype) and triton_check.why_not(device) is None
         return "tuned" if name == "cudnn" or by_table else name
@@ -124,9 +126,29 @@ def why_eager(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     return "" if reason is None else f'the "{preferred}" backend {reason}'
 
 
-@functools.cache
+# By backend, the switch that turns a vendor's library off for all of PyTorch, and its name.
+_SWITCHES = {
+    "cpu": (torch._C._get_mkldnn_enabled, "oneDNN is switched off (torch.backends.mkldnn.flags)"),
+    "cudnn": (torch._C._get_cudnn_enabled, "cuDNN is switched off (torch.backends.cudnn.enabled)"),
+}
+
+
+def is_switched_off(backend: str) -> bool:
+    """Whether the library behind a backend is switched off now, as eager would find it. It takes 0.1 us."""
+    return backend in _SWITCHES and not _SWITCHES[backend][0]()
+
+
 def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Returns why a backend can't run a dtype on a kind of device, as the end of a sentence; None if it can."""
+    """Returns why a backend can't run a dtype on a kind of device now, as the end of a sentence; None if it can."""
+    reason = why_never(backend, device_type, dtype)
+    if reason is None and is_switched_off(backend):
+        return f"can't run: {_SWITCHES[backend][1]}"
+    return reason
+
+
+@functools.cache
+def why_never(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Returns `why_not`, apart from what a user can switch on and off while the process runs."""
     if backend == "eager":
         return None
     if backend == "triton":
@@ -134,8 +156,8 @@ def why_not(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     if backend == "cudnn":
         if device_type != "cuda" or torch.version.hip is not None:
             return f"needs an NVIDIA GPU, got {'an AMD GPU' if torch.version.hip else f'{device_type} tensors'}"
-        if not (torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled):
-            return "needs cuDNN, which this PyTorch lacks or has disabled"
+        if not torch.backends.cudnn.is_available():
+            return "needs cuDNN, which this PyTorch lacks"
         return None if dtype in _TRITON_DTYPES else f"runs float32, float16 and bfloat16, got {dtype}"
     from . import onednn
 

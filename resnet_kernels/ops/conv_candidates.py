@@ -1,6 +1,6 @@
 """Every way to run a convolution, by name. Only this module picks a kernel: an op asks it, and it calls a launcher.
 
-cudnn                     one fused operation of cuDNN where there is a ReLU; the scale is multiplied into the weight
+cudnn                     one fused operation of cuDNN where there is a ReLU and no scale; plans multiply scales into weights
 cudnn+epilogue            cuDNN's convolution, then one pass for all that follows it; no weight is folded
 cpu, eager                oneDNN's fused operation; plain PyTorch
 triton                    a kernel of ours with a tile that it chooses itself: Hopper's where that takes the convolution, else
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels import target
+from ..kernels import limits, target
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 from . import backends, cudnn, onednn, reference, tuned_table
@@ -165,7 +165,10 @@ def _kernels() -> dict[str, Kernel]:
         return why_not_by_shape(*shapes, dtype)
 
     def pointer(config: conv_bias_act.ConvConfig | None) -> Kernel:
-        return Kernel(lambda operands: conv_bias_act.launch(operands, config), lambda *_: None)
+        return Kernel(
+            lambda operands: conv_bias_act.launch(operands, config),
+            lambda shapes, *_: limits.why_not_convolution(*shapes),
+        )
 
     def tma(config: conv_tiles.TmaConfig | None) -> Kernel:
         return Kernel(

@@ -1,8 +1,8 @@
 """cuDNN's convolutions. All that follows one is inside (PyTorch's two fused operations) or in one Triton pass after it.
 
 The fused operations have no scale per channel: it has to be in the weight. A plan (runtime/gpu/constants.py) brings such
-weights along, all made in one launch in each call, or once if they are frozen. A scale that comes here is multiplied into a
-copy of the weight. No copy is kept here: it could go stale unseen.
+weights along, all made in one launch in each call, or once if they are frozen. A scale that comes here is applied after the
+convolution. In the weight it might overflow where eager is finite, and to find out the host would have to wait for the GPU.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
-from . import reference
+from . import backends, reference
 
 # Stride, padding, dilation and groups.
 _Settings = tuple[tuple[int, int], tuple[int, int], tuple[int, int], int]
@@ -35,18 +35,23 @@ def conv_bias_act(operands: ConvOperands) -> Tensor:
     """Returns relu(conv(x, weight) * scale + bias + residual), channels_last.
 
     Args:
-        operands: in fp16, bf16 or fp32, on an NVIDIA GPU. A scale costs three launches, for a copy of the weight.
+        operands: in fp16, bf16 or fp32, on an NVIDIA GPU.
     """
     # cuDNN's fused operations refuse empty batches.
     if operands.x.shape[0] == 0:
         return reference.conv_bias_act(*operands)
-    x, weight, bias, residual, _, geometry, relu = operands.folded()
+    x, weight, bias, residual, scale, geometry, relu = operands
+    if scale is not None:
+        by_triton = backends.why_not_on("triton", x.device, x.dtype) is None
+        return conv_then_epilogue(operands) if by_triton else reference.conv_bias_act(*operands)
     x, weight, settings = _convolution(x, weight, geometry)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if not relu:
-        # The fused operations end in a ReLU, always. Nobody else has the convolution's output, so the sum goes over it.
+    if not relu or torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+        # The fused operations end in a ReLU, always, and tell cuDNN that any algorithm will do. Nobody else has the
+        # convolution's output, so what follows goes over it.
         y = torch.conv2d(x, weight, bias, *settings)
-        return y if residual is None else y.add_(residual)
+        y = y if residual is None else y.add_(residual)
+        return torch.relu_(y) if relu else y
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *settings)
     residual = residual.contiguous(memory_format=torch.channels_last)

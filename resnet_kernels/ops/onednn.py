@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
-from . import reference
+from . import apart, reference
 
 # Sums below this can't overflow: fp32 and bfloat16 end at 3.4e38, and a decade is left for rounding.
 _SAFE = 1e37
@@ -41,13 +41,13 @@ def why_not(dtype: torch.dtype) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "needs a PyTorch built with oneDNN"
     try:
-        _run_small_convolutions(torch.float32)
+        apart.call(lambda: _run_small_convolutions(torch.float32))
     except (AttributeError, RuntimeError, TypeError) as error:
         return f"needs oneDNN's fused convolutions, which this PyTorch {torch.__version__} lacks ({error})"
     if dtype == torch.bfloat16:
         # PyTorch's own probe asks the processor, but ONEDNN_MAX_CPU_ISA may hold oneDNN to less: only a run tells.
         try:
-            _run_small_convolutions(dtype)
+            apart.call(lambda: _run_small_convolutions(dtype))
         except RuntimeError:
             return (
                 "needs a CPU with bfloat16 support in oneDNN: AVX-512 or better, not held to less by ONEDNN_MAX_CPU_ISA"
@@ -57,7 +57,9 @@ def why_not(dtype: torch.dtype) -> str | None:
 
 def _run_small_convolutions(dtype: torch.dtype) -> None:
     """Runs each of oneDNN's operations once, and raises their errors."""
-    x, weight, other = (torch.zeros(shape, dtype=dtype) for shape in ((1, 2, 4, 4), (3, 2, 3, 3), (1, 3, 2, 2)))
+    x, weight, other = (
+        torch.zeros(shape, dtype=dtype, device="cpu") for shape in ((1, 2, 4, 4), (3, 2, 3, 3), (1, 3, 2, 2))
+    )
     packed = pack_weight(weight, Geometry(), x.shape)
     layout(packed)
     run(x, packed, None, None, arguments(Geometry()), relu=True)
@@ -146,11 +148,15 @@ def conv_bias_act(operands: ConvOperands) -> Tensor:
     Args:
         operands: in a dtype that `why_not` lets pass. A scale is multiplied into a copy of the weight.
     """
-    operands = operands.folded()
-    x, weight, bias, residual, _, geometry, relu = operands
+    x, weight, bias, residual, scale, geometry, relu = operands
     if x.shape[0] == 0 or is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
         return reference.conv_bias_act(*operands)
     x = reference.pad_if_asymmetric(x, geometry).contiguous(memory_format=torch.channels_last)
+    if scale is not None:
+        weight = operands.folded().weight
+        # A large scale in the weight may overflow, in the weight or in sums of it that cancel, where eager is finite.
+        if not is_safe(gain(weight) * bound(x, None)):
+            return reference.conv_bias_act(*operands)
     if residual is not None:
         residual = residual.contiguous(memory_format=torch.channels_last)
     return run(x, weight, as_bias(bias, x.dtype), residual, arguments(geometry), relu)
@@ -208,6 +214,11 @@ def call(
     if overwrite_residual:
         return ops._convolution_pointwise_.binary, True, rest
     return ops._convolution_pointwise.binary, False, rest
+
+
+def gain(weight: Tensor) -> float:
+    """Returns the largest sum of magnitudes of a filter: how much larger than its input a convolution's sums can be."""
+    return weight.float().abs().sum((1, 2, 3)).max().item()
 
 
 def is_safe(bound: float) -> bool:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from . import apart
+
 # The oldest compute capability of NVIDIA's that Triton compiles for.
 LEAST_CAPABILITY = (8, 0)
 
@@ -37,7 +39,7 @@ def _try(device: torch.device) -> str | None:
     try:
         from ..kernels import first_launch
 
-        first_launch.launch(device)
+        apart.call(lambda: first_launch.launch(device))
     except Exception as error:
         lines = str(error).strip().splitlines() or [""]
         return f"can't launch here ({type(error).__name__}: {lines[0][:200]})"

@@ -19,6 +19,8 @@ import json
 import math
 import os
 import re
+import stat
+import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
@@ -241,6 +243,8 @@ def read(path: Path, key: DeviceKey) -> list[dict[str, Any]]:
         Unusable: the file is damaged, or of another schema or device.
     """
     try:
+        if stat.S_IFMT(path.stat().st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+            raise Unusable("it is no file")  # reading a pipe would wait for a writer
         text = path.read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -263,11 +267,25 @@ def read(path: Path, key: DeviceKey) -> list[dict[str, Any]]:
 
 
 def _is_record(record: Any) -> bool:
+    """Whether a record holds what is read of it: here, and where `tune` goes on with a table."""
     return (
         isinstance(record, dict)
         and isinstance(record.get("key"), str)
         and isinstance(record.get("dtype"), str)
         and type(record.get("batch")) is int
-        and record["batch"] > 0
+        and 0 < record["batch"] < 2**31
         and isinstance(record.get("winner", 0), str | None)
+        and isinstance(record.get("default", ""), str)
+        and isinstance(record.get("measured", {}), dict)
+        and isinstance(record.get("candidates", {}), dict)
+        and all(map(_is_candidate, record.get("candidates", {}).values()))
     )
+
+
+def _is_candidate(row: Any) -> bool:
+    return isinstance(row, dict) and all(_is_timing(row[clock]) for clock in ("call", "graph") if clock in row)
+
+
+def _is_timing(timing: Any) -> bool:
+    median = timing.get("median") if isinstance(timing, dict) else None
+    return isinstance(median, int | float) and not isinstance(median, bool) and 0 < median <= sys.float_info.max

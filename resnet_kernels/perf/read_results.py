@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from .results import CaseResults, Measurement, Results, ResultsError
 from .schema import SCHEMA, Absence, CaseInfo, Versions
 
 _Part = TypeVar("_Part")
+# Integers beyond this are no counts, and no floats either where they are divided.
+_MOST = 10**18
 
 
 def read(path: Path) -> Results:
@@ -27,7 +29,7 @@ def read(path: Path) -> Results:
         raise ResultsError(f"{path} can't be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ResultsError(f"{path} is damaged: no UTF-8 text") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultsError(f"{path} is damaged: {error}" if path.stat().st_size else f"{path} is empty") from error
     if not isinstance(document, dict) or not isinstance(document.get("benchmarks"), list):
         raise ResultsError(f'{path} is not from --benchmark-json: a JSON object with a list "benchmarks" is needed')
@@ -69,6 +71,8 @@ def _case(name: str, benchmarks: list[dict[str, Any]]) -> CaseResults:
     if len(contenders) < len(benchmarks):
         raise ValueError(f"a contender is there twice in {name}")
     info = _part(CaseInfo, benchmarks[0]["extra_info"])
+    for what in ("batch", "image_size", "threads"):
+        _check_positive(what, getattr(info, what))
     case = CaseResults(**vars(info), name=name, contenders=contenders)
     if case.busy_elsewhere is not None:
         _check_finite("busy_elsewhere", case.busy_elsewhere)
@@ -133,6 +137,12 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} must be a list, got {value!r}")
         return tuple(_value(get_args(hint)[0], item, name) for item in value)
     kinds = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        if value not in kinds:
+            raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {value!r}")
+        return value
+    if type(value) is int and abs(value) > _MOST:
+        raise ValueError(f"{name} must be at most {_MOST:.0e} in magnitude, got more")
     for kind in kinds:
         if is_dataclass(kind) and isinstance(value, dict):
             return _part(kind, value)  # type: ignore[arg-type]  # `kind` is a dataclass here
@@ -150,5 +160,5 @@ def _check_positive(what: str, value: object) -> None:
 
 
 def _check_finite(what: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise ValueError(f"{what} must be a finite number of at least 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= sys.float_info.max:
+        raise ValueError(f"{what} must be a finite number of at least 0, got {str(value)[:80]}")

@@ -7,7 +7,7 @@ fills the same dataclasses from a file. A field that may be None may be missing 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 # Version of the layout of extra_info that is written and read.
 SCHEMA = 1
@@ -64,14 +64,14 @@ class CaseInfo:
     """
 
     system: str
-    level: str
+    level: Literal["op", "block", "stage", "model"]
     subject: str
-    direction: str
+    direction: Literal["forward", "forward-backward"]
     dtype: str
     batch: int
     image_size: int
     device: str
-    device_type: str
+    device_type: Literal["cpu", "cuda"]
     threads: int
     busy_elsewhere: float | None
 

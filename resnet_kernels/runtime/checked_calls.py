@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..graph.recipe import Recipe
 from ..ops import backends, onednn
 from ..ops.layouts import as_contiguous
+from . import subclasses
 from .cpu.program import Copies
 from .live_modules import LiveModules, has_global_hooks, has_hooks
 from .parts import ConvPart
@@ -67,6 +68,11 @@ def as_eager(value: Any) -> Any:
     return as_contiguous(value) if getattr(_call_state, "contiguous", None) else value
 
 
+def is_inside_call() -> bool:
+    """Whether a fused container's call is running in this thread; its output gets eager's layout."""
+    return getattr(_call_state, "resolved", None) is not None
+
+
 def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:
     """`backends.resolve`, asked once in a call of the outermost fused module."""
     known = getattr(_call_state, "resolved", None)
@@ -117,7 +123,7 @@ def _is_verified(owner: nn.Module, state: FusedState[Any], live: LiveModules) ->
         return False
     # Only oneDNN needs packed weights.
     if live.convs[0].weight.device.type != "cpu" or backends.requested(state.backend) not in ("auto", "cpu"):
-        return True
+        return subclasses.are_known(live.convs)
     packs, holds = state.copies.packs, state.holds
     return all(
         part.step.conv in packs and holds(packs[part.step.conv], part.conv, part.bn)

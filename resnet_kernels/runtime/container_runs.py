@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
-from . import checked_calls, eligibility, fused_block, inference
+from . import checked_calls, eligibility, fused_block, inference, subclasses
 from .live_modules import child_at, has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, Eager, FusedState
 
@@ -30,8 +30,8 @@ def like_normalized(module: nn.Module, state: FusedState[ContainerPlan], args: t
         raise TypeError("a model that was fused with normalize takes its images as the first positional argument")
     assert state.normalize is not None
     state.normalize.check(args[0])
-    # What becomes of a tensor subclass, or of x under a tracer, cannot be foreseen.
-    x = args[0]
+    # What becomes of x under a tracer cannot be foreseen.
+    x = subclasses.as_plain(args[0])
     return torch.empty((), dtype=dtype_of(module), device=x.device).expand(x.shape) if eligibility.is_ordinary(x) else x
 
 
@@ -41,11 +41,15 @@ def call_run(
     """Runs one of a container's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
     if name == state.plan.entry:
-        if (result := _run_stem(container, recipe, state, x, known)) is not None:
+        if (
+            not subclasses.is_plain_subclass(x)
+            and (result := _run_stem(container, recipe, state, x, known)) is not None
+        ):
             return result
         if state.normalize is not None:
             x = state.normalize(x, dtype_of(container))
-        x = x.contiguous(memory_format=CHANNELS_LAST)
+        if not subclasses.is_plain_subclass(x):  # those are converted within their rule
+            x = x.contiguous(memory_format=CHANNELS_LAST)
     if (result := fused_block.run_if_fused(container, recipe, state, x, known)) is not None:
         return result
     # One by one, as eager does: hooks fire, training BNs count.

@@ -17,6 +17,7 @@ from ..graph import reader as graph_reader
 from ..graph.recipe import CallStep, CannotRead, ContainerPlan, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
+from . import subclasses
 from .checked_calls import resolve, verified_modules
 from .live_modules import LiveModules, child_at, has_global_hooks, live_reads, why_changed, wire
 from .state import BlockInput, Eager, FusedRun, FusedState, state_of
@@ -31,14 +32,14 @@ def say_runs_eager(reason: str) -> None:
 
 
 def is_ordinary(x: Any) -> bool:
-    """Whether x is a tensor with numbers in it, and no tracer, transform or dispatch mode is at work."""
-    # Eager knows what to do with torch.fx proxies, fake tensors, DTensors and lists.
-    return (type(x) is Tensor or type(x) is nn.Parameter) and not (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
+    """Whether x is a Tensor with numbers in it, and no tracer, transform or dispatch mode is at work."""
+    # Eager knows what to do with torch.fx proxies, fake tensors, DTensors and lists. Plain subclasses: subclasses.py.
+    return (type(x) is Tensor or type(x) is nn.Parameter) and not subclasses.is_traced()
+
+
+def why_not_ordinary(x: Any) -> str:
+    """The reason of ours why x runs eager; "" where it does not, or where that goes without saying."""
+    return "" if subclasses.is_traced() else subclasses.why_not(x)
 
 
 def read_again(module: nn.Module, state: FusedState[Any]) -> None:
@@ -77,6 +78,8 @@ def why_not_now(module: nn.Module, recipe: Recipe, state: FusedState[Any]) -> st
     if live.runs_other_code(recipe):
         return _OTHER_IN_TRAINING
     weight = live.convs[0].weight
+    if (reason := _why_not_weights(live)) is not None:
+        return reason
     if live.in_training() is None or not trains_on(backend, weight):
         return live.why_not_now() or backends.why_eager(backend, weight.device, weight.dtype) or None
     return live.why_not_at_all() or live.why_not_trained() or (None if recipe.trains else _OTHER_IN_TRAINING)
@@ -105,7 +108,7 @@ def decide(
     if module.training and not trains_on(state.backend, x) and _has_batch_statistics(module, recipe):
         return Eager()  # PyTorch's BN is all there is
     if known.backend is None and not is_ordinary(x):
-        return Eager()
+        return Eager(why_not_ordinary(x))
     live = verified_modules(module, recipe)
     verified = live is not None
     batch_statistics = False
@@ -143,10 +146,14 @@ def decide(
 def _why_not(module: nn.Module, recipe: Recipe, live: LiveModules) -> str | None:
     if has_global_hooks():
         return "a global module hook is registered"
-    if (reason := live.why_not_at_all()) is not None:
+    if (reason := live.why_not_at_all() or _why_not_weights(live)) is not None:
         return reason
     other = live.runs_other_code(recipe) or (module.training and not recipe.trains)
     return _OTHER_IN_TRAINING if other else None
+
+
+def _why_not_weights(live: LiveModules) -> str | None:
+    return subclasses.why_not_weights(zip(live.names, live.children))
 
 
 def _has_batch_statistics(module: nn.Module, recipe: Recipe) -> bool:

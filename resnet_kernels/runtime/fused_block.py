@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
-from . import checked_calls, eligibility, inference, training
+from . import checked_calls, eligibility, inference, subclasses, training
 from .fused_module import Fused
 from .state import UNKNOWN, BlockInput, Eager, FusedState, state_of
 
@@ -50,6 +50,8 @@ def run_if_fused(
     Returns:
         The output, and what is known about it; None if eager semantics ask for the module's own forward.
     """
+    if subclasses.is_plain_subclass(x):
+        return _run_subclass(module, recipe, state, x)
     answer = eligibility.decide(module, recipe, state, x, known)
     if isinstance(answer, Eager):
         if answer.reason:
@@ -58,3 +60,26 @@ def run_if_fused(
     if answer.learns:
         return training.run_recipe(recipe, state, answer, x), UNKNOWN
     return inference.run_recipes([(recipe, state, answer)], x, known)
+
+
+def _run_subclass(
+    module: nn.Module, recipe: Recipe, state: FusedState[Any], x: Tensor
+) -> tuple[Tensor, BlockInput] | None:
+    """`run_if_fused` for an input of a plain subclass of Tensor, whose own rule says what comes out."""
+    # Asked before the rule, which would otherwise see an operation that is not run.
+    answer = eligibility.decide(module, recipe, state, subclasses.as_plain(x), UNKNOWN)
+    if isinstance(answer, Eager):
+        if answer.reason:
+            eligibility.say_runs_eager(answer.reason)
+        return None
+
+    def compute(x: Tensor) -> Tensor | None:
+        if checked_calls.is_inside_call():
+            # The outermost container gives its output eager's layout, so blocks need not convert one by one.
+            x = x.contiguous(memory_format=inference.CHANNELS_LAST)
+        # Anew, because a rule may hand on another tensor than it got.
+        result = run_if_fused(module, recipe, state, x, UNKNOWN)
+        return None if result is None else result[0]
+
+    y = subclasses.by_its_rule(x, compute)
+    return None if y is None else (y, UNKNOWN)

@@ -22,7 +22,7 @@ from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import as_contiguous, is_channels_last
-from . import checked_calls, eligibility, inference
+from . import checked_calls, eligibility, inference, subclasses
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
 from .fused_block import FusedBlock
@@ -57,9 +57,10 @@ class FusedContainer(Fused):
         if checked_calls.is_inside_verified() and _is_stage(self, state):
             return _run_stage(self, state, x, UNKNOWN)
         # A run at the entry converts by itself, or packs the image as it is: call_run.
-        as_it_is = state.plan.entry is not None or "" in state.plan.seen
+        # What a subclass is converted to depends on its rule: the container's own forward gets x itself.
+        as_it_is = state.plan.entry is not None or "" in state.plan.seen or subclasses.is_plain_subclass(x)
         value = x if as_it_is else x.contiguous(memory_format=CHANNELS_LAST)
-        restore = not (is_channels_last(x) or _has_channels_last_weights(self))
+        restore = not (is_channels_last(subclasses.as_plain(x)) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
         with checked_calls.one_call(found, restore), checked_calls.verified_below(survey):
             if _is_stage(self, state):
@@ -88,7 +89,10 @@ def _plain_call(
 
     It has to under a tracer, in training on a backend without kernels for it, and after submodules changed.
     """
+    x = subclasses.as_plain(x)
     if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
+        if reason := eligibility.why_not_ordinary(x):
+            eligibility.say_runs_eager(f"in a {type(module).__name__}, {reason}")
         return None
     if module.training and not (state.plan.trains and eligibility.trains_on(state.backend, x)):
         return None

@@ -44,7 +44,7 @@ class LiveModules:
     """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
     __slots__ = (
-        "children", "classes", "convs", "dicts", "names", "others", "parts", "reads", "registries", "statistics", "widths",
+        "_readers", "children", "classes", "convs", "dicts", "names", "others", "parts", "reads", "registries", "statistics",
         "with_modes",
     )  # fmt: skip
 
@@ -66,11 +66,18 @@ class LiveModules:
         self.statistics = [bn._buffers for bn in norms if "running_mean" in bn._buffers]
         self.reads = None if torch.compiler.is_compiling() else live_reads(module, recipe.reads)
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
-        # Channels that the block's input has to have: with others, eager has its own error to raise.
-        self.widths = {
-            part.conv.in_channels if isinstance(part, ConvPart) else part.bn.running_mean.numel()  # type: ignore[union-attr]  # why_not_bn: there are running statistics
-            for part in self.parts
-            if not isinstance(part, CallPart) and part.step.x == 0
+        self._readers = [_reader(part) for part in self.parts if not isinstance(part, CallPart) and part.step.x == 0]
+
+    @property
+    def widths(self) -> set[int]:
+        """Channels that the block's input has to have: with others, eager has its own error to raise.
+
+        Eager reads them from the tensors. A pruned convolution's `in_channels` may be out of date.
+        """
+        return {
+            tensor.shape[dim] * (1 if conv is None else conv.groups)
+            for registry, name, dim, conv in self._readers
+            if (tensor := registry.get(name)) is not None
         }
 
     def is_of(self, module: nn.Module) -> bool:
@@ -146,6 +153,15 @@ def _part(module: nn.Module, step: Step) -> Part:
     bn: Any = None if step.bn is None else child_at(module, step.bn)
     conv: Any = child_at(module, step.conv) if isinstance(step, ConvStep) else None
     return ConvPart(step, conv, bn) if isinstance(step, ConvStep) else NormPart(step, bn)
+
+
+def _reader(part: ConvPart | NormPart) -> tuple[dict[str, Any], str, int, nn.Conv2d | None]:
+    """Registry, name and dimension of a tensor that tells the channels of a part's input, and its convolution."""
+    if isinstance(part, NormPart):
+        return part.bn._buffers, "running_mean", 0, None
+    # In a replica (nn.DataParallel) parameters are attributes.
+    registry = part.conv._parameters if "weight" in part.conv._parameters else part.conv.__dict__
+    return registry, "weight", 1, part.conv
 
 
 def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:

@@ -1,6 +1,7 @@
 """The data sets and recipes of `train`, and its one line where something is missing, damaged or unknown. No network."""
 
 import hashlib
+import math
 import pickle
 import struct
 import sys
@@ -225,6 +226,16 @@ def test_without_matplotlib_the_result_is_still_there(monkeypatch, tmp_path, cap
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def _with_group(state, **changes):
+    [group] = state["optimizer"]["param_groups"]
+    return {**state, "optimizer": {**state["optimizer"], "param_groups": [{**group, **changes}]}}
+
+
+def _with_moments(state, value):
+    own = state["optimizer"]["state"]
+    return {**state, "optimizer": {**state["optimizer"], "state": {**own, 0: {**own[0], "exp_avg": value}}}}
+
+
 def test_checkpoints_that_can_not_go_on(tmp_path, capsys):
     train = (*TRAIN, "--output", str(tmp_path))
     path = tmp_path / "checkpoint.pt"
@@ -250,6 +261,34 @@ def test_checkpoints_that_can_not_go_on(tmp_path, capsys):
         ({**state, "version": 2}, f"has version 2, this command reads {checkpoint.VERSION}"),
         ({**state, "model": {}}, "the checkpoint does not fit tiny"),
         ({**state, "optimizer": {}}, "the checkpoint does not fit tiny"),
+        ({**state, "history": [{}]}, "its history must hold a row of loss, accuracy"),
+        ({**state, "history": "one"}, "its history must hold a row of loss, accuracy"),
+        ({**state, "history": [{**state["history"][0], "loss": "low"}]}, "its history must hold a row of"),
+        ({**state, "history": [{**state["history"][0], "loss": math.nan}]}, "its history must hold a row of"),
+        ({**state, "history": []}, "its epoch must be that of its history, 0, got 1"),
+        ({**state, "epoch": "1"}, "its epoch must be that of its history, 1, got '1'"),
+        ({**state, "model": [1]}, "its model must be a dict, got list"),
+        ({**state, "model": {**state["model"], "fc.bias": 1}}, "its model must hold tensors"),
+        ({**state, "rng": {"cpu": 5}}, "its rng must hold the generators' states"),
+        ({**state, "rng": {"cpu": torch.zeros(3)}}, "the checkpoint does not fit tiny"),
+        ({**state, "scheduler": {**state["scheduler"], "gamma": "0.9"}}, "scheduler.gamma must be"),
+        (
+            {**state, "scheduler": {**state["scheduler"], "base_lrs": []}},
+            "scheduler.base_lrs must have 1 entries, got 0",
+        ),
+        (_with_group(state, lr="fast"), "param_groups[0].lr must be"),
+        (_with_group(state, lr=math.inf), "param_groups[0].lr must be"),
+        (_with_group(state, params=[0]), "param_groups[0].params must have"),
+        (_with_moments(state, "wrong"), "the optimizer's exp_avg of parameter 0 does not fit the parameter"),
+        (
+            _with_moments(state, torch.ones(1, 2, 3)),
+            "the optimizer's exp_avg of parameter 0 does not fit the parameter",
+        ),
+        (
+            {**state, "optimizer": {**state["optimizer"], "state": {"a": {}}}},
+            "the optimizer's state has no parameter 'a'",
+        ),
+        ({**state, "optimizer": {**state["optimizer"], "state": [1]}}, "the optimizer has no state and param_groups"),
     ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         assert message in fails_in_one_line(capsys, *train, "--resume")

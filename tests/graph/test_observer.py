@@ -99,7 +99,7 @@ SIDE_EFFECTS = {
     "a counter in a dict of the file": lambda self, x: COUNTS.__setitem__("calls", COUNTS["calls"] + 1),
     "a global counter": _global_count,
     "a list of an enclosing function": _closure_append(),
-    "a default argument": lambda self, x, seen=[]: seen.append(x),  # noqa: B006
+    "a default argument": lambda self, x, seen=[]: seen.append(x),
     "an attribute": lambda self, x: self.__dict__.update(last=x),
     "an attribute by setattr": lambda self, x: setattr(self, "last", x),
     "an attribute of a child": lambda self, x: self.conv.__setattr__("last", x),

@@ -29,9 +29,9 @@ def gpu(monkeypatch):
     launched = []
     monkeypatch.setattr("resnet_kernels.kernels.first_launch.launch", launched.append)
     monkeypatch.setattr(triton_check, "_known", {})
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
     yield launched
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
 
 
 def fails_with(monkeypatch, error):

@@ -128,6 +128,13 @@ def test_files_are_read_once(write, monkeypatch):
         (table(record("k", "w", 0)), "its records are damaged"),
         (table(record("k", "w", True)), "its records are damaged"),
         (table(record("k", 3)), "its records are damaged"),
+        (table(record("k", "w", 10**400)), "its records are damaged"),
+        (table(record("k", "w") | {"measured": [1]}), "its records are damaged"),
+        (table(record("k", "w") | {"default": None}), "its records are damaged"),
+        (table(record("k", "w") | {"candidates": ["w"]}), "its records are damaged"),
+        (table(record("k", "w") | {"candidates": {"w": "fast"}}), "its records are damaged"),
+        (table(record("k", "w") | {"candidates": {"w": {"call": {"median": 10**400}}}}), "its records are damaged"),
+        (table(record("k", "w") | {"candidates": {"w": {"graph": {"p20": 1.0}}}}), "its records are damaged"),
     ],
 )
 def test_a_bad_table_is_ignored_with_one_warning(text, reason, write):
@@ -142,6 +149,12 @@ def test_a_bad_table_is_ignored_with_one_warning(text, reason, write):
 def test_no_text_at_all(fake_device):
     (fake_device / "cache" / KEY.file_name).write_bytes(b"\xff\xfe\x00")
     with pytest.warns(RuntimeWarning, match="it can't be read"):
+        assert choose() is None
+
+
+def test_a_pipe_in_a_tables_place_was_waited_for(fake_device):
+    os.mkfifo(fake_device / "cache" / KEY.file_name)
+    with pytest.warns(RuntimeWarning, match="is ignored: it is no file"):
         assert choose() is None
 
 
@@ -229,7 +242,7 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     from resnet_kernels.kernels import target
 
     monkeypatch.setattr(target, "is_hopper", lambda device: True)
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
     cuda = torch.device("cuda", 0)
     if backends.why_not("cudnn", "cuda", torch.bfloat16) is None:
         first = ["cudnn", "cudnn+epilogue"]

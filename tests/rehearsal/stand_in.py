@@ -280,7 +280,7 @@ def install() -> None:
     backends._why_not_triton = lambda device_type, dtype: (
         None if dtype in backends._TRITON_DTYPES else f"does not run {dtype}"
     )
-    backends.why_not.cache_clear()
+    backends.why_never.cache_clear()
     assert not target.is_interpreted(), "TRITON_INTERPRET must not be set"
     target.is_hopper = lambda device: True
     for module in (conv, chain, stem, tap_sharing):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 VERSION = 1
+# What a row of the history holds.
+ROW = ("loss", "accuracy", "validation_loss", "validation_accuracy")
 KEYS = {"version", "settings", "epoch", "history", "model", "optimizer", "scheduler", "scaler", "rng"}
 
 
@@ -62,7 +66,77 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     ]
     if different:
         raise ValueError(f"--resume: {path} was trained with {'; '.join(different)}")
+    if (reason := _why_damaged(state)) is not None:
+        raise ValueError(f"--resume: {path} is damaged: {reason}")
     return state
+
+
+def check_fits(state: dict[str, Any], live: dict[str, Any], shapes: list[torch.Size]) -> None:
+    """Checks the parts whose own `load_state_dict` takes anything: a wrong one would fail after an epoch, or train wrongly.
+
+    Args:
+        state: from `load`.
+        live: the state of the run that is to go on, which has made no step yet.
+        shapes: of the optimizer's parameters.
+
+    Raises:
+        ValueError: a number, a list or a tensor is not where the run has one.
+    """
+    _check_like("scheduler", state["scheduler"], live["scheduler"])
+    _check_like("scaler", state["scaler"], live["scaler"])
+    loaded, own = state["optimizer"], live["optimizer"]
+    if not isinstance(loaded.get("param_groups"), list) or not isinstance(loaded.get("state"), dict):
+        raise ValueError("the optimizer has no state and param_groups")
+    _check_like("param_groups", loaded["param_groups"], own["param_groups"])
+    for index, values in loaded["state"].items():
+        if type(index) is not int or not 0 <= index < len(shapes) or not isinstance(values, dict):
+            raise ValueError(f"the optimizer's state has no parameter {index!r}")
+        for name, value in values.items():
+            # A count of steps is a single number, all else is as large as the parameter.
+            if isinstance(value, Tensor) and (value.shape == shapes[index] or (name == "step" and value.dim() == 0)):
+                continue
+            if value is not None and not (name == "step" and _is_number(value)):
+                raise ValueError(f"the optimizer's {name} of parameter {index} does not fit the parameter")
+
+
+def _why_damaged(state: dict[str, Any]) -> str | None:
+    history, rng = state["history"], state["rng"]
+    if not isinstance(history, list) or not all(map(_is_row, history)):
+        return f"its history must hold a row of {', '.join(ROW)} for each epoch"
+    if type(state["epoch"]) is not int or state["epoch"] != len(history):
+        return f"its epoch must be that of its history, {len(history)}, got {state['epoch']!r}"
+    for name in ("model", "optimizer", "scheduler", "scaler", "rng"):
+        if not isinstance(state[name], dict):
+            return f"its {name} must be a dict, got {type(state[name]).__name__}"
+    if not all(isinstance(tensor, Tensor) for tensor in state["model"].values()):
+        return "its model must hold tensors"
+    if not isinstance(rng.get("cpu"), Tensor) or not isinstance(rng.get("cuda", rng["cpu"]), Tensor):
+        return "its rng must hold the generators' states"
+    return None
+
+
+def _is_row(row: Any) -> bool:
+    return isinstance(row, dict) and all(_is_number(row.get(name)) for name in ROW)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _check_like(name: str, loaded: Any, live: Any) -> None:
+    """Raises ValueError unless what is loaded has the structure of what is live, as far as both have it."""
+    if isinstance(live, dict) and isinstance(loaded, dict):
+        for key in live.keys() & loaded.keys():
+            _check_like(f"{name}.{key}", loaded[key], live[key])
+    elif isinstance(live, list | tuple) and isinstance(loaded, list | tuple) and len(live) == len(loaded):
+        for i, (one, other) in enumerate(zip(loaded, live)):
+            _check_like(f"{name}[{i}]", one, other)
+    elif type(loaded) is not type(live) and not (_is_number(loaded) and _is_number(live)):
+        raise ValueError(f"{name} must be {_plain(live)!r} or the like, got {_plain(loaded)[:80]!r}")
+    elif isinstance(live, list | tuple):
+        raise ValueError(f"{name} must have {len(live)} entries, got {len(loaded)}")
+    elif isinstance(loaded, float) and not _is_number(loaded):
+        raise ValueError(f"{name} must be finite, got {loaded}")
 
 
 def _plain(value: Any) -> str:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 from ...models.loss import loss_function
-from . import data
+from . import checkpoint, data
 from .presets import Settings
 from .processes import Processes, SharedError
 
@@ -176,6 +176,7 @@ class Training:
             ValueError: if the state doesn't fit this model and optimizer.
         """
         try:
+            checkpoint.check_fits(state, self.state(), [parameter.shape for parameter in self.model.parameters()])
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
@@ -185,7 +186,7 @@ class Training:
             torch.set_rng_state(state["rng"]["cpu"])
             if self.processes.device.type == "cuda" and "cuda" in state["rng"]:
                 torch.cuda.set_rng_state(state["rng"]["cuda"], self.processes.device)
-        except (RuntimeError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise ValueError(
                 f"--resume: the checkpoint does not fit {self.settings.model} ({data.first_line(error)})"
             ) from error

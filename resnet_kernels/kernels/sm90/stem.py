@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .. import elementwise, launching
+from .. import elementwise, launching, limits
 from ..layouts import contiguous
 from ..target import dot_needs_fp32, multiprocessors
 from .stem_layout import BLOCK_C, PACK_BLOCK, PACK_WARPS, Plan, StemConfig, plan
@@ -277,6 +277,8 @@ def pack(
     x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, todo: Plan
 ) -> tuple[Tensor, Tensor]:
     """Returns the image as (N, rows, columns, 4) and the weight as (BLOCK_C, 7, 8, 4), both in the weight's dtype."""
+    # Images are apart by int64.
+    x, weight = limits.with_near_elements(x, 1), limits.with_near_elements(weight, 0)
     packed = torch.empty(todo.packed_shape, dtype=weight.dtype, device=x.device)
     packed_weight = torch.empty(todo.packed_weight_shape, dtype=weight.dtype, device=x.device)
     statistics = (0.0,) * 6 if mean is None or std is None else (*map(float, mean), *map(float, std))

@@ -41,8 +41,9 @@ class Table:
     def has(self, key: str, batch: int, dtype: str) -> dict[str, Any] | None:
         """Record of a problem, or None unless the current versions measured it."""
         record = self.records.get((dtype, key, batch))
-        measured = {} if record is None else record.get("measured") or {}
-        return record if versions().items() <= measured.items() else None
+        if record is None or not {"default", "candidates", "measured"} <= record.keys():
+            return None
+        return record if versions().items() <= record["measured"].items() else None
 
     def put(self, record: dict[str, Any]) -> None:
         """Adds a record or replaces an older one, and writes the file.

@@ -163,4 +163,4 @@ def parts_of(modules: Sequence[LiveModules], recipes: Sequence[Recipe], paths: S
 def out_channels(recipe: Recipe, modules: LiveModules) -> int | None:
     """Channels of a recipe's output; None unless a convolution made it."""
     part = next(part for part in modules.parts if part.step.out == recipe.result)
-    return part.conv.out_channels if isinstance(part, ConvPart) else None
+    return part.conv.weight.shape[0] if isinstance(part, ConvPart) else None

@@ -1,0 +1,27 @@
+"""Calls apart from the caller's thread: probes whose answers are kept must not depend on what the thread has set.
+
+A default device, autocast, inference mode, a profiler, function modes, dispatch modes and transforms belong to a thread. The
+first call of a process may be made under any of them, and its answer holds for all later calls.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+
+def call(function: Callable[[], None]) -> None:
+    """Calls a function in a fresh thread, waits for it, and raises what it raises."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            function()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    if errors:
+        raise errors[0]
