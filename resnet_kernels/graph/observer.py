@@ -67,8 +67,8 @@ _PURE_MODULES = frozenset(
 _PURE_C = frozenset({"math", "_operator", "operator", "_functools", "_collections", "itertools", "cmath"})
 _PURE_BUILTINS = frozenset(
     {"abs", "all", "any", "ascii", "bin", "callable", "chr", "dir", "divmod", "format", "getattr", "hasattr", "hash", "hex",
-     "id", "isinstance", "issubclass", "iter", "len", "locals", "max", "min", "next", "oct", "ord", "pow", "repr", "round", "sorted",
-     "sum", "vars", "__build_class__", "__import__"}
+     "id", "isinstance", "issubclass", "iter", "len", "locals", "max", "min", "next", "oct", "ord", "pow", "repr", "round",
+     "sorted", "sum", "vars", "__build_class__", "__import__"}
 )  # fmt: skip
 _WITH = frozenset({"BEFORE_WITH", "SETUP_WITH", "BEFORE_ASYNC_WITH", "SETUP_ASYNC_WITH"})
 _ATTRIBUTES = frozenset({"LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR", "STORE_ATTR", "DELETE_ATTR"})
