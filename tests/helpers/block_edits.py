@@ -1,6 +1,7 @@
 """What users do to a model between two calls, and how they call it, as lines of Python.
 
-The lines run with the names of block_worlds.World: at(path), image(...), cast(dtype), handles, seen, and the program's own.
+The lines run with the names that block_worlds.World sets: at(path), image(...), cast(dtype), handles, seen, those of
+block_step_names, and the program's own.
 """
 
 from __future__ import annotations
@@ -8,7 +9,6 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
 from helpers.block_grammar import Program
@@ -45,7 +45,8 @@ Step = Edit | Call
 CONTEXTS = (
     ("torch.inference_mode()",), ("torch.no_grad()", "torch.backends.mkldnn.flags(enabled=False)"),
     ("torch.no_grad()", "default_dtype(torch.float64)"), ("torch.no_grad()", "torch.device('cpu')"),
-    ("torch.no_grad()", "torch.autocast('cpu', dtype=torch.bfloat16)"), ("torch.autocast('cpu', dtype=torch.bfloat16)",),
+    ("torch.no_grad()", "torch.autocast('cpu', dtype=torch.bfloat16)"),
+    ("torch.autocast('cpu', dtype=torch.bfloat16)",),
     ("torch.no_grad()", "torch.autograd.set_grad_enabled(True)"), ("torch.no_grad()", "default_dtype(torch.bfloat16)"),
 )  # fmt: skip
 IMAGES = (
@@ -63,7 +64,8 @@ def draw_call(rnd: random.Random) -> Call:
 
 def draw_steps(rnd: random.Random, program: Program, model: nn.Module) -> list[Step]:
     """Draws a call, and up to four more, mostly with edits before them."""
-    steps: list[Step] = [Call() if rnd.random() < 0.8 else draw_call(rnd)]
+    steps: list[Step] = [Edit("train", "model.train()")] if rnd.random() < 0.15 else []
+    steps.append(Call() if rnd.random() < 0.8 else draw_call(rnd))
     for _ in range(rnd.randint(0, 3)):
         for _ in range(rnd.choice((0, 1, 1, 1, 2))):
             steps.append(draw_edit(rnd, program, model))
@@ -97,15 +99,19 @@ def on_tensor(rnd: random.Random, model: nn.Module) -> Edit:
     i = rnd.randrange(40)
     return Edit(*rnd.choice((
         ("copy_", f"with torch.no_grad(): {t}.copy_(like({t}))"), ("mul_", f"with torch.no_grad(): {t}.mul_(1.5)"),
-        ("data of one filter", f"{t}.data[{i} % len({t})].zero_()"), ("data of one filter", f"{t}.data[{i} % len({t})] = 0.5"),
+        ("data of one filter", f"{t}.data[{i} % len({t})].zero_()"),
+        ("data of one filter", f"{t}.data[{i} % len({t})] = 0.5"),
         ("filter", f"with torch.no_grad(): {t}[{i} % len({t})].zero_()"),
-        ("data", f"{t}.data = like({t})"), ("data mul_", f"{t}.data.mul_(-1)"), ("data copy_", f"{t}.data.copy_(like({t}))"),
-        ("numpy", f"{t}.detach().numpy()[...] = like({t}).numpy()"), ("numpy filter", f"{t}.detach().numpy()[{i} % len({t})] = 0.25"),
+        ("data", f"{t}.data = like({t})"), ("data mul_", f"{t}.data.mul_(-1)"),
+        ("data copy_", f"{t}.data.copy_(like({t}))"),
+        ("numpy", f"{t}.detach().numpy()[...] = like({t}).numpy()"),
+        ("numpy filter", f"{t}.detach().numpy()[{i} % len({t})] = 0.25"),
         ("new Parameter", f"at({path!r}).{name} = nn.Parameter(like({t}))"),
         ("plain tensor", f"like_before = like({t}); delattr(at({path!r}), {name!r}); setattr(at({path!r}), {name!r}, like_before)"),
         ("None", f"at({path!r}).{name} = None"), ("requires_grad_", f"{t}.requires_grad_(not {t}.requires_grad)"),
         ("resize storage", f"resize({t})"), ("swap storage", f"{t}.set_(like({t}))"),
-        ("dtype of one", f"{t}.data = {t}.data.to(torch.bfloat16)"), ("layout of one", f"{t}.data = transposed({t}.data)"),
+        ("dtype of one", f"{t}.data = {t}.data.to(torch.bfloat16)"),
+        ("layout of one", f"{t}.data = transposed({t}.data)"),
         ("expanded", f"{t}.data = {t}.data[:1].expand({t}.shape)"), ("optimizer", f"sgd({t})"),
         ("nan", f"with torch.no_grad(): {t}.fill_(float('nan'))"), ("huge", f"with torch.no_grad(): {t}.mul_(1e25)"),
     )))  # fmt: skip
@@ -119,15 +125,17 @@ def on_conv(rnd: random.Random, model: nn.Module) -> Edit:
     n = rnd.choice((1, 1, 2))
     pair = rnd.choice((str(n), f"({n}, {n})", f"[{n}, {n}]", f"({n},)", "(1, 2)"))
     return Edit(*rnd.choice((
-        ("stride", f"{conv}.stride = {pair}"), ("padding", f"{conv}.padding = {pair}"), ("dilation", f"{conv}.dilation = {pair}"),
+        ("stride", f"{conv}.stride = {pair}"), ("padding", f"{conv}.padding = {pair}"),
+        ("dilation", f"{conv}.dilation = {pair}"),
         ("stride", f"{conv}.stride = {conv}.stride[0]"), ("padding", f"{conv}.padding = {conv}.padding[0]"),
         ("dilation", f"{conv}.dilation = {conv}.dilation[0]"), ("padding", f"{conv}.padding = 'same'"),
-        ("padding_mode", f"pad({conv}, {rnd.choice(('circular', 'reflect', 'replicate'))!r})"),
+        ("padding_mode", f"{conv}.padding_mode = {rnd.choice(('circular', 'reflect', 'replicate'))!r}"),
         ("groups", f"{conv}.groups, {conv}.weight = {conv}.in_channels, nn.Parameter(like({conv}.weight[:, :1]))"),
         ("kernel", f"{conv}.weight = nn.Parameter(like({conv}.weight[..., :1, :1]))"),
         ("bias", f"{conv}.bias = nn.Parameter(torch.randn({conv}.out_channels))"),
         ("filters", f"{conv}.weight = nn.Parameter(like({conv}.weight).flip(0)); {conv}.bias = None"),
-        ("parametrization", f"torch.nn.utils.parametrizations.weight_norm({conv})"), ("spectral norm", f"torch.nn.utils.spectral_norm({conv})"),
+        ("parametrization", f"torch.nn.utils.parametrizations.weight_norm({conv})"),
+        ("spectral norm", f"torch.nn.utils.spectral_norm({conv})"),
         ("prune", f"torch.nn.utils.prune.random_unstructured({conv}, 'weight', 0.5)"),
     )))  # fmt: skip
 
@@ -139,8 +147,10 @@ def on_norm(rnd: random.Random, model: nn.Module) -> Edit:
     bn = f"at({path!r})"
     return Edit(*rnd.choice((
         ("eps", f"{bn}.eps = 0.5"), ("eps", f"{bn}.eps = {bn}.eps * 100"), ("momentum", f"{bn}.momentum = 0.5"),
-        ("running_mean None", f"{bn}.running_mean = {bn}.running_var = None"), ("track", f"{bn}.track_running_stats = False"),
-        ("reset", f"{bn}.reset_parameters()"), ("affine", f"{bn}.weight = {bn}.bias = None"), ("train one", f"{bn}.train()"),
+        ("running_mean None", f"{bn}.running_mean = {bn}.running_var = None"),
+        ("track", f"{bn}.track_running_stats = False"),
+        ("reset", f"{bn}.reset_parameters()"), ("affine", f"{bn}.weight = {bn}.bias = None"),
+        ("train one", f"{bn}.train()"),
         ("half statistics", f"{bn}.running_mean.data = {bn}.running_mean.data.double()"), ("eval one", f"{bn}.eval()"),
     )))  # fmt: skip
 
@@ -150,7 +160,17 @@ def on_module(rnd: random.Random, model: nn.Module) -> Edit:
     paths = [path for path, _ in model.named_modules()]
     path = rnd.choice(paths)
     m, parent, name = f"at({path!r})", f"at({path.rpartition('.')[0]!r})", path.rpartition(".")[2]
-    new = rnd.choice(("nn.Identity()", "nn.ReLU()", "nn.Tanh()", f"copy.deepcopy({m})", "nn.Dropout(0.5)", "nn.ReLU6()", f"nn.Sequential({m})"))
+    new = rnd.choice(
+        (
+            "nn.Identity()",
+            "nn.ReLU()",
+            "nn.Tanh()",
+            f"copy.deepcopy({m})",
+            "nn.Dropout(0.5)",
+            "nn.ReLU6()",
+            f"nn.Sequential({m})",
+        )
+    )
     edits = [
         ("forward hook", f"handles.append({m}.register_forward_hook(lambda m, i, o: seen.append(o)))"),
         ("forward hook", f"handles.append({m}.register_forward_hook(lambda m, i, o: o * 2))"),
@@ -168,24 +188,28 @@ def on_module(rnd: random.Random, model: nn.Module) -> Edit:
     if path:
         place = f"{parent}[{name}]" if name.isdigit() else f"{parent}.{name}"
         edits += [("replace", f"{place} = {new}")] * 3 + [("add child", f"{parent}.add_module('more', nn.ReLU())")]
-        edits += [("delete child", f"del {place}"), ("share", f"{place} = at({rnd.choice(paths)!r})")]
+        edits.append(("delete child", f"del {place}"))
+        # A module inside itself would have no end.
+        if others := [other for other in paths if not f"{path}.".startswith(f"{other}." if other else "")]:
+            edits.append(("share", f"{place} = at({rnd.choice(others)!r})"))
     return Edit(*rnd.choice(edits))
 
 
 def on_model(rnd: random.Random, model: nn.Module) -> Edit:
     return Edit(*rnd.choice((
         ("train", "model.train()"), ("train, eval", "model.train(); model.eval()"), ("eval", "model.eval()"),
-        ("requires_grad_", "model.requires_grad_(False)"), ("cast", "cast(torch.float64)"), ("cast", "cast(torch.bfloat16)"),
-        ("cast and back", "cast(torch.bfloat16); cast(torch.float32)"), ("channels_last", "model.to(memory_format=torch.channels_last)"),
+        ("requires_grad_", "model.requires_grad_(False)"), ("cast", "cast(torch.float64)"),
+        ("cast", "cast(torch.bfloat16)"),
+        ("cast and back", "cast(torch.bfloat16); cast(torch.float32)"),
+        ("channels_last", "model.to(memory_format=torch.channels_last)"),
         ("contiguous", "model.to(memory_format=torch.contiguous_format)"), ("deepcopy", "model = copy.deepcopy(model)"),
         ("shallow copy", "model = copy.copy(model)"), ("pickle", "model = pickle.loads(pickle.dumps(model))"),
         ("state_dict", "model.load_state_dict({k: like(v) if v.is_floating_point() else v for k, v in model.state_dict().items()})"),
         ("state_dict assign", "model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)"),
-        ("explain", "explain()"), ("unfuse, fuse", "unfuse(); fuse()"), ("fuse again", "fuse()"), ("unfuse", "unfuse()"),
-        ("apply", "model.apply(lambda m: m.reset_parameters() if isinstance(m, nn.Conv2d) else None)"), ("zero_grad", "model.zero_grad()"),
-        ("half and float", "model.bfloat16().float()"), ("share memory", "model.share_memory()"), ("step", "step(model)"),
+        ("explain", "explain()"), ("unfuse, fuse", "unfuse(); fuse()"), ("fuse again", "fuse()"),
+        ("unfuse", "unfuse()"),
+        ("apply", "model.apply(lambda m: m.reset_parameters() if isinstance(m, nn.Conv2d) else None)"),
+        ("zero_grad", "model.zero_grad()"),
+        ("half and float", "model.bfloat16().float()"), ("share memory", "model.share_memory()"),
+        ("step", "step(model)"),
     )))  # fmt: skip
-
-
-class Picture(torch.Tensor):
-    """A user's subclass of Tensor that changes nothing."""

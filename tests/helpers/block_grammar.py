@@ -58,7 +58,10 @@ class ClassSource:
         attributes = [line for s in self.attributes for line in s.lines(4)]
         members = [line for s in self.members for line in s.lines(8)]
         body = [line for s in self.body for line in s.lines(8)]
-        init = [f"    def __init__(self{self.arguments and ', *args'}):", f"        super().__init__({self.arguments and '*args'})"]
+        init = [
+            f"    def __init__(self{self.arguments and ', *args'}):",
+            f"        super().__init__({self.arguments and '*args'})",
+        ]
         code = [f"class {self.name}({self.base}):", *attributes, *(init + members if members else [])]
         code += ["    def forward(self, x):", *body, f"        return {self.result}"]
         if not self.closure:
@@ -118,13 +121,17 @@ class Writer:
     def program(self) -> Program:
         rnd = self.rnd
         size = rnd.choice((6, 8, 9))
-        takes = (rnd.choice((3, 4, 4)), size, size)
+        takes: Shape = (rnd.choice((3, 4, 4)), size, size)
         kind = rnd.choice(("block", "sequential", "blocks", "net", "net", "plain"))
         if kind == "block":
             model = f"{self.block(takes).name}()"
         elif kind == "blocks":
             first = self.block(takes)
-            model = f"nn.Sequential({first.name}(), {self.block(first.gives).name}())" if len(first.gives) == 3 else f"{first.name}()"
+            model = (
+                f"nn.Sequential({first.name}(), {self.block(first.gives).name}())"
+                if len(first.gives) == 3
+                else f"{first.name}()"
+            )
         elif kind == "net":
             model = f"{self.block(takes, depth=1).name}()"
         else:
@@ -134,7 +141,10 @@ class Writer:
                 parts += expression
                 if kind == "sequential" and rnd.random() < 0.5:
                     leaf = self.leaf(shape)
-                    parts.insert(rnd.randint(0, len(parts)) if len(self.classes) == 1 and leaf.takes == takes else len(parts), self.new(leaf))
+                    parts.insert(
+                        rnd.randint(0, len(parts)) if len(self.classes) == 1 and leaf.takes == takes else len(parts),
+                        self.new(leaf),
+                    )
             model = f"nn.Sequential({', '.join(parts)})"
         return Program(self.classes, model, takes, self.flags)
 
@@ -190,7 +200,11 @@ class Writer:
         """A convolution, and mostly a norm and a ReLU."""
         conv, shape = self.conv(shape, keep)
         rnd = self.rnd
-        return [conv, *([self.norm(shape)] if rnd.random() < 0.85 else []), *([self.relu()] if rnd.random() < 0.7 else [])], shape
+        return [
+            conv,
+            *([self.norm(shape)] if rnd.random() < 0.85 else []),
+            *([self.relu()] if rnd.random() < 0.7 else []),
+        ], shape
 
     def leaf(self, shape: Shape) -> ClassSource:
         """A class of the user's own without a convolution, under any name, with any buffers."""
@@ -199,13 +213,17 @@ class Writer:
         if usable and rnd.random() < 0.3:
             return rnd.choice(usable)
         cls = ClassSource(self.name(), shape, shape)
-        cls.base, cls.arguments = rnd.choice((("nn.Module", ""),) * 5 + (("nn.BatchNorm2d", str(c)), ("nn.ReLU", ""), ("nn.Dropout", "")))
+        cls.base, cls.arguments = rnd.choice(
+            (("nn.Module", ""),) * 5 + (("nn.BatchNorm2d", str(c)), ("nn.ReLU", ""), ("nn.Dropout", ""))
+        )
         names = [] if cls.base != "nn.Module" else rnd.sample(BUFFER_NAMES, rnd.choice((0, 1, 2, 4)))
         cls.members = [Statement("buffer", f"self.register_buffer('{name}', torch.rand({c}) + 0.5)") for name in names]
         if cls.base != "nn.Module":
             cls.body.append(Statement("super", "x = super().forward(x)"))
         vector = [f"self.{name}.reshape(1, -1, 1, 1)" for name in names]
-        forms = [f"x * {v}" for v in vector] + [f"x + {v}" for v in vector] + [f"x * ({v} + 1e-5).rsqrt()" for v in vector]
+        forms = (
+            [f"x * {v}" for v in vector] + [f"x + {v}" for v in vector] + [f"x * ({v} + 1e-5).rsqrt()" for v in vector]
+        )
         forms += ["x * 2", "x - x.mean((2, 3), keepdim=True)", "x.relu()"] if not forms else []
         forms += ["F.dropout(x, 0.5, True)", "F.dropout2d(x, 0.5, True)", "F.dropout(x, 0.5, self.training)"]
         cls.body += [Statement("arithmetic", f"x = {rnd.choice(forms)}") for _ in range(rnd.randint(1, 3))]

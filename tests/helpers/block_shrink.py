@@ -113,7 +113,10 @@ class Finding:
     count: int = 1
 
     def explains(self, example: Example, mismatch: Mismatch) -> bool:
-        return self.mismatch.what == mismatch.what and self.example.tags() <= example.tags()
+        if self.mismatch.what != mismatch.what:
+            return False
+        # What goes wrong before any call, or with an exception, tells by itself which finding it is.
+        return not mismatch.what.startswith("call: ") or self.example.tags() <= example.tags()
 
     def __str__(self) -> str:
         return f"## {self.mismatch.what} ({self.count}x)\n\n{self.mismatch.detail}\n\n```python\n{self.example}\n```\n"

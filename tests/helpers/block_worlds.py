@@ -15,7 +15,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import resnet_kernels as rk
-from helpers.block_edits import Call, Picture
+from helpers import block_step_names
+from helpers.block_edits import Call
 from helpers.block_grammar import Program
 
 # A flat view of a program's state: leaves by their path. Tensors are copies.
@@ -45,20 +46,14 @@ class Outcome:
     said: list[str] = field(default_factory=list)
 
 
-def reseed(seed: int) -> None:
-    torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for all devices, which takes 2 ms
-    random.seed(seed)
-    np.random.seed(seed)
-
-
 class World:
     """A program's module, its model, and what runs steps on it.
 
-    name: of the Python module. double: everything is computed in fp64, as the oracle.
+    name: of the Python module. double: everything is computed in fp64, as the oracle. seed: of all weights and images.
     """
 
-    def __init__(self, program: Program, name: str, backend: str = "", double: bool = False):
-        self.double, self.backend, self.dtype = double, backend, torch.float32
+    def __init__(self, program: Program, name: str, backend: str = "", double: bool = False, seed: int = 0):
+        self.double, self.backend, self.dtype, self.seed = double, backend, torch.float32, seed
         source = program.source()
         file = f"<blocks {name}>"
         linecache.cache[file] = (len(source), None, source.splitlines(True), file)
@@ -68,14 +63,14 @@ class World:
         exec(compile(source, file, "exec"), self.names)
         self.own = [key for key in self.names if not key.startswith("__")]
         self.takes = program.takes
-        reseed(0)
+        self.reseed()
+        self.names.update((key, value) for key, value in vars(block_step_names).items() if not key.startswith("_"))
         self.names.update(
-            copy=copy, pickle=pickle, np=np, Picture=Picture, handles=[], seen=[], default_dtype=default_dtype,
-            at=lambda path: self.model.get_submodule(path), image=self.image, cast=self.cast, like=like, resize=resize,
-            transposed=transposed, sgd=sgd, pad=pad, step=step, patch_class=patch_class, explain=self.explain, fuse=self.fuse, unfuse=self.unfuse,
+            copy=copy, pickle=pickle, np=np, handles=[], seen=[], at=lambda path: self.model.get_submodule(path),
+            image=self.image, cast=self.cast, explain=self.explain, fuse=self.fuse, unfuse=self.unfuse,
         )  # fmt: skip
         self.model = self.names["make"]().eval()
-        settle(self.model)
+        block_step_names.settle(self.model)
         if double:
             self.model.double()
         self.kept: list[tuple[Tensor, Tensor]] = []
@@ -87,6 +82,13 @@ class World:
     @model.setter
     def model(self, value: nn.Module) -> None:
         self.names["model"] = value
+
+    def reseed(self, number: int = 0) -> None:
+        """Seeds all generators. number: of the step."""
+        seed = 1000 * self.seed + number
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed looks for all devices, which takes 2 ms
+        random.seed(seed)
+        np.random.seed(seed)
 
     # What steps call.
 
@@ -115,8 +117,8 @@ class World:
 
     # Steps.
 
-    def edit(self, line: str, seed: int) -> Exception | None:
-        reseed(seed)
+    def edit(self, line: str, number: int) -> Exception | None:
+        self.reseed(number)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -125,8 +127,8 @@ class World:
             return error
         return None
 
-    def call(self, call: Call, seed: int) -> Outcome:
-        reseed(seed)
+    def call(self, call: Call, number: int) -> Outcome:
+        self.reseed(number)
         outcome, printed = Outcome(), io.StringIO()
         self.names["model"].zero_grad()
         x = eval(call.image, self.names)
@@ -157,12 +159,20 @@ class World:
             flatten(x.grad, "gradient of the input", outcome.leaves, self)
         return outcome
 
+    def overwritten(self) -> int:
+        """How many of the latest results are no longer as they were returned."""
+        changed = sum(
+            not torch.equal(t.detach().nan_to_num(), before.nan_to_num()) for t, before in self.kept if t.numel()
+        )
+        self.kept = [(t, t.detach().clone()) for t, _ in self.kept[-8:]]
+        return changed
+
     def look(self, printed: str = "") -> Leaves:
         """All that can be seen to change."""
         leaves: Leaves = {"printed": printed}
         leaves["rng torch"] = hash(torch.get_rng_state().numpy().tobytes())
         leaves["rng python"] = hash(random.getstate())
-        leaves["rng numpy"] = hash(np.random.get_state()[1].tobytes())  # type: ignore[union-attr]
+        leaves["rng numpy"] = hash(pickle.dumps(np.random.get_state()))
         leaves["grad mode"], leaves["default dtype"] = torch.is_grad_enabled(), torch.get_default_dtype()
         for name in self.own:
             value = self.names[name]
@@ -181,7 +191,9 @@ class World:
     def _look_at(self, module: nn.Module, path: str, leaves: Leaves) -> None:
         leaves[f"{path} class"] = type(module).__qualname__
         for name, value in vars(module).items():
-            if name == "_rk_state" or (name in _MODULE_INTERNALS and name not in ("_parameters", "_buffers", "_modules")):
+            if name == "_rk_state" or (
+                name in _MODULE_INTERNALS and name not in ("_parameters", "_buffers", "_modules")
+            ):
                 continue
             if name == "_modules":
                 leaves[f"{path} children"] = tuple(value)
@@ -199,8 +211,16 @@ class World:
 def flatten(value: Any, path: str, leaves: Leaves, world: World, depth: int = 0) -> None:
     """Notes a value's leaves: tensors as detached copies that keep their strides, with their other properties besides."""
     if isinstance(value, Tensor):
-        leaves[f"{path} is"] = (type(value).__name__, tuple(value.shape), value.dtype, value.requires_grad, value.is_inference())
-        leaves[f"{path} strides"] = tuple(s for s, n in zip(value.stride(), value.shape) if n > 1) if value.numel() else ()
+        leaves[f"{path} is"] = (
+            type(value).__name__,
+            tuple(value.shape),
+            value.dtype,
+            value.requires_grad,
+            value.is_inference(),
+        )
+        leaves[f"{path} strides"] = (
+            tuple(s for s, n in zip(value.stride(), value.shape) if n > 1) if value.numel() else ()
+        )
         try:
             leaves[path] = value.detach().as_subclass(Tensor).clone()
         except RuntimeError as error:  # its storage is gone
@@ -231,64 +251,3 @@ def tensors_in(value: Any) -> list[Tensor]:
 
 def shares(a: Tensor, b: Tensor) -> bool:
     return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.numel() > 0
-
-
-# The names that steps use.
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-def settle(model: nn.Module) -> None:
-    """Gives norms the statistics of a trained model."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if name.endswith(("running_var", "running_mean")):
-            nn.init.uniform_(tensor, 0.5, 2)
-
-
-def like(t: Tensor) -> Tensor:
-    """New values: positive where variances have to be."""
-    return torch.rand(t.shape).to(t.dtype) + 0.1
-
-
-def resize(t: Tensor) -> None:
-    """Frees a tensor's storage and brings it back, as sharded training does."""
-    kept, storage = t.detach().clone(), t.untyped_storage()
-    size = storage.nbytes()
-    storage.resize_(0)
-    storage.resize_(size)
-    with torch.no_grad():
-        t.copy_(kept)
-
-
-def transposed(t: Tensor) -> Tensor:
-    return t.transpose(0, -1).contiguous().transpose(0, -1)
-
-
-def sgd(t: Tensor) -> None:
-    t.grad = torch.ones_like(t)
-    torch.optim.SGD([t], 0.1).step()
-
-
-def step(model: nn.Module) -> None:
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    torch.optim.AdamW(model.parameters(), 0.1).step()
-
-
-def pad(conv: nn.Conv2d, mode: str) -> None:
-    """Changes the padding as PyTorch's constructor sets it."""
-    conv.padding_mode = mode
-
-
-def patch_class(module: nn.Module) -> None:
-    """Gives a module a class of its own whose forward does more."""
-    cls = type(module)
-    module.__class__ = type("Patched", (cls,), {"forward": lambda self, x: cls.forward(self, x) + 1})
