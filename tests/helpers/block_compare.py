@@ -43,23 +43,37 @@ def compare(expected: Outcome, found: Outcome, oracle: Oracle | None, where: str
     if expected.error is not None:
         return
     kind = where if where.startswith(("fuse", "explain")) else "call"
-    for path in sorted(expected.leaves.keys() ^ found.leaves.keys()):
-        lost = path in expected.leaves
-        raise Mismatch(f"{kind}: {_general(path)} {'is missing' if lost else 'is new'}", f"{where}: {path}")
-    # The gravest kinds come first: another type or trace, then other values, then another layout.
-    layout = re.compile("strides$|shares memory")
-    order = sorted(
-        expected.leaves, key=lambda path: (bool(layout.search(path)), isinstance(expected.leaves[path], Tensor))
-    )
-    for path in order:
-        mine, theirs = found.leaves[path], expected.leaves[path]
-        if isinstance(theirs, Tensor) and isinstance(mine, Tensor):
-            if (difference := _difference(path, mine, theirs, oracle)) is not None:
-                raise Mismatch(f"{kind}: {_general(path)} {difference[0]}", f"{where}: {path}: {difference[1]}")
-        elif mine != theirs:
-            raise Mismatch(f"{kind}: {_general(path)} differs", f"{where}: {path}: {theirs!r} became {mine!r}")
+    # The gravest kinds come first: other traces, then other values, then another layout.
+    known = expected.leaves.keys() & found.leaves.keys()
+    order = sorted(known, key=lambda path: (_gravity(path, expected.leaves[path]), path))
+    traces = [path for path in order if _gravity(path, expected.leaves[path]) == 0]
+    for path in traces:
+        _compare_leaf(path, expected, found, oracle, kind, where)
+    for path in sorted(
+        expected.leaves.keys() ^ found.leaves.keys(), key=lambda path: (bool(_LAYOUT.search(path)), path)
+    ):
+        how = "is missing" if path in expected.leaves else "is new"
+        raise Mismatch(f"{kind}: {_general(path)} {how}", f"{where}: {path}")
+    for path in order[len(traces) :]:
+        _compare_leaf(path, expected, found, oracle, kind, where)
     if missing := [text for text in expected.warned if text not in found.warned]:
         raise Mismatch(f"{kind}: a warning is missing", f"{where}: {missing[0]}")
+
+
+_LAYOUT = re.compile("strides$|shares memory")
+
+
+def _gravity(path: str, value: object) -> int:
+    return 2 if _LAYOUT.search(path) else int(isinstance(value, Tensor))
+
+
+def _compare_leaf(path: str, expected: Outcome, found: Outcome, oracle: Oracle | None, kind: str, where: str) -> None:
+    mine, theirs = found.leaves[path], expected.leaves[path]
+    if isinstance(theirs, Tensor) and isinstance(mine, Tensor):
+        if (difference := _difference(path, mine, theirs, oracle)) is not None:
+            raise Mismatch(f"{kind}: {_general(path)} {difference[0]}", f"{where}: {path}: {difference[1]}")
+    elif mine != theirs:
+        raise Mismatch(f"{kind}: {_general(path)} differs", f"{where}: {path}: {theirs!r} became {mine!r}")
 
 
 def _general(path: str) -> str:

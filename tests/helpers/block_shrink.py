@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from helpers.block_edits import Call
 from helpers.block_runs import Discard, Example, Mismatch, Result, draw, run
@@ -122,17 +122,22 @@ class Finding:
         return f"## {self.mismatch.what} ({self.count}x)\n\n{self.mismatch.detail}\n\n```python\n{self.example}\n```\n"
 
 
+# Kinds of mismatch have several causes, told apart by the rules that they need.
+_MOST_CAUSES = 8
+
+
 @dataclass
 class Findings:
     """What many examples found. run, fused: how many examples plain PyTorch ran, and how many of them had a fused block."""
 
-    found: list[Finding]
+    found: list[Finding] = field(default_factory=list)
+    failed: list[tuple[Example, Mismatch]] = field(default_factory=list)
     drawn: int = 0
     run: int = 0
     fused: int = 0
 
-    def add(self, rnd: random.Random, backend: str = "auto") -> Finding | None:
-        """Draws and runs one example; returns what it found that is new."""
+    def add(self, rnd: random.Random, backend: str = "auto") -> Mismatch | None:
+        """Draws and runs one example."""
         self.drawn += 1
         try:
             example = draw(rnd, backend)
@@ -141,19 +146,27 @@ class Findings:
             return None
         self.run += 1
         self.fused += result.fused
-        if result.mismatch is None:
-            return None
-        for finding in self.found:
-            if finding.explains(example, result.mismatch):
-                finding.count += 1
-                return None
-        example, mismatch = shrink(example, result.mismatch)
-        for finding in self.found:
-            if finding.explains(example, mismatch):
-                finding.count += 1
-                return None
-        self.found.append(Finding(example, mismatch))
-        return self.found[-1]
+        if result.mismatch is not None:
+            self.failed.append((example, result.mismatch))
+        return result.mismatch
+
+    def group(self) -> Iterator[Finding]:
+        """Shrinks the failed examples, the smallest first, as far as no finding explains them; yields the findings."""
+        for example, mismatch in sorted(self.failed, key=lambda pair: len(str(pair[0]))):
+            if self._count(example, mismatch):
+                continue
+            if sum(finding.mismatch.what == mismatch.what for finding in self.found) < _MOST_CAUSES:
+                smallest, mismatch = shrink(example, mismatch)
+                if not self._count(smallest, mismatch):
+                    self.found.append(Finding(smallest, mismatch))
+                    yield self.found[-1]
+        self.failed = []
+
+    def _count(self, example: Example, mismatch: Mismatch) -> bool:
+        finding = next((finding for finding in self.found if finding.explains(example, mismatch)), None)
+        if finding is not None:
+            finding.count += 1
+        return finding is not None
 
     def __str__(self) -> str:
         rows = sorted(self.found, key=lambda finding: -finding.count)

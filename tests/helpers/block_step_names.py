@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook as register_module_forward_hook
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ import random
 import sys
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,6 +74,8 @@ class World:
         if double:
             self.model.double()
         self.kept: list[tuple[Tensor, Tensor]] = []
+        # The process has one set of global hooks; each world brings its own.
+        self.global_hooks: dict[int, Any] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -120,7 +122,7 @@ class World:
     def edit(self, line: str, number: int) -> Exception | None:
         self.reseed(number)
         try:
-            with warnings.catch_warnings():
+            with self._global_hooks(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 exec(line, self.names)
         except Exception as error:  # the line may not fit this model
@@ -133,7 +135,7 @@ class World:
         self.names["model"].zero_grad()
         x = eval(call.image, self.names)
         result = None
-        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
+        with self._global_hooks(), warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
             warnings.simplefilter("always")
             try:
                 with contextlib.ExitStack() as stack:
@@ -158,6 +160,16 @@ class World:
         if x.grad is not None:
             flatten(x.grad, "gradient of the input", outcome.leaves, self)
         return outcome
+
+    @contextlib.contextmanager
+    def _global_hooks(self) -> Iterator[None]:
+        hooks = nn.modules.module._global_forward_hooks
+        hooks.update(self.global_hooks)
+        try:
+            yield
+        finally:
+            self.global_hooks = dict(hooks)
+            hooks.clear()
 
     def overwritten(self) -> int:
         """How many of the latest results are no longer as they were returned."""
