@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import random
 import re
 import sys
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
+from torch import nn
 from torch.autograd.profiler_legacy import profile
 
 import resnet_kernels as rk
@@ -167,7 +173,7 @@ def _run(example: Example, result: Result) -> None:
             found = fused.call(step, number)
         done.append((step, number))
         calls = sum(isinstance(s, Call) for s, _ in done)
-        compare(expected, found, lambda call=calls: _oracle(example, done, oracle)[call - 1], f"call {calls}")
+        compare(expected, found, partial(_oracle, example, done, oracle, calls), f"call {calls}")
         if expected.error is not None:
             return
         if fused.overwritten() > plain.overwritten():
@@ -177,29 +183,38 @@ def _run(example: Example, result: Result) -> None:
 
 def _fuse(world: World, example: Example) -> FuseReport:
     world.reseed()
-    before = world.look()
-    try:
-        rk.explain(world.model, backend=example.backend)
-    except Exception as error:
-        raise Mismatch(f"explain raises {type(error).__name__}", str(error)) from error
-    compare(Outcome(before), Outcome(world.look()), None, "explain")
+    before = Outcome(world.look())
     original = world.model
-    try:
-        report = rk.fuse_(world.model, backend=example.backend) if example.in_place else None
-        if report is None:
-            world.model = rk.fuse(original, backend=example.backend)
-    except Exception as error:
-        raise Mismatch(f"fuse raises {type(error).__name__}", str(error)) from error
-    compare(Outcome(before), Outcome(world.look()), None, "fuse")
-    fused, world.model = world.model, original
-    compare(Outcome(before), Outcome(world.look()), None, "fuse, in the original,")
+
+    def watched(what: str, function: Callable[[], FuseReport | nn.Module]) -> FuseReport | nn.Module:
+        printed = io.StringIO()
+        with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(printed):
+            warnings.simplefilter("always")
+            try:
+                result = function()
+            except Exception as error:
+                raise Mismatch(
+                    f"{what} raises {type(error).__name__}: {without_names(str(error))}", str(error)
+                ) from error
+        compare(before, Outcome(world.look(printed.getvalue())), None, what)
+        if texts := [text for warning in caught if not (text := str(warning.message)).startswith("resnet_kernels:")]:
+            raise Mismatch(f"{what}: lets the forward warn", texts[0])
+        return result
+
+    watched("explain", lambda: rk.explain(original, backend=example.backend))
+    if example.in_place:
+        watched("fuse_", lambda: rk.fuse_(original, backend=example.backend))
+        return rk.explain(original)
+    fused = watched("fuse", lambda: rk.fuse(original, backend=example.backend))
+    assert isinstance(fused, nn.Module)
     world.model = fused
-    return report or rk.explain(fused)
+    compare(before, Outcome(world.look()), None, "fuse, in the copy,")
+    return rk.explain(fused)
 
 
-def _oracle(example: Example, done: list[tuple[Step, int]], outcomes: list[Outcome]) -> list[Outcome]:
-    """All outcomes so far in fp64."""
-    if len(outcomes) < sum(isinstance(step, Call) for step, _ in done):
+def _oracle(example: Example, done: list[tuple[Step, int]], outcomes: list[Outcome], call: int) -> Outcome:
+    """The outcome of a call in fp64. outcomes: those known so far."""
+    if len(outcomes) < call:
         outcomes.clear()
         world = example.world("oracle", double=True)
         for step, number in done:
@@ -208,7 +223,7 @@ def _oracle(example: Example, done: list[tuple[Step, int]], outcomes: list[Outco
                 world.model.double()
             else:
                 outcomes.append(world.call(step, number))
-    return outcomes
+    return outcomes[call - 1]
 
 
 def _check_silence(example: Example, result: Result) -> None:
