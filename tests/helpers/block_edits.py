@@ -96,25 +96,28 @@ def on_tensor(rnd: random.Random, model: nn.Module) -> Edit:
         return on_model(rnd, model)
     path, name = rnd.choice(places)
     t = f"at({path!r}).{name}"
-    i = rnd.randrange(40)
-    return Edit(*rnd.choice((
+    row = f"{rnd.randrange(40)} % len({t})"
+    part = rnd.choice((f"[{row}]", f"[{row} :]", f"[torch.rand({t}.shape) < 0.5]"))
+    whole = (
         ("copy_", f"with torch.no_grad(): {t}.copy_(like({t}))"), ("mul_", f"with torch.no_grad(): {t}.mul_(1.5)"),
-        ("data of one filter", f"{t}.data[{i} % len({t})].zero_()"),
-        ("data of one filter", f"{t}.data[{i} % len({t})] = 0.5"),
-        ("filter", f"with torch.no_grad(): {t}[{i} % len({t})].zero_()"),
-        ("data", f"{t}.data = like({t})"), ("data mul_", f"{t}.data.mul_(-1)"),
-        ("data copy_", f"{t}.data.copy_(like({t}))"),
-        ("numpy", f"{t}.detach().numpy()[...] = like({t}).numpy()"),
-        ("numpy filter", f"{t}.detach().numpy()[{i} % len({t})] = 0.25"),
+        ("data", f"{t}.data = like({t})"), ("data mul_", f"{t}.data.mul_(-1)"), ("optimizer", f"sgd({t})"),
+        ("data copy_", f"{t}.data.copy_(like({t}))"), ("numpy", f"{t}.detach().numpy()[...] = like({t}).numpy()"),
+        ("nan", f"with torch.no_grad(): {t}.fill_(float('nan'))"), ("huge", f"with torch.no_grad(): {t}.mul_(1e25)"),
+    )  # fmt: skip
+    partly = (
+        ("part of data", f"{t}.data{part} = 0"), ("part of data", f"{t}.data{part} = 0.5"),
+        ("part of data", f"{t}.data{part} *= 2"), ("part", f"with torch.no_grad(): {t}{part} = 0"),
+        ("part by numpy", f"{t}.detach().numpy()[{row}] = 0.25"),
+    )  # fmt: skip
+    other = (
         ("new Parameter", f"at({path!r}).{name} = nn.Parameter(like({t}))"),
         ("plain tensor", f"new = like({t}); delattr(at({path!r}), {name!r}); at({path!r}).{name} = new"),
         ("None", f"at({path!r}).{name} = None"), ("requires_grad_", f"{t}.requires_grad_(not {t}.requires_grad)"),
         ("resize storage", f"resize({t})"), ("swap storage", f"{t}.set_(like({t}))"),
-        ("dtype of one", f"{t}.data = {t}.data.to(torch.bfloat16)"),
-        ("layout of one", f"{t}.data = transposed({t}.data)"),
-        ("expanded", f"{t}.data = {t}.data[:1].expand({t}.shape)"), ("optimizer", f"sgd({t})"),
-        ("nan", f"with torch.no_grad(): {t}.fill_(float('nan'))"), ("huge", f"with torch.no_grad(): {t}.mul_(1e25)"),
-    )))  # fmt: skip
+        ("dtype of one", f"{t}.data = {t}.data.to(torch.bfloat16)"), ("layout of one", f"{t}.data = transposed({t}.data)"),
+        ("expanded", f"{t}.data = {t}.data[:1].expand({t}.shape)"),
+    )  # fmt: skip
+    return Edit(*rnd.choice(rnd.choice((whole, partly, other))))
 
 
 def on_conv(rnd: random.Random, model: nn.Module) -> Edit:

@@ -158,7 +158,7 @@ class Writer:
 
     def conv(self, shape: Shape, keep: bool = False) -> tuple[str, Shape]:
         rnd, (c, h, w) = self.rnd, shape
-        out = c if keep else rnd.choice((c, c, 4, 8, 8, 32))
+        out = c if keep else rnd.choice((c, c, 4, 8, 32, 32))
         kernel = rnd.choice((1, 3, 3, 3, 5))
         dilation = rnd.choice((1, 1, 1, 2))
         stride = 1 if keep else rnd.choice((1, 1, 1, 2))
