@@ -29,6 +29,7 @@ class Mismatch(Exception):
 
     what: str
     detail: str
+    of_values: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: {self.detail}"
@@ -71,7 +72,7 @@ def _compare_leaf(path: str, expected: Outcome, found: Outcome, oracle: Oracle |
     mine, theirs = found.leaves[path], expected.leaves[path]
     if isinstance(theirs, Tensor) and isinstance(mine, Tensor):
         if (difference := _difference(path, mine, theirs, oracle)) is not None:
-            raise Mismatch(f"{kind}: {_general(path)} {difference[0]}", f"{where}: {path}: {difference[1]}")
+            raise Mismatch(f"{kind}: {_general(path)} {difference[0]}", f"{where}: {path}: {difference[1]}", True)
     elif mine != theirs:
         raise Mismatch(f"{kind}: {_general(path)} differs", f"{where}: {path}: {theirs!r} became {mine!r}")
 

@@ -62,9 +62,9 @@ def draw_call(rnd: random.Random) -> Call:
     return Call(context, rnd.choice(IMAGES) if rnd.random() < 0.25 else "image(2)")
 
 
-def draw_steps(rnd: random.Random, program: Program, model: nn.Module) -> list[Step]:
-    """Draws a call, and up to four more, mostly with edits before them."""
-    steps: list[Step] = [Edit("train", "model.train()")] if rnd.random() < 0.15 else []
+def draw_steps(rnd: random.Random, program: Program, model: nn.Module, training: float) -> list[Step]:
+    """Draws a call, and up to three more, mostly with edits before them. training: the share that starts in train() mode."""
+    steps: list[Step] = [Edit("train", "model.train()")] if rnd.random() < training else []
     steps.append(Call() if rnd.random() < 0.8 else draw_call(rnd))
     for _ in range(rnd.randint(0, 3)):
         for _ in range(rnd.choice((0, 1, 1, 1, 2))):

@@ -193,7 +193,7 @@ class Writer:
             pool = rnd.choice(("nn.MaxPool2d(2)", "nn.AvgPool2d(2)", "nn.AdaptiveAvgPool2d(2)"))
             return pool, (c, 2, 2) if "Adaptive" in pool else (c, h // 2, w // 2)
         if choice == "dropout":
-            return rnd.choice(("nn.Dropout(0.5)", "nn.Dropout2d(0.5)")), shape
+            return rnd.choice(("nn.Dropout(0.5)", "nn.Dropout2d(0.5)", "nn.Dropout2d(0.2)")), shape
         return ("nn.Identity()", shape) if choice != "leaf" else (self.new(self.leaf(shape)), shape)
 
     def layer(self, shape: Shape, keep: bool = False) -> tuple[list[str], Shape]:
@@ -214,7 +214,7 @@ class Writer:
             return rnd.choice(usable)
         cls = ClassSource(self.name(), shape, shape)
         cls.base, cls.arguments = rnd.choice(
-            (("nn.Module", ""),) * 5 + (("nn.BatchNorm2d", str(c)), ("nn.ReLU", ""), ("nn.Dropout", ""))
+            (("nn.Module", ""),) * 5 + (("nn.BatchNorm2d", str(c)), ("nn.ReLU", ""), ("nn.Dropout2d", ""))
         )
         names = [] if cls.base != "nn.Module" else rnd.sample(BUFFER_NAMES, rnd.choice((0, 1, 2, 4)))
         cls.members = [Statement("buffer", f"self.register_buffer('{name}', torch.rand({c}) + 0.5)") for name in names]
@@ -225,7 +225,8 @@ class Writer:
             [f"x * {v}" for v in vector] + [f"x + {v}" for v in vector] + [f"x * ({v} + 1e-5).rsqrt()" for v in vector]
         )
         forms += ["x * 2", "x - x.mean((2, 3), keepdim=True)", "x.relu()"] if not forms else []
-        forms += ["F.dropout(x, 0.5, True)", "F.dropout2d(x, 0.5, True)", "F.dropout(x, 0.5, self.training)"]
+        forms += ["F.dropout2d(x, 0.5, True)", "F.dropout2d(x, 0.5, self.training)"]
+        forms += ["F.dropout(x, 0.5, True)"] if rnd.random() < 0.2 else []
         cls.body += [Statement("arithmetic", f"x = {rnd.choice(forms)}") for _ in range(rnd.randint(1, 3))]
         self.classes.append(cls)
         return cls
