@@ -28,6 +28,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops import apart
 from .reads import (
     INTERNAL,
     MISSING,
@@ -439,7 +440,7 @@ def _generators() -> tuple[Any, ...]:
     numpy = sys.modules.get("numpy")
     legacy = None if numpy is None else numpy.random.get_state()
     state = None if legacy is None else (legacy[0], legacy[1].tobytes(), *legacy[2:])
-    return random.getstate(), state, torch.get_rng_state().numpy().tobytes()
+    return random.getstate(), state, apart.call(lambda: torch.get_rng_state().numpy().tobytes())
 
 
 def _restore_generators(states: tuple[Any, ...]) -> None:
@@ -448,7 +449,7 @@ def _restore_generators(states: tuple[Any, ...]) -> None:
         numpy = sys.modules["numpy"]
         name, keys, *rest = states[1]
         numpy.random.set_state((name, numpy.frombuffer(keys, dtype=numpy.uint32), *rest))
-    torch.set_rng_state(torch.frombuffer(bytearray(states[2]), dtype=torch.uint8))
+    apart.call(lambda: torch.set_rng_state(torch.frombuffer(bytearray(states[2]), dtype=torch.uint8)))
 
 
 def _settings() -> tuple[Any, ...]:

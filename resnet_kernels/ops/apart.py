@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import TypeVar
+
+Result = TypeVar("Result")
 
 
-def call(function: Callable[[], None]) -> None:
-    """Calls a function in a fresh thread, waits for it, and raises what it raises."""
+def call(function: Callable[[], Result]) -> Result:
+    """Calls a function in a fresh thread, waits for it, and returns what it returns or raises what it raises."""
+    results: list[Result] = []
     errors: list[BaseException] = []
 
     def run() -> None:
         try:
-            function()
+            results.append(function())
         except BaseException as error:
             errors.append(error)
 
@@ -25,3 +29,4 @@ def call(function: Callable[[], None]) -> None:
     thread.join()
     if errors:
         raise errors[0]
+    return results[0]
