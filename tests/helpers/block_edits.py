@@ -74,7 +74,7 @@ def draw_steps(rnd: random.Random, program: Program, model: nn.Module, training:
 
 
 def draw_edit(rnd: random.Random, program: Program, model: nn.Module) -> Edit:
-    if program.flags and rnd.random() < 0.4:
+    if program.flags and rnd.random() < 0.6:
         name, line = rnd.choice(program.flags)
         paths = [path for path, module in model.named_modules() if type(module).__name__ == name]
         if paths or "{path" not in line:
@@ -94,7 +94,8 @@ def on_tensor(rnd: random.Random, model: nn.Module) -> Edit:
               for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))]  # fmt: skip
     if not places:
         return on_model(rnd, model)
-    path, name = rnd.choice(places)
+    # Vectors are many, and weights are what users edit.
+    path, name = rnd.choice(places + 2 * [place for place in places if place[1] == "weight"])
     t = f"at({path!r}).{name}"
     row = f"{rnd.randrange(40)} % len({t})"
     part = rnd.choice((f"[{row}]", f"[{row} :]", f"[torch.rand({t}.shape) < 0.5]"))

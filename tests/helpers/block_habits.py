@@ -76,9 +76,7 @@ def again(writer: BodyWriter, shape: Shape) -> list[Statement]:
 
 def condition(writer: BodyWriter) -> tuple[str, str]:
     rnd, cls, flags = writer.rnd, writer.cls, writer.writer.flags
-    kind = rnd.choice(
-        ("instance", "class", "config", "item", "global", "closure", "module", "question", "question", "chance")
-    )
+    kind = rnd.choice(("instance", "class", "config", "item", "global", "closure", "module", "question", "chance"))
     negated = rnd.choice(("", "", "not "))
     if kind == "question":
         return "if question", rnd.choice(QUESTIONS)

@@ -36,7 +36,7 @@ class BodyWriter:
             self.head()
         for _ in range(rnd.choice((0, 0, 0, 1, 1, 2))):
             self.insert(rnd.choice((side_effect, side_effect, arithmetic, again)))
-        for _ in range(rnd.choice((0, 0, 0, 1, 1))):
+        for _ in range(rnd.choice((0, 0, 1, 1))):
             self.wrap(rnd.choice((condition, condition, context)))
         self.cls.body = [statement for statement, _ in self.body]
         self.results()
