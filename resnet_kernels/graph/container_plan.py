@@ -97,13 +97,14 @@ def container_plan(
     paths = [path for path, child in module.named_modules() if path and any(child is f for f in fused)]
     boundary = boundaries(paths)
     called = dict.fromkeys(boundary(str(node.target)) for node in graph.nodes if node.op == "call_module")
-    seen = seen_outputs(graph, children, paths, (*runs, *absorbed))
+    seen, outputs = seen_outputs(graph, children, paths, (*runs, *absorbed))
     # The last member of a run gives the run's output; the convolution stands for it.
     members = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
     seen = tuple(members.get(path, path) for path in seen)
     others = [children[path] for path in called if path not in paths and path not in members]
     quiet = all(is_known(child) or _computes_only(child) for child in others)
-    return ContainerPlan(runs, tuple(absorbed), tuple(module._modules), entry, True, tuple(called), seen, quiet, reads)
+    names = tuple(module._modules)
+    return ContainerPlan(runs, tuple(absorbed), names, entry, True, tuple(called), seen, outputs, quiet, reads)
 
 
 def _computes_only(module: nn.Module) -> bool:

@@ -13,6 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from .tracing import mutates
 
 # Their output has no layout: it has fewer dimensions, or is no tensor.
 _LAST_FUNCTIONS = frozenset({torch.flatten, torch.mean, torch.sum, torch.numel, F.linear})
@@ -29,14 +32,18 @@ _METHODS = frozenset({"add", "add_", "mul", "mul_", "sub", "relu", "relu_", "sig
 
 def seen_outputs(
     graph: Graph, children: Mapping[str, nn.Module], fused: Collection[str], members: Collection[str]
-) -> tuple[str, ...]:
-    """The children whose output is read by code that sees its layout; "" stands for the container's own input.
+) -> tuple[tuple[str, ...], tuple[bool, ...]]:
+    """The children whose output is read by code that sees its layout, and which outputs of the container are channels_last.
 
     Args:
         graph: the container's forward.
         children: its modules by path.
         fused: paths of the fused modules in it.
         members: paths of the children that belong to its runs.
+
+    Returns:
+        Paths, with "" for the container's own input; and for each tensor that forward returns, whether it has to be
+        converted to eager's layout.
     """
     boundary = boundaries(fused)
     blind: dict[Node, bool] = {}
@@ -49,6 +56,8 @@ def seen_outputs(
         return blind[node]
 
     def is_blind(reader: Node, node: Node) -> bool:
+        if node.op == "placeholder" and (reader.op == "output" or mutates(reader, dict(children))):
+            return False  # it has to be the caller's own tensor
         if reader.op == "output":
             return True  # the container gives its output eager's layout
         if reader.op == "call_module":
@@ -77,7 +86,26 @@ def seen_outputs(
         readers = [r for r in node.users if not (path and r.op == "call_module" and boundary(str(r.target)) == path)]
         if not all(is_blind(reader, node) for reader in readers):
             seen.append(path)
-    return tuple(dict.fromkeys(seen))
+
+    def is_internal(node: object) -> bool:
+        """Whether a value is laid out as ours are."""
+        if not isinstance(node, Node):
+            return False
+        if node.op == "call_module":
+            path = str(node.target)
+            if boundary(path) in fused or path in members:
+                return boundary(path) not in seen
+            if not type(children[path]).__module__.startswith("torch.nn."):
+                return False
+        elif node.op == "placeholder":
+            return "" not in seen
+        elif node.target not in _FUNCTIONS and node.target not in _METHODS:
+            return False
+        return any(map(is_internal, node.all_input_nodes))
+
+    output = next(node for node in graph.nodes if node.op == "output")
+    outputs = tuple(is_internal(leaf) for leaf in pytree.tree_leaves(output.args[0]))
+    return tuple(dict.fromkeys(seen)), outputs
 
 
 def boundaries(fused: Collection[str]) -> Callable[[str], str]:

@@ -50,7 +50,8 @@ from .recipe import CannotRead
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _STDLIB = sysconfig.get_paths()["stdlib"] + os.sep
-_DECORATORS = _TORCH + os.path.join("utils", "_contextlib.py")
+# PyTorch's decorators, which call what they decorate: torch.no_grad as a decorator, and those for torch.compile.
+_DECORATORS = tuple(_TORCH + name.replace("/", os.sep) for name in ("utils/_contextlib.py", "_compile.py", "_dynamo/"))
 # PyTorch's Python code that changes a state of the process or of the thread.
 _STATEFUL = tuple(
     _TORCH + name.replace("/", os.sep)
@@ -247,9 +248,9 @@ class Observer:
         # A mode around the trace, such as `with torch.device(...)`, is called for each function: that is no call of forward's.
         is_mode = code.co_name == "__torch_function__"
         if origin != "ours" and _is_stateful(code.co_filename) and frame.f_back is not None and not is_mode:
-            # What PyTorch and Python call by themselves is their business, but for a decorator that enters a context.
+            # What PyTorch and Python call by themselves is their business.
             caller = frame.f_back.f_code.co_filename
-            if caller == _DECORATORS or _origin(caller) == "user":
+            if caller.startswith(_DECORATORS) or _origin(caller) == "user":
                 self.refuse(f"its forward calls {code.co_name} of {frame.f_globals.get('__name__')}")
         return None
 

@@ -40,6 +40,7 @@ def call_run(
 ) -> tuple[Tensor, BlockInput]:
     """Runs one of a container's runs, by its convolution's name."""
     recipe: Recipe = state.plan.runs[name]
+    given = x
     if name == state.plan.entry:
         if (
             not subclasses.is_plain_subclass(x)
@@ -47,12 +48,13 @@ def call_run(
         ):
             return result
         if state.normalize is not None:
-            x = state.normalize(x, dtype_of(container))
+            given = x = state.normalize(x, dtype_of(container))
         if not subclasses.is_plain_subclass(x):  # those are converted within their rule
             x = x.contiguous(memory_format=CHANNELS_LAST)
     if (result := fused_block.run_if_fused(container, recipe, state, x, known)) is not None:
         return result
-    # One by one, as eager does: hooks fire, training BNs count.
+    # One by one, as eager does: hooks fire, training BNs count, and the layout is eager's.
+    x = checked_calls.as_eager(given)
     for path in recipe.modules:
         x = container.get_submodule(path)(x)
     return x, UNKNOWN

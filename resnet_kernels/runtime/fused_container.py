@@ -67,7 +67,17 @@ class FusedContainer(Fused):
                 y = _run_stage(self, state, value, BlockInput(owned=value is not x))
             else:
                 y = original(view_of(self, state), value)
-        return pytree.tree_map(as_contiguous, y) if restore else y
+        return _restored(y, state.plan.outputs) if restore else y
+
+
+def _restored(outputs: Any, ours: Sequence[bool]) -> Any:
+    """A container's outputs in eager's layout. ours: which of them have ours."""
+    if len(ours) == 1 and isinstance(outputs, Tensor):
+        return as_contiguous(outputs) if ours[0] else outputs
+    leaves, structure = pytree.tree_flatten(outputs)
+    if len(leaves) != len(ours):  # the tracer took a class of the user's for one value
+        ours = (True,) * len(leaves)
+    return pytree.tree_unflatten([as_contiguous(v) if own else v for v, own in zip(leaves, ours)], structure)
 
 
 def _survey(module: nn.Module, state: FusedState[ContainerPlan]) -> Survey:

@@ -11,7 +11,7 @@ from torch.nn.modules import module as nn_module
 from ..graph import fusible
 from ..graph.reads import LiveReads, Reads
 from ..graph.recipe import CallStep, ConvStep, Recipe, Step
-from .parts import CallPart, ConvPart, NormPart, Part
+from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
 
 
 def child_at(module: nn.Module, path: str) -> nn.Module | None:
@@ -131,6 +131,20 @@ class LiveModules:
     def needs_gradients(self) -> bool:
         """Whether a weight or a bias that the steps read wants a gradient."""
         return any(needs_gradient(module) for part in self.parts for module in part[1:3] if not isinstance(module, str))
+
+    def mixes_dtypes(self, dtype: torch.dtype) -> bool:
+        """Whether tensors of the steps have dtypes that eager refuses to compute with on an input of `dtype`."""
+        wide = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}
+        for part in self.parts:
+            if isinstance(part, ConvPart):
+                bias = part.conv.bias
+                if part.conv.weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+                    return True
+            if not isinstance(part, CallPart) and part.bn is not None:
+                dtypes = {tensor.dtype for tensor in bn_tensors(part.bn) if tensor is not None}
+                if len(dtypes) > 1 or not dtypes <= wide:
+                    return True
+        return False
 
     def norms_need_gradients(self) -> bool:
         """Whether a BN's weight or bias wants a gradient."""

@@ -113,6 +113,7 @@ SIDE_EFFECTS = {
     "torch.rand": lambda self, x: torch.rand(1),
     "a generator of torch": lambda self, x: self.generator.seed(),
     "torch.manual_seed": lambda self, x: torch.manual_seed(0),
+    "torch.manual_seed as torch.compile has it": lambda self, x: torch._disable_dynamo(torch.manual_seed)(0),
     "random.random": lambda self, x: random.random(),
     "a generator of Python": lambda self, x: self.python_generator.random(),
     "np.random.rand": lambda self, x: np.random.rand(),
