@@ -69,6 +69,9 @@ CONFIGS: tuple[ConvConfig, ...] = (
     ConvConfig(64, 16, 16, num_warps=2, num_stages=3),  # groups of a few channels, depthwise, d2l's 3 and 6 channels
 )
 
+# A larger batch is halved.
+_MOST_PIXELS = limits.MOST_COUNTED
+
 # Programs that fill the machine: a larger tile has to leave so many. An H200 has 132 multiprocessors.
 _FULL_MACHINE = 132
 
@@ -224,8 +227,7 @@ def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
     y = torch.empty((batch, c_out, out_h, out_w), dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if y.numel() == 0:
         return y
-    if batch > 1 and batch * out_h * out_w > limits.MOST_COUNTED:
-        # A larger batch is halved.
+    if batch > 1 and batch * out_h * out_w > _MOST_PIXELS:
         half = batch // 2
         for part in (slice(0, half), slice(half, batch)):
             added = None if residual is None else residual[part]

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .results import CaseResults, Measurement, Results, ResultsError
-from .schema import SCHEMA, Absence, CaseInfo, Versions
+from .schema import CHOICES, SCHEMA, Absence, CaseInfo, Versions
 
 _Part = TypeVar("_Part")
 # Integers beyond this are no counts, and no floats either where they are divided.
@@ -137,10 +137,8 @@ def _value(hint: Any, value: Any, name: str) -> Any:
             raise ValueError(f"{name} must be a list, got {value!r}")
         return tuple(_value(get_args(hint)[0], item, name) for item in value)
     kinds = get_args(hint) or (hint,)
-    if get_origin(hint) is Literal:
-        if value not in kinds:
-            raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {value!r}")
-        return value
+    if name in CHOICES and value not in CHOICES[name]:
+        raise ValueError(f"{name} must be one of {', '.join(CHOICES[name])}, got {value!r}")
     if type(value) is int and abs(value) > _MOST:
         raise ValueError(f"{name} must be at most {_MOST:.0e} in magnitude, got more")
     for kind in kinds:

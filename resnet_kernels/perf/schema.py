@@ -7,10 +7,16 @@ fills the same dataclasses from a file. A field that may be None may be missing 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 # Version of the layout of extra_info that is written and read.
 SCHEMA = 1
+# Fields that hold one of a few names.
+CHOICES = {
+    "level": ("op", "block", "stage", "model"),
+    "direction": ("forward", "forward-backward"),
+    "device_type": ("cpu", "cuda"),
+}
 
 
 @dataclass(frozen=True)
@@ -64,14 +70,14 @@ class CaseInfo:
     """
 
     system: str
-    level: Literal["op", "block", "stage", "model"]
+    level: str
     subject: str
-    direction: Literal["forward", "forward-backward"]
+    direction: str
     dtype: str
     batch: int
     image_size: int
     device: str
-    device_type: Literal["cpu", "cuda"]
+    device_type: str
     threads: int
     busy_elsewhere: float | None
 
