@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..graph import fusible
 from ..graph.recipe import Recipe
 from . import eligibility, inference, training
 from .fused_module import Fused
@@ -27,7 +28,8 @@ class FusedBlock(Fused):
 
     def _rk_forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) == 1 and not kwargs:
-            return self._rk_call(args[0], UNKNOWN)[0]
+            # Unbound: unfuse_ in another thread may have swapped the class back by now.
+            return FusedBlock._rk_call(self, args[0], UNKNOWN)[0]
         return original(self, *args, **kwargs)
 
     def _rk_call(self, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput]:
@@ -35,7 +37,7 @@ class FusedBlock(Fused):
         state = state_of(self)
         if state is not None and (result := run_if_fused(self, state.plan, state, x, known)) is not None:
             return result
-        return type(self)._rk_original_class.forward(self, x), UNKNOWN
+        return fusible.original_class(self).forward(self, x), UNKNOWN
 
 
 def run_if_fused(

@@ -104,7 +104,7 @@ def _plain_call(
 
 def _first_weight_is_contiguous(module: nn.Module) -> bool:
     # 1x1 kernels are both contiguous and channels_last, so they say nothing.
-    weights = (m.weight for m in module.modules() if type(m) is nn.Conv2d and max(m.kernel_size) > 1)
+    weights = (m.weight for m in module.modules() if type(m) is nn.Conv2d and max(m.weight.shape[2:]) > 1)
     return next(weights, torch.empty(1)).is_contiguous()
 
 
@@ -131,7 +131,7 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
                 del children[: len(together) - 1]
                 x, known = inference.run_recipes(together, x, known)
             else:
-                x, known = child._rk_call(x, known)
+                x, known = FusedBlock._rk_call(child, x, known)
         else:
             x, known = child(x), UNKNOWN
     return x

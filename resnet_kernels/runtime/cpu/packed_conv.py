@@ -107,10 +107,10 @@ class PackedConv:
 
     def _add(self, shape: torch.Size, folded: Tensor | None = None) -> SizedConv | None:
         geometry = Geometry.of_module(self._conv, shape[2:])
-        if min(geometry.out_size(shape[2:], self._conv.kernel_size)) < 1:
+        if min(geometry.out_size(shape[2:], self._conv.weight.shape[2:])) < 1:
             # To ATen, whose error helps; oneDNN would only say that it could not construct a descriptor.
             return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
-        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, self._conv.stride)
+        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, geometry.stride)
         weight = None
         if self._unfolded is None:
             layout, weight = self._weight_for(shape, geometry, for_aten, folded)
