@@ -64,7 +64,7 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> torch.fx.Gr
             raise CannotRead("its forward takes more than one argument")
         defaults[parameter.name] = parameter.default
     # A shallow copy: what forward may write to `self` (a counter, a kept activation) does not reach the user's module.
-    clone: nn.Module = cls.__new__(cls)
+    clone: nn.Module = object.__new__(cls)  # a class's own __new__ may run its constructor, as FSDP's does
     clone.__dict__.update(module.__dict__, training=training)
     for registry in ("_modules", "_parameters", "_buffers"):
         clone.__dict__[registry] = copy.copy(module.__dict__[registry])

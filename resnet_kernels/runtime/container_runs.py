@@ -99,7 +99,7 @@ class _PassOn:
 def view_of(module: nn.Module, state: FusedState[ContainerPlan]) -> nn.Module:
     """A shallow copy of a container for its own forward, with stand-ins for the children that belong to a run."""
     cls = fusible.original_class(module)
-    view = cls.__new__(cls)
+    view = object.__new__(cls)  # a class's own __new__ may run its constructor, as FSDP's does
     children: dict[str, Any] = dict(module._modules)
     children.update({name: _StandIn(module, name, state) for name in state.plan.runs})
     children.update({name: _PassOn(children[name]) for name in state.plan.absorbed})

@@ -25,7 +25,10 @@ from ...ops.library import is_dense
 # Weights up to this size are compared in full. A sample is a cache miss, and so are 64 bytes in a row.
 _WHOLE_BYTES = 4096
 _NAMES = ("weight", "bias", "running_mean", "running_var")
-_WORDS = {1: ctypes.c_int8, 2: ctypes.c_int16, 4: ctypes.c_int32, 8: ctypes.c_int64}
+# A memoryview of an address. ctypes' arrays would need a type for each length.
+_memory_at = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int)(
+    ("PyMemoryView_FromMemory", ctypes.pythonapi)
+)
 
 
 class WatchedTensors:
@@ -130,12 +133,12 @@ def _is_readable(tensor: object) -> bool:
 
 def _live(tensor: Tensor) -> Any:
     """Live bytes of a tensor, or samples of them; comparing them takes half a microsecond and sees NaN."""
-    word = _WORDS[tensor.element_size()]
-    memory = memoryview((word * tensor.numel()).from_address(tensor.data_ptr()))
+    size = tensor.element_size()
+    memory = _memory_at(tensor.data_ptr(), tensor.numel() * size, 0x100)  # PyBUF_READ
     if memory.nbytes <= _WHOLE_BYTES or tensor.dim() < 2:
         return memory
     # NumPy copies with a step twice as fast as a memoryview does.
-    return np.frombuffer(memory, word)[:: _step(tensor.shape, tensor.stride())]
+    return np.frombuffer(memory, f"u{size}")[:: _step(tensor.shape, tensor.stride())]
 
 
 @functools.lru_cache(4096)
