@@ -111,15 +111,15 @@ def _make_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
     if _is_of_fsdp(original):
         # FSDP's class has to stay outermost: it finds the class beneath it by its place among the bases.
         below = original.__bases__[-1]
-        names = {"_rk_original_class": original, "_rk_mixin": mixin}
-        return _over(original, below, _make_class(below, mixin), names)
+        own = {"_rk_original_class": original, "_rk_mixin": mixin}
+        return _over(original, below, _make_class(below, mixin), own)
 
     @functools.wraps(original.forward)  # torch.fx reads the argument names through __wrapped__
     def forward(self: Fused, *args: Any, **kwargs: Any) -> Any:
         # Not self._rk_forward: unfuse_ in another thread may have swapped the class back by now.
         return mixin._rk_forward(self, original.forward, args, kwargs)
 
-    names = {
+    names: dict[str, Any] = {
         "forward": forward,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -141,7 +141,8 @@ def _over(cls: type[Any], old: type[Any], new: type[Any], names: dict[str, Any])
     """The class that `cls` is over one of its bases, made over another base."""
     bases = tuple(new if base is old else base for base in cls.__bases__)
     own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
-    made: type[Any] = type(cls)(cls.__name__, bases, {**own, **names})
+    metaclass: Any = type(cls)
+    made: type[Any] = metaclass(cls.__name__, bases, {**own, **names})
     return made
 
 
@@ -150,7 +151,8 @@ def _unfused(cls: type[Any]) -> type[Any]:
     fused = next((base for base in cls.__mro__ if "_rk_original_class" in vars(base)), None)
     if fused is None:
         return cls
-    return fused._rk_original_class if fused is cls else _over(cls, fused, fused._rk_original_class, {})
+    original: type[Any] = vars(fused)["_rk_original_class"]
+    return original if fused is cls else _over(cls, fused, original, {})
 
 
 def _deepcopy(self: Fused, memo: dict[int, Any]) -> Any:

@@ -144,10 +144,7 @@ class PackedConv:
     def is_of(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
         return (
-            conv is self._conv
-            and bn is self._bn
-            and settings(conv, bn) == self._settings
-            and self._watched.are_same()
+            conv is self._conv and bn is self._bn and settings(conv, bn) == self._settings and self._watched.are_same()
         )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
@@ -188,4 +185,3 @@ class PackedConv:
             return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
         x = reference.pad_if_asymmetric(x, sized.geometry)
         return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
-
