@@ -153,9 +153,9 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
         ValueError: if backend is unknown.
     """
     _check(model, backend)
-    if not any(fused_module.is_fused(module) for module in model.modules()):
-        return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
     states = states_in(model)
+    if not states:
+        return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
     frozen = any(state.frozen for state in states)
     return FuseReport(_rows_now(find_blocks(model), tables=True), states[0].backend, _normalize_of(model), frozen)
 

@@ -7,6 +7,7 @@ padding is (top, bottom, left, right) throughout.
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
@@ -63,18 +64,62 @@ class Geometry(NamedTuple):
         Args:
             conv: the module.
             in_size: (h, w) of its input, on which the padding of models.Conv2dSame depends.
+
+        Raises:
+            Exception: eager's own, for settings that eager rejects.
         """
+        # Anybody may have set them since: eager takes ints, lists and NumPy's ints, too.
+        stride, dilation = plain_pair(conv.stride), plain_pair(conv.dilation)
+        groups = conv.groups if type(conv.groups) is int else plain_int(conv.groups)
         same_padding = getattr(conv, "same_padding", None)
+        sides: tuple[int, int, int, int] | None = None
         if same_padding is not None:
-            padding = same_padding(*in_size)
-        elif isinstance(conv.padding, str):
-            # Conv2d keeps the resolved string padding as (left, right, top, bottom).
-            left, right, top, bottom = conv._reversed_padding_repeated_twice
-            padding = (top, bottom, left, right)
-        else:
-            top, left = conv.padding
-            padding = (top, top, left, left)
-        return cls(conv.stride, padding, conv.dilation, conv.groups)  # type: ignore[arg-type]  # pairs; torch says (int, ...)
+            sides = same_padding(*in_size)
+        elif conv.padding == "valid":
+            sides = (0, 0, 0, 0)
+        elif conv.padding == "same" and dilation is not None and stride == (1, 1):
+            height, width = (d * (k - 1) for d, k in zip(dilation, conv.weight.shape[2:]))
+            sides = (height // 2, height - height // 2, width // 2, width - width // 2)
+        elif not isinstance(conv.padding, str) and (padding := plain_pair(conv.padding)) is not None:
+            sides = (padding[0], padding[0], padding[1], padding[1])
+        if stride is None or dilation is None or groups is None or sides is None:
+            raise _eager_error(conv, in_size)
+        if min(*stride, *dilation, groups) < 1 or min(sides) < 0:
+            raise _eager_error(conv, in_size)
+        return cls(stride, sides, dilation, groups)
+
+
+def plain_int(value: object) -> int | None:
+    """An int as PyTorch's operations take it: Python's, NumPy's or a tensor's; None for anything else."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None  # an array of several
+
+
+def plain_pair(value: object) -> tuple[int, int] | None:
+    """A pair as PyTorch's operations take it: an int, or one or two ints in a tuple or a list; None for anything else."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value
+    if not isinstance(value, (tuple, list)):
+        number = plain_int(value)
+        return None if number is None else (number, number)
+    numbers = [*map(plain_int, value)]
+    if len(numbers) not in (1, 2) or numbers[0] is None or numbers[-1] is None:
+        return None
+    return numbers[0], numbers[-1]
+
+
+def _eager_error(conv: nn.Conv2d, in_size: Sequence[int]) -> Exception:
+    """The error that eager raises for a convolution with settings like these."""
+    weight = conv.weight.detach()
+    try:
+        conv._conv_forward(weight.new_zeros((1, conv.in_channels, *in_size)), weight, None)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return error
+    return TypeError(f"stride, padding, dilation and groups must be ints or pairs of ints, got {conv}")
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,12 +32,28 @@ class Survey:
     """All fused modules inside a module, and a snapshot of its children that reveals changes."""
 
     def __init__(self, module: nn.Module, owners: list[tuple[nn.Module, FusedState[Any], list[Recipe]]]):
-        self.owners = owners
+        # Weak references, because the module's state holds this survey: a cycle would outlive the model.
+        self._owners = [(weakref.ref(owner), weakref.ref(state), recipes) for owner, state, recipes in owners]
         inside = {id(child) for owner, _, recipes in owners if recipes[0].whole for child in owner.modules()}
         outside = [m for m in module.modules() if id(m) not in inside]
         self.registries = [(m._modules, [*m._modules.values()]) for m in outside if m._modules]
         # Hooks inside a block are found with its own modules.
-        self.hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
+        hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
+        self._hookable = [*map(weakref.ref, hookable)]
+
+    @property
+    def owners(self) -> list[tuple[nn.Module, FusedState[Any], list[Recipe]]]:
+        """The fused modules that are still fused as they were, with their recipes."""
+        return [
+            (owner, state, recipes)
+            for to_owner, to_state, recipes in self._owners
+            if (owner := to_owner()) is not None and (state := state_of(owner)) is not None and state is to_state()
+        ]
+
+    @property
+    def hookable(self) -> list[nn.Module]:
+        """The modules whose hooks could change anything in the middle of a call."""
+        return [module for reference in self._hookable if (module := reference()) is not None]
 
     def is_current(self) -> bool:
         """Whether every child is in its place."""
@@ -139,7 +156,8 @@ def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor
     if copies is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
         return None
     state = state_of(block)
-    assert state is not None
+    if state is None:
+        return None  # another thread has unfused it during this call
     program = copies.program(state.plan, x)
     if program is None or not program.entries:
         return None

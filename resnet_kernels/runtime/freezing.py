@@ -12,6 +12,7 @@ frozen_constants.py and model_snapshot.py do so. PackedConv checks by itself, th
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -32,7 +33,8 @@ class FrozenCopies:
     """
 
     def __init__(self, states: Sequence[FusedState[Any]], modules: Sequence[LiveModules]):
-        self._states = [*states]
+        # Weak references: a state holds its plans, which hold their copies.
+        self._states = [*map(weakref.ref, states)]
         # Each module's current copies; tensors made from its present weights belong there.
         self.of_state = [state.copies for state in states]
         registries: list[dict[str, Any]] = [
@@ -51,7 +53,10 @@ class FrozenCopies:
     def hold(self) -> bool:
         """Whether the copies may still be used."""
         return (
-            all(state.frozen and state.copies is copies for state, copies in zip(self._states, self.of_state))
+            all(
+                (state := reference()) is not None and state.frozen and state.copies is copies
+                for reference, copies in zip(self._states, self.of_state)
+            )
             # Lists of ids compare fast, and each call does this.
             and [*map(id, chain.from_iterable(map(dict.values, self._registries)))] == self._ids
         )

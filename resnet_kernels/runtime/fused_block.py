@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..graph import fusible
 from ..graph.recipe import Recipe
 from . import checked_calls, eligibility, inference, subclasses, training
 from .fused_module import Fused
@@ -28,7 +29,8 @@ class FusedBlock(Fused):
 
     def _rk_forward(self, original: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(args) == 1 and not kwargs:
-            return self._rk_call(args[0], UNKNOWN)[0]
+            # Unbound: unfuse_ in another thread may have swapped the class back by now.
+            return FusedBlock._rk_call(self, args[0], UNKNOWN)[0]
         return original(self, *args, **kwargs)
 
     def _rk_call(self, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput]:
@@ -39,7 +41,7 @@ class FusedBlock(Fused):
         if state is not None and (result := run_if_fused(self, state.plan, state, x, known)) is not None:
             return result
         # Its own code may see the layout that x has.
-        return type(self)._rk_original_class.forward(self, checked_calls.as_eager(x)), UNKNOWN
+        return fusible.original_class(self).forward(self, checked_calls.as_eager(x)), UNKNOWN
 
 
 def run_if_fused(

@@ -154,7 +154,7 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
                 del children[: len(together) - 1]
                 x, known = inference.run_recipes(together, x, known)
             else:
-                x, known = child._rk_call(x, known)
+                x, known = FusedBlock._rk_call(child, x, known)
         else:
             if has_hooks(child):
                 x = checked_calls.as_eager(x)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..graph import fusible
 from .state import FusedState, state_of
 
 if TYPE_CHECKING:
@@ -64,26 +67,59 @@ class Fused(_Base):
             for module in self.modules():
                 drop_copies(module)
 
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild, (type(self)._rk_original_class, type(self)._rk_mixin), self.__getstate__()
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        # A class that fusing makes is not the user's: it has no place in a registry, and lacks the arguments of one.
+        if "_rk_original_class" not in cls.__dict__:
+            super().__init_subclass__(**kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__.copy()
+    def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
+        """Follows the class's own way of pickling, with the class as it was before, and adds what fusing added."""
+        cls, original, state = type(self), _unfused(type(self)), state_of(self)
+        reduced = super().__reduce_ex__(protocol)
+        if isinstance(reduced, str):
+            return reduced
+        make, args, *rest = reduced
+        make, *args = (original if value is cls else value for value in (make, *args))
+        if rest and isinstance(rest[0], dict):
+            rest[0] = {name: value for name, value in rest[0].items() if name != "_rk_state"}
+        if state is None:
+            return make, (*args,), *rest
+        of = original.__module__, original.__qualname__
+        return _restore, (make, (*args,), of, cls._rk_mixin, state), *rest
+
+    def __setstate__(self, values: Any) -> None:
+        state = state_of(self)
+        super().__setstate__(values)
+        if state is not None:
+            self.__dict__["_rk_state"] = state  # it may have replaced the whole __dict__
 
 
-_classes: dict[tuple[type[nn.Module], type[Fused]], type[Fused]] = {}
+# By the id of the user's class, which the fused class keeps alive. No reference keeps the fused class.
+_classes: weakref.WeakValueDictionary[tuple[int, type[Fused]], type[Fused]] = weakref.WeakValueDictionary()
+_classes_lock = threading.Lock()
 
 
 def fused_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
     """The subclass of a user's class that a fused module has; it bears the same name."""
-    if (found := _classes.get((original, mixin))) is not None:
+    with _classes_lock:
+        if (found := _classes.get((id(original), mixin))) is None:
+            found = _classes[id(original), mixin] = _make_class(original, mixin)
         return found
+
+
+def _make_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
+    if _is_of_fsdp(original):
+        # FSDP's class has to stay outermost: it finds the class beneath it by its place among the bases.
+        below = original.__bases__[-1]
+        own = {"_rk_original_class": original, "_rk_mixin": mixin}
+        return _over(original, below, _make_class(below, mixin), own)
 
     @functools.wraps(original.forward)  # torch.fx reads the argument names through __wrapped__
     def forward(self: Fused, *args: Any, **kwargs: Any) -> Any:
-        return self._rk_forward(original.forward, args, kwargs)
+        # Not self._rk_forward: unfuse_ in another thread may have swapped the class back by now.
+        return mixin._rk_forward(self, original.forward, args, kwargs)
 
-    names = {
+    names: dict[str, Any] = {
         "forward": forward,
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
@@ -91,12 +127,58 @@ def fused_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
         "_rk_original_class": original,
         "_rk_mixin": mixin,
     }
-    return _classes.setdefault((original, mixin), type(original.__name__, (mixin, original), names))
+    if hasattr(original, "__deepcopy__"):
+        names["__deepcopy__"] = _deepcopy
+    return type(original.__name__, (mixin, original), names)
+
+
+def _is_of_fsdp(cls: type[nn.Module]) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and issubclass(cls, fsdp.FSDPModule)
+
+
+def _over(cls: type[Any], old: type[Any], new: type[Any], names: dict[str, Any]) -> type[Any]:
+    """The class that `cls` is over one of its bases, made over another base."""
+    bases = tuple(new if base is old else base for base in cls.__bases__)
+    own = {name: value for name, value in vars(cls).items() if name not in ("__dict__", "__weakref__")}
+    metaclass: Any = type(cls)
+    made: type[Any] = metaclass(cls.__name__, bases, {**own, **names})
+    return made
+
+
+def _unfused(cls: type[Any]) -> type[Any]:
+    """The class without what fusing added. PyTorch may have put a class of its own over a fused one since (FSDP)."""
+    fused = next((base for base in cls.__mro__ if "_rk_original_class" in vars(base)), None)
+    if fused is None:
+        return cls
+    original: type[Any] = vars(fused)["_rk_original_class"]
+    return original if fused is cls else _over(cls, fused, original, {})
+
+
+def _deepcopy(self: Fused, memo: dict[int, Any]) -> Any:
+    """Follows the class's own __deepcopy__; the copy is fused, too."""
+    state, original = state_of(self), _unfused(type(self))
+    copied = original.__deepcopy__(self, memo)
+    if state is not None and type(copied) in (type(self), original) and state_of(copied) is None:
+        swap(copied, type(self)._rk_mixin, copy.deepcopy(state, memo))
+    return copied
+
+
+def _restore(
+    make: Callable[..., Any], args: tuple[Any, ...], of: tuple[str, str], mixin: type[Fused], state: FusedState[Any]
+) -> Any:
+    """Makes an object as its class's own way of pickling says, and fuses it if it is of that class."""
+    module = make(*args)
+    cls = _unfused(type(module))
+    if isinstance(module, nn.Module) and (cls.__module__, cls.__qualname__) == of:
+        swap(module, mixin, state)
+    return module
 
 
 def _rebuild(original: type[nn.Module], mixin: type[Fused]) -> Fused:
+    """Makes a fused module for pickles of version 0.1.0."""
     cls = fused_class(original, mixin)
-    return cls.__new__(cls)
+    return object.__new__(cls)
 
 
 def is_fused(module: nn.Module) -> TypeIs[Fused]:
@@ -107,10 +189,10 @@ def is_fused(module: nn.Module) -> TypeIs[Fused]:
 def swap(module: nn.Module, mixin: type[Fused], state: FusedState[Any]) -> None:
     """Turns a module into its fused self, in place."""
     module.__dict__["_rk_state"] = state
-    module.__class__ = fused_class(fusible.original_class(module), mixin)
+    module.__class__ = fused_class(_unfused(type(module)), mixin)
 
 
 def swap_back(module: nn.Module) -> None:
     """Undoes `swap`."""
-    module.__class__ = fusible.original_class(module)
+    module.__class__ = _unfused(type(module))
     module.__dict__.pop("_rk_state", None)

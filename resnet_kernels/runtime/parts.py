@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..graph import fusible
 from ..graph.fusible import BatchNorm
 from ..graph.recipe import CallStep, ConvStep, NormStep
+from ..kernels.geometry import plain_pair
 from ..ops import reference
 
 
@@ -54,7 +55,10 @@ def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any,
     """
     eps = None if bn is None else fusible.eps_of(bn)
     if isinstance(child, nn.Conv2d):
-        return child.stride, child.padding, child.dilation, child.groups, child.padding_mode, eps
+        stride, padding, dilation = child.stride, child.padding, child.dilation
+        if not type(stride) is type(padding) is type(dilation) is tuple:
+            stride, padding, dilation = _plain(stride), _plain(padding), _plain(dilation)  # type: ignore[assignment]  # anything
+        return stride, padding, dilation, child.groups, child.padding_mode, eps
     if type(child) is nn.MaxPool2d:
         return *window_of(child), child.return_indices, eps
     return (eps,)
@@ -62,7 +66,17 @@ def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any,
 
 def window_of(pool: nn.MaxPool2d) -> tuple[Any, ...]:
     """Kernel size, stride, padding and dilation of a pool, each an int or a pair, and its ceil_mode."""
-    return pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode
+    return *map(_plain, (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), pool.ceil_mode
+
+
+def _plain(setting: object) -> object:
+    """A setting as a value that does not change: a user's list may, and NumPy's arrays don't compare as a whole."""
+    if type(setting) in (int, str):
+        return setting
+    pair = plain_pair(setting)
+    if pair is None:
+        return str(setting)  # eager rejects it
+    return pair[0] if pair[0] == pair[1] else pair
 
 
 def bn_tensors(bn: BatchNorm | None) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.recipe import Recipe
+from ..kernels.geometry import plain_pair
 from ..ops import onednn
 from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import CHANNELS_LAST, as_contiguous, is_channels_last
@@ -58,7 +59,8 @@ def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: 
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    in_layout, weight = onednn.for_gradient(x, conv.weight, conv.stride)
+    stride = plain_pair(conv.stride) or (1, 1)  # eager rejects anything else
+    in_layout, weight = onednn.for_gradient(x, conv.weight, stride)
     if in_layout is x and weight is conv.weight:
         return conv(x)
     return torch.conv2d(in_layout, weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -1,17 +1,14 @@
-"""Packed weights for oneDNN, and the detection of changes that make them stale.
+"""Packed weights for oneDNN.
 
 On a GPU only a frozen model keeps folded weights: plan.py reads the live tensors in each call. oneDNN has no
 per-channel scale, so on the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to
-notice every change of its sources. A version counter is not enough: fused optimizers, BN's own running statistics,
-`p.data.mul_()` and NumPy write under the same `_version` and `data_ptr` (PyTorch 2.13). So besides identity, address and
-version, BN's vectors and the bias are compared in full, and the weight at 16 samples. Only edits of single weights that don't
-change the version can go unnoticed; call `resnet_kernels.refresh` after those.
+notice every change of its sources: watched_tensors.py. Only edits of single weights that don't change the version can go
+unnoticed; call `resnet_kernels.refresh` after those.
 """
 
 from __future__ import annotations
 
 import math
-import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,11 +17,9 @@ from torch import Tensor, nn
 from ...graph.fusible import BatchNorm
 from ...kernels.geometry import Geometry
 from ...ops import onednn, reference
-from ...ops.library import is_dense
 from ..parts import scale_shift, settings
+from .watched_tensors import WatchedTensors
 
-# Each sample is a cache miss, and 16 samples reveal every change of a whole tensor.
-_SAMPLES = 16
 # Each layout is a copy of the weight. ResNets at sizes from 64 to 512 need three on AVX2, and the plain one for small images.
 _MOST_LAYOUTS = 5
 _MOST_SIZES = 256
@@ -58,10 +53,8 @@ class PackedConv:
         "_dtype",
         "_gain",
         "_offset",
-        "_places",
         "_settings",
         "_sizes",
-        "_sources",
         "_unfolded",
         "_watched",
         "_weights",
@@ -73,11 +66,8 @@ class PackedConv:
         self._conv, self._bn = conv, bn
         self._settings = settings(conv, bn)
         self._dtype = dtype
-        self._watched = [_watch(conv, "weight", _SAMPLES), _watch(conv, "bias")]
-        if bn is not None:
-            self._watched += [_watch(bn, name) for name in ("weight", "bias", "running_mean", "running_var")]
-        self._places = [(registry, name) for registry, name, *_ in self._watched]
-        self._sources = [source for _, _, source, *_ in self._watched]
+        # Before they are read: what another thread changes meanwhile is noticed.
+        self._watched = WatchedTensors([conv] if bn is None else [conv, bn])
         scale, shift = scale_shift(conv.bias, bn)
         weight = self._folded(scale)
         self.bias = onednn.as_bias(shift, dtype)
@@ -117,10 +107,10 @@ class PackedConv:
 
     def _add(self, shape: torch.Size, folded: Tensor | None = None) -> SizedConv | None:
         geometry = Geometry.of_module(self._conv, shape[2:])
-        if min(geometry.out_size(shape[2:], self._conv.kernel_size)) < 1:
+        if min(geometry.out_size(shape[2:], self._conv.weight.shape[2:])) < 1:
             # To ATen, whose error helps; oneDNN would only say that it could not construct a descriptor.
             return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
-        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, self._conv.stride)
+        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, geometry.stride)
         weight = None
         if self._unfolded is None:
             layout, weight = self._weight_for(shape, geometry, for_aten, folded)
@@ -154,27 +144,17 @@ class PackedConv:
     def is_of(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
         return (
-            conv is self._conv
-            and bn is self._bn
-            and settings(conv, bn) == self._settings
-            and all(map(operator.is_, [registry.get(name) for registry, name in self._places], self._sources))
+            conv is self._conv and bn is self._bn and settings(conv, bn) == self._settings and self._watched.are_same()
         )
 
     def is_unchanged(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether the packed copies still match conv and bn."""
-        if conv is not self._conv or bn is not self._bn or settings(conv, bn) != self._settings:
-            return False
-        for registry, name, source, pointer, version, live, then in self._watched:
-            if registry.get(name) is not source:
-                return False
-            if source is not None and (
-                live is None
-                or source.data_ptr() != pointer
-                or (version is not None and source._version != version)
-                or live.tobytes() != then
-            ):
-                return False
-        return True
+        return (
+            conv is self._conv
+            and bn is self._bn
+            and settings(conv, bn) == self._settings
+            and self._watched.are_unchanged()
+        )
 
     def bound(self, x_bound: float, offset: float | None = None) -> float:
         """Bound on the magnitude of bn(conv(x)), partial sums included, from a bound on x's."""
@@ -205,31 +185,3 @@ class PackedConv:
             return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
         x = reference.pad_if_asymmetric(x, sized.geometry)
         return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
-
-
-def _watch(module: nn.Module, name: str, samples: int | None = None) -> tuple:
-    """Snapshot that reveals a change of a parameter or buffer: its registry and name, address, version and some values."""
-    registry = module._parameters if name in module._parameters else module._buffers
-    source = registry.get(name)
-    if source is None:
-        return registry, name, None, None, None, None, None
-    # An inference tensor has no version, and asking for it raises.
-    version = None if source.is_inference() else source._version
-    live = _memory(source.detach(), samples)
-    return registry, name, source, source.data_ptr(), version, live, None if live is None else live.tobytes()
-
-
-def _memory(tensor: Tensor, samples: int | None) -> memoryview | None:
-    """Live bytes of a tensor, or of samples spread over all of it; comparing them takes half a microsecond and sees NaN.
-
-    None for a tensor that is not dense (an expanded one): it is packed anew in each call.
-    """
-    if not is_dense(tensor):
-        return None
-    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    memory = tensor.as_strided((tensor.numel(),), (1,)).view(integer).numpy().data
-    if samples is None or tensor.numel() <= samples:
-        return memory
-    step = tensor.numel() // samples
-    # Odd, because an even step would hit the same tap and channel in every filter.
-    return memory[:: step - 1 if step % 2 == 0 else step]

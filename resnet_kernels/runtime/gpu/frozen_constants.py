@@ -7,6 +7,7 @@ because of its dtype or layout. Where a kernel can read the model's own weight, 
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -46,7 +47,9 @@ class FrozenConstants:
         modules: Sequence[LiveModules],
         device: torch.device,
     ):
-        self._live, self._states, self._modules, self._device = live, states, modules, device
+        self._live, self._modules, self._device = live, modules, device
+        # Weak references: the states hold the plan, which holds this object.
+        self._states = [*map(weakref.ref, states)]
         owners = {id(child): i for i, block in enumerate(modules) for child in block.children}
         self._owners = [owners[id(part[1])] for part in live.layers]
         self._made: _Made | None = None
@@ -73,7 +76,8 @@ class FrozenConstants:
             made = self._made
             if made is not None and made.copies.hold():
                 return made  # another thread was here first
-            copies = FrozenCopies.of(self._states, self._modules)
+            states = [state for reference in self._states if (state := reference()) is not None]
+            copies = FrozenCopies.of(states, self._modules) if len(states) == len(self._states) else None
             if copies is None:
                 return None
             # Ordinary tensors even in inference mode, because the next call may be outside of it.

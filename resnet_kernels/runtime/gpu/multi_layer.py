@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import target
-from ...kernels.geometry import Geometry
+from ...kernels.geometry import Geometry, plain_pair
 from ...ops import backends, tuned_table
 from ...ops.conv_candidates import ConvProblem
 from ..parts import CallPart, ConvPart, NormPart, Part, window_of
@@ -291,4 +291,6 @@ def shapes_of(
 
 def _is_pointwise(part: ConvPart) -> bool:
     conv = part.conv
-    return tuple(conv.kernel_size) == (1, 1) == tuple(conv.stride) and conv.groups == 1 and conv.padding in ((0, 0), 0)
+    if tuple(conv.weight.shape[2:]) != (1, 1) or isinstance(conv.padding, str):
+        return False
+    return plain_pair(conv.stride) == (1, 1) and conv.groups == 1 and plain_pair(conv.padding) == (0, 0)
