@@ -15,6 +15,7 @@ from ..graph.recipe import Recipe
 from ..ops import backends, onednn
 from ..ops.layouts import as_contiguous
 from . import subclasses
+from .cpu.packed_conv import PackedConv, PackedTogether
 from .cpu.program import Copies
 from .live_modules import LiveModules, has_global_hooks, has_hooks
 from .parts import ConvPart
@@ -40,6 +41,7 @@ class Survey:
         # Hooks inside a block are found with its own modules.
         hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
         self._hookable = [*map(weakref.ref, hookable)]
+        self._together: PackedTogether | None = None
 
     @property
     def owners(self) -> list[tuple[nn.Module, FusedState[Any], list[Recipe]]]:
@@ -58,6 +60,31 @@ class Survey:
     def is_current(self) -> bool:
         """Whether every child is in its place."""
         return all([*registry.values()] == children for registry, children in self.registries)
+
+
+    def unchanged(
+        self, packed: list[tuple[tuple[int, tuple[str, ...]], FusedState[Any], LiveModules]]
+    ) -> Iterator[tuple[tuple[int, tuple[str, ...]], LiveModules]]:
+        """The recipes whose packed weights stand for their modules as they are now.
+
+        Args:
+            packed: (key, state of the module that it is of, modules) of each recipe.
+        """
+        of_recipes = []
+        for key, state, live in packed:
+            packs = state.copies.packs
+            parts = [(packs.get(p.step.conv), p.conv, p.bn) for p in live.parts if isinstance(p, ConvPart)]
+            of_recipes.append((key, state, live, parts))
+        # One check of all tensors of a network takes half the time of one for each convolution.
+        values = [part for _, state, _, parts in of_recipes if not state.frozen for part in parts]
+        if self._together is None or not self._together.are_of(values):
+            self._together = PackedTogether(values)
+        together = self._together.are_unchanged()
+        for key, state, live, parts in of_recipes:
+            if (together and not state.frozen) or all(
+                pack is not None and state.holds(pack, conv, bn) for pack, conv, bn in parts
+            ):
+                yield key, live
 
 
 @contextlib.contextmanager
@@ -114,6 +141,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
         return
     verified: dict[tuple[int, tuple[str, ...]], LiveModules] = {}
     copies: dict[int, Copies] = {}
+    packed: list[tuple[tuple[int, tuple[str, ...]], FusedState[Any], LiveModules]] = []
     for owner, state, recipes in survey.owners:
         if (
             owner.training
@@ -123,30 +151,24 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
             continue
         for recipe in recipes:
             live = state.live.get(recipe.modules)
-            if live is None or not _is_verified(owner, state, live):
+            if live is None or not live.is_of(owner) or not live.is_current() or live.why_not_now() is not None:
                 continue
-            verified[id(owner), recipe.modules] = live
+            if live.runs_other_code(recipe):
+                continue
+            # Only oneDNN needs packed weights.
+            if live.convs[0].weight.device.type == "cpu" and backends.requested(state.backend) in ("auto", "cpu"):
+                packed.append(((id(owner), recipe.modules), state, live))
+            elif subclasses.are_known(live.convs):
+                verified[id(owner), recipe.modules] = live
             if recipe.whole:
                 copies[id(owner)] = state.copies
+    verified.update((key, live) for key, live in survey.unchanged(packed))
+    copies = {owner: of_owner for owner, of_owner in copies.items() if any(owner == key for key, _ in verified)}
     _call_state.verified, _call_state.copies = verified, copies
     try:
         yield
     finally:
         _call_state.verified = _call_state.copies = None
-
-
-def _is_verified(owner: nn.Module, state: FusedState[Any], live: LiveModules) -> bool:
-    if not live.is_of(owner) or not live.is_current() or live.why_not_now() is not None:
-        return False
-    # Only oneDNN needs packed weights.
-    if live.convs[0].weight.device.type != "cpu" or backends.requested(state.backend) not in ("auto", "cpu"):
-        return subclasses.are_known(live.convs)
-    packs, holds = state.copies.packs, state.holds
-    return all(
-        part.step.conv in packs and holds(packs[part.step.conv], part.conv, part.bn)
-        for part in live.parts
-        if isinstance(part, ConvPart)
-    )
 
 
 def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput] | None:

@@ -9,6 +9,7 @@ unnoticed; call `resnet_kernels.refresh` after those.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -143,18 +144,20 @@ class PackedConv:
 
     def is_of(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
-        return (
-            conv is self._conv and bn is self._bn and settings(conv, bn) == self._settings and self._watched.are_same()
-        )
+        return self.has_settings(conv, bn) and self._watched.are_same()
 
     def is_unchanged(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether the packed copies still match conv and bn."""
-        return (
-            conv is self._conv
-            and bn is self._bn
-            and settings(conv, bn) == self._settings
-            and self._watched.are_unchanged()
-        )
+        return self.has_settings(conv, bn) and self._watched.are_unchanged()
+
+    @property
+    def sources(self) -> WatchedTensors:
+        """The tensors that it was made from."""
+        return self._watched
+
+    def has_settings(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
+        """Whether it was packed from these modules, with these settings."""
+        return conv is self._conv and bn is self._bn and settings(conv, bn) == self._settings
 
     def bound(self, x_bound: float, offset: float | None = None) -> float:
         """Bound on the magnitude of bn(conv(x)), partial sums included, from a bound on x's."""
@@ -185,3 +188,25 @@ class PackedConv:
             return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
         x = reference.pad_if_asymmetric(x, sized.geometry)
         return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
+
+
+class PackedTogether:
+    """Packed convolutions of a whole network, whose sources are compared in one go."""
+
+    def __init__(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]):
+        self._parts = [*parts]
+        packs = [pack for pack, _, _ in parts if pack is not None]
+        self._sources = WatchedTensors.of_all([pack.sources for pack in packs]) if len(packs) == len(parts) else None
+
+    def are_of(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]) -> bool:
+        """Whether they are of these very packed convolutions and modules."""
+        # Tuples of objects without an __eq__ compare by identity.
+        return self._parts == parts
+
+    def are_unchanged(self) -> bool:
+        """Whether each stands for its modules as they are now."""
+        return (
+            self._sources is not None
+            and all(pack is not None and pack.has_settings(conv, bn) for pack, conv, bn in self._parts)
+            and self._sources.are_unchanged()
+        )

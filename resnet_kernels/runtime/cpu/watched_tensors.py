@@ -78,6 +78,16 @@ class WatchedTensors:
         if self._readable:
             self._look()
 
+    @classmethod
+    def of_all(cls, snapshots: Sequence[WatchedTensors]) -> WatchedTensors:
+        """Several snapshots as one."""
+        together = cls(())
+        for name in cls.__slots__:
+            if name != "_readable":
+                setattr(together, name, [item for snapshot in snapshots for item in getattr(snapshot, name, ())])
+        together._readable = all(snapshot._readable for snapshot in snapshots)
+        return together
+
     def _look(self) -> None:
         self._addresses = [*map(Tensor.data_ptr, self._tensors)]
         self._numels = [*map(Tensor.numel, self._tensors)]
