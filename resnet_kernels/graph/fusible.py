@@ -127,7 +127,7 @@ def why_not_bn(bn: nn.Module) -> str | None:
     """The reason why a BN cannot be a scale and a shift; None if it can."""
     if is_not_materialized(bn):
         return NOT_MATERIALIZED
-    if getattr(bn, "running_mean", None) is None:
+    if getattr(bn, "running_mean", None) is None or getattr(bn, "running_var", None) is None:
         return "has track_running_stats=False, so it needs each batch's own statistics"
     if has_act(bn):
         for name in ("drop", "act"):

@@ -52,7 +52,8 @@ class FusedContainer(Fused):
             # Elsewhere the run at the entry does it: call_run.
             args = (state.normalize(args[0], dtype_of(self)), *args[1:])
         if found is None:
-            return original(self, *args, **kwargs)
+            # Inside another container: code that may see a layout sees eager's.
+            return original(self, *map(checked_calls.as_eager, args), **kwargs)
         x = args[0]
         if checked_calls.is_inside_verified() and _is_stage(self, state):
             return _run_stage(self, state, x, UNKNOWN)
@@ -75,8 +76,8 @@ def _restored(outputs: Any, ours: Sequence[bool]) -> Any:
     if len(ours) == 1 and isinstance(outputs, Tensor):
         return as_contiguous(outputs) if ours[0] else outputs
     leaves, structure = pytree.tree_flatten(outputs)
-    if len(leaves) != len(ours):  # the tracer took a class of the user's for one value
-        ours = (True,) * len(leaves)
+    if len(leaves) != len(ours):  # a module that was not looked into returns several tensors
+        ours = (all(ours),) * len(leaves)
     return pytree.tree_unflatten([as_contiguous(v) if own else v for v, own in zip(leaves, ours)], structure)
 
 

@@ -138,7 +138,7 @@ class LiveModules:
         for part in self.parts:
             if isinstance(part, ConvPart):
                 bias = part.conv.bias
-                if part.conv.weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+                if part.conv.weight is None or part.conv.weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
                     return True
             if not isinstance(part, CallPart) and part.bn is not None:
                 dtypes = {tensor.dtype for tensor in bn_tensors(part.bn) if tensor is not None}

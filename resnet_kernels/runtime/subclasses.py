@@ -101,6 +101,8 @@ def by_its_rule(x: Tensor, compute: Callable[[Tensor], Tensor | None]) -> Any:
 
     def fused_forward(x: Tensor) -> Tensor:
         nonlocal began
+        if torch.overrides.has_torch_function_unary(x):  # a mode (torch.device) was asked first: now it is the class's turn
+            return torch.overrides.handle_torch_function(fused_forward, (x,), x)
         y = compute(x.as_subclass(Tensor))
         if y is None:
             raise _Refused
@@ -108,7 +110,7 @@ def by_its_rule(x: Tensor, compute: Callable[[Tensor], Tensor | None]) -> Any:
         return y
 
     try:
-        return torch.overrides.handle_torch_function(fused_forward, (x,), x)
+        return fused_forward(x)
     except Exception as error:
         if began or not isinstance(error, _Refused | TypeError | NotImplementedError):
             raise
