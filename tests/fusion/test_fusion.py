@@ -154,7 +154,7 @@ def cpu_without_bfloat16(monkeypatch):
 
     monkeypatch.setattr(onednn, "pack_weight", refuse)
     # Any answer from before is of this CPU as it is.
-    caches = backends.why_not, onednn.why_not
+    caches = backends.why_never, onednn.why_not
     for cache in caches:
         cache.cache_clear()
     yield
