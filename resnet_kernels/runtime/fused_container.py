@@ -100,8 +100,10 @@ def _plain_call(
 
     It has to under a tracer, in training on a backend without kernels for it, and after submodules changed.
     """
+    if torch.compiler.is_compiling():
+        return None
     x = subclasses.as_plain(x)
-    if torch.compiler.is_compiling() or not eligibility.is_ordinary(x):
+    if not eligibility.is_ordinary(x):
         if reason := eligibility.why_not_ordinary(x):
             eligibility.say_runs_eager(f"in a {type(module).__name__}, {reason}")
         return None
