@@ -10,6 +10,7 @@ import enum
 import functools
 import numbers
 import types
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -205,48 +206,59 @@ class Reads:
         return Reads(inside, self.outside, self.names)
 
 
+# What holds a value (None for the module itself), its name, what it was, and its name in messages.
+_Bound = tuple[Any, str, Any, str]
+
+
 class LiveReads:
     """Reads bound to a live module: what they give now is compared with what they gave when the forward was traced."""
 
     def __init__(self, module: nn.Module, owners: Mapping[str, nn.Module], reads: Reads):
-        self._attributes = module.__dict__
+        self._module = weakref.ref(module)
         self._names = reads.names
-        bound = [
-            (owners[r.path].__dict__, r.name, r.value, f"{r.path}.{r.name}".lstrip("."))
+        # The module's own attributes aren't held: they hold its state, which holds these reads.
+        bound: list[_Bound] = [
+            (owners[r.path].__dict__ if r.path else None, r.name, r.value, f"{r.path}.{r.name}".lstrip("."))
             for r in reads.inside
             if r.path in owners  # without it the registries differ, too
         ]
         bound += [(r.mapping, r.name, r.value, r.label) for r in reads.outside.reads]
-        self._slow = []
-        self._getters, self._expected, self._fast = [], [], []
-        for mapping, name, value, label in bound:
-            now = mapping.get(name, MISSING)
-            if (now is MISSING or is_plain(now) or isinstance(now, _FUNCTIONS)) and described(
-                now, self._names
-            ) == value:
-                self._getters.append((mapping.get, name))
-                self._expected.append(now)
-                self._fast.append((mapping, name, value, label))
+        self._slow: list[_Bound] = []
+        self._fast: list[_Bound] = []
+        self._own: list[tuple[str, Any]] = []
+        self._others: list[tuple[Any, str, Any]] = []
+        for entry in bound:
+            mapping, name, value, _ = entry
+            now = (module.__dict__ if mapping is None else mapping).get(name, MISSING)
+            is_fast = now is MISSING or is_plain(now) or isinstance(now, _FUNCTIONS)
+            if not is_fast or described(now, self._names) != value:
+                self._slow.append(entry)
+                continue
+            self._fast.append(entry)
+            if mapping is None:
+                self._own.append((name, now))
             else:
-                self._slow.append((mapping, name, value, label))
+                self._others.append((mapping.get, name, now))
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether they are bound to this very module."""
-        return self._attributes is module.__dict__
+        return self._module() is module
 
-    def changed(self) -> str | None:
-        """The name of something that is another than it was; None if nothing is."""
-        for (get, name), expected in zip(self._getters, self._expected):
-            if get(name, MISSING) is not expected:
-                break
-        else:
-            return self._differs(self._slow) if self._slow else None
-        return self._differs(self._fast + self._slow)
+    def changed(self, module: nn.Module) -> str | None:
+        """The name of something that is another than it was; None if nothing is. module: the one that they are of."""
+        own = module.__dict__
+        for name, then in self._own:
+            if own.get(name, MISSING) is not then:
+                return self._differs(own, self._fast + self._slow)
+        for get, name, then in self._others:
+            if get(name, MISSING) is not then:
+                return self._differs(own, self._fast + self._slow)
+        return self._differs(own, self._slow) if self._slow else None
 
-    def _differs(self, bound: list[tuple[Any, str, Any, str]]) -> str | None:
+    def _differs(self, own: dict[str, Any], bound: list[_Bound]) -> str | None:
         for mapping, name, value, label in bound:
             try:
-                if described(mapping.get(name, MISSING), self._names) != value:
+                if described((own if mapping is None else mapping).get(name, MISSING), self._names) != value:
                     return label
             except CannotRead:
                 return label

@@ -15,7 +15,7 @@ from ..graph.recipe import Recipe
 from ..ops import backends, onednn
 from ..ops.layouts import as_contiguous
 from . import subclasses
-from .cpu.packed_conv import PackedConv, PackedTogether
+from .cpu.packed_conv import PackedTogether
 from .cpu.program import Copies
 from .live_modules import LiveModules, has_global_hooks, has_hooks
 from .parts import ConvPart
@@ -61,7 +61,6 @@ class Survey:
         """Whether every child is in its place."""
         return all([*registry.values()] == children for registry, children in self.registries)
 
-
     def unchanged(
         self, packed: list[tuple[tuple[int, tuple[str, ...]], FusedState[Any], LiveModules]]
     ) -> Iterator[tuple[tuple[int, tuple[str, ...]], LiveModules]]:
@@ -79,7 +78,7 @@ class Survey:
         values = [part for _, state, _, parts in of_recipes if not state.frozen for part in parts]
         if self._together is None or not self._together.are_of(values):
             self._together = PackedTogether(values)
-        together = self._together.are_unchanged()
+        together = bool(values) and self._together.are_unchanged()
         for key, state, live, parts in of_recipes:
             if (together and not state.frozen) or all(
                 pack is not None and state.holds(pack, conv, bn) for pack, conv, bn in parts
@@ -151,7 +150,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
             continue
         for recipe in recipes:
             live = state.live.get(recipe.modules)
-            if live is None or not live.is_of(owner) or not live.is_current() or live.why_not_now() is not None:
+            if live is None or not live.is_of(owner) or not live.is_current(owner) or live.why_not_now() is not None:
                 continue
             if live.runs_other_code(recipe):
                 continue

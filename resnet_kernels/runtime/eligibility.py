@@ -62,7 +62,7 @@ def why_container_changed(module: nn.Module, state: FusedState[ContainerPlan]) -
     # A replica (nn.DataParallel) shares the state, but not the attributes.
     if state.reads is None or not state.reads.is_of(module):
         state.reads = live_reads(module, state.plan.reads)
-    return None if state.reads is None or (name := state.reads.changed()) is None else why_changed(name)
+    return None if state.reads is None or (name := state.reads.changed(module)) is None else why_changed(name)
 
 
 def why_not_now(module: nn.Module, recipe: Recipe, state: FusedState[Any]) -> str | None:
@@ -191,7 +191,7 @@ def _current_modules(module: nn.Module, recipe: Recipe, state: FusedState[Any]) 
     """A recipe's modules as they are now, looked up anew if one was replaced; or the reason why it no longer holds."""
     live = state.live.get(recipe.modules)
     # Replicas (nn.DataParallel) share the state of the module that they were made from, but not its children.
-    if live is not None and live.is_of(module) and live.is_current():
+    if live is not None and live.is_of(module) and live.is_current(module):
         return live
     found = wire(module, recipe)
     if not isinstance(found, str):

@@ -84,13 +84,13 @@ class LiveModules:
         """Whether these are the children of this very module, and not those of the one that it is a replica of."""
         return self.registries[0][0] is module._modules
 
-    def is_current(self) -> bool:
-        """Whether every module is still in its place, under its class."""
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether every module is still in its place, under its class, and what the forward reads is as it was."""
         # Comparing lists of modules compares identities: nn.Module has no __eq__.
         return (
             [*map(type, self.children)] == self.classes
             and all([*registry.values()] == children for registry, children in self.registries)
-            and (self.reads is None or self.reads.changed() is None)
+            and (self.reads is None or self.reads.changed(module) is None)
             and not any(r.get("running_mean") is None or r.get("running_var") is None for r in self.statistics)
         )
 
@@ -138,7 +138,11 @@ class LiveModules:
         for part in self.parts:
             if isinstance(part, ConvPart):
                 bias = part.conv.bias
-                if part.conv.weight is None or part.conv.weight.dtype != dtype or (bias is not None and bias.dtype != dtype):
+                if (
+                    part.conv.weight is None
+                    or part.conv.weight.dtype != dtype
+                    or (bias is not None and bias.dtype != dtype)
+                ):
                     return True
             if not isinstance(part, CallPart) and part.bn is not None:
                 dtypes = {tensor.dtype for tensor in bn_tensors(part.bn) if tensor is not None}
@@ -221,4 +225,4 @@ def wire(module: nn.Module, recipe: Recipe) -> LiveModules | str:
         if step.bn is not None and (bn := child_at(module, step.bn)) is not None and (reason := fusible.why_not_bn(bn)):
             return f"{step.bn} {reason}"
     live = LiveModules(module, recipe)
-    return live if live.reads is None or (name := live.reads.changed()) is None else why_changed(name)
+    return live if live.reads is None or (name := live.reads.changed(module)) is None else why_changed(name)

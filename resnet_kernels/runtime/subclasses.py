@@ -101,7 +101,9 @@ def by_its_rule(x: Tensor, compute: Callable[[Tensor], Tensor | None]) -> Any:
 
     def fused_forward(x: Tensor) -> Tensor:
         nonlocal began
-        if torch.overrides.has_torch_function_unary(x):  # a mode (torch.device) was asked first: now it is the class's turn
+        if torch.overrides.has_torch_function_unary(
+            x
+        ):  # a mode (torch.device) was asked first: now it is the class's turn
             return torch.overrides.handle_torch_function(fused_forward, (x,), x)
         y = compute(x.as_subclass(Tensor))
         if y is None:

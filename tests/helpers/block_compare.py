@@ -111,9 +111,10 @@ def _difference(path: str, mine: Tensor, theirs: Tensor, oracle: Oracle | None) 
     limit = _COARSE[theirs.dtype]
     if isinstance(truth, Tensor) and truth.shape == finite.shape and bool(truth[finite].isfinite().all()):
         truth = truth[finite]
-        if truth.norm() < rounding * theirs.norm():
-            # Everything cancels out: what is left are rounding errors.
-            return None if mine.norm() <= 4 * theirs.norm() else (OVER_BUDGET, "of a result that cancels out")
+        if truth.norm() <= rounding * theirs.norm():
+            # Everything cancels out: what is left are rounding errors. The inputs are of the size of 1.
+            most = max(4 * theirs.norm().item(), 16 * rounding * theirs.numel() ** 0.5)
+            return None if mine.norm() <= most else (OVER_BUDGET, "of a result that cancels out")
         if (eager := error(theirs, truth)) < _ANOTHER_COMPUTATION:
             ours, budget = error(mine, truth), error_budget.budget(eager, theirs.dtype, theirs.device)
             if ours <= budget:
