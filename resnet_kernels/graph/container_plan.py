@@ -99,9 +99,9 @@ def container_plan(
     called = dict.fromkeys(boundary(str(node.target)) for node in graph.nodes if node.op == "call_module")
     seen, outputs = seen_outputs(graph, children, paths, (*runs, *absorbed))
     # The last member of a run gives the run's output; the convolution stands for it.
-    members = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
-    seen = tuple(members.get(path, path) for path in seen)
-    others = [children[path] for path in called if path not in paths and path not in members]
+    run_of = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
+    seen = tuple(run_of.get(path, path) for path in seen)
+    others = [children[path] for path in called if path not in paths and path not in run_of]
     quiet = all(is_known(child) or _computes_only(child) for child in others)
     names = tuple(module._modules)
     return ContainerPlan(runs, tuple(absorbed), names, entry, True, tuple(called), seen, outputs, quiet, reads)

@@ -24,9 +24,11 @@ _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 # Their output is laid out as their input is.
 _FUNCTIONS = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.getitem, torch.add,
-     torch.mul, torch.cat, torch.relu, torch.relu_, torch.sigmoid, F.relu, F.relu_, F.dropout, F.interpolate, F.max_pool2d,
+     torch.mul, torch.cat, torch.relu, torch.relu_, torch.sigmoid, F.relu, F.relu_, F.interpolate, F.max_pool2d,
      F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.silu, F.gelu}
 )  # fmt: skip
+# They draw a number for each element, in the order in which elements lie in memory.
+_DRAWS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
 _METHODS = frozenset({"add", "add_", "mul", "mul_", "sub", "relu", "relu_", "sigmoid"})
 
 
@@ -65,9 +67,9 @@ def seen_outputs(
             if boundary(path) in fused or path in members:
                 return True
             child = children[path]
-            return type(child).__module__.startswith("torch.nn.") and (
-                isinstance(child, (nn.Flatten, nn.Linear)) or all_blind(reader)
-            )
+            if not type(child).__module__.startswith("torch.nn.") or isinstance(child, _DRAWS):
+                return False
+            return isinstance(child, (nn.Flatten, nn.Linear)) or all_blind(reader)
         if reader.op == "call_function":
             if reader.target is getattr:
                 return reader.args[1] in _ATTRIBUTES

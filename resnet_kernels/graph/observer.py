@@ -119,7 +119,7 @@ class _NoOperation(TorchDispatchMode):
     """Refuses every operation on a tensor with numbers."""
 
     def __init__(self, refuse: Callable[[str], None]):
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # PyTorch's has no types
         self._refuse = refuse
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -222,7 +222,7 @@ class Observer:
                 absent -= clone._modules.keys() | clone._parameters.keys() | clone._buffers.keys()
                 absent = (absent & self._asked) | class_values(type(clone), frozenset(absent)).keys()
                 inside += [Read(path, name, described(MISSING, names)) for name in sorted(absent)]
-        outside = [
+        outside: list[tuple[Any, str, str]] = [
             (vars(cls), name, f"{cls.__name__}.{name}")
             for cls in self._classes
             for name in (names | {"forward"}) & vars(cls).keys()
@@ -412,7 +412,7 @@ def _same_elements(container: Any, copy: Any) -> bool:
     if isinstance(copy, dict):
         return [*container] == [*copy] and all(a is b for a, b in zip(dict.values(container), copy.values()))
     if isinstance(copy, set):
-        return container == copy
+        return bool(container == copy)
     return len(container) == len(copy) and all(a is b for a, b in zip(container, copy))
 
 

@@ -127,7 +127,7 @@ def decide(
         return FusedRun(known.backend[1], live, True)
     dtype = autocast_dtype(x)
     weight = live.convs[0].weight
-    if weight is None or x.device != weight.device or (dtype is None and live.mixes_dtypes(x.dtype)):
+    if weight is None or x.device != weight.device or (dtype is None and live.is_refused(x.dtype)):
         return Eager()  # its own error, or its own meaning
     backend = resolve(state.backend, x.device, dtype or x.dtype)
     if backend == "eager":

@@ -118,8 +118,8 @@ def _plain_call(
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
         )
         return None
-    if (reason := eligibility.why_container_changed(module, state)) is not None:
-        eligibility.say_runs_eager(f"in a {type(module).__name__}, {reason}")
+    if (changed := eligibility.why_container_changed(module, state)) is not None:
+        eligibility.say_runs_eager(f"in a {type(module).__name__}, {changed}")
         return None
     question = (state.backend, x.device, autocast_dtype(x) or x.dtype)
     backend = checked_calls.resolve(*question)

@@ -132,8 +132,8 @@ class LiveModules:
         """Whether a weight or a bias that the steps read wants a gradient."""
         return any(needs_gradient(module) for part in self.parts for module in part[1:3] if not isinstance(module, str))
 
-    def mixes_dtypes(self, dtype: torch.dtype) -> bool:
-        """Whether tensors of the steps have dtypes that eager refuses to compute with on an input of `dtype`."""
+    def is_refused(self, dtype: torch.dtype) -> bool:
+        """Whether eager refuses to compute with the steps' tensors on an input of `dtype`: one is missing, or dtypes mix."""
         wide = {dtype, torch.float32} if dtype in (torch.float16, torch.bfloat16) else {dtype}
         for part in self.parts:
             if isinstance(part, ConvPart):
@@ -145,8 +145,10 @@ class LiveModules:
                 ):
                     return True
             if not isinstance(part, CallPart) and part.bn is not None:
-                dtypes = {tensor.dtype for tensor in bn_tensors(part.bn) if tensor is not None}
-                if len(dtypes) > 1 or not dtypes <= wide:
+                tensors = bn_tensors(part.bn)
+                dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+                is_lax = isinstance(part.bn, nn.modules.batchnorm._BatchNorm)  # a frozen BN has no affine=False
+                if len(dtypes) > 1 or not dtypes <= wide or (not is_lax and any(tensor is None for tensor in tensors)):
                     return True
         return False
 

@@ -20,15 +20,13 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
     import conftest as conftest
 
-from helpers.block_runs import ELSEWHERE, Discard, draw, run
+from helpers.block_runs import Discard, draw, run
 from helpers.block_shrink import Findings, shrink
 from helpers.oracle import runnable
 
 EXAMPLES = int(os.environ.get("RK_FUZZ_EXAMPLES", "300"))
 # A fuzzer whose models are left as they are would find nothing.
 LEAST_SHARE_FUSED = 0.25
-# The fused part gives channels_last tensors, on which a mask drawn element by element is the same mask, shuffled.
-ACCEPTED = (ELSEWHERE,)
 
 
 @pytest.fixture
@@ -62,7 +60,7 @@ def test_random_blocks_are_plain_pytorchs(backend, examples, one_thread):
         except Discard:
             return
         shares.append(result.fused)
-        if result.mismatch is not None and result.mismatch.what not in ACCEPTED:
+        if result.mismatch is not None:
             smallest, mismatch = shrink(example, result.mismatch)
             raise AssertionError(f"{mismatch}\n\n{smallest}")
 

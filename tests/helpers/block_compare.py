@@ -29,7 +29,6 @@ class Mismatch(Exception):
 
     what: str
     detail: str
-    of_values: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: {self.detail}"
@@ -38,6 +37,8 @@ class Mismatch(Exception):
 def compare(expected: Outcome, found: Outcome, oracle: Oracle | None, where: str) -> None:
     """Raises a Mismatch at the first difference, the plainest kinds first."""
     names = type(expected.error).__name__, type(found.error).__name__
+    if found.error is None and "modified by an inplace operation" in str(expected.error):
+        return  # a fused block keeps what eager's in-place ReLU has written over: it has a gradient where eager has none
     if names[0] != names[1]:
         text = str(found.error or expected.error).partition("\n")[0]
         raise Mismatch(f"{names[0]} became {names[1]}: {without_names(text)}", f"{where}: {text}")
@@ -72,7 +73,7 @@ def _compare_leaf(path: str, expected: Outcome, found: Outcome, oracle: Oracle |
     mine, theirs = found.leaves[path], expected.leaves[path]
     if isinstance(theirs, Tensor) and isinstance(mine, Tensor):
         if (difference := _difference(path, mine, theirs, oracle)) is not None:
-            raise Mismatch(f"{kind}: {_general(path)} {difference[0]}", f"{where}: {path}: {difference[1]}", True)
+            raise Mismatch(f"{kind}: {_general(path)} {difference[0]}", f"{where}: {path}: {difference[1]}")
     elif mine != theirs:
         raise Mismatch(f"{kind}: {_general(path)} differs", f"{where}: {path}: {theirs!r} became {mine!r}")
 
