@@ -180,6 +180,8 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CannotRead(f"its forward can't be traced ({first_line})") from error
     for node in reversed(tracer.graph.nodes):
+        if mutates(node, clones) and (written := _attribute_behind(node.args[0])) is not None:
+            raise CannotRead(f"its forward writes to {written}")
         if node.op == "get_attr" and not node.users:
             tracer.graph.erase_node(node)
     return Traced(tracer.graph, reads)
@@ -199,15 +201,27 @@ def _input_name(forward: Callable[..., Any]) -> str:
     return parameters[0].name
 
 
+def _attribute_behind(value: Any) -> str | None:
+    """The parameter or buffer that a value is, or is a view of; None if it is another value."""
+    while isinstance(value, torch.fx.Node) and value.op in ("call_method", "call_function") and value.args:
+        value = value.args[0]
+    return str(value.target) if isinstance(value, torch.fx.Node) and value.op == "get_attr" else None
+
+
 def mutates(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
     """Whether a node writes over its first input."""
+    if not node.args:
+        return False
     name = str(node.target)
     if node.op == "call_module":
         return bool(getattr(modules[name], "inplace", False))
     if node.op == "call_method":
         return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
     return (
-        node.target in (operator.iadd, torch.relu_, F.relu_)
+        node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_, F.relu_)
+        or getattr(node.target, "__name__", "").endswith("_")
         or bool(node.kwargs.get("inplace", False))
         or (node.target is F.relu and len(node.args) > 1 and bool(node.args[1]))
     )

@@ -28,7 +28,7 @@ from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, 
 from .fused_block import FusedBlock
 from .fused_module import Fused
 from .gpu import plan
-from .live_modules import has_hooks
+from .live_modules import has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, Eager, FusedRun, FusedState, state_of
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
             else:
                 x, known = FusedBlock._rk_call(child, x, known)
         else:
-            if has_hooks(child):
+            if has_hooks(child) or has_global_hooks():
                 x = checked_calls.as_eager(x)
             x, known = child(x), UNKNOWN
             if name in state.plan.seen:
@@ -168,7 +168,11 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
 
 
 def _is_free_block(child: nn.Module | None) -> TypeIs[FusedBlock]:
-    return isinstance(child, FusedBlock) and not has_hooks(child) and "forward" not in child.__dict__
+    return (
+        isinstance(child, FusedBlock)
+        and not (has_hooks(child) or has_global_hooks())
+        and "forward" not in child.__dict__
+    )
 
 
 def _together(
