@@ -20,7 +20,7 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
-from .layouts import boundaries, seen_outputs
+from .layouts import boundaries, layouts
 from .reads import NOTHING, Read, Reads, described
 from .recipe import CallStep, CannotRead, ContainerPlan, ConvStep, Recipe, Step
 from .tracing import trace
@@ -97,14 +97,24 @@ def container_plan(
     paths = [path for path, child in module.named_modules() if path and any(child is f for f in fused)]
     boundary = boundaries(paths)
     called = dict.fromkeys(boundary(str(node.target)) for node in graph.nodes if node.op == "call_module")
-    seen, outputs = seen_outputs(graph, children, paths, (*runs, *absorbed))
-    # The last member of a run gives the run's output; the convolution stands for it.
+    layout = layouts(graph, children, paths, (*runs, *absorbed))
     run_of = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
-    seen = tuple(run_of.get(path, path) for path in seen)
+    # The convolution stands for its run.
+    seen, apart = (tuple(run_of.get(path, path) for path in found) for found in layout[:2])
     others = [children[path] for path in called if path not in paths and path not in run_of]
     quiet = all(is_known(child) or _computes_only(child) for child in others)
-    names = tuple(module._modules)
-    return ContainerPlan(runs, tuple(absorbed), names, entry, True, tuple(called), seen, outputs, quiet, reads)
+    return ContainerPlan(
+        runs,
+        tuple(absorbed),
+        tuple(module._modules),
+        entry,
+        called=tuple(called),
+        seen=seen,
+        apart=apart,
+        outputs=layout.outputs,
+        quiet=quiet,
+        reads=reads,
+    )
 
 
 def _computes_only(module: nn.Module) -> bool:

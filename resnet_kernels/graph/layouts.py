@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,82 +33,85 @@ _DRAWS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
 _METHODS = frozenset({"add", "add_", "mul", "mul_", "sub", "relu", "relu_", "sigmoid"})
 
 
-def seen_outputs(
+class Layouts(NamedTuple):
+    """Where the layout of a container's values matters.
+
+    seen: the children whose output is read by code that sees its layout; "" stands for the container's own input.
+    apart: the children whose input is not laid out as ours are: it comes from code that sees layouts.
+    outputs: for each tensor that forward returns, whether it is laid out as ours are.
+    """
+
+    seen: tuple[str, ...]
+    apart: tuple[str, ...]
+    outputs: tuple[bool, ...]
+
+
+def layouts(
     graph: Graph, children: Mapping[str, nn.Module], fused: Collection[str], members: Collection[str]
-) -> tuple[tuple[str, ...], tuple[bool, ...]]:
-    """The children whose output is read by code that sees its layout, and which outputs of the container are channels_last.
+) -> Layouts:
+    """Follows the layouts of values through a container's forward.
 
     Args:
         graph: the container's forward.
         children: its modules by path.
         fused: paths of the fused modules in it.
         members: paths of the children that belong to its runs.
-
-    Returns:
-        Paths, with "" for the container's own input; and for each tensor that forward returns, whether it has to be
-        converted to eager's layout.
     """
     boundary = boundaries(fused)
     blind: dict[Node, bool] = {}
 
-    def all_blind(node: Node) -> bool:
-        """Whether no reader of a node sees its layout."""
-        if node not in blind:
-            blind[node] = True  # a loop can't be: graphs are in order
-            blind[node] = all(is_blind(reader, node) for reader in node.users)
-        return blind[node]
+    def is_fused(node: Node) -> bool:
+        return node.op == "call_module" and (boundary(str(node.target)) in fused or node.target in members)
 
-    def is_blind(reader: Node, node: Node) -> bool:
-        if node.op == "placeholder" and (reader.op == "output" or mutates(reader, dict(children))):
-            return False  # it has to be the caller's own tensor
+    def passes_on(node: Node) -> bool:
+        """Whether a node computes the same from either layout, and gives its output the layout of its input."""
+        if node.op == "call_module":
+            child = children[str(node.target)]
+            last = (nn.Flatten, nn.Linear, *_DRAWS)
+            return type(child).__module__.startswith("torch.nn.") and not isinstance(child, last)
+        return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
+
+    def is_blind(reader: Node) -> bool:
         if reader.op == "output":
             return True  # the container gives its output eager's layout
+        if is_fused(reader):
+            return True
+        if passes_on(reader):
+            if reader not in blind:
+                blind[reader] = all(map(is_blind, reader.users))
+            return blind[reader]
         if reader.op == "call_module":
-            path = str(reader.target)
-            if boundary(path) in fused or path in members:
-                return True
-            child = children[path]
-            if not type(child).__module__.startswith("torch.nn.") or isinstance(child, _DRAWS):
-                return False
-            return isinstance(child, (nn.Flatten, nn.Linear)) or all_blind(reader)
-        if reader.op == "call_function":
-            if reader.target is getattr:
-                return reader.args[1] in _ATTRIBUTES
-            return reader.target in _LAST_FUNCTIONS or (reader.target in _FUNCTIONS and all_blind(reader))
-        return reader.target in _LAST_METHODS or (reader.target in _METHODS and all_blind(reader))
+            return isinstance(children[str(reader.target)], (nn.Flatten, nn.Linear))
+        if reader.op == "call_function" and reader.target is getattr:
+            return reader.args[1] in _ATTRIBUTES
+        return reader.target in (_LAST_FUNCTIONS if reader.op == "call_function" else _LAST_METHODS)
 
-    seen = []
+    seen: list[str] = []
+    apart: list[str] = []
+    ours: set[Node] = set()
     for node in graph.nodes:
         if node.op == "placeholder":
-            path = ""
-        elif node.op == "call_module" and (boundary(str(node.target)) in fused or node.target in members):
+            # Code may see that a tensor is the caller's own, so only modules may get a converted one.
+            if all(r.op == "call_module" and is_blind(r) and not mutates(r, dict(children)) for r in node.users):
+                ours.add(node)
+            else:
+                seen.append("")
+        elif is_fused(node):
             path = boundary(str(node.target))
-        else:
-            continue
-        # A fused container inside this one looks after its own children's readers.
-        readers = [r for r in node.users if not (path and r.op == "call_module" and boundary(str(r.target)) == path)]
-        if not all(is_blind(reader, node) for reader in readers):
-            seen.append(path)
-
-    def is_internal(node: object) -> bool:
-        """Whether a value is laid out as ours are."""
-        if not isinstance(node, Node):
-            return False
-        if node.op == "call_module":
-            path = str(node.target)
-            if boundary(path) in fused or path in members:
-                return boundary(path) not in seen
-            if not type(children[path]).__module__.startswith("torch.nn."):
-                return False
-        elif node.op == "placeholder":
-            return "" not in seen
-        elif node.target not in _FUNCTIONS and node.target not in _METHODS:
-            return False
-        return any(map(is_internal, node.all_input_nodes))
-
+            if not any(value in ours for value in node.all_input_nodes):
+                apart.append(path)
+                continue
+            # A fused container inside this one looks after its own children's readers.
+            readers = [r for r in node.users if not (r.op == "call_module" and boundary(str(r.target)) == path)]
+            if all(map(is_blind, readers)):
+                ours.add(node)
+            else:
+                seen.append(path)
+        elif passes_on(node) and any(value in ours for value in node.all_input_nodes):
+            ours.add(node)
     output = next(node for node in graph.nodes if node.op == "output")
-    outputs = tuple(is_internal(leaf) for leaf in pytree.tree_leaves(output.args[0]))
-    return tuple(dict.fromkeys(seen)), outputs
+    outputs = tuple(leaf in ours for leaf in pytree.tree_leaves(output.args[0]))
+    return Layouts(tuple(dict.fromkeys(seen)), tuple(dict.fromkeys(apart)), outputs)
 
 
 def boundaries(fused: Collection[str]) -> Callable[[str], str]:

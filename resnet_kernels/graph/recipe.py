@@ -127,7 +127,8 @@ class ContainerPlan:
     entry: the run that is the only reader of the container's input. trains: the forward is the same in train() mode.
     reads: what the forward reads besides its input and its modules; with other values the plan does not hold.
     called: the paths of the modules that the forward calls, down to fused ones. seen: those whose output is read by code
-    that sees its layout; "" for the container's input. outputs: for each tensor that it returns, whether it has our layout.
+    that sees its layout; "" for the container's input. apart: those whose input comes from such code. outputs: for each tensor
+    that it returns, whether it has our layout (see layouts.py).
     quiet: nothing that the forward runs can change a fused block, so that all may be checked before it runs.
     """
 
@@ -138,6 +139,7 @@ class ContainerPlan:
     trains: bool = True
     called: tuple[str, ...] = ()
     seen: tuple[str, ...] = ("",)
+    apart: tuple[str, ...] = ()
     outputs: tuple[bool, ...] = ()
     quiet: bool = False
     reads: Reads | None = field(default=None, compare=False)

@@ -97,23 +97,32 @@ def one_call(found: dict[Question, str], contiguous: bool) -> Iterator[None]:
         contiguous: whether the tensors inside the module are contiguous in eager, and channels_last in this call.
     """
     if getattr(_call_state, "resolved", None) is not None:
-        yield
-        return
+        if _call_state.contiguous is not None:
+            yield
+            return
+        found = _call_state.resolved  # `apart` from the module around
+    before = getattr(_call_state, "resolved", None), getattr(_call_state, "contiguous", None)
     _call_state.resolved, _call_state.contiguous = found, contiguous
     try:
         yield
     finally:
-        _call_state.resolved = _call_state.contiguous = None
+        _call_state.resolved, _call_state.contiguous = before
+
+
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Spans the call of a module in a container on a tensor that has the layout of eager already."""
+    before = getattr(_call_state, "contiguous", None)
+    _call_state.contiguous = None
+    try:
+        yield
+    finally:
+        _call_state.contiguous = before
 
 
 def as_eager(value: Any) -> Any:
     """A tensor inside a container in the layout that it has in eager, for code that sees it; any other value as it is."""
     return as_contiguous(value) if getattr(_call_state, "contiguous", None) else value
-
-
-def is_inside_call() -> bool:
-    """Whether a fused container's call is running in this thread; its output gets eager's layout."""
-    return getattr(_call_state, "resolved", None) is not None
 
 
 def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:
@@ -154,8 +163,11 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
                 continue
             if live.runs_other_code(recipe):
                 continue
+            weight = live.convs[0].weight
+            if weight is None:
+                continue
             # Only oneDNN needs packed weights.
-            if live.convs[0].weight.device.type == "cpu" and backends.requested(state.backend) in ("auto", "cpu"):
+            if weight.device.type == "cpu" and backends.requested(state.backend) in ("auto", "cpu"):
                 packed.append(((id(owner), recipe.modules), state, live))
             elif subclasses.are_known(live.convs):
                 verified[id(owner), recipe.modules] = live

@@ -92,7 +92,9 @@ def view_of(module: nn.Module, state: FusedState[ContainerPlan]) -> nn.Module:
         child = child_at(module, path)
         if child is not None and path not in calls:
             hooked = every or has_hooks(child)
-            if hooked or path in state.plan.seen:
+            if path in state.plan.apart:
+                calls[path] = partial(_call_apart, child)
+            elif hooked or path in state.plan.seen:
                 calls[path] = partial(_call_as_eager, child, hooked)
     return _with_calls(module, calls) if calls else module
 
@@ -110,6 +112,11 @@ def _call_as_eager(child: nn.Module, hooked: bool, *args: Any, **kwargs: Any) ->
     if hooked:  # hooks see what goes in, too
         args = tuple(checked_calls.as_eager(value) for value in args)
     return checked_calls.as_eager(child(*args, **kwargs))
+
+
+def _call_apart(child: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    with checked_calls.apart():
+        return child(*args, **kwargs)
 
 
 def _with_calls(module: nn.Module, calls: Mapping[str, Callable[..., Any]]) -> nn.Module:

@@ -78,6 +78,8 @@ def why_not_now(module: nn.Module, recipe: Recipe, state: FusedState[Any]) -> st
     if live.runs_other_code(recipe):
         return _OTHER_IN_TRAINING
     weight = live.convs[0].weight
+    if weight is None:
+        return f"{live.parts[0].step} has no weight"
     if (reason := _why_not_weights(live)) is not None:
         return reason
     if live.in_training() is None or not trains_on(backend, weight):

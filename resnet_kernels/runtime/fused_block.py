@@ -76,9 +76,6 @@ def _run_subclass(
         return None
 
     def compute(x: Tensor) -> Tensor | None:
-        if checked_calls.is_inside_call():
-            # The outermost container gives its output eager's layout, so blocks need not convert one by one.
-            x = x.contiguous(memory_format=inference.CHANNELS_LAST)
         # Anew, because a rule may hand on another tensor than it got.
         result = run_if_fused(module, recipe, state, x, UNKNOWN)
         return None if result is None else result[0]

@@ -159,6 +159,10 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
             else:
                 x, known = FusedBlock._rk_call(child, x, known)
         else:
+            if name in state.plan.apart:
+                with checked_calls.apart():
+                    x, known = child(x), UNKNOWN
+                continue
             if has_hooks(child) or has_global_hooks():
                 x = checked_calls.as_eager(x)
             x, known = child(x), UNKNOWN
