@@ -157,7 +157,9 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     if not states:
         return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
     frozen = any(state.frozen for state in states)
-    return FuseReport(_rows_now(find_blocks(model), tables=True), states[0].backend, _normalize_of(model), frozen)
+    findings = find_blocks(model)
+    rows = _rows_now(findings, tables=True) + _rows_of_lost_blocks(model, findings)
+    return FuseReport(rows, states[0].backend, _normalize_of(model), frozen)
 
 
 def _normalize_of(model: nn.Module) -> Normalize | None:
@@ -202,6 +204,18 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
                 apart = "a hook on it has to fire" if hook else ""
                 rows.append(replace(row, reason=reason or "", apart=apart, table=by_table))
     return tuple(rows)
+
+
+def _rows_of_lost_blocks(model: nn.Module, findings: list[Finding]) -> tuple[Row, ...]:
+    """Returns a row for each fused module in which nothing is found any more, because its forward is another one now."""
+    found = {id(finding.module) for finding in findings}
+    return tuple(
+        Row(path, type(module).__name__, False, reason="has another forward than when it was fused: call fuse_ again")
+        for path, module in model.named_modules()
+        if (state := state_of(module)) is not None
+        and id(module) not in found
+        and (isinstance(state.plan, Recipe) or state.plan.runs)
+    )
 
 
 def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:

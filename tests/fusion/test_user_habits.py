@@ -134,10 +134,12 @@ FLAGS = {
 SHARED = ("a class attribute", "a global", "a variable of an enclosing function")
 
 
+@pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("name", FLAGS)
-def test_a_flag_that_forward_asks_is_asked_in_each_call(name):
+def test_a_flag_that_forward_asks_is_asked_in_each_call(name, backend):
+    skip_unless_runnable(backend, torch.device("cpu"), torch.float32)
     forward, switch = FLAGS[name]
-    plain, fused = twins(stage(forward))
+    plain, fused = twins(stage(forward), backend=backend)
     assert rk.explain(plain).fused
     x = images()
     try:
@@ -188,6 +190,20 @@ class FlaggedNet(Block):
         return self.relu(self.bn(self.conv(x)) + x) if self.config.active else x
 
 
+@pytest.mark.parametrize("fused_first", [False, True])
+def test_a_forward_that_is_replaced_in_the_class_is_the_forward(fused_first):
+    class Replaced(Block):
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)) + x)
+
+    plain, fused = twins(lambda: nn.Sequential(Replaced(), Replaced()))
+    if fused_first:
+        agree(plain, fused, images())
+    Replaced.forward = lambda self, x: self.conv(x)
+    agree(plain, fused, images())
+    assert any("forward" in row.reason or not row.fused for row in rk.explain(fused))
+
+
 def test_a_method_that_forward_calls_may_be_replaced():
     class Calls(Block):
         def act(self, x):
@@ -221,8 +237,12 @@ def test_a_method_that_forward_calls_may_be_replaced():
         lambda net: setattr(net[1], "eps", 0.3),
     ],
 )  # fmt: skip
-def test_settings_of_children_hold_in_each_call(edit):
-    plain, fused = twins(lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)))
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_settings_of_children_hold_in_each_call(edit, backend):
+    skip_unless_runnable(backend, torch.device("cpu"), torch.float32)
+    plain, fused = twins(
+        lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)), backend=backend
+    )
     x = images(size=10)
     agree(plain, fused, x)
     for model in (plain, fused):
@@ -379,8 +399,10 @@ class ChannelsLast(Head):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_code_of_the_users_sees_eagers_layout(make, channels, layout):
-    plain, fused = twins(make)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_code_of_the_users_sees_eagers_layout(make, channels, layout, backend):
+    skip_unless_runnable(backend, torch.device("cpu"), torch.float32)
+    plain, fused = twins(make, backend=backend)
     assert rk.explain(plain).fused
     xs = [images(channels).contiguous(memory_format=layout) for _ in range(2)]
     with torch.no_grad():
