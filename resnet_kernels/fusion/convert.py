@@ -209,13 +209,14 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
 def _rows_of_lost_blocks(model: nn.Module, findings: list[Finding]) -> tuple[Row, ...]:
     """Returns a row for each fused module in which nothing is found any more, because its forward is another one now."""
     found = {id(finding.module) for finding in findings}
-    return tuple(
-        Row(path, type(module).__name__, False, reason="has another forward than when it was fused: call fuse_ again")
-        for path, module in model.named_modules()
-        if (state := state_of(module)) is not None
-        and id(module) not in found
-        and (isinstance(state.plan, Recipe) or state.plan.runs)
-    )
+    rows = []
+    for path, module in model.named_modules():
+        if (state := state_of(module)) is None or id(module) in found:
+            continue
+        for recipe in [state.plan] if isinstance(state.plan, Recipe) else state.plan.runs.values():
+            reason = eligibility.why_not_now(module, recipe, state)
+            rows.append(Row(path, type(module).__name__, False, reason=reason or "can't be read any more"))
+    return tuple(rows)
 
 
 def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:
