@@ -57,61 +57,71 @@ def layouts(
         fused: paths of the fused modules in it.
         members: paths of the children that belong to its runs.
     """
-    boundary = boundaries(fused)
-    blind: dict[Node, bool] = {}
-
-    def is_fused(node: Node) -> bool:
-        return node.op == "call_module" and (boundary(str(node.target)) in fused or node.target in members)
-
-    def passes_on(node: Node) -> bool:
-        """Whether a node computes the same from either layout, and gives its output the layout of its input."""
-        if node.op == "call_module":
-            child = children[str(node.target)]
-            last = (nn.Flatten, nn.Linear, *_DRAWS)
-            return type(child).__module__.startswith("torch.nn.") and not isinstance(child, last)
-        return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
-
-    def is_blind(reader: Node) -> bool:
-        if reader.op == "output":
-            return True  # the container gives its output eager's layout
-        if is_fused(reader):
-            return True
-        if passes_on(reader):
-            if reader not in blind:
-                blind[reader] = all(map(is_blind, reader.users))
-            return blind[reader]
-        if reader.op == "call_module":
-            return isinstance(children[str(reader.target)], (nn.Flatten, nn.Linear))
-        if reader.op == "call_function" and reader.target is getattr:
-            return reader.args[1] in _ATTRIBUTES
-        return reader.target in (_LAST_FUNCTIONS if reader.op == "call_function" else _LAST_METHODS)
-
+    readers = _Readers(children, fused, members)
     seen: list[str] = []
     apart: list[str] = []
     ours: set[Node] = set()
     for node in graph.nodes:
+        is_ours = any(value in ours for value in node.all_input_nodes)
         if node.op == "placeholder":
             # Code may see that a tensor is the caller's own, so only modules may get a converted one.
-            if all(r.op == "call_module" and is_blind(r) and not mutates(r, dict(children)) for r in node.users):
+            if all(r.op == "call_module" and readers.is_blind(r) and not mutates(r, children) for r in node.users):
                 ours.add(node)
             else:
                 seen.append("")
-        elif is_fused(node):
-            path = boundary(str(node.target))
-            if not any(value in ours for value in node.all_input_nodes):
-                apart.append(path)
-                continue
+        elif readers.is_fused(node):
+            path = readers.boundary(str(node.target))
             # A fused container inside this one looks after its own children's readers.
-            readers = [r for r in node.users if not (r.op == "call_module" and boundary(str(r.target)) == path)]
-            if all(map(is_blind, readers)):
+            outside = [r for r in node.users if not (r.op == "call_module" and readers.boundary(str(r.target)) == path)]
+            if not is_ours:
+                apart.append(path)
+            elif all(map(readers.is_blind, outside)):
                 ours.add(node)
             else:
                 seen.append(path)
-        elif passes_on(node) and any(value in ours for value in node.all_input_nodes):
+        elif is_ours and readers.passes_on(node):
             ours.add(node)
     output = next(node for node in graph.nodes if node.op == "output")
     outputs = tuple(leaf in ours for leaf in pytree.tree_leaves(output.args[0]))
     return Layouts(tuple(dict.fromkeys(seen)), tuple(dict.fromkeys(apart)), outputs)
+
+
+class _Readers:
+    """What the nodes of a forward see of the layout of their inputs."""
+
+    def __init__(self, children: Mapping[str, nn.Module], fused: Collection[str], members: Collection[str]):
+        self._children, self._fused, self._members = children, fused, members
+        self._blind: dict[Node, bool] = {}
+        self.boundary = boundaries(fused)
+
+    def is_fused(self, node: Node) -> bool:
+        """Whether a node calls a fused module, or a child of a run."""
+        path = str(node.target)
+        return node.op == "call_module" and (self.boundary(path) in self._fused or path in self._members)
+
+    def passes_on(self, node: Node) -> bool:
+        """Whether a node computes the same from either layout, and gives its output the layout of its input."""
+        if node.op == "call_module":
+            child = self._children[str(node.target)]
+            last = (nn.Flatten, nn.Linear, *_DRAWS)
+            return type(child).__module__.startswith("torch.nn.") and not isinstance(child, last)
+        return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
+
+    def is_blind(self, node: Node) -> bool:
+        """Whether a node computes the same from either layout, and so do all that read its output."""
+        if node.op == "output":
+            return True  # the container gives its output eager's layout
+        if self.is_fused(node):
+            return True
+        if self.passes_on(node):
+            if node not in self._blind:
+                self._blind[node] = all(map(self.is_blind, node.users))
+            return self._blind[node]
+        if node.op == "call_module":
+            return isinstance(self._children[str(node.target)], (nn.Flatten, nn.Linear))
+        if node.op == "call_function" and node.target is getattr:
+            return node.args[1] in _ATTRIBUTES
+        return node.target in (_LAST_FUNCTIONS if node.op == "call_function" else _LAST_METHODS)
 
 
 def boundaries(fused: Collection[str]) -> Callable[[str], str]:

@@ -166,6 +166,7 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
         raise CannotRead(f"{cls.__name__} has a __call__ of its own")
     name = _input_name(cls.forward)
     tracer = _Tracer(into_wrappers)
+    clones: dict[str, nn.Module] = {}
     x = tracer.create_proxy("placeholder", name, (), {})
     try:
         clones = tracer.clone(module, training)
@@ -173,18 +174,27 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
         with observer.running():
             result = cls.forward(clones[""], x)
         tracer.create_node("output", "output", (tracer.create_arg(result),), {})
-        reads = observer.reads()
+        _check_written(tracer.graph, clones)
+        return Traced(tracer.graph, observer.reads())
     except CannotRead:
         raise
     except Exception as error:  # forward is the user's code: it may raise anything
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CannotRead(f"its forward can't be traced ({first_line})") from error
-    for node in reversed(tracer.graph.nodes):
+    finally:
+        # They refer to each other, and would hold the user's tensors until the garbage collector comes.
+        tracer.observer = None
+        for clone in clones.values():
+            clone.__dict__.clear()
+
+
+def _check_written(graph: torch.fx.Graph, clones: dict[str, nn.Module]) -> None:
+    """Refuses a forward that writes to parameters or buffers, and drops those from the graph that it only looked at."""
+    for node in reversed(graph.nodes):
         if mutates(node, clones) and (written := _attribute_behind(node.args[0])) is not None:
             raise CannotRead(f"its forward writes to {written}")
         if node.op == "get_attr" and not node.users:
-            tracer.graph.erase_node(node)
-    return Traced(tracer.graph, reads)
+            graph.erase_node(node)
 
 
 def _input_name(forward: Callable[..., Any]) -> str:
@@ -208,7 +218,7 @@ def _attribute_behind(value: Any) -> str | None:
     return str(value.target) if isinstance(value, torch.fx.Node) and value.op == "get_attr" else None
 
 
-def mutates(node: torch.fx.Node, modules: dict[str, nn.Module]) -> bool:
+def mutates(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node writes over its first input."""
     if not node.args:
         return False

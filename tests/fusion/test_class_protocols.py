@@ -104,10 +104,11 @@ def test_subclass_hooks_do_not_run():
 def test_a_fused_model_dies_with_its_last_reference(part, freeze):
     model = part(rk.models.resnet18(num_classes=10)).eval()
     x = torch.randn(1, 3 if hasattr(model, "fc") else 64, 32, 32)
-    rk.fuse_(model, freeze=freeze)
-    gc.collect()  # what torch.fx leaves behind
+    gc.collect()
     gc.disable()
     try:
+        rk.explain(model)
+        rk.fuse_(model, freeze=freeze)
         with torch.no_grad():
             model(x)
             model(x)
