@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import dis
+import gc
 import os
 import random
 import sys
 import sysconfig
+import threading
 import types
 import weakref
 from collections import deque
@@ -115,6 +117,38 @@ def _table(code: types.CodeType) -> dict[int, tuple[str, Any]]:
     return found
 
 
+class _GarbageCollector:
+    """Python's garbage collector, off while any thread observes.
+
+    Finalizers and gc.callbacks would run in the middle of a forward and be taken for its code. And Python 3.11 crashes where a
+    trace function is called for a gc callback: hypothesis installs one.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._was_on = False
+
+    @contextlib.contextmanager
+    def off(self) -> Iterator[None]:
+        """Spans the time in which nothing is collected."""
+        with self._lock:
+            if not self._users:
+                self._was_on = gc.isenabled()
+                gc.disable()
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                if not self._users and self._was_on:
+                    gc.enable()
+
+
+_collector = _GarbageCollector()
+
+
 class _NoOperation(TorchDispatchMode):
     """Refuses every operation on a tensor with numbers."""
 
@@ -187,7 +221,7 @@ class Observer:
         """
         generators, settings, before = _generators(), _settings(), sys.gettrace()
         try:
-            with _NoOperation(self.refuse):
+            with _collector.off(), _NoOperation(self.refuse):
                 sys.settrace(self._on_call)
                 try:
                     yield

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import gc
 import random
 import sys
 import threading
@@ -218,6 +219,28 @@ def test_explain_beside_calls_of_other_threads_shows_them_no_proxy():
         stop.set()
         callers[0].join()
     assert errors == []
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_callback_of_the_garbage_collector_is_none_of_the_forward(enabled):
+    """hypothesis installs one; Python 3.11 crashes where it runs under a trace function."""
+    calls = []
+
+    def callback(phase, info):
+        calls.append(print)
+
+    gc.callbacks.append(callback)
+    before, was_on = gc.get_threshold(), gc.isenabled()
+    gc.set_threshold(1)
+    try:
+        gc.enable() if enabled else gc.disable()
+        for _ in range(20):
+            assert str(reader.read(Block()).recipe()) == "conv+bn+add+relu"
+            assert gc.isenabled() == enabled
+    finally:
+        gc.callbacks.remove(callback)
+        gc.set_threshold(*before)
+        gc.enable() if was_on else gc.disable()
 
 
 def test_an_interrupted_explain_leaves_pytorch_as_it_was(monkeypatch):
