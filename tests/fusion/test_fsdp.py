@@ -33,7 +33,7 @@ def train_and_evaluate(model):
         return gradients, [model(x) for _ in range(3)][-1]
 
 
-@pytest.mark.parametrize("blocks", [False, True], ids=["root", "blocks"])
+@pytest.mark.parametrize("blocks", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["root", "blocks"])
 @pytest.mark.parametrize("first", ["fuse", "shard"])
 def test_fully_sharded(first, blocks, mesh):
     plain, model = make(), make()

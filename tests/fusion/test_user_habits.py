@@ -15,6 +15,7 @@ import resnet_kernels as rk
 from helpers.oracle import skip_unless_runnable
 
 ACTIVE = True
+BACKENDS = ["auto", pytest.param("triton", marks=pytest.mark.slow)]
 
 
 class Block(nn.Module):
@@ -134,7 +135,7 @@ FLAGS = {
 SHARED = ("a class attribute", "a global", "a variable of an enclosing function")
 
 
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_that_forward_asks_is_asked_in_each_call(name, backend):
     skip_unless_runnable(backend, torch.device("cpu"), torch.float32)
@@ -237,7 +238,7 @@ def test_a_method_that_forward_calls_may_be_replaced():
         lambda net: setattr(net[1], "eps", 0.3),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_settings_of_children_hold_in_each_call(edit, backend):
     skip_unless_runnable(backend, torch.device("cpu"), torch.float32)
     plain, fused = twins(
@@ -399,7 +400,7 @@ class ChannelsLast(Head):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_code_of_the_users_sees_eagers_layout(make, channels, layout, backend):
     skip_unless_runnable(backend, torch.device("cpu"), torch.float32)
     plain, fused = twins(make, backend=backend)

@@ -33,14 +33,16 @@ def run(channels, far):
     return subprocess.run(script, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("channels", (64, 3), ids=("whole chunks", "ragged"))
-@pytest.mark.parametrize("far", (2_100_000, 2**29 + 5, 2**30 - 9))
+@pytest.mark.parametrize("channels", (64, pytest.param(3, marks=pytest.mark.slow)), ids=("whole chunks", "ragged"))
+@pytest.mark.parametrize(
+    "far", (2_100_000, *(pytest.param(far, marks=pytest.mark.slow) for far in (2**29 + 5, 2**30 - 9)))
+)
 def test_a_far_tap_killed_the_process(channels, far):
     done = run(channels, far)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("far", (2**30, 2**31 + 3, 2**40))
+@pytest.mark.parametrize("far", (2**30, *(pytest.param(far, marks=pytest.mark.slow) for far in (2**31 + 3, 2**40))))
 def test_a_tap_beyond_int32_is_refused(far):
     done = run(64, far)
     assert (

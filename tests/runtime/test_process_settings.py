@@ -87,6 +87,7 @@ print(json.dumps(failed))
 """
 
 
+@pytest.mark.slow
 def test_the_first_call_of_a_process_does_not_decide_for_later_ones():
     script = [sys.executable, "-c", SCRIPT, json.dumps(CONTEXTS)]
     done = subprocess.run(script, check=True, capture_output=True, text=True, timeout=300)
