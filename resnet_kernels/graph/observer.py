@@ -82,6 +82,17 @@ _WATCHED = frozenset(
     {*_WITH, *_ATTRIBUTES, *_GLOBALS, *_FREE, "LOAD_SPECIAL", "LOAD_CONST", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF",
      "DELETE_DEREF", "IMPORT_NAME"}
 )  # fmt: skip
+# Functions of PyTorch that ask for a state of the thread or the process, which may be another one in the next call. Those that
+# ask a tensor are not meant, nor those that are the same in all fused calls (is_scripting, is_tracing).
+_ASKS_A_TENSOR = frozenset(
+    {"is_tensor", "is_storage", "is_complex", "is_conj", "is_distributed", "is_floating_point", "is_inference", "is_neg",
+     "is_nonzero", "is_same_size", "is_signed", "get_device"}
+)  # fmt: skip
+_AMBIENT = frozenset(
+    name
+    for name in (*vars(torch), *vars(torch._C))
+    if name.lstrip("_").startswith(("is_", "are_", "get_")) and name not in _ASKS_A_TENSOR
+)
 # Levels of objects inside of each other that are compared and restored.
 _MOST_LEVELS = 5
 
@@ -348,6 +359,8 @@ class Observer:
 
     def _attribute(self, name: str) -> None:
         self._read.add(name)
+        if name in _AMBIENT:
+            self.refuse(f"its forward asks {name}")
         if name in self._opaque:
             self.refuse(f"its forward uses {name}, a {self._opaque[name]}, whose state can't be compared")
         for holder in list(self._holders.values()):
@@ -366,6 +379,8 @@ class Observer:
             return
         value = frame.f_globals[name]
         if _is_torch(value):
+            if name in _AMBIENT:
+                self.refuse(f"its forward asks {name}")
             return
         if _is_impure(value) or not (is_comparable(value) or callable(value)):
             self.refuse(f"its forward uses {name}, a {type(value).__name__}")

@@ -108,6 +108,8 @@ def _difference(path: str, mine: Tensor, theirs: Tensor, oracle: Oracle | None) 
     rounding = error_budget.rounding(theirs.dtype, theirs.device)
     if distance <= rounding:
         return None  # within any budget
+    if max(mine.abs().max().item(), theirs.abs().max().item()) <= 64 * rounding:
+        return None  # inputs are of the size of 1: everything has cancelled out
     truth = oracle().leaves.get(path)
     limit = _COARSE[theirs.dtype]
     if isinstance(truth, Tensor) and truth.shape == finite.shape and bool(truth[finite].isfinite().all()):

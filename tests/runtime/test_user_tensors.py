@@ -188,3 +188,15 @@ def test_settings_that_eager_rejects(name, value):
         net(x)
     with torch.no_grad(), pytest.raises(eager.type):
         fused(x)
+
+
+def test_a_statistic_that_is_expanded_in_place_is_seen():
+    """`.data` takes another view of the same memory: address and size stay, and only the strides tell."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8)).eval()
+    net[1].running_mean.uniform_(-1, 1)
+    fused, x = rk.fuse(net), torch.randn(2, 3, 6, 6)
+    with torch.no_grad():
+        fused(x)
+        for model in (net, fused):
+            model[1].running_mean.data = model[1].running_mean.data[:1].expand(8)
+        torch.testing.assert_close(fused(x), net(x), rtol=1e-4, atol=1e-5)

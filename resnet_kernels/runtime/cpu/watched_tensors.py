@@ -94,7 +94,7 @@ class WatchedTensors:
         self._weights = [tensor for tensor in self._tensors if tensor.dim() > 1]
         self._storages = [*map(Tensor.untyped_storage, self._weights)]
         self._storage_sizes = [storage.nbytes() for storage in self._storages]
-        self._strides = [*map(Tensor.stride, self._weights)]
+        self._strides = [*map(Tensor.stride, self._tensors)]
         # An inference tensor has no version, and asking for it raises.
         self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
         self._versions = [*map(_version, self._versioned)]
@@ -114,7 +114,7 @@ class WatchedTensors:
             and self.are_same()
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
             and [*map(Tensor.numel, self._tensors)] == self._numels
-            and [*map(Tensor.stride, self._weights)] == self._strides
+            and [*map(Tensor.stride, self._tensors)] == self._strides
             and [storage.nbytes() for storage in self._storages] == self._storage_sizes
             and [*map(_version, self._versioned)] == self._versions
             and [live.tobytes() for live in self._live] == self._then
