@@ -80,8 +80,8 @@ def _visit(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:
     return below
 
 
-def _fused(findings: list[Finding]) -> list[nn.Module]:
-    return [finding.module for finding in findings if finding.plan is not None]
+def _fused(findings: list[Finding]) -> list[tuple[nn.Module, Recipe | ContainerPlan]]:
+    return [(finding.module, finding.plan) for finding in findings if finding.plan is not None]
 
 
 def _visit_children(module: nn.Module, path: str, seen: set[int]) -> list[Finding]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch.fx
 from torch import nn
@@ -39,7 +39,7 @@ def container_plan(
     graph: torch.fx.Graph,
     children: Mapping[str, nn.Module],
     reads: Reads,
-    fused: Collection[nn.Module],
+    fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]],
 ) -> ContainerPlan:
     """Finds the runs of a container.
 
@@ -50,7 +50,7 @@ def container_plan(
         graph: its forward.
         children: its modules by path.
         reads: what the forward reads.
-        fused: the modules in it that are fused by themselves.
+        fused: the modules in it that are fused by themselves, with their plans.
     """
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     shared = shared_children(module)
@@ -94,7 +94,8 @@ def container_plan(
     first = _only_reader(next(node for node in graph.nodes if node.op == "placeholder"))
     entry = str(first.target) if first is not None and first.op == "call_module" else None
     entry = entry if entry in runs else None
-    paths = [path for path, child in module.named_modules() if path and any(child is f for f in fused)]
+    plans = {id(child): plan for child, plan in fused}
+    paths = {path: plans[id(child)] for path, child in module.named_modules() if path and id(child) in plans}
     boundary = boundaries(paths)
     called = dict.fromkeys(boundary(str(node.target)) for node in graph.nodes if node.op == "call_module")
     layout = layouts(graph, children, paths, (*runs, *absorbed))

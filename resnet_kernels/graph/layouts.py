@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from .recipe import ContainerPlan, Recipe
 from .tracing import mutates
 
 # Their output has no layout: it has fewer dimensions, or is no tensor.
@@ -47,14 +48,17 @@ class Layouts(NamedTuple):
 
 
 def layouts(
-    graph: Graph, children: Mapping[str, nn.Module], fused: Collection[str], members: Collection[str]
+    graph: Graph,
+    children: Mapping[str, nn.Module],
+    fused: Mapping[str, Recipe | ContainerPlan],
+    members: Collection[str],
 ) -> Layouts:
     """Follows the layouts of values through a container's forward.
 
     Args:
         graph: the container's forward.
         children: its modules by path.
-        fused: paths of the fused modules in it.
+        fused: the plans of the fused modules in it, by path.
         members: paths of the children that belong to its runs.
     """
     readers = _Readers(children, fused, members)
@@ -73,8 +77,11 @@ def layouts(
             path = readers.boundary(str(node.target))
             # A fused container inside this one looks after its own children's readers.
             outside = [r for r in node.users if not (r.op == "call_module" and readers.boundary(str(r.target)) == path)]
+            plan = fused.get(path)
             if not is_ours:
                 apart.append(path)
+            elif isinstance(plan, ContainerPlan) and not all(plan.outputs):
+                pass  # its own code has made the output
             elif all(map(readers.is_blind, outside)):
                 ours.add(node)
             else:
@@ -89,7 +96,12 @@ def layouts(
 class _Readers:
     """What the nodes of a forward see of the layout of their inputs."""
 
-    def __init__(self, children: Mapping[str, nn.Module], fused: Collection[str], members: Collection[str]):
+    def __init__(
+        self,
+        children: Mapping[str, nn.Module],
+        fused: Mapping[str, Recipe | ContainerPlan],
+        members: Collection[str],
+    ):
         self._children, self._fused, self._members = children, fused, members
         self._blind: dict[Node, bool] = {}
         self.boundary = boundaries(fused)
@@ -112,7 +124,8 @@ class _Readers:
         if node.op == "output":
             return True  # the container gives its output eager's layout
         if self.is_fused(node):
-            return True
+            plan = self._fused.get(self.boundary(str(node.target)))
+            return not (isinstance(plan, ContainerPlan) and "" in plan.seen)
         if self.passes_on(node):
             if node not in self._blind:
                 self._blind[node] = all(map(self.is_blind, node.users))

@@ -93,6 +93,8 @@ _AMBIENT = frozenset(
     for name in (*vars(torch), *vars(torch._C))
     if name.lstrip("_").startswith(("is_", "are_", "get_")) and name not in _ASKS_A_TENSOR
 )
+_ASKS_FOR_TENSORS, _IS_TENSOR = "its forward asks whether a value is a Tensor", torch.is_tensor.__code__
+_TENSOR_CLASSES = frozenset({"Tensor", "Parameter", "TensorType", "FloatTensor", "TensorBase"})
 # Levels of objects inside of each other that are compared and restored.
 _MOST_LEVELS = 5
 
@@ -290,6 +292,8 @@ class Observer:
             self._enter(frame)
             frame.f_trace_lines, frame.f_trace_opcodes = False, True
             return self._on_instruction
+        if code is _IS_TENSOR and frame.f_back is not None and _origin(frame.f_back.f_code.co_filename) == "user":
+            self.refuse(_ASKS_FOR_TENSORS)
         # A mode around the trace, such as `with torch.device(...)`, is called for each function: that is no call of forward's.
         is_mode = code.co_name == "__torch_function__"
         if origin != "ours" and _is_stateful(code.co_filename) and frame.f_back is not None and not is_mode:
@@ -340,6 +344,11 @@ class Observer:
         return self._on_instruction
 
     def _check(self, frame: types.FrameType, operation: str, argument: Any) -> None:
+        if operation in _ATTRIBUTES or operation in _GLOBALS:
+            # A torch.fx.Proxy is no Tensor, and can't claim to be one: PyTorch's C++ code would take it for one.
+            asks = argument in _TENSOR_CLASSES and not {"isinstance", "type"}.isdisjoint(frame.f_code.co_names)
+            if asks or argument == "is_tensor":
+                self.refuse(_ASKS_FOR_TENSORS)
         if operation in _ATTRIBUTES:
             self._attribute(argument)
         elif operation in _GLOBALS:

@@ -13,7 +13,7 @@ the author wrote: the stride on the 1x1, biases, a pooled shortcut, other names.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -81,8 +81,12 @@ class Reader:
         assert recipe.reads is not None and training.reads is not None
         return replace(recipe, trains=training == recipe, reads=recipe.reads + training.reads)
 
-    def container_plan(self, fused: Collection[nn.Module] = ()) -> ContainerPlan:
-        """The runs of conv+bn+relu(+max-pool) among the module's own children. fused: the fused modules in it."""
+    def container_plan(self, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]] = ()) -> ContainerPlan:
+        """The runs of conv+bn+relu(+max-pool) among the module's own children.
+
+        Args:
+            fused: the fused modules in it, with their plans.
+        """
         plan = container_plan(self.module, self.graph, self.children, self.reads, fused)
         try:
             training = Reader(self.module, True)

@@ -50,6 +50,16 @@ class _Value(torch.fx.Proxy):
         super().__setattr__(name, value)
 
 
+def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
+
+
+_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imod)
+# torch.fx takes `x += y` for `x + y`, although it writes over x.
+for _function in _IN_PLACE:
+    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
+
+
 class _Tensors(dict[str, Any]):
     """A registry of parameters or buffers that gives a value of the trace in the place of each tensor."""
 
@@ -60,6 +70,9 @@ class _Tensors(dict[str, Any]):
     def __getitem__(self, name: str) -> Any:
         tensor = super().__getitem__(name)
         return None if tensor is None else self._tracer.attribute(f"{self._path}.{name}".lstrip("."))
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise CannotRead(f"its forward sets {f'{self._path}.{name}'.lstrip('.')}")
 
     def get(self, name: str, default: Any = None) -> Any:
         """The value of a tensor."""
@@ -230,7 +243,7 @@ def mutates(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op != "call_function":
         return False
     return (
-        node.target in (operator.iadd, operator.imul, operator.isub, operator.itruediv, torch.relu_, F.relu_)
+        node.target in _IN_PLACE
         or getattr(node.target, "__name__", "").endswith("_")
         or bool(node.kwargs.get("inplace", False))
         or (node.target is F.relu and len(node.args) > 1 and bool(node.args[1]))

@@ -47,7 +47,8 @@ def read_again(module: nn.Module, state: FusedState[Any]) -> None:
     state.unread = False
     try:
         reader = graph_reader.read(module)
-        fused = [child for child in module.modules() if child is not module and state_of(child) is not None]
+        below = [(child, state_of(child)) for child in module.modules() if child is not module]
+        fused = [(child, own.plan) for child, own in below if own is not None]
         state.plan = reader.recipe() if isinstance(state.plan, Recipe) else reader.container_plan(fused)
     except CannotRead as error:
         state.why_not = f"it can't be read any more: {error}"

@@ -532,3 +532,62 @@ def test_a_strided_1x1_convolution_that_falls_back_has_a_safe_gradient():
         for model in (plain, fused):
             model(images(3)).sum().backward()
     torch.testing.assert_close(fused.conv.weight.grad, plain.conv.weight.grad, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "asks", [torch.is_tensor, lambda x: isinstance(x, torch.Tensor), lambda x: type(x) is torch.Tensor]
+)
+def test_a_forward_that_asks_whether_it_got_a_tensor_goes_the_way_of_tensors(asks):
+    class Asks(Block):
+        def forward(self, x):
+            out = self.bn(self.conv(x)) + x
+            return self.relu(out) if asks(out) else out
+
+    plain, fused = twins(lambda: nn.Sequential(Asks(), Asks()))
+    agree(plain, fused, images())
+
+
+def test_a_forward_that_asks_for_the_grad_mode_keeps_its_code():
+    class Asks(Block):
+        def forward(self, x):
+            return self.relu(self.bn(self.conv(x)) + x) if torch.is_grad_enabled() else self.bn(self.conv(x))
+
+    plain, fused = twins(lambda: nn.Sequential(Asks(), Asks()))
+    agree(plain, fused, images())
+
+
+def test_a_buffer_that_forward_replaces_is_replaced():
+    class Averages(Block):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(8))
+
+        def forward(self, x):
+            self.mean = self.mean * 0.5 + x.mean((0, 2, 3))
+            return super().forward(x)
+
+    plain, fused = twins(lambda: nn.Sequential(Averages(), Block()))
+    for _ in range(2):
+        agree(plain, fused, images())
+    torch.testing.assert_close(fused[0].mean, plain[0].mean, rtol=1e-5, atol=1e-6)
+
+
+class Around(nn.Module):
+    """A container around another one."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("make", [Permuted, ChannelsLast, InPlace, Head])
+def test_a_container_inside_a_container_sees_eagers_layout(make):
+    plain, fused = twins(lambda: Around(make()))
+    xs = [images(3), images(3)]
+    with torch.no_grad():
+        expected, found = plain(xs[0]), fused(xs[1])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert found.stride() == expected.stride() and torch.equal(xs[0], xs[1])

@@ -45,6 +45,17 @@ def variant(function, **attributes):
     return block
 
 
+def _adds_in_place_what_is_read_later(self, x):
+    kept = out = self.conv1(x)
+    out += x
+    return self.conv2(out) + kept
+
+
+def _adds_to_its_input_in_place(self, x):
+    x += x
+    return self.conv1(x)
+
+
 def test_recipes_of_the_zoo():
     net = models.resnet50()
     assert recipe(net.layer1[0]) == (
@@ -108,6 +119,8 @@ def test_forms_of_forward(forward, expected):
         (variant(lambda self, x: self.conv1(x).add_(x, alpha=2)), "other arguments than two tensors"),
         (variant(lambda self, x: setattr(self, "kept", x) or self.conv1(x)), "calls setattr"),
         (variant(lambda self, x: self.conv1(F.relu_(x)) + x), "writes over a value that is used elsewhere"),
+        (variant(_adds_in_place_what_is_read_later), "writes over a value that is used elsewhere"),
+        (variant(_adds_to_its_input_in_place), "writes over a value that is used elsewhere"),
         (variant(lambda self, x: self.conv1(F.relu(x, True)) + x), "writes over a value that is used elsewhere"),
     ],
 )
