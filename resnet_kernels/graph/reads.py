@@ -38,6 +38,7 @@ _PLAIN = (
     numbers.Number, str, bytes, enum.Enum, range, slice, torch.dtype, torch.device, torch.memory_format, torch.layout
 )  # fmt: skip
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
+_METHODS_OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType, types.BuiltinFunctionType)
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict, types.MappingProxyType)
 # Elements of a container, and containers inside of each other, that are compared in each call at most.
 _MOST_ELEMENTS, _MOST_LEVELS = 256, 5
@@ -55,8 +56,8 @@ def is_plain_object(value: object) -> bool:
         return True
     if isinstance(value, (type, types.ModuleType, nn.Module, Tensor, *_FUNCTIONS)) or not hasattr(value, "__dict__"):
         return False
-    # A class written in C has a __new__ of its own, and state beside the __dict__.
-    return not any(isinstance(vars(cls).get("__new__"), types.BuiltinFunctionType) for cls in type(value).__mro__[:-1])
+    # A class written in C has methods of C, and state beside the __dict__.
+    return not any(isinstance(v, _METHODS_OF_C) for cls in type(value).__mro__[:-1] for v in vars(cls).values())
 
 
 def is_comparable(value: object) -> bool:
