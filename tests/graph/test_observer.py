@@ -3,6 +3,7 @@
 import collections
 import contextlib
 import gc
+import os
 import random
 import sys
 import threading
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
-from resnet_kernels.graph import reader
+from resnet_kernels.graph import known_code, reader
 from resnet_kernels.graph.recipe import CannotRead
 
 FEATURES = []
@@ -184,6 +185,30 @@ def _local_list(self, x):
 def test_a_forward_that_only_computes_is_read(besides):
     block = type("Computes", (Block,), {"besides": besides})().eval()
     assert str(reader.read(block).recipe()) == "conv+bn+add+relu"
+
+
+@pytest.mark.parametrize(
+    "file, origin, stateful",
+    [
+        ("site-packages/numpy/__init__.py", "user", False),
+        ("site-packages/torch/nn/functional.py", "torch", False),
+        ("site-packages/torch/random.py", "torch", True),
+        ("random.py", "python", True),
+        ("collections/__init__.py", "python", False),
+    ],
+)
+def test_packages_inside_pythons_own_folder_are_not_pythons(file, origin, stateful, monkeypatch):
+    """Without a virtual environment, site-packages is a folder of the standard library."""
+    torch_there = os.path.join(known_code._STDLIB, "site-packages", "torch") + os.sep
+    there = tuple(name.replace(known_code._TORCH, torch_there) for name in known_code._STATEFUL)
+    monkeypatch.setattr(known_code, "_TORCH", torch_there)
+    monkeypatch.setattr(known_code, "_STATEFUL", there)
+    known_code.origin_of.cache_clear(), known_code.is_stateful.cache_clear()
+    try:
+        file = known_code._STDLIB + file.replace("/", os.sep)
+        assert (known_code.origin_of(file), known_code.is_stateful(file)) == (origin, stateful)
+    finally:
+        known_code.origin_of.cache_clear(), known_code.is_stateful.cache_clear()
 
 
 def test_a_device_context_around_explain_is_none_of_the_forward():
