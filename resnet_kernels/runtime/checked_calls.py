@@ -76,11 +76,12 @@ class Survey:
             of_recipes.append((key, state, live, parts))
         # One check of all tensors of a network takes half the time of one for each convolution.
         values = [part for _, state, _, parts in of_recipes if not state.frozen for part in parts]
-        if self._together is None or not self._together.are_of(values):
-            self._together = PackedTogether(values)
-        together = bool(values) and self._together.are_unchanged()
+        together = self._together  # another thread may put its own there
+        if together is None or not together.are_of(values):
+            together = self._together = PackedTogether(values)
+        unchanged = bool(values) and together.are_unchanged()
         for key, state, live, parts in of_recipes:
-            if (together and not state.frozen) or all(
+            if (unchanged and not state.frozen) or all(
                 pack is not None and state.holds(pack, conv, bn) for pack, conv, bn in parts
             ):
                 yield key, live
