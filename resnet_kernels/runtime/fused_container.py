@@ -127,8 +127,10 @@ def _plain_call(
 
 
 def _has_channels_last_weights(module: nn.Module) -> bool:
-    # The first one stands for all.
-    weight = next((m.weight for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    # The first one stands for all. Asking a parametrized module for its weight would compute one.
+    convs = (m for m in module.modules() if isinstance(m, nn.Conv2d))
+    weights = (m._parameters.get("weight", m.__dict__.get("weight")) for m in convs)
+    weight = next((weight for weight in weights if weight is not None), None)
     return weight is not None and is_channels_last(weight)
 
 

@@ -591,3 +591,15 @@ def test_a_container_inside_a_container_sees_eagers_layout(make):
         expected, found = plain(xs[0]), fused(xs[1])
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert found.stride() == expected.stride() and torch.equal(xs[0], xs[1])
+
+
+def test_a_parametrization_runs_as_often_as_in_eager():
+    plain, fused = twins(lambda: nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), Block()))
+    counts = []
+    for model in (plain, fused):
+        nn.utils.parametrizations.weight_norm(model[0])
+        calls = []
+        model[0].parametrizations.weight[0].register_forward_hook(lambda *args, calls=calls: calls.append(1))
+        counts.append(calls)
+    agree(plain, fused, images())
+    assert counts[0] == counts[1] != []
