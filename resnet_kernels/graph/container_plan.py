@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch.fx
 from torch import nn
@@ -102,8 +102,6 @@ def container_plan(
     run_of = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
     # The convolution stands for its run.
     seen, apart = (tuple(run_of.get(path, path) for path in found) for found in layout[:2])
-    others = [children[path] for path in called if path not in paths and path not in run_of]
-    quiet = all(is_known(child) or _computes_only(child) for child in others)
     return ContainerPlan(
         runs,
         tuple(absorbed),
@@ -113,9 +111,22 @@ def container_plan(
         seen=seen,
         apart=apart,
         outputs=layout.outputs,
-        quiet=quiet,
         reads=reads,
     )
+
+
+def changes_nothing(plan: ContainerPlan, children: Mapping[str, nn.Module], fused: Collection[nn.Module]) -> bool:
+    """Whether nothing that a container's forward runs can change a fused block.
+
+    Args:
+        plan: of the container.
+        children: its modules by path.
+        fused: the fused modules in it.
+    """
+    own = {name for recipe in plan.runs.values() for name in recipe.modules}
+    taken = {*map(id, fused)}
+    others = [child for path in plan.called if path not in own and id(child := children[path]) not in taken]
+    return all(is_known(child) or _computes_only(child) for child in others)
 
 
 def _computes_only(module: nn.Module) -> bool:

@@ -108,6 +108,8 @@ def is_impure(value: Any) -> bool:
     owner = getattr(value, "__self__", None)
     if isinstance(owner, types.ModuleType) and owner.__name__ == "builtins":
         return value.__name__ not in _PURE_BUILTINS
+    if isinstance(owner, type) and owner.__module__ == "builtins":
+        return False  # tuple.__new__ in a namedtuple, dict.fromkeys: they make new objects
     if not isinstance(owner, (types.ModuleType, type)):
         owner = type(owner)
     library = owner.__name__ if isinstance(owner, types.ModuleType) else owner.__module__

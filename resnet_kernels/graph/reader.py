@@ -19,7 +19,7 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Node
 
-from .container_plan import container_plan, reads_of_child
+from .container_plan import changes_nothing, container_plan, reads_of_child
 from .fusible import (
     NOT_MATERIALIZED,
     POOLS,
@@ -88,12 +88,15 @@ class Reader:
             fused: the fused modules in it, with their plans.
         """
         plan = container_plan(self.module, self.graph, self.children, self.reads, fused)
+        if not (plan.runs or fused):
+            return plan  # nothing to gain: the rest needn't be known
+        quiet = changes_nothing(plan, self.children, [module for module, _ in fused])
         try:
             training = Reader(self.module, True)
         except CannotRead:
-            return replace(plan, trains=False)
+            return replace(plan, trains=False, quiet=quiet)
         other = container_plan(self.module, training.graph, self.children, training.reads, fused)
-        return replace(plan, trains=other == plan, reads=self.reads + training.reads)
+        return replace(plan, trains=other == plan, quiet=quiet, reads=self.reads + training.reads)
 
 
 def _recipe(reader: Reader) -> Recipe:

@@ -164,6 +164,9 @@ def test_a_forward_that_does_more_than_compute_is_refused_and_leaves_no_trace(be
     assert block.numpy_generator.random() == np.random.default_rng(0).random()
 
 
+Pair = collections.namedtuple("Pair", "a b")
+
+
 def _local_list(self, x):
     features = [x]
     features.append(x)
@@ -180,6 +183,7 @@ def _local_list(self, x):
         lambda self, x: len(self.features) + max(1, 2) + sum(range(3)),
         lambda self, x: None if SETTINGS.active else print(),
         lambda self, x: np.sqrt(2.0),
+        lambda self, x: Pair(x, dict.fromkeys("ab")),
     ],
 )  # fmt: skip
 def test_a_forward_that_only_computes_is_read(besides):
