@@ -118,8 +118,8 @@ def run(example: Example) -> Result:
     """
     result = run_once(example)
     if result.mismatch is not None and result.mismatch.what.endswith(OVER_BUDGET):
-        others = [run_once(replace(example, seed=seed)).mismatch for seed in range(1, 6)]
-        if sum(other is not None and other.what == result.mismatch.what for other in others) < 3:
+        others = [run_once(replace(example, seed=seed)).mismatch for seed in range(1, 11)]
+        if sum(other is not None and other.what == result.mismatch.what for other in others) < 8:
             result.mismatch = None
     return result
 

@@ -46,6 +46,16 @@ class Outcome:
     said: list[str] = field(default_factory=list)
 
 
+def _gradient_corrupts_memory(model: nn.Module) -> bool:
+    """Whether plain PyTorch may write past the gradient of a strided 1x1 weight, on channels_last data (oneDNN #6035)."""
+    for conv in (m for m in model.modules() if isinstance(m, nn.Conv2d)):
+        stride = conv.stride if isinstance(conv.stride, (tuple, list)) else (conv.stride,)
+        weight = conv._parameters.get("weight", conv.__dict__.get("weight"))
+        if weight is None or (tuple(weight.shape[2:]) == (1, 1) and weight.shape[1] < 16 and max(stride) > 1):
+            return True
+    return False
+
+
 class World:
     """A program's module, its model, and what runs steps on it.
 
@@ -143,7 +153,7 @@ class World:
                         stack.enter_context(eval(expression, self.names))
                     result = self.model(x)
                 reached = [t for t in tensors_in(result) if t.requires_grad and t.grad_fn is not None]
-                if reached:
+                if reached and not _gradient_corrupts_memory(self.model):
                     grads = [torch.randn(t.shape).to(t.dtype) for t in reached]
                     torch.autograd.backward(reached, grads)
             except Exception as error:
