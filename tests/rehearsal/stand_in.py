@@ -273,13 +273,15 @@ def install() -> None:
 
     from resnet_kernels.kernels import target
     from resnet_kernels.kernels.sm90 import chain, conv, stem, tap_sharing
-    from resnet_kernels.ops import backends
+    from resnet_kernels.ops import backends, onednn
     from resnet_kernels.runtime import eligibility
 
     watch_later_launches()
     backends._why_not_triton = lambda device_type, dtype: (
         None if dtype in backends._TRITON_DTYPES else f"does not run {dtype}"
     )
+    # Its probe runs in a thread of its own, where tensors have numbers; here they have none.
+    onednn.why_not = lambda dtype: "can't run on tensors without numbers"
     backends.why_never.cache_clear()
     assert not target.is_interpreted(), "TRITON_INTERPRET must not be set"
     target.is_hopper = lambda device: True
