@@ -163,8 +163,7 @@ def _conv_bias_act_kernel(
             h = h_start + r * DILATION_H
             w = w_start + s * DILATION_W
             channel = k_start - tap * c_in + tl.arange(0, BLOCK_K)
-            tap_offset = ((r * DILATION_H).to(tl.int64) * in_w + s * DILATION_W) * (groups * c_in)
-            x_ptrs = x_ptr + row_offset[:, None] + tap_offset + channel
+            x_ptrs = x_ptr + row_offset[:, None] + (r * DILATION_H * in_w + s * DILATION_W) * (groups * c_in) + channel
             mask_x = mask_m[:, None]
             if not IN_BOUNDS:
                 mask_x = mask_x & ((h >= 0) & (h < in_h) & (w >= 0) & (w < in_w))[:, None]
@@ -178,8 +177,7 @@ def _conv_bias_act_kernel(
             s = tap % KERNEL_W
             h = h_start[:, None] + (r * DILATION_H)[None, :]
             w = w_start[:, None] + (s * DILATION_W)[None, :]
-            tap_offset = ((r * DILATION_H).to(tl.int64) * in_w + s * DILATION_W) * (groups * c_in)
-            offset_k = tap_offset + offs_k - tap * c_in
+            offset_k = (r * DILATION_H * in_w + s * DILATION_W) * (groups * c_in) + offs_k - tap * c_in
             mask_x = mask_m[:, None] & mask_k[None, :]
             if not IN_BOUNDS:
                 mask_x = mask_x & (h >= 0) & (h < in_h) & (w >= 0) & (w < in_w)

@@ -68,6 +68,12 @@ def why_not_convolution(x_shape: Sequence[int], weight_shape: Sequence[int], geo
         channels=(max(x_shape[1], weight_shape[0]), MOST_COUNTED),
         elements_of_a_filter=(math.prod(weight_shape[1:]), MOST_COUNTED),
         groups=(geometry.groups, MOST_IN_Y),
+        elements_between_the_taps=(
+            ((weight_shape[2] - 1) * geometry.dilation[0] * x_shape[3] + (weight_shape[3] - 1) * geometry.dilation[1])
+            * x_shape[1]
+            + x_shape[1],
+            MOST,
+        ),
     )
 
 

@@ -39,7 +39,8 @@ def run(channels, far):
 )
 def test_a_far_tap_killed_the_process(channels, far):
     done = run(channels, far)
-    assert done.returncode == 0, done.stderr[-2000:]
+    refused = done.returncode == 1 and 'backend="triton" takes at most' in done.stderr
+    assert done.returncode == 0 or refused, done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("far", (2**30, *(pytest.param(far, marks=pytest.mark.slow) for far in (2**31 + 3, 2**40))))
