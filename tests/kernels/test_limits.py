@@ -33,14 +33,23 @@ def run(channels, far):
     return subprocess.run(script, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("channels", (64, pytest.param(3, marks=pytest.mark.slow)), ids=("whole chunks", "ragged"))
 @pytest.mark.parametrize(
-    "far", (2_100_000, *(pytest.param(far, marks=pytest.mark.slow) for far in (2**29 + 5, 2**30 - 9)))
+    "channels, far, computed",
+    [
+        (3, 2_100_000, True),
+        (64, 2_100_000, False),
+        *(
+            pytest.param(channels, far, False, marks=pytest.mark.slow)
+            for channels in (3, 64)
+            for far in (2**29 + 5, 2**30 - 9)
+        ),
+    ],
 )
-def test_a_far_tap_killed_the_process(channels, far):
+def test_a_far_tap_killed_the_process(channels, far, computed):
+    """A tap within int32 is computed; 64-bit offsets would spill registers (Triton 3.6, sm_80), so others are refused."""
     done = run(channels, far)
-    refused = done.returncode == 1 and 'backend="triton" takes at most' in done.stderr
-    assert done.returncode == 0 or refused, done.stderr[-2000:]
+    assert done.returncode == (0 if computed else 1), done.stderr[-2000:]
+    assert computed or 'backend="triton" takes at most' in done.stderr
 
 
 @pytest.mark.parametrize("far", (2**30, *(pytest.param(far, marks=pytest.mark.slow) for far in (2**31 + 3, 2**40))))
