@@ -152,8 +152,10 @@ def why_not_patched(module: nn.Module) -> str | None:
 
 
 def is_known(module: nn.Module) -> bool:
-    """Whether a module's class is PyTorch's own, or one of the classes above."""
-    return type(module).__module__.startswith("torch.nn.") or is_batch_norm(module) or is_quiet(module)
+    """Whether a module's class is PyTorch's own, or one of the classes above: its forward needn't be read."""
+    cls = type(module)
+    own = cls.__module__.startswith("torch.nn.") or cls is Conv2dSame or cls in POOLS
+    return own or is_batch_norm(module) or is_quiet(module)
 
 
 def is_wrapper(module: nn.Module) -> bool:

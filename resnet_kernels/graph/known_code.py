@@ -44,7 +44,7 @@ GLOBALS = frozenset({"LOAD_GLOBAL", "LOAD_NAME"})
 FREE = frozenset({"LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FROM_DICT_OR_DEREF"})
 _WATCHED = frozenset(
     {*WITH, *ATTRIBUTES, *GLOBALS, *FREE, "LOAD_SPECIAL", "LOAD_CONST", "STORE_GLOBAL", "DELETE_GLOBAL", "STORE_DEREF",
-     "DELETE_DEREF", "IMPORT_NAME"}
+     "DELETE_DEREF"}
 )  # fmt: skip
 # Functions of PyTorch that ask for a state of the thread or the process, which may be another one in the next call. Those that
 # ask a tensor are not meant, nor those that are the same in all fused calls (is_scripting, is_tracing).

@@ -95,9 +95,7 @@ class Observer:
                 value = state[name]
                 if is_plain(value) or type(value) is tuple:
                     continue
-                self._snapshot.keep(value, self._named)
-                if not is_comparable(value) or is_impure(value):
-                    self._snapshot.opaque[name] = type(value).__name__
+                self._snapshot.keep_attribute(name, value, self._named)
         for cls in self._classes:
             for value in vars(cls).values():
                 self._note_function(value)
@@ -259,7 +257,7 @@ class Observer:
             value = vars(holder).get(name, MISSING)
             if isinstance(value, types.ModuleType) and not is_torch(value):
                 self._holders[id(value)] = value
-            elif is_impure(value) or not (is_comparable(value) or callable(value)):
+            elif not _is_followed(value):
                 self.refuse(f"its forward uses {holder.__name__}.{name}")
 
     def _global(self, frame: types.FrameType, name: str) -> None:
@@ -270,15 +268,9 @@ class Observer:
                 self._read.add(name)
             return
         value = frame.f_globals[name]
-        if is_torch(value):
-            if name in AMBIENT:
-                self.refuse(f"its forward asks {name}")
-            return
-        if is_impure(value) or not (is_comparable(value) or callable(value)):
-            self.refuse(f"its forward uses {name}, a {type(value).__name__}")
-        if isinstance(value, (type, types.ModuleType)):
-            self._holders[id(value)] = value
-        else:
+        if is_torch(value) and name in AMBIENT:
+            self.refuse(f"its forward asks {name}")
+        if self._is_read(name, value):
             self._globals[id(frame.f_globals), name] = frame.f_globals, name
 
     def _free(self, code: types.CodeType, name: str) -> None:
@@ -286,15 +278,24 @@ class Observer:
         if function is None or name not in code.co_freevars or name == "__class__":
             return  # a variable of a function that ran in this very forward
         cell = (function.__closure__ or ())[code.co_freevars.index(name)]
-        value = Cell(cell).get(name, MISSING)
+        if self._is_read(name, Cell(cell).get(name, MISSING)):
+            self._cells[id(cell)] = Cell(cell), name
+
+    def _is_read(self, name: str, value: Any) -> bool:
+        """Whether a variable itself is a read: of a class or a Python module only the attributes are, of PyTorch's nothing."""
         if is_torch(value):
-            return
+            return False
         if isinstance(value, (type, types.ModuleType)):
             self._holders[id(value)] = value
-        elif is_impure(value) or not (is_comparable(value) or callable(value)):
+            return False
+        if not _is_followed(value):
             self.refuse(f"its forward uses {name}, a {type(value).__name__}")
-        else:
-            self._cells[id(cell)] = Cell(cell), name
+        return True
+
+
+def _is_followed(value: Any) -> bool:
+    """Whether what code does with a value shows: by the instructions that run, or by comparing it afterwards."""
+    return not is_impure(value) and (is_comparable(value) or callable(value))
 
 
 def _described(label: str, value: Any, names: frozenset[str]) -> Any:

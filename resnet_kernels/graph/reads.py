@@ -123,7 +123,7 @@ def class_values(cls: type, names: frozenset[str]) -> dict[str, Any]:
 
 
 def user_classes(cls: type) -> list[type]:
-    """The classes of an MRO that are neither PyTorch's nor ours nor built in."""
+    """The classes of an MRO that are neither PyTorch's nor Python's."""
     return [base for base in cls.__mro__ if base.__module__.split(".")[0] not in ("torch", "builtins", "typing", "abc")]
 
 

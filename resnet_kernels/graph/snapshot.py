@@ -71,6 +71,15 @@ class Snapshot:
         """Keeps an attribute of a class or a Python module, or that it has none."""
         self._entries.setdefault((id(owner), name), (owner, name, vars(owner).get(name, MISSING)))
 
+    def keep_attribute(self, name: str, value: Any, names: Set[str]) -> None:
+        """Keeps an attribute of a module, and notes whether code may use it; see `keep`."""
+        self._note(name, value)
+        self.keep(value, names)
+
+    def _note(self, name: str, value: Any) -> None:
+        if not is_comparable(value) or is_impure(value):
+            self.opaque[name] = type(value).__name__
+
     def keep(self, value: Any, names: Set[str], levels: int = 0) -> None:
         """Copies a container or an object, and what is in it.
 
@@ -86,9 +95,7 @@ class Snapshot:
                 return
             copy = dict(value) if isinstance(value, dict) else set(value) if isinstance(value, set) else list(value)
             self._containers[id(value)] = value, copy
-            inner = (
-                list(dict.values(value)) if isinstance(value, dict) else [] if isinstance(value, set) else list(value)
-            )
+            inner = [*copy.values()] if isinstance(copy, dict) else [] if isinstance(copy, set) else copy
         elif isinstance(value, tuple):
             inner = list(value)
         elif is_plain_object(value):
@@ -97,8 +104,7 @@ class Snapshot:
             inner = []
             for name in names & state.keys():
                 inner.append(state[name])
-                if not is_comparable(state[name]) or is_impure(state[name]):
-                    self.opaque[name] = type(state[name]).__name__
+                self._note(name, state[name])
         else:
             return
         for element in inner:

@@ -26,23 +26,8 @@ _FUNCTIONS = frozenset(
      torch.add, torch.sub, torch.mul, torch.div, torch.pow, torch.rsqrt, torch.sqrt, torch.reshape, F.batch_norm}
 )  # fmt: skip
 _METHODS = frozenset(
-    {
-        "reshape",
-        "view",
-        "unsqueeze",
-        "expand",
-        "rsqrt",
-        "sqrt",
-        "pow",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "neg",
-        "to",
-        "type_as",
-    }
-)
+    {"reshape", "view", "unsqueeze", "expand", "rsqrt", "sqrt", "pow", "add", "sub", "mul", "div", "neg", "to", "type_as"}
+)  # fmt: skip
 
 
 class Role(NamedTuple):
