@@ -6,7 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,16 @@ _call_state = threading.local()
 
 # The arguments of `backends.resolve`: the backend asked for, a device, a dtype.
 Question = tuple[str, torch.device, torch.dtype]
+
+
+class _Candidate(NamedTuple):
+    """A recipe whose modules are as they were. copies: of the module that it is of, before they are checked."""
+
+    owner: int
+    recipe: Recipe
+    state: FusedState[Any]
+    copies: Copies
+    live: LiveModules
 
 
 class Survey:
@@ -61,30 +71,23 @@ class Survey:
         """Whether every child is in its place."""
         return all([*registry.values()] == children for registry, children in self.registries)
 
-    def unchanged(
-        self, packed: list[tuple[tuple[int, tuple[str, ...]], FusedState[Any], LiveModules]]
-    ) -> Iterator[tuple[tuple[int, tuple[str, ...]], LiveModules]]:
-        """The recipes whose packed weights stand for their modules as they are now.
-
-        Args:
-            packed: (key, state of the module that it is of, modules) of each recipe.
-        """
+    def unchanged(self, packed: list[_Candidate]) -> Iterator[_Candidate]:
+        """The recipes whose packed weights stand for their modules as they are now."""
         of_recipes = []
-        for key, state, live in packed:
-            packs = state.copies.packs
-            parts = [(packs.get(p.step.conv), p.conv, p.bn) for p in live.parts if isinstance(p, ConvPart)]
-            of_recipes.append((key, state, live, parts))
+        for recipe in packed:
+            packs, parts = recipe.copies.packs, recipe.live.parts
+            of_recipes.append([(packs.get(p.step.conv), p.conv, p.bn) for p in parts if isinstance(p, ConvPart)])
         # One check of all tensors of a network takes half the time of one for each convolution.
-        values = [part for _, state, _, parts in of_recipes if not state.frozen for part in parts]
+        values = [part for recipe, parts in zip(packed, of_recipes) if not recipe.state.frozen for part in parts]
         together = self._together  # another thread may put its own there
         if together is None or not together.are_of(values):
             together = self._together = PackedTogether(values)
         unchanged = bool(values) and together.are_unchanged()
-        for key, state, live, parts in of_recipes:
-            if (unchanged and not state.frozen) or all(
-                pack is not None and state.holds(pack, conv, bn) for pack, conv, bn in parts
+        for recipe, parts in zip(packed, of_recipes):
+            if (unchanged and not recipe.state.frozen) or all(
+                pack is not None and recipe.state.holds(pack, conv, bn) for pack, conv, bn in parts
             ):
-                yield key, live
+                yield recipe
 
 
 @contextlib.contextmanager
@@ -148,9 +151,8 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
     if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
         yield
         return
-    verified: dict[tuple[int, tuple[str, ...]], LiveModules] = {}
-    copies: dict[int, Copies] = {}
-    packed: list[tuple[tuple[int, tuple[str, ...]], FusedState[Any], LiveModules]] = []
+    verified: list[_Candidate] = []
+    packed: list[_Candidate] = []
     for owner, state, recipes in survey.owners:
         if (
             owner.training
@@ -169,14 +171,12 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
                 continue
             # Only oneDNN needs packed weights.
             if weight.device.type == "cpu" and backends.requested(state.backend) in ("auto", "cpu"):
-                packed.append(((id(owner), recipe.modules), state, live))
+                packed.append(_Candidate(id(owner), recipe, state, state.copies, live))
             elif subclasses.are_known(live.convs):
-                verified[id(owner), recipe.modules] = live
-            if recipe.whole:
-                copies[id(owner)] = state.copies
-    verified.update((key, live) for key, live in survey.unchanged(packed))
-    copies = {owner: of_owner for owner, of_owner in copies.items() if any(owner == key for key, _ in verified)}
-    _call_state.verified, _call_state.copies = verified, copies
+                verified.append(_Candidate(id(owner), recipe, state, state.copies, live))
+    verified += survey.unchanged(packed)
+    _call_state.verified = {(v.owner, v.recipe.modules): v.live for v in verified}
+    _call_state.copies = {v.owner: v.copies for v in verified if v.recipe.whole}
     try:
         yield
     finally:
