@@ -75,8 +75,8 @@ class Survey:
         """The recipes whose packed weights stand for their modules as they are now."""
         of_recipes = []
         for recipe in packed:
-            packs, parts = recipe.copies.packs, recipe.live.parts
-            of_recipes.append([(packs.get(p.step.conv), p.conv, p.bn) for p in parts if isinstance(p, ConvPart)])
+            packs, convs = recipe.copies.packs, [p for p in recipe.live.parts if isinstance(p, ConvPart)]
+            of_recipes.append([(packs.get(p.step.conv), p.conv, p.bn) for p in convs])
         # One check of all tensors of a network takes half the time of one for each convolution.
         values = [part for recipe, parts in zip(packed, of_recipes) if not recipe.state.frozen for part in parts]
         together = self._together  # another thread may put its own there
