@@ -46,7 +46,7 @@ _MOST_ELEMENTS, _MOST_LEVELS = 256, 5
 
 def is_plain(value: object) -> bool:
     """Whether a value is immutable and compares by `==`."""
-    # The exact types first: asking for the abstract class Number takes a microsecond.
+    # The exact types first: asking for the abstract class Number takes half a microsecond.
     return type(value) in _PLAINEST or isinstance(value, _PLAIN)
 
 
