@@ -1,4 +1,6 @@
-"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--dry-run]: act 2 measures, most valuable first.
+"""python -m benchmarks.gpu.session OUTDIR [--seconds S] [--denied FILE] [--only ...] [--dry-run]: act 2, the measurements.
+
+The most valuable come first.
 
     session.json      device, driver, versions, commit; the time of each section, and how it ended
     ceilings.json     copy, matmul, L2; the descriptors that the driver accepts
@@ -41,21 +43,21 @@ SHARES = {
     "gpu_tests": 5,
 }
 MOST_SECONDS = 100.0  # for one case
-# (direction, model, batch, peers): quick peers first; max-autotune and graphs of torch.compile take long to compile.
-_QUICK = "not compile-max and not compile-graph and not jax"
-_SLOW = "compile-max or compile-graph or jax"
+# (direction, model, batch, peers). max-autotune takes minutes to compile, and JAX's peer is another program: they come last.
+_QUICK = "not compile-max and not jax"
+_SLOW = "compile-max or jax"
 _STEP = "forward-backward"
 MODELS = (
     *(("forward", "resnet50", batch, _QUICK) for batch in (256, 1)),
-    (_STEP, "resnet50", 256, _QUICK),
-    *(("forward", model, 256, _QUICK) for model in ("resnet18", "resnet_v2_50")),
-    *(("forward", "resnet50", batch, _SLOW) for batch in (1, 256)),
-    (_STEP, "resnet_v2_50", 256, _QUICK),
+    ("forward", "resnet_v2_50", 256, _QUICK),
+    *((_STEP, model, 256, _QUICK) for model in ("resnet50", "resnet_v2_50")),
     ("forward", "resnet50", 32, _QUICK),
     (_STEP, "resnet50", 32, _QUICK),
-    (_STEP, "resnet18", 256, _QUICK),
+    *(("forward", "resnet18", batch, _QUICK) for batch in (256, 1)),
     ("forward", "resnet152", 256, _QUICK),
-    *(("forward", model, 1, _QUICK) for model in ("resnet18", "resnet_v2_50", "resnet152")),
+    (_STEP, "resnet18", 256, _QUICK),
+    *(("forward", model, 1, _QUICK) for model in ("resnet_v2_50", "resnet152")),
+    *(("forward", "resnet50", batch, _SLOW) for batch in (256, 1)),
 )
 DRY_CASES = tuple(f"op-{what}-add_relu_256-56px-b1-fp32-cpu" for what in ("forward", _STEP))
 # The pattern finds test files that have tests for a GPU.
@@ -118,7 +120,7 @@ def _read_tests(text: str) -> dict[str, Any]:
 
 
 def tune(session: Session, seconds: float) -> dict[str, Any]:
-    """Tunes ResNet-50 at batch 256 and 1 first, then training, then the other networks at 256."""
+    """Tunes ResNet-50 at batch 256 and 1 first, then training, then the other networks. A table in OUTDIR is continued."""
     end = time.monotonic() + seconds
     table = ["--output", str(session.out / session.key.file_name), "--samples"]
     if session.denied is not None:
@@ -126,7 +128,8 @@ def tune(session: Session, seconds: float) -> dict[str, Any]:
     runs: tuple[tuple[float, list[str]], ...] = (
         (0.6, ["--model", "resnet50", "--batch-size", "256", "1"]),
         (0.5, ["--model", "resnet50", "resnet_v2_50", "--batch-size", "256", "--training"]),
-        (1.0, ["--model", "resnet18", "resnet_v2_50", "resnet152", "--batch-size", "256"]),
+        (0.6, ["--model", "resnet_v2_50", "resnet18", "resnet152", "--batch-size", "256"]),
+        (1.0, ["--model", "resnet_v2_50", "resnet18", "--batch-size", "1"]),
     )
     if session.dry:
         runs = ((1.0, ["--dry-run", "--model", "d2l_resnet18", "--image-size", "16"]),)
@@ -190,6 +193,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--dry-run", action="store_true", help="on the CPU, in small; goes without saying if there is no GPU"
     )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=list(SHARES),
+        default=list(SHARES),
+        metavar="SECTION",
+        help=f"of {', '.join(SHARES)}",
+    )
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     denied = options.denied or options.out / "denied.json"
@@ -204,8 +215,10 @@ def main(arguments: list[str] | None = None) -> int:
     # SIGTERM acts as Ctrl-C: the running command is ended, and the results so far are written.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # In a dry run all sections have equally little to do.
-    waiting = dict.fromkeys(SHARES, 1) if session.dry else dict(SHARES)
+    waiting = {name: 1 if session.dry else share for name, share in SHARES.items() if name in options.only}
     for name, run in SECTIONS.items():
+        if name not in waiting:
+            continue
         seconds = session.left * waiting[name] / sum(waiting.values())
         del waiting[name]
         session.sections[name] = {"ended": "running", "budget_s": round(seconds, 1)}

@@ -194,3 +194,9 @@ def test_a_section_that_breaks_the_gpu_is_tried_again_behind_it(session, monkeyp
     )
     result = gpu_session.tune(session, 60.0)
     assert len(said) == 3 and result["ended"] == "done"
+
+
+def test_only_the_sections_asked_for(tmp_path, monkeypatch):
+    sections(monkeypatch, raises=raises, writes=writes)
+    assert gpu_session.main([str(tmp_path), "--dry-run", "--only", "writes"]) == 0
+    assert list(read(tmp_path / "session.json")["sections"]) == ["writes"]
