@@ -18,7 +18,6 @@ from . import subclasses
 from .cpu.packed_conv import PackedTogether
 from .cpu.program import Copies
 from .live_modules import LiveModules, has_global_hooks, has_hooks
-from .parts import ConvPart
 from .state import BlockInput, FusedState, state_of
 
 # Set while a call of the outermost fused module runs, in its thread; see `one_call`.
@@ -75,8 +74,8 @@ class Survey:
         """The recipes whose packed weights stand for their modules as they are now."""
         of_recipes = []
         for recipe in packed:
-            packs, convs = recipe.copies.packs, [p for p in recipe.live.parts if isinstance(p, ConvPart)]
-            of_recipes.append([(packs.get(p.step.conv), p.conv, p.bn) for p in convs])
+            packs = recipe.copies.packs
+            of_recipes.append([(packs.get(path), conv, bn) for path, conv, bn in recipe.live.conv_parts])
         # One check of all tensors of a network takes half the time of one for each convolution.
         values = [part for recipe, parts in zip(packed, of_recipes) if not recipe.state.frozen for part in parts]
         together = self._together  # another thread may put its own there
@@ -153,6 +152,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
         return
     verified: list[_Candidate] = []
     packed: list[_Candidate] = []
+    requested: dict[str, str] = {}
     for owner, state, recipes in survey.owners:
         if (
             owner.training
@@ -166,11 +166,16 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
                 continue
             if live.runs_other_code(recipe):
                 continue
-            weight = live.convs[0].weight
+            conv = live.convs[0]
+            weight = conv._parameters.get("weight")  # half the time of the attribute, which a pruned one has
+            weight = conv.weight if weight is None else weight
             if weight is None:
                 continue
+            backend = requested.get(state.backend)
+            if backend is None:
+                backend = requested[state.backend] = backends.requested(state.backend)
             # Only oneDNN needs packed weights.
-            if weight.device.type == "cpu" and backends.requested(state.backend) in ("auto", "cpu"):
+            if weight.device.type == "cpu" and backend in ("auto", "cpu"):
                 packed.append(_Candidate(id(owner), recipe, state, state.copies, live))
             elif subclasses.are_known(live.convs):
                 verified.append(_Candidate(id(owner), recipe, state, state.copies, live))

@@ -22,12 +22,10 @@ def child_at(module: nn.Module, path: str) -> nn.Module | None:
     return found
 
 
-_HOOK_DICTS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
 def has_hooks(module: nn.Module) -> bool:
     """Whether eager's call of this module would run a hook."""
-    return any(module.__dict__[kind] for kind in _HOOK_DICTS)
+    d = module.__dict__
+    return bool(d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"])
 
 
 def has_global_hooks() -> bool:
@@ -44,7 +42,7 @@ class LiveModules:
     """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
     __slots__ = (
-        "_readers", "children", "classes", "convs", "dicts", "names", "others", "parts", "reads", "registries", "statistics",
+        "_readers", "children", "classes", "conv_parts", "convs", "dicts", "names", "others", "parts", "reads", "registries", "statistics",
         "with_modes",
     )  # fmt: skip
 
@@ -66,6 +64,7 @@ class LiveModules:
         self.statistics = [bn._buffers for bn in norms if "running_mean" in bn._buffers]
         self.reads = None if torch.compiler.is_compiling() else live_reads(module, recipe.reads)
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
+        self.conv_parts = [(part.step.conv, part.conv, part.bn) for part in self.parts if isinstance(part, ConvPart)]
         self._readers = [_reader(part) for part in self.parts if not isinstance(part, CallPart) and part.step.x == 0]
 
     @property

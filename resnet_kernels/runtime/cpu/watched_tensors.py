@@ -95,8 +95,8 @@ class WatchedTensors:
         self._storages = [*map(Tensor.untyped_storage, self._weights)]
         self._storage_sizes = [storage.nbytes() for storage in self._storages]
         self._strides = [*map(Tensor.stride, self._tensors)]
-        # An inference tensor has no version, and asking for it raises.
-        self._versioned = [tensor for tensor in self._tensors if not tensor.is_inference()]
+        # Of the others all values are compared. An inference tensor has no version, and asking for it raises.
+        self._versioned = [tensor for tensor in self._weights if not tensor.is_inference()]
         self._versions = [*map(_version, self._versioned)]
         self._live = [*map(_live, self._tensors)]
         self._then = [live.tobytes() for live in self._live]
