@@ -42,8 +42,8 @@ class LiveModules:
     """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
     __slots__ = (
-        "_readers", "children", "classes", "conv_parts", "convs", "dicts", "names", "others", "parts", "reads", "registries", "statistics",
-        "with_modes",
+        "_readers", "children", "classes", "conv_parts", "convs", "dicts", "names", "others", "parts", "reads", "registries",
+        "statistics", "with_modes",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, recipe: Recipe):
