@@ -167,8 +167,10 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
             if live.runs_other_code(recipe):
                 continue
             conv = live.convs[0]
-            weight = conv._parameters.get("weight")  # half the time of the attribute, which a pruned one has
-            weight = conv.weight if weight is None else weight
+            # Half the time of the attribute, in which a pruned convolution has its weight.
+            weight: Tensor | None = conv._parameters.get("weight")
+            if weight is None:
+                weight = conv.weight
             if weight is None:
                 continue
             backend = requested.get(state.backend)
