@@ -2,8 +2,7 @@
 
     import   seconds that `import resnet_kernels` adds to `import torch`
     fuse     seconds of rk.fuse on ResNet-152
-    checks   ms of ResNet-50's forward, batch 1, for checking that no weight has changed; freeze=True saves them
-             (interleaved with a frozen model's calls)
+    checks   ms of a call of ResNet-50, batch 1, for seeing that model and weights have not changed, right after another call
     memory   peak resident memory of ResNet-50 at 224x224 over that of the built model, eager channels_last and fused
 
 Each figure is the median of five fresh processes, because a process can't reset its memory peak.
@@ -20,10 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+import torch
+from cpuinfo import get_cpu_info
 
 
 def import_seconds() -> float:
-    import torch
     import torch.fx  # noqa: F401
 
     start = time.perf_counter()
@@ -42,33 +44,29 @@ def fuse_seconds() -> float:
 
 
 def check_milliseconds() -> float:
-    import torch
 
     import resnet_kernels as rk
-    from resnet_kernels.perf.timing import interleave
-    from resnet_kernels.runtime.freezing import frozen_states
+    from resnet_kernels.runtime import checked_calls
+    from resnet_kernels.runtime.state import state_of
 
     torch.set_num_threads(2)
     eager = rk.models.resnet50().eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack memory_format
-    model = rk.fuse(eager, freeze=True)
+    model = rk.fuse(eager)
     x = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    states = frozen_states(model)
-
-    def call(frozen: bool) -> None:
-        # One model serves both: the weight copies of two would lie in different places in memory.
-        for state in states:
-            state.frozen = frozen
-        model(x)
-
+    samples = []
     with torch.inference_mode():
-        calls = {name: (lambda frozen=name == "frozen": call(frozen)) for name in ("checked", "frozen")}
-        timings = interleave(calls, seconds=6)
-    return 1e3 * statistics.median(a - b for a, b in zip(timings["checked"].samples, timings["frozen"].samples))
+        for _ in range(60):
+            model(x)  # which empties the caches, as calls do that follow each other
+            state = state_of(model)
+            assert state is not None and state.survey is not None
+            start = time.perf_counter()
+            with checked_calls.verified_below(state.survey):
+                samples.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(samples)
 
 
 def peak_megabytes(fused: bool, batch: int) -> float:
     """Peak memory of five inferences in MB, less the resident memory of the built model and its input."""
-    import torch
 
     import resnet_kernels as rk
 
@@ -105,7 +103,8 @@ def main() -> None:
         print(FIGURES[options.one]())
         return
     command = [sys.executable, "-m", "benchmarks.tools.costs", "--one"]
-    results = {}
+    # pytest-benchmark's name of the CPU, as in the files of results.
+    results: dict[str, Any] = {"cpu": f"{get_cpu_info()['brand_raw']}, {torch.backends.cpu.get_cpu_capability()}"}
     for name in FIGURES:
         runs = [subprocess.run([*command, name], capture_output=True, text=True, check=True) for _ in range(5)]
         results[name] = statistics.median(float(run.stdout.split()[-1]) for run in runs)

@@ -36,7 +36,7 @@ _DIRECTIONS = {"forward": "inference", "forward-backward": "training step"}
 _COSTS = {
     "import_s": ("`import resnet_kernels` after `import torch`", "s"),
     "fuse_resnet152_s": ("`rk.fuse` of ResNet-152", "s"),
-    "checks_b1_ms": ("ResNet-50 at batch 1: seeing in each call that no weight has changed", "ms"),
+    "checks_b1_ms": ("ResNet-50 at batch 1: seeing in each call that model and weights have not changed", "ms"),
     "peak_eager_b1_MB": ("ResNet-50's memory in a call at batch 1, eager", "MB"),
     "peak_fused_b1_MB": ("the same, fused (packed weights are a copy)", "MB"),
     "peak_eager_b8_MB": ("at batch 8, eager", "MB"),
@@ -119,11 +119,12 @@ def _row(case: CaseResults) -> tuple[str, ...]:
 def costs_table(path: Path) -> str:
     """Table of the package's costs beside its kernels, from a file of benchmarks.tools.costs."""
     costs = json.loads(path.read_text())
+    cpu = costs.pop("cpu")
     rows = [
-        (_COSTS[name][0], f"{value:.2g} {_COSTS[name][1]}" if value < 1 else f"{value:.0f} {_COSTS[name][1]}")
+        (_COSTS[name][0], f"{value:.2g} {_COSTS[name][1]}" if value < 10 else f"{value:.0f} {_COSTS[name][1]}")
         for name, value in costs.items()
     ]
-    return "\n".join([f"From `{path.name}`:", "", *_table(("what", "cost"), rows)])
+    return "\n".join([f"{cpu} (`{path.name}`):", "", *_table(("what", "cost"), rows)])
 
 
 def _ms(case: CaseResults, contender: str) -> str:
