@@ -246,6 +246,11 @@ def _check(x, residual, weight, bias, running_mean, running_var, training, momen
     if not training and (running_mean is None or running_var is None):
         missing = "running_mean" if running_mean is None else "running_var"
         raise ValueError(f"{missing} must be given in eval mode, got None")
+    if (running_mean is None) != (running_var is None):
+        missing, there = ("running_mean", "running_var") if running_mean is None else ("running_var", "running_mean")
+        raise ValueError(
+            f"running_mean and running_var must both be given, or both be None, got {there} alone, without {missing}"
+        )
     if training and x.numel() == x.shape[1] and x.numel():
         # In torch.nn.functional.batch_norm's words.
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.size()}")

@@ -339,6 +339,8 @@ GOOD = dict(
         (dict(eps=0.0), ValueError, "eps must be finite and above 0, got 0.0"),
         (dict(eps=-1.0, training=False), ValueError, "eps must be finite and at least 0, got -1.0"),
         (dict(running_var=None, training=False), ValueError, "running_var must be given in eval mode, got None"),
+        (dict(running_mean=None), ValueError, "both be None, got running_var alone, without running_mean"),
+        (dict(running_var=None, backend="triton"), ValueError, "got running_mean alone, without running_var"),
         (dict(backend="gpu"), ValueError, "backend must be one of auto, triton, cudnn, cpu, eager, got 'gpu'"),
     ],
 )  # fmt: skip

@@ -432,3 +432,43 @@ def test_the_names_of_the_candidates_lead_back_to_them(device):
     assert len(names) >= 9
     for name in names:
         assert error_budget.relative_error(built.candidates[name](*operands), truth) < 1e-5, name
+
+
+def test_runs_that_share_a_table_keep_each_others_records(tmp_path):
+    """Each read the file when it began, and wrote what it had read and measured: the other's records were lost."""
+    path = tmp_path / "table.json"
+    first, second = (table_file.Table(path, KEY) for _ in range(2))
+    first.put(entry("a", "tma"))
+    second.put(entry("b", "tma"))
+    second.put(entry("a", "eager"))
+    first.put(entry("c", "cudnn"))
+    found = {record["key"]: record["winner"] for record in tuned_table.read(path, KEY)}
+    assert found == {"a": "tma", "b": "tma", "c": "cudnn"}, "of what both measured, the last writer's"
+    assert second.has("c", 256, "fp32") is None and list(tmp_path.iterdir()) == [path]
+
+    def run(i):
+        own = table_file.Table(path, KEY)
+        for j in range(10):
+            own.put(entry(f"{i} {j}", "tma"))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+    assert len(tuned_table.read(path, KEY)) == 3 + 80 and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_took_a_tables_place_is_not_written_over(tmp_path):
+    path = tmp_path / "table.json"
+    own = table_file.Table(path, KEY)
+    own.put(entry("a", "tma"))
+    path.write_text("a letter")
+    with pytest.raises(ValueError, match="can't be added to: it is no JSON"):
+        own.put(entry("b", "tma"))
+    assert path.read_text() == "a letter"
+
+
+def test_a_table_where_nothing_can_be_locked(tmp_path, monkeypatch):
+    import fcntl
+
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks here")))
+    table_file.Table(tmp_path / "t.json", KEY).put(entry("a", "tma"))
+    assert len(tuned_table.read(tmp_path / "t.json", KEY)) == 1

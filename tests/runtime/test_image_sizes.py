@@ -298,3 +298,21 @@ def test_small_images_are_as_accurate_as_eager(kernel, groups):
         for size in (40, 12, 7):
             x = torch.randn(1, 64, size, size)
             assert_within_budget(fused(x), model(x), copy.deepcopy(model).double()(x.double()))
+
+
+def test_no_call_copies_a_weight_for_pytorchs_gemm():
+    """It reads x and weight in one layout: a contiguous weight beside a channels_last x took longer to copy than to use."""
+    skip_unless_runnable("cpu", torch.device("cpu"), torch.float32)
+    model = randomise_batch_norms_(nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())).eval()
+    fused, x = rk.fuse(model), torch.randn(1, 64, 12, 12)
+
+    def weights_copied(call) -> int:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as events:
+            call()
+        return sum(e.name == "aten::copy_" and [64, 64, 3, 3] in e.input_shapes for e in events.events())
+
+    with torch.no_grad():
+        fused(x)
+        assert onednn.is_for_aten(x.shape, x.dtype, model[0].weight.shape, (1, 1))
+        assert weights_copied(lambda: fused(x)) == 0
+        assert weights_copied(lambda: model(x.to(memory_format=torch.channels_last))) == 1

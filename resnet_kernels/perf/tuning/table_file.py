@@ -5,10 +5,12 @@ ops/tuned_table.py reads them.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ def no_device() -> DeviceKey:
 
 
 class Table:
-    """Records of a device in a file that is complete at any time."""
+    """Records of a device in a file that is complete at any time, and that several runs of `tune` may add to at once."""
 
     def __init__(self, path: Path, key: DeviceKey):
         """Reads the file's records, if it exists.
@@ -32,11 +34,10 @@ class Table:
             ValueError: The file is not a table of this device.
         """
         self.path, self.key = path, key
-        try:
-            records = tuned_table.read(path, key)
-        except tuned_table.Unusable as reason:
-            raise ValueError(f"{path} can't be added to: {reason}; move it away, or choose another file") from None
-        self.records = {_identity(record): record for record in records}
+        self.records: dict[_Identity, dict[str, Any]] = {}
+        self._own: dict[_Identity, dict[str, Any]] = {}
+        self._seen = _state(path)
+        self._read()
 
     def has(self, key: str, batch: int, dtype: str) -> dict[str, Any] | None:
         """Record of a problem, or None unless the current versions measured it."""
@@ -46,15 +47,57 @@ class Table:
         return record if versions().items() <= record["measured"].items() else None
 
     def put(self, record: dict[str, Any]) -> None:
-        """Adds a record or replaces an older one, and writes the file.
+        """Adds a record or replaces an older one, and writes the file, with what other runs have put there meanwhile.
 
         Raises:
             OSError: The file can't be written; it stays as before.
+            ValueError: Something that is not a table of this device lies in the file's place by now.
         """
-        self.records[_identity(record)] = record
-        lines = ",\n".join(json.dumps(record) for _, record in sorted(self.records.items()))
-        head = json.dumps({"schema": tuned_table.SCHEMA, "device": self.key._asdict()})
-        write_whole(self.path, f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
+        self._own[_identity(record)] = record
+        with _locked(self.path.parent):
+            if _state(self.path) != self._seen:
+                self._read()
+            self.records |= self._own
+            lines = ",\n".join(json.dumps(record) for _, record in sorted(self.records.items()))
+            head = json.dumps({"schema": tuned_table.SCHEMA, "device": self.key._asdict()})
+            write_whole(self.path, f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
+            self._seen = _state(self.path)
+
+    def _read(self) -> None:
+        try:
+            records = tuned_table.read(self.path, self.key)
+        except tuned_table.Unusable as reason:
+            raise ValueError(f"{self.path} can't be added to: {reason}; move it away, or choose another file") from None
+        self.records |= {_identity(record): record for record in records}
+
+
+_Identity = tuple[str, str, int]
+
+
+def _state(path: Path) -> tuple[int, int, int] | None:
+    """What differs after every write of a file; None if there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Keeps other threads and processes out that lock this directory; where there are no such locks, it keeps nobody out."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            import fcntl
+
+            # The directory itself: no file of ours remains, whoever is killed.
+            descriptor = os.open(directory, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks
+        yield
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -69,5 +112,5 @@ def write_whole(path: Path, text: str) -> None:
         raise
 
 
-def _identity(record: dict[str, Any]) -> tuple[str, str, int]:
+def _identity(record: dict[str, Any]) -> _Identity:
     return record["dtype"], record["key"], record["batch"]

@@ -78,7 +78,7 @@ class PackedConv:
         self._unfolded = None
         if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
             self._unfolded = conv.weight.detach().to(dtype), shift, scale
-        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None is the layout of the model's own weight
+        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None is channels_last, for ATen
         self._sizes: dict[tuple, SizedConv] = {}
         self._add(x.shape, weight)
 
@@ -138,10 +138,11 @@ class PackedConv:
         if (for_aten or layout is not None) and layout in self._weights:
             return layout, self._weights[layout]
         weight = self._folded_as_packed() if folded is None else folded
-        if not for_aten:
-            weight = onednn.pack_weight(weight, geometry, shape)
-            layout = onednn.note_layout(problem, weight)
-        return layout, weight
+        if for_aten:
+            # As x is: PyTorch's GEMM copies a weight in another layout in each call, which takes longer than the GEMM.
+            return None, weight.contiguous(memory_format=torch.channels_last)
+        weight = onednn.pack_weight(weight, geometry, shape)
+        return onednn.note_layout(problem, weight), weight
 
     def is_of(self, conv: nn.Conv2d, bn: BatchNorm | None) -> bool:
         """Whether it was packed from these modules and their tensors, whatever the values, with these settings."""
