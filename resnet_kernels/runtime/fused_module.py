@@ -116,6 +116,9 @@ def _make_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
 
     @functools.wraps(original.forward)  # torch.fx reads the argument names through __wrapped__
     def forward(self: Fused, *args: Any, **kwargs: Any) -> Any:
+        # A user's class over this one may call it after unfuse_, and after another fuse_, whose state is of that class.
+        if getattr(type(self), "_rk_forward_of", None) is not original:
+            return original.forward(self, *args, **kwargs)
         # Not self._rk_forward: unfuse_ in another thread may have swapped the class back by now.
         return mixin._rk_forward(self, original.forward, args, kwargs)
 
@@ -125,6 +128,7 @@ def _make_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
         "_rk_original_class": original,
+        "_rk_forward_of": original,  # for FSDP the class beneath the original one
         "_rk_mixin": mixin,
     }
     if hasattr(original, "__deepcopy__"):

@@ -4,6 +4,7 @@ import base64
 import html.parser
 import itertools
 import json
+import os
 import re
 import shutil
 import sys
@@ -12,11 +13,12 @@ import pytest
 
 from helpers import results_files as files
 from resnet_kernels.cli import main as cli
-from resnet_kernels.cli.report import kernel_sections, plot_style, plots, sections
+from resnet_kernels.cli.report import kernel_sections, page, plot_style, plots, sections
 from resnet_kernels.perf import read_results
 from resnet_kernels.perf.schema import Ceilings
 
 pytest.importorskip("matplotlib", reason="needs matplotlib")
+from matplotlib.text import Text
 
 
 def report(*arguments):
@@ -125,6 +127,38 @@ def test_names_are_escaped(tmp_path):
     page = Page((tmp_path / "out" / "report.html").read_text())
     assert "a|b <script>x</script> & more" in page.text
     assert r"a\|b &lt;script&gt;x&lt;/script&gt; &amp; more" in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("[x](http://y)", r"[x\](http://y)"),
+        ("![x](y.png)", r"![x\](y.png)"),
+        ("[x]: y", r"[x\]: y"),
+        ("# heading", r"\# heading"),
+        ("1. item", r"1\. item"),
+        ("*a* _b_ `c` ~~d~~", r"\*a\* \_b\_ \`c\` \~\~d\~\~"),
+        (r"back\slash", r"back\\slash"),
+        ("d2l_resnet18 0.95 [0.90, 1.00] a\n# b", "d2l_resnet18 0.95 [0.90, 1.00] a # b"),
+    ],
+)
+def test_markdown_shows_names_as_they_are(text, shown):
+    assert page._text(text) == shown
+
+
+@pytest.mark.parametrize("name", ["$^$", "100 $ or 200 $", "x" * 100_000, "line\nline"])
+def test_any_name_can_be_drawn(name, tmp_path):
+    """matplotlib read dollars as formulas, and a long name left a negative width for the bars."""
+    curves = [plots.Curve(name, [1, 8], [10.0, 20.0])]
+    figures = (
+        plots.throughput({name: curves}, [name]),
+        plots.best_peer([plots.Bar(name, 1.5, name), plots.Bar("b", 0.5, name)]),
+        plots.stacks([plots.Stack(name, name, {"conv": 1.0})], "ms"),
+    )
+    for figure in figures:
+        assert plot_style.save(figure, "png").startswith(b"\x89PNG")
+        texts = [text.get_text() for text in figure.findobj(Text)]
+        assert all(len(text) < 120 and "\n" not in text for text in texts)
 
 
 @pytest.mark.slow
@@ -313,6 +347,17 @@ def test_a_folder_of_others_is_left_alone(few, tmp_path, capsys):
     assert report(few[0], "--out", tmp_path / "file") == 2
     assert report(few[0], "--out", tmp_path / "file" / "below") == 2
     assert capsys.readouterr().err.count("error: --out") == 2
+
+
+def test_a_killed_report_is_in_nobodys_way(few, tmp_path):
+    """Its temporary folder made the next one say that the folder was another program's."""
+    old, new = (tmp_path / f".report-{name}" for name in ("old", "new"))
+    for folder in (old, new):
+        folder.mkdir()
+        (folder / "report.html").touch()
+    os.utime(old, (0, 0))
+    assert report(few[0], "--out", tmp_path) == 0
+    assert not old.exists() and new.exists() and (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow

@@ -185,6 +185,76 @@ def test_an_earlier_run_is_kept(tmp_path, capsys):
     )
 
 
+def test_no_earlier_run_is_written_over(tmp_path):
+    """The second run's checkpoint took the place of the first one's."""
+    for i in range(3):
+        (tmp_path / "checkpoint.pt").write_text(f"run {i}")
+        checkpoint.set_aside(tmp_path / "checkpoint.pt")
+    kept = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert kept == {f"checkpoint.earlier{end}.pt": f"run {i}" for i, end in enumerate(("", "-2", "-3"))}
+
+
+def test_output_that_cannot_be_written_shows_before_training(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(loop.Training, "train_epoch", lambda self: pytest.fail("it trained"))
+    (tmp_path / "a file").touch()
+    (tmp_path / "folder" / "checkpoint.pt").mkdir(parents=True)
+    for output, message in (("a file", "can't be written to"), ("folder", "is there and is no file")):
+        assert train(tmp_path / output, "--epochs", "1") == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --output: ") and message in error and error.count("\n") == 1
+
+
+def test_a_changed_bit_is_found(tmp_path):
+    """PyTorch reads it without a word."""
+    weight = torch.zeros(1000)
+    state = {name: {} for name in checkpoint.KEYS} | {"settings": {}, "epoch": 0, "history": [], "model": {"w": weight}}
+    state |= {"rng": {"cpu": torch.get_rng_state()}}
+    del state["version"]
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, state)
+    assert torch.equal(checkpoint.load(path, {})["model"]["w"], weight)
+    raw = bytearray(path.read_bytes())
+    at = raw.find(bytes(weight.numpy().tobytes())) + 2000
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    assert not torch.equal(torch.load(path)["model"]["w"], weight)
+    with pytest.raises(ValueError, match="is damaged: its values are not those that were saved"):
+        checkpoint.load(path, {})
+
+
+def test_what_a_killed_save_left_goes_with_the_next_save(tmp_path):
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    dead, alive = (tmp_path / f"checkpoint.pt.{pid}.tmp" for pid in (process.pid, 1))
+    other = tmp_path / "checkpoint.pt.notes.tmp"
+    for path in (dead, alive, other):
+        path.touch()
+    checkpoint.save(tmp_path / "checkpoint.pt", {"epoch": 1})
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint.pt", alive.name, other.name}
+
+
+def test_stopped_before_its_first_epoch_it_says_what_is_there(tmp_path, capsys, monkeypatch):
+    """With --resume it said that nothing was saved."""
+
+    def stop(self):
+        raise KeyboardInterrupt
+
+    def stop_early(*_):
+        raise KeyboardInterrupt
+
+    assert train(tmp_path, "--epochs", "1") == 0
+    path = tmp_path / "checkpoint.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "load", stop_early)
+        assert train(tmp_path, "--epochs", "2", "--resume") == 130
+        assert f"no epoch was done, and {path} is as it was" in capsys.readouterr().err
+    monkeypatch.setattr(loop.Training, "train_epoch", stop)
+    assert train(tmp_path, "--epochs", "2", "--resume") == 130
+    assert f"{path} holds epoch 1: add --resume" in capsys.readouterr().err
+    assert train(tmp_path / "new", "--epochs", "2") == 130
+    assert "no epoch was done, nothing is saved" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     assert train(tmp_path, "--epochs", "1") == 0
     original = command.Training.__init__

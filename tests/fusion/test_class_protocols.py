@@ -191,3 +191,28 @@ def test_fused_and_unfused_beside_running_calls():
     for thread in threads:
         thread.join()
     assert not failures
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("around", (False, True))
+def test_a_users_class_over_a_fused_one(around):
+    """Its forward calls the fused class's, also after unfuse_, which recursed without end, and after another fuse_."""
+
+    class Around(nn.Module):
+        def __init__(self, seq):
+            super().__init__()
+            self.seq = seq
+
+        def forward(self, x):
+            return torch.tanh(self.seq(x))
+
+    seq = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+    model, x = (Around(seq) if around else seq).eval(), torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        expected = torch.tanh(seq(x) + 1) if around else seq(x) + 1
+        rk.fuse_(model)
+        below = type(seq)
+        seq.__class__ = type("Patched", (below,), {"forward": lambda self, x: below.forward(self, x) + 1})
+        for step in (lambda model: None, rk.unfuse_, rk.fuse_, rk.fuse_, rk.unfuse_):
+            step(model)
+            torch.testing.assert_close(model(x), expected)

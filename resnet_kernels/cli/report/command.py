@@ -9,13 +9,18 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import tempfile
+import time
 from pathlib import Path
 
 from ...fusion.report import table
 from ...perf import read_results, regressions, results
 from . import page, plot_style, sections
 from .parts import Section
+
+_TEMPORARY = ".report-"
+_SECONDS_OF_WRITING = 600.0  # an older temporary folder is of a report that was killed
 
 HELP = "plot a file of pytest benchmarks --benchmark-json on a page, and compare it with an older file"
 
@@ -89,7 +94,8 @@ def _files(new: results.Results, parts: list[Section]) -> dict[str, bytes]:
 def _check_out(out: Path) -> None:
     """Raises ValueError unless the folder is new, empty, or an earlier report's."""
     try:
-        if not out.exists() or not any(out.iterdir()):
+        # A report that was killed leaves its temporary folder.
+        if not out.exists() or all(path.name.startswith(_TEMPORARY) for path in out.iterdir()):
             return
         earlier = out / "report.html"
         if earlier.is_file() and f'content="{page.GENERATOR}' in earlier.read_text(errors="replace"):
@@ -103,7 +109,10 @@ def _write(out: Path, files: dict[str, bytes]) -> None:
     """Writes all files to a temporary folder, renames them into place, and removes plots that only an earlier report had."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out, prefix=".report-") as folder:
+        for left in out.glob(f"{_TEMPORARY}*"):
+            if time.time() - left.stat().st_mtime > _SECONDS_OF_WRITING:
+                shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(dir=out, prefix=_TEMPORARY) as folder:
             for name, contents in files.items():
                 (Path(folder) / name).write_bytes(contents)
             for name in files:

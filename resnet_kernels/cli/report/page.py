@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import resnet_kernels as rk
@@ -206,6 +207,10 @@ def _paragraphs(texts: Iterable[str]) -> Iterator[str]:
         yield from (text, "")
 
 
+# What Markdown reads as code, emphasis, a link, a picture or a footnote, and at a line's start as a heading, a list or a rule.
+_MARKDOWN = re.compile(r"[\\`*~]|(?<!\w)_|_(?!\w)|\](?=[(\[:])|^[#+-](?=[#\s]|$)|^[-=](?=[-=]*$)|(?<=^\d)[.)](?=\s)")
+
+
 def _text(text: str) -> str:
-    """Returns text that Markdown shows as it is: on one line, and without tags."""
-    return " ".join(html.escape(text, quote=False).split())
+    """Returns text that Markdown shows as it is: on one line, without tags, links, headings or emphasis."""
+    return _MARKDOWN.sub(r"\\\g<0>", " ".join(html.escape(text, quote=False).split()))

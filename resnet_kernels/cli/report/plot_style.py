@@ -24,6 +24,7 @@ MARKERS = "osD^vPX<>ph"
 _LINES = ("-", "--", "-.", ":")
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---", "ooo", "+++")
 WIDTH = 9.5  # inches, of every figure
+_LONGEST_CAPTION = 64
 
 
 def save(figure: Figure, kind: str) -> bytes:
@@ -76,6 +77,14 @@ def line_style(contenders: Sequence[str], name: str) -> dict[str, Any]:
 def fill_of(index: int) -> str:
     """Returns the color of an area: any but black."""
     return _COLORS[1:][index % (len(_COLORS) - 1)]
+
+
+def caption(text: str) -> str:
+    """Returns a name from a results file as a figure can show it: on one line, not too long, and without formulas."""
+    line = " ".join(text.split())
+    if len(line) > _LONGEST_CAPTION:
+        line = f"{line[: _LONGEST_CAPTION - 20]}…{line[-19:]}"
+    return line.replace("$", r"\$")
 
 
 def number(value: float) -> str:

@@ -21,6 +21,7 @@ from .plot_style import (
     MARKERS,
     VERMILION,
     WIDTH,
+    caption,
     fill_of,
     line_style,
     log_axis,
@@ -52,6 +53,11 @@ class Bar:
     label: str
     speed: float
     peer: str
+
+    @property
+    def text(self) -> str:
+        """What stands beside the bar."""
+        return f"{self.speed:.2f}x {caption(self.peer)} ({outcome(self.speed)})"
 
 
 @dataclass(frozen=True)
@@ -95,10 +101,16 @@ def throughput(panels: Mapping[str, Sequence[Curve]], contenders: Sequence[str])
             log_axis(axes.yaxis, min(values), max(values))
         else:
             axes.set_ylim(0, 1.1 * max(values))
-        axes.set_title(title, fontsize=10)
+        axes.set_title(caption(title), fontsize=10)
         axes.grid(alpha=0.3)
     ordered = [name for name in contenders if name in handles]
-    figure.legend([handles[name] for name in ordered], ordered, loc="outside upper center", ncols=6, frameon=False)
+    figure.legend(
+        [handles[name] for name in ordered],
+        [*map(caption, ordered)],
+        loc="outside upper center",
+        ncols=6,
+        frameon=False,
+    )
     return figure
 
 
@@ -113,7 +125,7 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
         verdict = outcome(bar.speed)
         color, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GRAY, "")}[verdict]
         axes.barh(y, value, height=0.7, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-        text = f"{bar.speed:.2f}x {bar.peer} ({verdict})"
+        text = bar.text
         texts.append(text)
         side = 1 if value >= 0 else -1
         axes.annotate(
@@ -121,7 +133,8 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
             ha="left" if side > 0 else "right",
         )  # fmt: skip
     axes.axvline(0, color=BLACK, linewidth=1)
-    axes.set_yticks(range(len(ordered)), [bar.label for bar in ordered], fontsize=8)
+    labels = [caption(bar.label) for bar in ordered]
+    axes.set_yticks(range(len(ordered)), labels, fontsize=8)
     axes.set_ylim(len(ordered) - 0.4, -0.6)
     # The texts need room outside of the bars: 0.075 inches per letter, converted to units of the axis.
     # The axis reaches at least from 1/1.2 to 1.2; otherwise a loss of 1% would fill the page.
@@ -129,7 +142,7 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
     widths = [
         0.075 * max((len(t) for t, v in zip(texts, values) if (v < 0) == losses), default=0) + 0.2 for losses in (1, 0)
     ]
-    inches = WIDTH - 0.075 * max(len(bar.label) for bar in ordered) - 0.5
+    inches = WIDTH - 0.075 * max(map(len, labels)) - 0.5
     unit = (left + right) / (inches - sum(widths))
     left, right = left + unit * widths[0], right + unit * widths[1]
     axes.set_xlim(-left, right)
@@ -158,7 +171,7 @@ def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -
                 facecolor=fill_of(index), edgecolor=BLACK, linewidth=0.5, alpha=0.65, label=kind,
             )  # fmt: skip
         axes.set(xscale="log", yscale="log")
-        axes.set_title(title, fontsize=10)
+        axes.set_title(caption(title), fontsize=10)
         axes.set_xlabel("FLOP / byte (log scale)")
         axes.grid(alpha=0.3)
         _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings)
@@ -216,7 +229,7 @@ def stacks(bars: Sequence[Stack], xlabel: str) -> Figure:
         if bar.group != previous:
             y += 0.7 if previous is not None else 0
             axes.annotate(
-                bar.group, (0, y), (-70, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
+                caption(bar.group), (0, y), (-70, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
                 ha="right", va="center", fontsize=9, fontweight="bold",
             )  # fmt: skip
             previous = bar.group
@@ -231,7 +244,7 @@ def stacks(bars: Sequence[Stack], xlabel: str) -> Figure:
         axes.annotate(number(total), (total, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
         ticks.append(y)
         y += 1
-    axes.set_yticks(ticks, [bar.label for bar in bars], fontsize=8)
+    axes.set_yticks(ticks, [caption(bar.label) for bar in bars], fontsize=8)
     axes.set_ylim(y - 0.3, -0.7)
     axes.set_xlim(0, 1.1 * max(totals))
     axes.set_xlabel(xlabel)

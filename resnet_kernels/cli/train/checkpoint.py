@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -27,15 +30,82 @@ def save(path: Path, state: dict[str, Any]) -> None:
         OSError: if the directory can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_left_behind(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"version": VERSION, **state}, file)
+            torch.save({"version": VERSION, **state, "checksum": _checksum(state)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Makes the directory, and writes a file there, so that what keeps a checkpoint from being saved shows before training.
+
+    Raises:
+        ValueError: if that fails.
+    """
+    probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--output: {path.parent} can't be written to: {error.strerror or error}") from error
+    if path.exists() and not path.is_file():
+        raise ValueError(f"--output: {path} is there and is no file")
+
+
+def set_aside(path: Path) -> Path:
+    """Renames an earlier run's checkpoint, to a name that no other has, and returns it."""
+    names = (path.with_name(f"{path.stem}.earlier{f'-{i}' if i > 1 else ''}{path.suffix}") for i in itertools.count(1))
+    return path.replace(next(name for name in names if not name.exists()))
+
+
+def _remove_left_behind(path: Path) -> None:
+    """Removes the temporary files of processes that were killed while they wrote."""
+    for left in path.parent.glob(f"{path.name}.*.tmp"):
+        pid = left.name.removeprefix(f"{path.name}.").removesuffix(".tmp")
+        if pid.isdecimal() and int(pid) != os.getpid() and not _is_alive(int(pid)):
+            with contextlib.suppress(OSError):
+                left.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        pass  # another user's
+    return True
+
+
+def _checksum(state: Any) -> str:
+    """Returns a digest of all values: PyTorch reads a file whose bits have changed without a word."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            plain = value.detach().cpu().contiguous()
+            digest.update(f"{plain.dtype} {tuple(plain.shape)}".encode())
+            digest.update(plain.flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                digest.update(f"{key!r}:".encode())
+                add(item)
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)}[".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{value!r},".encode())
+
+    add({name: state[name] for name in sorted(state)})
+    return digest.hexdigest()
 
 
 def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
@@ -66,6 +136,9 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     ]
     if different:
         raise ValueError(f"--resume: {path} was trained with {'; '.join(different)}")
+    # Files of before have none.
+    if "checksum" in state and state["checksum"] != _checksum({name: state[name] for name in KEYS - {"version"}}):
+        raise ValueError(f"--resume: {path} is damaged: its values are not those that were saved")
     if (reason := _why_damaged(state)) is not None:
         raise ValueError(f"--resume: {path} is damaged: {reason}")
     return state

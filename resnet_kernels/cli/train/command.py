@@ -110,6 +110,10 @@ def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> in
         )
     output = options.output or Path("runs") / f"{settings.data}-{settings.model}"
     path = output / "checkpoint.pt"
+    if path.exists():
+        stop.kept = f"no epoch was done, and {path} is as it was"
+    # Before the hours of training, not after.
+    processes.together(lambda: checkpoint.check_writable(path) if processes.first else None)
 
     def load() -> data.DataSet:
         return data.load(settings.data, options.data_dir, settings.held_out, options.download)
@@ -129,7 +133,7 @@ def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> in
         row = training.train_epoch()
         if processes.first:
             if training.epoch == 1 and path.exists():
-                say(f"the checkpoint of an earlier run is now {path.replace(path.with_name('checkpoint.earlier.pt'))}")
+                say(f"the checkpoint of an earlier run is now {checkpoint.set_aside(path)}")
             checkpoint.save(path, training.state())
         stop.kept = f"{path} holds epoch {training.epoch}: add --resume to go on"
         accuracy = 100 * row["validation_accuracy"]
