@@ -119,7 +119,10 @@ class CapturedModel:
 
     def _run(self, graph: _Graph, x: Tensor) -> Any:
         y = graph(x)
-        return pytree.tree_map_only(Tensor, Tensor.clone, y) if self.copy else y
+        if not self.copy:
+            return y
+        # pytree makes a function in each call.
+        return y.clone() if isinstance(y, Tensor) else pytree.tree_map_only(Tensor, Tensor.clone, y)
 
     def _record(self, key: tuple, x: Tensor) -> _Graph:
         reason = _why_elsewhere(self.model, x.device) or _Recorder.why_not(x.device) or _why_not_now(self.model)
@@ -166,8 +169,11 @@ class _Graph:
 
     def __call__(self, x: Tensor) -> Any:
         self._recorder.take_turns()
-        with torch.inference_mode(False), torch.no_grad():
-            self._x.copy_(x)
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False), torch.no_grad():
+                self._x.copy_(x)
+        else:
+            self._x.copy_(x)  # the caller has no_grad already
         self._replay()
         return self._y
 
@@ -180,6 +186,7 @@ class _Recorder:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._last_user: torch.cuda.Stream | None = None
+        self._last_address = -1
 
     @staticmethod
     def is_recording() -> bool:
@@ -214,10 +221,14 @@ class _Recorder:
 
     def take_turns(self) -> None:
         """Makes this stream wait for the last call's stream: graphs that share memory can't overlap."""
+        # Not torch.cuda.current_stream, which makes an object in each call.
+        address = torch._C._cuda_getCurrentRawStream(self._device.index)
+        if address == self._last_address:
+            return
         stream = torch.cuda.current_stream(self._device)
         if self._last_user is not None and self._last_user != stream:
             stream.wait_stream(self._last_user)
-        self._last_user = stream
+        self._last_user, self._last_address = stream, address
 
     def finish(self) -> None:
         """Waits until no recorded graph runs any more."""
@@ -246,7 +257,8 @@ def _explained(context: Any, call: Callable[[], Any]) -> Any:
 def _key(x: Tensor) -> tuple:
     """Key of a graph: shape, layout, dtype and device of x, and the current autocast."""
     kind = x.device.type
-    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Only other devices have to be asked whether they know autocast at all.
+    autocast = (kind in ("cuda", "cpu") or torch.amp.is_autocast_available(kind)) and torch.is_autocast_enabled(kind)
     return x.shape, x.stride(), x.dtype, x.device, autocast and torch.get_autocast_dtype(kind)
 
 
