@@ -60,15 +60,28 @@ class FusedContainer(Fused):
         # A run at the entry converts by itself, or packs the image as it is: call_run.
         # What a subclass is converted to depends on its rule: the container's own forward gets x itself.
         as_it_is = state.plan.entry is not None or "" in state.plan.seen or subclasses.is_plain_subclass(x)
-        value = x if as_it_is else x.contiguous(memory_format=CHANNELS_LAST)
+        value = x if as_it_is else _converted(x)
+        version = None if value is x else value._version
         restore = not (is_channels_last(subclasses.as_plain(x)) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
         with checked_calls.one_call(found, restore), checked_calls.verified_below(survey):
-            if _is_stage(self, state):
-                y = _run_stage(self, state, value, BlockInput(owned=value is not x))
-            else:
-                y = original(view_of(self, state), value)
+            y = (
+                _run_stage(self, state, value, UNKNOWN)
+                if _is_stage(self, state)
+                else original(view_of(self, state), value)
+            )
+        if version is not None and value._version != version:
+            # A module that came after fusing, or whose `inplace` was set since, has written over its input: eager's x.
+            x.copy_(value)
         return _restored(y, state.plan.outputs) if restore else y
+
+
+def _converted(x: Tensor) -> Tensor:
+    """x in channels_last: x itself if it is so, or a copy that counts in-place changes, which an inference tensor doesn't."""
+    if not torch.is_inference_mode_enabled() or x.is_contiguous(memory_format=CHANNELS_LAST):
+        return x.contiguous(memory_format=CHANNELS_LAST)
+    with torch.inference_mode(False), torch.no_grad():
+        return x.contiguous(memory_format=CHANNELS_LAST)
 
 
 def _restored(outputs: Any, ours: Sequence[bool]) -> Any:
@@ -111,11 +124,19 @@ def _plain_call(
         return None
     if x.dim() != 4 or not x.is_floating_point():
         return None
-    if tuple(module._modules) != state.plan.names or any(
-        module._modules[path] is None for recipe in state.plan.runs.values() for path in recipe.modules
-    ):
+    if tuple(module._modules) != state.plan.names:
         eligibility.say_runs_eager(
             f"in a {type(module).__name__}, submodules were added or removed after fusing: call fuse_ again"
+        )
+        return None
+    # A forward may ask for the classes of its modules, and see what a run does at once.
+    if any(
+        (child := module._modules[name]) is None or fusible.original_class(child) is not cls
+        for recipe in state.plan.runs.values()
+        for name, cls in recipe.signature
+    ):
+        eligibility.say_runs_eager(
+            f"in a {type(module).__name__}, its submodules changed after it was fused: call fuse_ again"
         )
         return None
     if (changed := eligibility.why_container_changed(module, state)) is not None:

@@ -603,3 +603,69 @@ def test_a_parametrization_runs_as_often_as_in_eager():
         counts.append(calls)
     agree(plain, fused, images())
     assert counts[0] == counts[1] != []
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last))
+def test_a_module_that_came_after_fusing_writes_over_the_users_input(context, layout):
+    """As eager does. A container's modules get a copy in channels_last, and the change was lost with it."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+            self.conv, self.relu, self.norm = nn.Conv2d(4, 4, 3), nn.ReLU(), nn.GroupNorm(1, 4)
+
+        def forward(self, x):
+            return self.norm(self.relu(self.conv(self.bn(self.bn(self.first(x))))))
+
+    def replace(model):
+        model.first = nn.ReLU(inplace=True)
+
+    def set_flag(model):
+        model[0].inplace = True
+
+    stage = (nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(1, 4))
+    for model, edit in ((Net(), replace), (nn.Sequential(*stage), set_flag)):
+        plain, fused = model.eval(), rk.fuse(model)
+        edit(plain)
+        edit(fused)
+        x = torch.randn(2, 4, 9, 9).to(memory_format=layout)
+        ours, theirs = x.clone(), x.clone()
+        with context():
+            torch.testing.assert_close(fused(ours), plain(theirs))
+        assert torch.equal(ours, theirs) and not torch.equal(ours, x)
+        # And only then.
+        with context():
+            again = ours.clone()
+            fused(again)
+        assert torch.equal(again, ours)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_that_asks_for_classes_sees_those_of_now():
+    """It kept what a ReLU made, and after the convolution had become one, it kept what the whole run had made of that."""
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn, self.relu = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            kept = []
+            for child in self._modules.values():
+                x = child(x)
+                if isinstance(child, nn.ReLU):
+                    kept.append(x)
+            return x, kept
+
+    plain = Net().eval()
+    fused, x = rk.fuse(plain), torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(fused(x), plain(x))
+        for model in (plain, fused):
+            model.bn.bias.fill_(1.0)
+            model.conv = nn.ReLU()
+        torch.testing.assert_close(fused(x), plain(x))
+        assert len(fused(x)[1]) == 2
