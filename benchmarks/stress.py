@@ -7,8 +7,9 @@
     interrupts  Ctrl-C at random moments of `explain` and `fuse_`
     memory      models that are fused, called and dropped
 
-Each result is judged by the error budget of resnet_kernels.ops.error_budget, against eager in fp64. Each section runs in a
-process of its own, so a crash or a hang costs one section. The exit status is 1 if anything went wrong.
+Each result is compared with eager in fp64. What load breaks is gross: old weights, another call's image. So a result may err
+by twenty times the budget of resnet_kernels.ops.error_budget; whether it keeps the budget itself is for the tests. Each section
+runs in a process of its own, so a crash or a hang costs one section. The exit status is 1 if anything went wrong.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from resnet_kernels.fusion.report import table
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import error_budget
 
+_BUDGETS = 20
 _MOST_FAILURES = 5
 _GRACE_S = 90.0  # beyond a section's seconds: starting Python, and the last action
 
@@ -64,14 +66,14 @@ class Judge:
         with torch.no_grad():
             self._truth = copy.deepcopy(plain).double()(x.double())
             eager = error_budget.relative_error(plain(x), self._truth)
-        self._budget = error_budget.budget(eager, x.dtype, x.device)
+        self._most = _BUDGETS * error_budget.budget(eager, x.dtype, x.device)
 
     def why_wrong(self, y: Tensor) -> str | None:
-        """None for a result within the budget."""
+        """None for a result that is right."""
         if y.shape != self._truth.shape:
             return f"shape {tuple(y.shape)}, eager's is {tuple(self._truth.shape)}"
         error = error_budget.relative_error(y, self._truth)
-        return None if error <= self._budget else f"errs by {error:.1e}, {self._budget:.1e} is allowed"
+        return None if error <= self._most else f"errs by {error:.1e}, {self._most:.1e} is allowed"
 
 
 class Crowd:
@@ -190,9 +192,9 @@ def sizes(seconds: float, dice: random.Random) -> Outcome:
                     outcome.failures.append(f"{tuple(x.shape)}: {wrong}")
         ratios.append(took[fused] / took[plain])
         outcome.done += 1
-    if len(ratios) > 1:
-        tenths = statistics.quantiles(ratios, n=10)
-        spread = f"{statistics.median(ratios):.2f} of eager's time, from {tenths[0]:.2f} to {tenths[-1]:.2f} in 8 of 10"
+    if ratios:
+        low, *_, high = statistics.quantiles(ratios, n=10) if len(ratios) > 1 else ratios * 2
+        spread = f"{statistics.median(ratios):.2f} of eager's time, from {low:.2f} to {high:.2f} in 8 of 10"
         outcome.figures = f"a fused call takes {spread}"
     return outcome
 
