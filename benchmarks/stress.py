@@ -8,8 +8,9 @@
     memory      models that are fused, called and dropped
 
 Each result is compared with eager in fp64. What load breaks is gross: old weights, another call's image. So a result may err
-by twenty times the budget of resnet_kernels.ops.error_budget; whether it keeps the budget itself is for the tests. Each section
-runs in a process of its own, so a crash or a hang costs one section. The exit status is 1 if anything went wrong.
+by twenty times the budget of resnet_kernels.ops.error_budget; whether it keeps the budget itself is for the tests.
+
+Each section runs in a process of its own, so a crash or a hang costs one section. The exit status is 1 if anything went wrong.
 """
 
 from __future__ import annotations

@@ -73,6 +73,9 @@ class FusedContainer(Fused):
         if version is not None and value._version != version:
             # A module that came after fusing, or whose `inplace` was set since, has written over its input: eager's x.
             x.copy_(value)
+        if value is not x:
+            # Returned by a module that came later, as it is.
+            y = x if y is value else y if isinstance(y, Tensor) else _replaced(y, value, x)
         return _restored(y, state.plan.outputs) if restore else y
 
 
@@ -82,6 +85,10 @@ def _converted(x: Tensor) -> Tensor:
         return x.contiguous(memory_format=CHANNELS_LAST)
     with torch.inference_mode(False), torch.no_grad():
         return x.contiguous(memory_format=CHANNELS_LAST)
+
+
+def _replaced(outputs: Any, old: Tensor, new: Tensor) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: new if tensor is old else tensor, outputs)
 
 
 def _restored(outputs: Any, ours: Sequence[bool]) -> Any:
@@ -148,10 +155,10 @@ def _plain_call(
 
 
 def _has_channels_last_weights(module: nn.Module) -> bool:
-    # The first one stands for all. Asking a parametrized module for its weight would compute one.
+    # The first one whose strides tell stands for all. Asking a parametrized module for its weight would compute one.
     convs = (m for m in module.modules() if isinstance(m, nn.Conv2d))
     weights = (m._parameters.get("weight", m.__dict__.get("weight")) for m in convs)
-    weight = next((weight for weight in weights if weight is not None), None)
+    weight = next((weight for weight in weights if weight is not None and weight.shape[1:].numel() > 1), None)
     return weight is not None and is_channels_last(weight)
 
 

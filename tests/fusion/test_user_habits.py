@@ -627,6 +627,11 @@ def test_a_module_that_came_after_fusing_writes_over_the_users_input(context, la
         model[0].inplace = True
 
     stage = (nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.GroupNorm(1, 4))
+    fused = rk.fuse(nn.Sequential(nn.Sequential(*stage), nn.Identity()).eval())
+    fused[0] = nn.ReLU(inplace=True)
+    with context():
+        x = torch.randn(2, 4, 9, 9).to(memory_format=layout)
+        assert fused(x) is x, "as in eager"
     for model, edit in ((Net(), replace), (nn.Sequential(*stage), set_flag)):
         plain, fused = model.eval(), rk.fuse(model)
         edit(plain)
@@ -669,3 +674,22 @@ def test_a_forward_that_asks_for_classes_sees_those_of_now():
             model.conv = nn.ReLU()
         torch.testing.assert_close(fused(x), plain(x))
         assert len(fused(x)[1]) == 2
+
+
+def test_a_first_weight_in_both_layouts_at_once_tells_nothing():
+    """Then the next one does: a dropout draws its mask in the order of memory."""
+
+    class Drop(nn.Module):
+        def forward(self, x):
+            return F.dropout(x, 0.5, True)
+
+    model = nn.Sequential(nn.Conv2d(4, 32, 1, groups=4), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), Drop()).eval()
+    fused = rk.fuse(model)
+    x, results = torch.randn(2, 4, 9, 9), []
+    for own in (model, fused):
+        own.to(memory_format=torch.channels_last)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            results.append(own(x))
+    torch.testing.assert_close(*results)
+    assert results[0].stride() == results[1].stride()
