@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,25 @@ def is_channels_last(tensor: Tensor) -> bool:
             return False
         smallest = strides[d] * max(sizes[d], 1)
     return True
+
+
+def counted(convert: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, int | None]:
+    """convert(x), and its version if it is a copy: code that writes over a copy has meant x; see `write_back`.
+
+    An inference tensor counts no changes, so in inference mode the copy is an ordinary tensor.
+    """
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False), torch.no_grad():
+            copy = convert(x)
+    else:
+        copy = convert(x)
+    return copy, None if copy is x or copy.is_inference() else copy._version
+
+
+def write_back(x: Tensor, copy: Tensor, version: int | None) -> None:
+    """Writes a copy that was changed since `counted` over x."""
+    if version is not None and copy._version != version:
+        x.copy_(copy)
 
 
 def as_contiguous(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
 from ..ops import backends, onednn
-from ..ops.layouts import as_contiguous
+from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
 from .cpu.packed_conv import PackedTogether
 from .cpu.program import Copies
@@ -126,6 +126,16 @@ def apart() -> Iterator[None]:
 def as_eager(value: Any) -> Any:
     """A tensor inside a container in the layout that it has in eager, for code that sees it; any other value as it is."""
     return as_contiguous(value) if getattr(_call_state, "contiguous", None) else value
+
+
+def call_as_eager(run: Callable[[Any], Any], x: Any) -> Any:
+    """run(x) with x as eager has it, for code of the user's that may write over x; see `as_eager`."""
+    if not getattr(_call_state, "contiguous", None) or not isinstance(x, Tensor):
+        return run(x)
+    own, version = counted(as_contiguous, x)
+    y = run(own)
+    write_back(x, own, version)
+    return y
 
 
 def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:

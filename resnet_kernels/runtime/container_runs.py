@@ -53,11 +53,14 @@ def call_run(
             x = x.contiguous(memory_format=CHANNELS_LAST)
     if (result := fused_block.run_if_fused(container, recipe, state, x, known)) is not None:
         return result
+
     # One by one, as eager does: hooks fire, training BNs count, and the layout is eager's.
-    x = checked_calls.as_eager(given)
-    for path in recipe.modules:
-        x = container.get_submodule(path)(x)
-    return x, UNKNOWN
+    def one_by_one(x: Any) -> Any:
+        for path in recipe.modules:
+            x = container.get_submodule(path)(x)
+        return x
+
+    return checked_calls.call_as_eager(one_by_one, given), UNKNOWN
 
 
 def _run_stem(

@@ -41,7 +41,8 @@ class FusedBlock(Fused):
         if state is not None and (result := run_if_fused(self, state.plan, state, x, known)) is not None:
             return result
         # Its own code may see the layout that x has.
-        return fusible.original_class(self).forward(self, checked_calls.as_eager(x)), UNKNOWN
+        forward = fusible.original_class(self).forward
+        return checked_calls.call_as_eager(lambda x: forward(self, x), x), UNKNOWN
 
 
 def run_if_fused(

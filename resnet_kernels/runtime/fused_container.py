@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
-from ..ops.layouts import as_contiguous, is_channels_last
+from ..ops.layouts import as_contiguous, counted, is_channels_last, write_back
 from . import checked_calls, eligibility, inference, subclasses
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
@@ -53,6 +53,8 @@ class FusedContainer(Fused):
             args = (state.normalize(args[0], dtype_of(self)), *args[1:])
         if found is None:
             # Inside another container: code that may see a layout sees eager's.
+            if len(args) == 1 and not kwargs:
+                return checked_calls.call_as_eager(lambda x: original(self, x), args[0])
             return original(self, *map(checked_calls.as_eager, args), **kwargs)
         x = args[0]
         if checked_calls.is_inside_verified() and _is_stage(self, state):
@@ -60,8 +62,8 @@ class FusedContainer(Fused):
         # A run at the entry converts by itself, or packs the image as it is: call_run.
         # What a subclass is converted to depends on its rule: the container's own forward gets x itself.
         as_it_is = state.plan.entry is not None or "" in state.plan.seen or subclasses.is_plain_subclass(x)
-        value = x if as_it_is else _converted(x)
-        version = None if value is x else value._version
+        # A module that came after fusing, or whose `inplace` was set since, may write over its input.
+        value, version = (x, None) if as_it_is else counted(_converted, x)
         restore = not (is_channels_last(subclasses.as_plain(x)) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
         with checked_calls.one_call(found, restore), checked_calls.verified_below(survey):
@@ -70,9 +72,7 @@ class FusedContainer(Fused):
                 if _is_stage(self, state)
                 else original(view_of(self, state), value)
             )
-        if version is not None and value._version != version:
-            # A module that came after fusing, or whose `inplace` was set since, has written over its input: eager's x.
-            x.copy_(value)
+        write_back(x, value, version)
         if value is not x:
             # Returned by a module that came later, as it is.
             y = x if y is value else y if isinstance(y, Tensor) else _replaced(y, value, x)
@@ -80,11 +80,7 @@ class FusedContainer(Fused):
 
 
 def _converted(x: Tensor) -> Tensor:
-    """x in channels_last: x itself if it is so, or a copy that counts in-place changes, which an inference tensor doesn't."""
-    if not torch.is_inference_mode_enabled() or x.is_contiguous(memory_format=CHANNELS_LAST):
-        return x.contiguous(memory_format=CHANNELS_LAST)
-    with torch.inference_mode(False), torch.no_grad():
-        return x.contiguous(memory_format=CHANNELS_LAST)
+    return x.contiguous(memory_format=CHANNELS_LAST)
 
 
 def _replaced(outputs: Any, old: Tensor, new: Tensor) -> Any:

@@ -693,3 +693,38 @@ def test_a_first_weight_in_both_layouts_at_once_tells_nothing():
             results.append(own(x))
     torch.testing.assert_close(*results)
     assert results[0].stride() == results[1].stride()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("context", (torch.no_grad, torch.inference_mode))
+@pytest.mark.parametrize("place", (0, 1))
+def test_a_block_whose_flag_changed_writes_over_its_input(context, place):
+    """Inside a container it got a contiguous copy of that, and the change was lost with it."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.active, self.conv, self.bn = True, nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            if self.active:
+                x = self.bn(self.conv(x))
+            return F.relu(x, inplace=True)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.block, self.last = nn.Conv2d(4, 4, 1), Block(), nn.Softmax(1)
+
+        def forward(self, x):
+            y = self.before(x) if place else x
+            return self.last(self.block(y) + 2 * y)
+
+    plain, x = Net().eval(), torch.randn(2, 4, 9, 9)
+    fused = rk.fuse(plain)
+    for active in (True, False):
+        ours, theirs = x.clone(), x.clone()
+        plain.block.active = fused.block.active = active
+        with context():
+            torch.testing.assert_close(fused(ours), plain(theirs))
+        assert torch.equal(ours, theirs)
