@@ -70,6 +70,8 @@ def test_a_trimmed_file_has_the_same_report(tmp_path):
 
 def test_trimming_twice_is_trimming_once_and_says_the_same(tmp_path):
     for path in RESULTS.glob("*-2026-11-27.json"):
+        if path.name.startswith("costs-"):
+            continue
         again = tmp_path / path.name
         again.write_text(json.dumps(trimmed(json.loads(path.read_text()))))
         assert readme_tables.results_table(read_results.read(again)) == readme_tables.results_table(
