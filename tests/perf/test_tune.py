@@ -472,3 +472,19 @@ def test_a_table_where_nothing_can_be_locked(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError("no locks here")))
     table_file.Table(tmp_path / "t.json", KEY).put(entry("a", "tma"))
     assert len(tuned_table.read(tmp_path / "t.json", KEY)) == 1
+
+
+@pytest.mark.slow
+def test_a_table_that_cannot_be_written_is_one_line(small_in_zoo, tmp_path, monkeypatch, capsys):
+    """Before anything is measured, or when the disk is full by then; both ended in a traceback and status 1."""
+    (tmp_path / "file").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(autotuner, "measure", lambda *_, **__: pytest.fail("it measured"))
+        assert cli.main([*DRY, "--output", str(tmp_path / "file" / "t.json")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "can't be written" in error and error.count("\n") == 1
+    monkeypatch.setattr(
+        table_file, "write_whole", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    assert cli.main([*DRY, "--output", str(tmp_path / "t.json")]) == 2
+    assert "can't be written (No space left on device)" in capsys.readouterr().err

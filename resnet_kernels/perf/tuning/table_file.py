@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import platform
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,13 +32,19 @@ class Table:
         """Reads the file's records, if it exists.
 
         Raises:
-            ValueError: The file is not a table of this device.
+            ValueError: The file is not a table of this device, or can't be written: that shows before anything is measured.
         """
         self.path, self.key = path, key
         self.records: dict[_Identity, dict[str, Any]] = {}
         self._own: dict[_Identity, dict[str, Any]] = {}
         self._seen = _state(path)
         self._read()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                pass
+        except OSError as error:
+            raise ValueError(_why_not_written(path, error)) from error
 
     def has(self, key: str, batch: int, dtype: str) -> dict[str, Any] | None:
         """Record of a problem, or None unless the current versions measured it."""
@@ -50,8 +57,8 @@ class Table:
         """Adds a record or replaces an older one, and writes the file, with what other runs have put there meanwhile.
 
         Raises:
-            OSError: The file can't be written; it stays as before.
-            ValueError: Something that is not a table of this device lies in the file's place by now.
+            ValueError: The file can't be written, and stays as before; or something that is not a table of this device lies in
+                its place by now.
         """
         self._own[_identity(record)] = record
         with _locked(self.path.parent):
@@ -60,7 +67,10 @@ class Table:
             self.records |= self._own
             lines = ",\n".join(json.dumps(record) for _, record in sorted(self.records.items()))
             head = json.dumps({"schema": tuned_table.SCHEMA, "device": self.key._asdict()})
-            write_whole(self.path, f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
+            try:
+                write_whole(self.path, f'{head[:-1]}, "records": [\n{lines}\n]}}\n')
+            except OSError as error:
+                raise ValueError(_why_not_written(self.path, error)) from error
             self._seen = _state(self.path)
 
     def _read(self) -> None:
@@ -69,6 +79,10 @@ class Table:
         except tuned_table.Unusable as reason:
             raise ValueError(f"{self.path} can't be added to: {reason}; move it away, or choose another file") from None
         self.records |= {_identity(record): record for record in records}
+
+
+def _why_not_written(path: Path, error: OSError) -> str:
+    return f"{path} can't be written ({error.strerror or error}): choose another file"
 
 
 _Identity = tuple[str, str, int]
@@ -86,7 +100,6 @@ def _state(path: Path) -> tuple[int, int, int] | None:
 @contextlib.contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     """Keeps other threads and processes out that lock this directory; where there are no such locks, it keeps nobody out."""
-    directory.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as held:
         try:
             import fcntl
