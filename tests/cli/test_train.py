@@ -255,6 +255,21 @@ def test_stopped_before_its_first_epoch_it_says_what_is_there(tmp_path, capsys, 
     assert "no epoch was done, nothing is saved" in capsys.readouterr().err
 
 
+def test_a_broken_connection_says_what_is_kept(tmp_path, capsys, monkeypatch):
+    """Another process was stopped; its message said so, and not how to go on."""
+
+    def breaks(self):
+        raise RuntimeError("Connection closed by peer\nmore")
+
+    assert train(tmp_path, "--epochs", "1") == 0
+    capsys.readouterr()
+    monkeypatch.setattr(loop.Training, "train_epoch", breaks)
+    monkeypatch.setenv("WORLD_SIZE", "2")  # without a RANK there is one process all the same
+    assert train(tmp_path, "--epochs", "2", "--resume") == 2
+    expected = f"error: Connection closed by peer; {tmp_path / 'checkpoint.pt'} holds epoch 1: add --resume to go on\n"
+    assert capsys.readouterr().err == expected
+
+
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, capsys, monkeypatch):
     assert train(tmp_path, "--epochs", "1") == 0
     original = command.Training.__init__

@@ -91,7 +91,9 @@ def run(options: argparse.Namespace) -> int:
                 print(f"\nstopped; {stop.kept}", file=sys.stderr)
             return 130
         if rank == 0 or not isinstance(error, SharedError):
-            print(f"error: {error}", file=sys.stderr)
+            # Without torchrun, which ends all, the others hear of a stopped process by their broken connections.
+            alone = int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError)
+            print(f"error: {error}" if alone else f"error: {data.first_line(error)}; {stop.kept}", file=sys.stderr)
         return 2
 
 

@@ -52,8 +52,8 @@ def tune(
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: An argument is out of range, there is no home directory for the table, it can't be written, or the file in its
-            place is not a table of this device.
+        ValueError: An argument is out of range, there is no home directory for the table, it can't be written, or the file in
+            its place is not a table of this device.
         RuntimeError: A CUDA graph is being captured, or a candidate broke the GPU; the next call skips it.
     """
     _check(model, x, training, seconds)
