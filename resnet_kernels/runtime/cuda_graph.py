@@ -186,7 +186,6 @@ class _Recorder:
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
         self._last_user: torch.cuda.Stream | None = None
-        self._last_address = -1
 
     @staticmethod
     def is_recording() -> bool:
@@ -223,12 +222,12 @@ class _Recorder:
         """Makes this stream wait for the last call's stream: graphs that share memory can't overlap."""
         # Not torch.cuda.current_stream, which makes an object in each call.
         address = torch._C._cuda_getCurrentRawStream(self._device.index)
-        if address == self._last_address:
+        if self._last_user is not None and self._last_user.cuda_stream == address:
             return
         stream = torch.cuda.current_stream(self._device)
-        if self._last_user is not None and self._last_user != stream:
+        if self._last_user is not None:
             stream.wait_stream(self._last_user)
-        self._last_user, self._last_address = stream, address
+        self._last_user = stream
 
     def finish(self) -> None:
         """Waits until no recorded graph runs any more."""

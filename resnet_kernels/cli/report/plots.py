@@ -125,11 +125,10 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
         verdict = outcome(bar.speed)
         color, hatch = {"faster": (BLUE, ""), "slower": (VERMILION, "////"), "level": (GRAY, "")}[verdict]
         axes.barh(y, value, height=0.7, color=color, hatch=hatch, edgecolor="white", linewidth=0)
-        text = bar.text
-        texts.append(text)
+        texts.append(bar.text)
         side = 1 if value >= 0 else -1
         axes.annotate(
-            text, (value, y), (4 * side, 0), textcoords="offset points", va="center", fontsize=8,
+            bar.text, (value, y), (4 * side, 0), textcoords="offset points", va="center", fontsize=8,
             ha="left" if side > 0 else "right",
         )  # fmt: skip
     axes.axvline(0, color=BLACK, linewidth=1)

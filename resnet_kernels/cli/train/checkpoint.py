@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...perf.tuning import table_file
+
 VERSION = 1
 # What a row of the history holds.
 ROW = ("loss", "accuracy", "validation_loss", "validation_accuracy")
@@ -43,16 +45,13 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Makes the directory, and writes a file there, so that what keeps a checkpoint from being saved shows before training.
+    """Makes the directory, and tries to write there: what keeps a checkpoint from being saved shows before training.
 
     Raises:
         ValueError: if that fails.
     """
-    probe = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(b"")
-        probe.unlink()
+        table_file.check_writable(path.parent)
     except OSError as error:
         raise ValueError(f"--output: {path.parent} can't be written to: {error.strerror or error}") from error
     if path.exists() and not path.is_file():

@@ -40,9 +40,7 @@ class Table:
         self._seen = _state(path)
         self._read()
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=path.parent):
-                pass
+            check_writable(path.parent)
         except OSError as error:
             raise ValueError(_why_not_written(path, error)) from error
 
@@ -111,6 +109,17 @@ def _locked(directory: Path) -> Iterator[None]:
         except (ImportError, OSError):
             pass  # Windows, or a file system without locks
         yield
+
+
+def check_writable(directory: Path) -> None:
+    """Makes a directory, and a file in it that is gone at once.
+
+    Raises:
+        OSError: One of them fails.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -206,9 +206,9 @@ class PackedTogether:
             places += [] if bn is None else [(bn.__dict__, "eps")]
         self._registries, self._names = [registry for registry, _ in places], [name for _, name in places]
         self._settings = [registry.get(name) for registry, name in places]
-        # Another object may hold the same value, and a list can be changed in place.
-        self._are_plain = all(type(value) in (int, float, str, tuple) for value in self._settings)
-        self._were_right = self._have_settings()
+        # A list can be changed in place.
+        are_plain = all(type(value) in (int, float, str, tuple) for value in self._settings)
+        self._identity_tells = are_plain and self._have_settings()
 
     def are_of(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]) -> bool:
         """Whether they are of these very packed convolutions and modules."""
@@ -224,10 +224,8 @@ class PackedTogether:
         )
 
     def _are_as_they_were(self) -> bool:
-        return (
-            self._were_right
-            and self._are_plain
-            and all(map(operator.is_, map(dict.get, self._registries, self._names), self._settings))
+        return self._identity_tells and all(
+            map(operator.is_, map(dict.get, self._registries, self._names), self._settings)
         )
 
     def _have_settings(self) -> bool:
