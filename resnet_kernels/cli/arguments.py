@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from .. import models
+from ..kernels.cpu import library
 from ..models.by_name import build
 from ..models.random_weights import randomise_batch_norms_
 
@@ -90,3 +91,8 @@ def machine(x: Tensor) -> str:
     else:
         name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     return f"resnet_kernels {rk.__version__}, torch {torch.__version__}, {name}, {str(x.dtype).removeprefix('torch.')}"
+
+
+def about_kernels(device: torch.device) -> str:
+    """Returns a line about the kernels of a CPU, with its end; "" for any other device."""
+    return f"{library.describe()}\n" if device.type == "cpu" else ""

@@ -1,9 +1,10 @@
-"""The commands demo, explain and verify: the report, the parity and the speed of a fused network."""
+"""The commands demo, explain, verify and env: the report, the parity and the speed of a fused network, and what runs it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,10 @@ from torch import Tensor, nn
 import resnet_kernels as rk
 
 from ..fusion.report import table
+from ..kernels.cpu import library
 from ..models import by_name
-from ..perf import timing
+from ..ops import tuned_table
+from ..perf import environment, timing
 from . import arguments
 
 
@@ -22,8 +25,32 @@ def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
 
 def explain(options: argparse.Namespace) -> int:
     """Prints the report of the blocks that would be fused; returns the exit status."""
-    report = rk.explain(arguments.model_for(options), backend=options.backend)
-    print(report.to_json(indent=2) if options.json else report)
+    model = arguments.model_for(options)
+    report = rk.explain(model, backend=options.backend)
+    about = arguments.about_kernels(next(model.parameters()).device)
+    print(report.to_json(indent=2) if options.json else f"{report}\n{about}".rstrip())
+    return 0
+
+
+def env(options: argparse.Namespace) -> int:
+    """Prints what the package would run on here: versions, devices, its CPU kernels and its folder of tables."""
+    found = library.find()
+    values = {
+        **environment.versions(),
+        "commit": environment.environment(torch.device("cpu"))["commit"],
+        "python": platform.python_version(),
+        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_kernels": None if isinstance(found, library.Missing) else str(found.path),
+        "cpu_isa": None if isinstance(found, library.Missing) else found.isa,
+        "cpu_reason": found.reason if isinstance(found, library.Missing) else None,
+        "tables": str(tuned_table.cache_directory()),
+    }
+    if options.json:
+        print(json.dumps(values, indent=2))
+        return 0
+    print("\n".join(f"{name:15} {value}" for name, value in values.items() if value is not None))
+    print(library.describe())
     return 0
 
 
@@ -49,7 +76,10 @@ def demo(options: argparse.Namespace) -> int:
     result = rk.verify(model, fused, x, progress=lambda path: announce(f"verifying {path}"))
     announce("")
     if not options.json:
-        print(f"{arguments.machine(x)}\n\n1. What was fused\n\n{report}\n\n2. Is it the same model?\n\n{result}\n")
+        about = arguments.about_kernels(x.device)
+        print(
+            f"{arguments.machine(x)}\n{about}\n1. What was fused\n\n{report}\n\n2. Is it the same model?\n\n{result}\n"
+        )
     if not result:
         if options.json:
             print(json.dumps({"machine": arguments.machine(x), "verify": json.loads(result.to_json())}, indent=2))

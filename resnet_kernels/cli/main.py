@@ -1,8 +1,9 @@
-"""The command line: python -m resnet_kernels {demo, explain, verify, time, profile, train, tune, roofline, report}.
+"""The command line: python -m resnet_kernels {demo, explain, verify, env, time, profile, train, tune, roofline, report}.
 
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   show what would be fused, and why the rest would not
     verify    compare a fused network with its original and with fp64, block by block
+    env       show what the package runs on here: versions, devices, its compiled CPU kernels
     time      repeat the slim text's experiment: forward, then forward and backward, eager and fused side by side
     profile   show where a network's time goes on this machine, kernel by kernel; write a Chrome trace
     train     train a network of the zoo on real data; see train/command.py
@@ -61,6 +62,10 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--image-size", type=positive, help="default: 224, and 28 for d2l")
         if run is demo.demo:
             command.add_argument("--seconds", type=float, default=20.0, help="time to spend on timing (default: 20)")
+    what = "show what the package runs on here"
+    command = commands.add_parser("env", help=what, description=what)
+    command.set_defaults(run=demo.env)
+    command.add_argument("--json", action="store_true", help="print one JSON object")
     for name, module in MODULES.items():
         module.add_arguments(commands.add_parser(name, help=module.HELP, description=module.HELP))
     return parser

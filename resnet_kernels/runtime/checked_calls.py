@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
-from ..ops import backends, onednn
+from ..ops import backends
 from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
 from .cpu.packed_conv import PackedTogether
@@ -210,12 +210,8 @@ def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor
     if state is None:
         return None  # another thread has unfused it during this call
     program = copies.program(state.plan, x)
-    if program is None or not program.entries:
-        return None
-    bound = onednn.bound(x, known.bound)
-    if not program.is_safe(bound):
-        return None
-    return program(x, known.owned, state.path), BlockInput(True, program.result_bound(bound), known.backend)
+    result = None if program is None else program.run_if_safe(x, known.bound, known.owned, state.path)
+    return None if result is None else (result[0], BlockInput(True, result[1], known.backend))
 
 
 def is_inside_verified() -> bool:

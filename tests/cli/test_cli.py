@@ -60,7 +60,7 @@ def test_verify_and_its_exit_status(capsys, monkeypatch):
 
     def faulty(self, *arguments):
         original(self, *arguments)
-        self.bias = self.bias + 0.01
+        self.bias.add_(0.01)
 
     monkeypatch.setattr(packed_conv.PackedConv, "__init__", faulty)
     for command in (["verify", *SMALL, "--json"], ["verify", *SMALL], ["demo", *SMALL], ["time", *SMALL]):

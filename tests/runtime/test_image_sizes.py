@@ -46,7 +46,7 @@ with torch.inference_mode():
 
 def _executed(isa: str, *arguments: str) -> list[list[str]]:
     """(primitive, implementation) of all that oneDNN ran where it was asked to log."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(rk.__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(rk.__file__).parents[1]), "RESNET_KERNELS_CPU_ISA": "none"}
     environment.update({"ONEDNN_MAX_CPU_ISA": isa} if isa else {})
     run = subprocess.run(
         [sys.executable, "-c", LOGGED, *arguments], capture_output=True, text=True, check=True, env=environment

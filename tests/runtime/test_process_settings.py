@@ -11,6 +11,7 @@ from torch import nn
 from torch.profiler import profile
 
 import resnet_kernels as rk
+from helpers.own_kernels import is_fused_convolution
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, triton_check, tuned_table
 
@@ -103,10 +104,10 @@ def network():
 
 
 def operations(call):
-    """A call's result, and whether oneDNN had a part in it."""
+    """A call's result, and whether oneDNN had a part in it, or a kernel of ours in its place."""
     with profile() as profiled:
         y = call()
-    return y, any("mkldnn" in event.key for event in profiled.key_averages())
+    return y, any("mkldnn" in event.key or is_fused_convolution(event.key) for event in profiled.key_averages())
 
 
 @contextlib.contextmanager

@@ -1,11 +1,12 @@
-"""Execution of a recipe on the CPU: convolutions use oneDNN's packed weights.
+"""Execution of a recipe on the CPU: convolutions use packed weights.
 
-A block whose weights are verified runs as one flat list of oneDNN calls (program.PackedProgram). Any other block runs step by
-step. A residual that nobody else holds is overwritten.
+A block whose weights are verified runs as one flat list of calls (program.PackedProgram). Any other block runs step by step. A
+residual that nobody else holds is overwritten.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from .packed_conv import PackedConv
 
 def run(
     recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor, x_bound: float | None, owned: bool
-) -> tuple[Tensor, float]:
+) -> tuple[Tensor, float | None]:
     """Runs a recipe on x.
 
     Args:
@@ -33,16 +34,15 @@ def run(
         owned: whether nobody else holds x, so that a step may overwrite it.
 
     Returns:
-        The output, and a bound on it.
+        The output, and a bound on it; None if unknown.
     """
-    bound = onednn.bound(x, x_bound)
     # One object for the whole call: if weights change during the call, their old copies go with the old object.
     copies = state.copies
     if run.verified:
         program = copies.program(recipe, x) or copies.make_program(recipe, x)
-        if program is not None and program.entries and program.is_safe(bound):
-            return program(x, owned, state.path), program.result_bound(bound)
-    bounds: dict[int, float] = {0: bound}
+        if program is not None and (result := program.run_if_safe(x, x_bound, owned, state.path)) is not None:
+            return result
+    bounds: dict[int, float | None] = {0: x_bound}
 
     def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
         step = part.step
@@ -50,8 +50,14 @@ def run(
         if pack is None or not (run.verified or state.holds(pack, part.conv, part.bn)) or not pack.fits(x):
             pack = PackedConv(part.conv, part.bn, x)
             copies.pack(step.conv, pack)
-        bound = pack.bound(bounds[step.x]) + (0.0 if step.residual is None else bounds[step.residual])
-        bounds[step.out] = bound
+        bound = math.inf
+        bounds[step.out] = None
+        if not pack.runs_ours(x.shape):
+            bound = pack.bound(onednn.bound(x, bounds[step.x]))
+            if step.residual is not None:
+                assert residual is not None
+                bound += onednn.bound(residual, bounds[step.residual])
+            bounds[step.out] = bound
         overwrite = step.overwrites_residual and (step.residual != 0 or owned)
         return run_steps.with_residual(
             lambda residual, relu: pack(x, residual, relu, bound, overwrite),
@@ -63,7 +69,7 @@ def run(
         if not isinstance(part, ConvPart):
             # A maximum of values keeps their bound.
             is_maximum = isinstance(part, CallPart) and type(part.child) is nn.MaxPool2d
-            bounds[part.step.out] = onednn.bound(y, bounds[part.step.inputs[0]] if is_maximum else None)
+            bounds[part.step.out] = bounds[part.step.inputs[0]] if is_maximum else None
         return y
 
     values = {0: x}

@@ -1,9 +1,9 @@
-"""Packed weights for oneDNN.
+"""Packed weights for our own CPU kernels and for oneDNN.
 
-On a GPU only a frozen model keeps folded weights: plan.py reads the live tensors in each call. oneDNN has no
-per-channel scale, so on the CPU the scale is folded into a packed copy of the weight, and `PackedConv.is_unchanged` has to
-notice every change of its sources: watched_tensors.py. Only edits of single weights that don't change the version can go
-unnoticed; call `resnet_kernels.refresh` after those.
+On a GPU only a frozen model keeps folded weights: plan.py reads the live tensors in each call. On the CPU both kinds of kernel
+read weights in an order of their own, so there is a packed copy of each, with BN's scale folded in: oneDNN has no per-channel
+scale. `PackedConv.is_unchanged` has to notice every change of a copy's sources: watched_tensors.py. Only edits of single
+weights that don't change the version can go unnoticed; call `resnet_kernels.refresh` after those.
 """
 
 from __future__ import annotations
@@ -17,32 +17,38 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.fusible import BatchNorm
+from ...kernels.cpu import convolution
 from ...kernels.geometry import Geometry
-from ...ops import onednn, reference
+from ...ops import conv_candidates, onednn, reference
 from ..parts import scale_shift, settings
 from .watched_tensors import WatchedTensors
 
-# Each layout is a copy of the weight. ResNets at sizes from 64 to 512 need three on AVX2, and the plain one for small images.
+# Each layout is a copy of the weight. With oneDNN, ResNets at sizes from 64 to 512 need three on AVX2, and the plain one for
+# small images; our kernels need one or two.
 _MOST_LAYOUTS = 5
 _MOST_SIZES = 256
 
 
 class SizedConv(NamedTuple):
-    """Packed convolution for inputs of one size. weight: None if folding overflowed."""
+    """Packed convolution for inputs of one size.
+
+    weight: None if folding overflowed. for_aten: whether PyTorch's own operation runs it. own: a kernel of ours that runs it.
+    """
 
     geometry: Geometry
     arguments: tuple[Any, ...]
     weight: Tensor | None
     for_aten: bool
+    own: convolution.Bound | None = None
 
     @property
     def is_one_call(self) -> bool:
-        """Whether a call is a single oneDNN op."""
-        return self.weight is not None and not self.for_aten and self.geometry.symmetric
+        """Whether a call is a single kernel or operation."""
+        return self.own is not None or (self.weight is not None and not self.for_aten and self.geometry.symmetric)
 
 
 class PackedConv:
-    """Convolution's weight and bias with BN folded in, packed in each layout that oneDNN asks for, for the sizes seen so far.
+    """Convolution's weight and bias with BN folded in, packed in each layout that the sizes seen so far ask for.
 
     oneDNN's layout of a weight depends on the input's size. A weight in another layout is reordered in each call, at up to 14
     times eager's time (ResNet-18 on two AVX2 cores). Sizes with the same layout share a copy of the weight. Where folding
@@ -72,13 +78,16 @@ class PackedConv:
         self._watched = WatchedTensors([conv] if bn is None else [conv, bn])
         scale, shift = scale_shift(conv.bias, bn)
         weight = self._folded(scale)
-        self.bias = onednn.as_bias(shift, dtype)
+        bias = onednn.as_bias(shift, dtype)
+        # Not the user's own memory: our kernels keep an address.
+        self.bias = bias.clone() if bias is not None and bn is None else bias
         self._gain = weight.float().abs().sum((1, 2, 3)).max().item()
         self._offset = 0.0 if self.bias is None else self.bias.float().abs().max().item()
         self._unfolded = None
         if not (math.isfinite(self._gain) and math.isfinite(self._offset)):
             self._unfolded = conv.weight.detach().to(dtype), shift, scale
-        self._weights: dict[bytes | None, Tensor] = {}  # by layout; None is channels_last, for ATen
+        # By layout: a kernel's name, oneDNN's descriptor, or None for channels_last, for ATen.
+        self._weights: dict[bytes | str | None, Tensor] = {}
         self._sizes: dict[tuple, SizedConv] = {}
         self._add(x.shape, weight)
 
@@ -90,7 +99,10 @@ class PackedConv:
         """Folded weight that all copies hold; a frozen model's live weight may differ by now."""
         if self.is_unchanged(self._conv, self._bn):
             return self._folded(scale_shift(self._conv.bias, self._bn)[0])
-        weight = next(iter(self._weights.values()))
+        # Winograd's copy comes last: its weights come back with another rounding.
+        layout, weight = min(self._weights.items(), key=lambda item: item[0] == "winograd")
+        if isinstance(layout, str):
+            return convolution.unpack(layout, weight, self._conv.weight.shape)
         return weight.to_dense() if weight.is_mkldnn else weight
 
     def fits(self, x: Tensor) -> bool:
@@ -102,6 +114,10 @@ class PackedConv:
         sized = self._sizes.get((shape, torch.get_num_threads()))
         return self._add(shape) if sized is None else sized
 
+    def runs_ours(self, shape: torch.Size) -> bool:
+        """Whether a kernel of ours runs inputs of this shape, which it `fits`: then no bound on values is needed."""
+        return self._at(shape).own is not None
+
     def _at(self, shape: torch.Size) -> SizedConv:
         sized = self.at(shape)
         assert sized is not None  # `fits` has said so
@@ -112,6 +128,8 @@ class PackedConv:
         if min(geometry.out_size(shape[2:], self._conv.weight.shape[2:])) < 1:
             # To ATen, whose error helps; oneDNN would only say that it could not construct a descriptor.
             return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
+        if self._unfolded is None and (own := self._own(shape, geometry, folded)) is not None:
+            return self._keep(shape, SizedConv(geometry, (), own.packed, False, own))
         for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, geometry.stride)
         weight = None
         if self._unfolded is None:
@@ -119,11 +137,29 @@ class PackedConv:
             if layout not in self._weights and len(self._weights) >= _MOST_LAYOUTS:
                 return None
             weight = self._weights.setdefault(layout, weight)
+        return self._keep(shape, SizedConv(geometry, onednn.arguments(geometry), weight, for_aten))
+
+    def _keep(self, shape: torch.Size, sized: SizedConv) -> SizedConv:
         if len(self._sizes) >= _MOST_SIZES:
             self._sizes.clear()
-        sized = SizedConv(geometry, onednn.arguments(geometry), weight, for_aten)
         self._sizes[shape, torch.get_num_threads()] = sized
         return sized
+
+    def _own(self, shape: torch.Size, geometry: Geometry, folded: Tensor | None) -> convolution.Bound | None:
+        """A kernel of ours for inputs of this shape; None where oneDNN or ATen is the choice."""
+        weight_shape = tuple(self._conv.weight.shape)
+        for name in conv_candidates.for_packed(weight_shape, geometry, tuple(shape), self._dtype):
+            weight = self._weights.get(name)
+            if weight is None:
+                if len(self._weights) >= _MOST_LAYOUTS:
+                    return None
+                folded = self._folded_as_packed() if folded is None else folded
+                weight = convolution.pack(name, folded)
+            if weight is not None:
+                self._weights[name] = weight
+                shapes = conv_candidates.own_shapes(tuple(shape), weight_shape, geometry)
+                return convolution.Bound(name, shapes, weight, None, self.bias, torch.get_num_threads())
+        return None
 
     def _weight_for(
         self, shape: torch.Size, geometry: Geometry, for_aten: bool, folded: Tensor | None
@@ -170,7 +206,9 @@ class PackedConv:
         return torch.Size(self._at(x_shape).geometry.out_shape(x_shape, self._conv.weight.shape))
 
     def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple[Any, ...]:
-        """The single oneDNN call that `__call__` makes if oneDNN's ReLU is safe; see onednn.call."""
+        """The single call that `__call__` makes if oneDNN's ReLU is safe, as onednn.call gives it."""
+        if sized.own is not None:
+            return sized.own, False, (relu, overwrite_residual) if residual is not None else (None, relu)
         assert sized.weight is not None  # it is one call
         return onednn.call(sized.weight, self.bias, residual is not None, sized.arguments, relu, overwrite_residual)
 
@@ -179,9 +217,11 @@ class PackedConv:
     ) -> Tensor:
         """Returns relu(bn(conv(x)) + residual); see onednn.run.
 
-        It `fits` x. x and residual are channels_last; `bound` is a bound on the sum's magnitude.
+        It `fits` x. x and residual are channels_last; `bound` is a bound on the sum's magnitude, of use to oneDNN alone.
         """
         sized = self._at(x.shape)
+        if sized.own is not None:
+            return sized.own(x, residual, relu, overwrite_residual)
         if self._unfolded is not None:
             weight, shift, scale = self._unfolded
             return reference.conv_bias_act(x, weight, shift, residual, scale, sized.geometry, relu)

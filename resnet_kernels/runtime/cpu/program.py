@@ -62,14 +62,15 @@ def _program_key(recipe: Recipe, x: Tensor) -> tuple[Any, ...]:
 
 
 class PackedProgram:
-    """Recipe as a flat list of oneDNN calls for one input size: the least work for a call if nothing changed.
+    """Recipe as a flat list of calls for one input size: the least work for a call if nothing changed.
 
     Under interval arithmetic (onednn.py) the bounds on all values are linear in the input's, so one comparison shows that
-    oneDNN's own ReLU is safe in all steps. `entries` is empty if a step needs more than one call.
+    oneDNN's own ReLU is safe in all steps; our kernels need no bounds. `entries` is empty if a step needs more than one call.
     """
 
     def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
         self._result = recipe.result
+        self._is_ours = False
         self.entries: list[
             list[tuple[Any, ...]]
         ] = []  # for an input that must not be overwritten, and for one that may
@@ -92,6 +93,7 @@ class PackedProgram:
             ]
             for owned in (False, True)
         ]
+        self._is_ours = all(conv.own is not None for conv in sized.values())
         bounds = {0: (1.0, 0.0)}
         for step in steps:
             pack, (slope, constant) = packs[step.conv], bounds[step.x]
@@ -104,13 +106,28 @@ class PackedProgram:
     def _overwrites(step: ConvStep, owned: bool) -> bool:
         return step.overwrites_residual and (step.residual != 0 or owned)
 
-    def is_safe(self, bound: float) -> bool:
-        """Whether no step overflows on an input within this bound."""
-        return onednn.is_safe(self._largest[0] * bound + self._largest[1])
+    def run_if_safe(
+        self, x: Tensor, x_bound: float | None, owned: bool, path: str
+    ) -> tuple[Tensor, float | None] | None:
+        """Runs all calls on x if no step can overflow in oneDNN.
 
-    def result_bound(self, bound: float) -> float:
-        """Bound on the output, for an input within `bound`."""
-        return self._bound[0] * bound + self._bound[1]
+        Args:
+            x: of the size that it was made for.
+            x_bound: a bound on the magnitude of x's values; None if unknown.
+            owned: whether x may be overwritten.
+            path: the module's path, for profilers.
+
+        Returns:
+            The output and a bound on it, None if unknown; None if a step needs more than one call, or could overflow.
+        """
+        if not self.entries:
+            return None
+        if self._is_ours:
+            return self(x, owned, path), None
+        bound = onednn.bound(x, x_bound)
+        if not onednn.is_safe(self._largest[0] * bound + self._largest[1]):
+            return None
+        return self(x, owned, path), self._bound[0] * bound + self._bound[1]
 
     def __call__(self, x: Tensor, owned: bool, path: str) -> Tensor:
         """Runs all calls on x. owned: whether it may be overwritten. path: the module's path, for profilers."""

@@ -1,0 +1,53 @@
+/* A convolution as the kernels see it, and the list of kernels that each instruction set brings.
+ *
+ *     y = relu(conv(act(x)) * scale + bias + residual),    act(x) = relu(x * pre_scale + pre_shift) or x itself
+ *
+ * Everything is fp32. y and residual are NHWC without gaps; x is too, unless `copies` says that its rows are copied first.
+ * A kernel computes one task: a block of pixels (or of Winograd's tiles, or of pooled rows) times a block of panels. A panel
+ * is the number of output channels that the micro-kernel computes at once. Tasks are independent of each other, so whoever
+ * has a core can take the next one. `scratch` belongs to one thread, and survives from task to task.
+ */
+#ifndef RK_CONVOLUTION_H
+#define RK_CONVOLUTION_H
+
+#include <stdint.h>
+
+/* convolution.py has the same fields in the same order. */
+typedef struct {
+    int64_t batch, c_in, in_h, in_w, c_out, out_h, out_w;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, dilation_h, dilation_w, pad_top, pad_left;
+    int64_t x_image, x_channel, x_row, x_column; /* strides of x, in elements; read only where rows are copied */
+    int64_t block, panels;                       /* sizes of a task: pixels, tiles or rows; panels */
+    int64_t copies;                              /* whether a task copies its rows of x: padded, activated, as NHWC */
+    int64_t pool_h, pool_w;                      /* output of the max-pool behind the convolution; 0 without one */
+    int64_t pool_kernel, pool_stride, pool_top, pool_left;
+    int64_t relu, pre_relu;
+    const float *x, *weight; /* weight: packed by pack_direct or pack_winograd */
+    const float *scale, *bias, *residual;
+    const float *pre_scale, *pre_shift; /* (c_in), both or none */
+    float *y;                           /* may be residual's memory */
+} Convolution;
+
+typedef struct {
+    int64_t (*tasks)(const Convolution *);                                /* number of tasks */
+    int64_t (*scratch)(const Convolution *);                              /* floats of scratch memory that a thread needs */
+    void (*run)(const Convolution *convolution, int64_t task, float *scratch);
+} Kernel;
+
+/* The kernels of one instruction set. */
+typedef struct {
+    int64_t panel; /* output channels of a panel */
+    int64_t rows;  /* pixels that the micro-kernel computes at once */
+    Kernel direct, winograd;
+} Kernels;
+
+/* Most input channels times taps that are added up in one chain. Longer sums are added block by block: one chain over 2,048
+ * errs twice as much as a matrix product's usual blocks do. A block's share of a panel, 16 KB, stays in the L1 cache. */
+enum { SUM_BLOCK = 256 };
+
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int64_t blocks(int64_t a, int64_t size) { return (a + size - 1) / size; }
+static inline int64_t panels_of(const Convolution *c, int64_t panel) { return blocks(c->c_out, panel); }
+
+#endif

@@ -1,0 +1,79 @@
+/* The micro-kernel: M rows times one panel, M given by the includer; included once for each M.
+ *
+ * Rows are found by pointer, so that a row may be a pixel of an image, a row of zeros in its padding, or one of Winograd's
+ * transformed tiles. Its loops over rows are unrolled by the preprocessor: accumulators in an array that the compiler does
+ * not unroll in full are spilled to memory, at a third of the speed.
+ */
+#define EACH JOIN(REPEAT_, M)
+
+/* total or y (M rows, one panel) = sum over taps and k of rows[tap][i][first_k + k] * w[tap][k]
+ *
+ * rows: M pointers for a tap, the next tap's `rows_step` pointers further. w: (taps, depth, panel).
+ * next, next_step: memory to bring closer, some bytes with each k: the panel that is read next.
+ * total: the sum of earlier blocks if `adds`; takes the new sum if `out` is NULL, or if the panel is not full.
+ */
+static void JOIN(micro_kernel_, M)(const float *const *rows, int64_t rows_step, int64_t taps, int64_t first_k, int64_t depth,
+                                   const float *w, float *total, int64_t total_step, int adds, const Output *out,
+                                   int64_t row, int64_t panel, const float *next, int64_t next_step)
+{
+#define DECLARE(i) Vector a##i = {0}, b##i = {0};
+    EACH(DECLARE)
+    for (int64_t tap = 0; tap < taps; tap++, rows += rows_step) {
+#define POINT(i) const float *row##i = rows[i] + first_k;
+        EACH(POINT)
+        for (int64_t k = 0; k < depth; k++, w += PANEL) {
+            __builtin_prefetch(next, 0, 2);
+            next = (const float *)((const char *)next + next_step);
+            Vector w0 = load(w), w1 = load(w + WIDTH);
+#define MULTIPLY(i) a##i += row##i[k] * w0, b##i += row##i[k] * w1;
+            EACH(MULTIPLY)
+        }
+    }
+#define ADD(i) a##i += load(total + i * total_step), b##i += load(total + i * total_step + WIDTH);
+    if (adds) {
+        EACH(ADD)
+    }
+    if (!out || (panel + 1) * PANEL > out->c_out) {
+#define STORE(i) store(total + i * total_step, a##i), store(total + i * total_step + WIDTH, b##i);
+        EACH(STORE)
+        if (out)
+            finish_last_panel(out, row, M, panel, total, total_step);
+        return;
+    }
+    int64_t channel = panel * PANEL, at = row * out->step + channel;
+    if (out->scale) {
+        Vector s0 = load(out->scale + channel), s1 = load(out->scale + channel + WIDTH);
+#define SCALE(i) a##i *= s0, b##i *= s1;
+        EACH(SCALE)
+    }
+    if (out->bias) {
+        Vector s0 = load(out->bias + channel), s1 = load(out->bias + channel + WIDTH);
+#define SHIFT(i) a##i += s0, b##i += s1;
+        EACH(SHIFT)
+    }
+    if (out->residual) {
+        const float *residual = out->residual + at;
+#define ADD_RESIDUAL(i) a##i += load(residual + i * out->step), b##i += load(residual + i * out->step + WIDTH);
+        EACH(ADD_RESIDUAL)
+    }
+    if (out->relu) {
+#define RELU(i) a##i = relu(a##i), b##i = relu(b##i);
+        EACH(RELU)
+    }
+    float *y = out->y + at;
+#define FINISH(i) store(y + i * out->step, a##i), store(y + i * out->step + WIDTH, b##i);
+    EACH(FINISH)
+}
+
+#undef EACH
+#undef DECLARE
+#undef POINT
+#undef MULTIPLY
+#undef ADD
+#undef STORE
+#undef SCALE
+#undef SHIFT
+#undef ADD_RESIDUAL
+#undef RELU
+#undef FINISH
+#undef M

@@ -1,0 +1,220 @@
+/* What Python calls: which instruction set runs here, packed weights, and the tasks of a convolution on a pool of threads. */
+#include <math.h>
+#include <stdatomic.h>
+#include <stddef.h>
+
+#include "convolution.h"
+
+#if defined(_WIN32)
+#define EXPORT __declspec(dllexport)
+#else
+#define EXPORT __attribute__((visibility("default")))
+#endif
+
+extern const Kernels rk_portable, rk_avx2, rk_avx512;
+
+/* The kernels by their number: 0 portable, 1 AVX2 with FMA, 2 AVX-512; NULL if this processor can't run them. */
+static const Kernels *kernels(int64_t number)
+{
+#if defined(__x86_64__) && !defined(PORTABLE_WIDTH)
+    __builtin_cpu_init();
+    if (number == 2 && __builtin_cpu_supports("avx512f"))
+        return &rk_avx512;
+    if (number == 1 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        return &rk_avx2;
+#endif
+    return number == 0 ? &rk_portable : NULL;
+}
+
+/* The version of this interface. Python refuses any other. */
+EXPORT int64_t rk_interface(void) { return 1; }
+
+/* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
+EXPORT int64_t rk_panel(int64_t number)
+{
+    const Kernels *of = kernels(number);
+    return of ? of->panel : 0;
+}
+
+EXPORT int64_t rk_rows(int64_t number) { return kernels(number)->rows; }
+
+/* A job of several tasks, which threads take one by one: a busy core holds nobody up for longer than its task. */
+typedef struct {
+    void (*run)(void *job, int64_t task, int64_t thread);
+    int64_t tasks;
+    atomic_int_least64_t next_task, next_thread;
+} Job;
+
+static void take_tasks(void *argument)
+{
+    Job *job = argument;
+    int64_t thread = atomic_fetch_add(&job->next_thread, 1);
+    for (int64_t task; (task = atomic_fetch_add(&job->next_task, 1)) < job->tasks;)
+        job->run(job, task, thread);
+}
+
+/* GOMP_parallel of the OpenMP runtime that PyTorch has loaded: a second pool of threads would spin against PyTorch's. */
+typedef void Parallel(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
+
+static void run_job(Job *job, int64_t threads, Parallel *parallel)
+{
+    if (parallel && least(threads, job->tasks) > 1)
+        parallel(take_tasks, job, (unsigned)least(threads, job->tasks), 0);
+    else
+        take_tasks(job);
+}
+
+static const Kernel *kernel(int64_t number, int64_t winograd)
+{
+    return winograd ? &kernels(number)->winograd : &kernels(number)->direct;
+}
+
+EXPORT int64_t rk_tasks(int64_t number, int64_t winograd, const Convolution *convolution)
+{
+    return kernel(number, winograd)->tasks(convolution);
+}
+
+/* Floats of scratch memory that each thread needs. */
+EXPORT int64_t rk_scratch(int64_t number, int64_t winograd, const Convolution *convolution)
+{
+    return kernel(number, winograd)->scratch(convolution);
+}
+
+typedef struct {
+    Job job;
+    const Kernel *kernel;
+    const Convolution *convolution;
+    float *scratch;
+    int64_t scratch_step;
+} Run;
+
+static void run_task(void *job, int64_t task, int64_t thread)
+{
+    const Run *run = job;
+    run->kernel->run(run->convolution, task, run->scratch + thread * run->scratch_step);
+}
+
+/* Runs a convolution. scratch: `threads` times `scratch_step` floats, the latter at least rk_scratch. */
+EXPORT void rk_convolve(int64_t number, int64_t winograd, const Convolution *convolution, int64_t threads, Parallel *parallel,
+                        float *scratch, int64_t scratch_step)
+{
+    const Kernel *of = kernel(number, winograd);
+    Run run = {{run_task, of->tasks(convolution), 0, 0}, of, convolution, scratch, scratch_step};
+    run_job(&run.job, threads, parallel);
+}
+
+typedef struct {
+    Job job;
+    const float *weight;
+    int64_t c_out, c_in, kernel_h, kernel_w;
+    int64_t stride_o, stride_c, stride_h, stride_w;
+    int64_t panel;
+    float *packed;
+    atomic_int refused;
+} Pack;
+
+static float weight_at(const Pack *pack, int64_t o, int64_t c, int64_t h, int64_t w)
+{
+    if (o >= pack->c_out)
+        return 0;
+    return pack->weight[o * pack->stride_o + c * pack->stride_c + h * pack->stride_h + w * pack->stride_w];
+}
+
+/* (panels, taps, c_in, panel) */
+static void pack_direct(void *job, int64_t task, int64_t thread)
+{
+    Pack *pack = job;
+    float *to = pack->packed + task * pack->kernel_h * pack->kernel_w * pack->c_in * pack->panel;
+    float strange = 0;
+    (void)thread;
+    for (int64_t h = 0; h < pack->kernel_h; h++)
+        for (int64_t w = 0; w < pack->kernel_w; w++)
+            for (int64_t c = 0; c < pack->c_in; c++)
+                for (int64_t i = 0; i < pack->panel; i++) {
+                    float value = weight_at(pack, task * pack->panel + i, c, h, w);
+                    strange += value * 0;
+                    *to++ = value;
+                }
+    if (strange != 0)
+        atomic_store(&pack->refused, 1);
+}
+
+static int sign(float value) { return (value > 0) - (value < 0); }
+
+/* The tap in the middle, as taps_of computes it (winograd.h). */
+static float middle(float u[4][4]) { return (u[1][1] - u[2][1]) - (u[1][2] - u[2][2]); }
+
+/* Changes roundings until all taps, computed back from their transform, have their signs again, zeros included: an output next
+ * to an inf in x depends on nothing else. Returns whether that succeeded. */
+static int keep_signs(float u[4][4], double g[3][3])
+{
+    /* Roundings are monotonous: what was positive may have become zero, but not negative. */
+    float *larger[4] = {&u[0][1], &u[3][1], &u[1][0], &u[1][3]}, *smaller[4] = {&u[0][2], &u[3][2], &u[2][0], &u[2][3]};
+    double taps[4] = {g[0][1], g[2][1], g[1][0], g[1][2]};
+    for (int i = 0; i < 4; i++)
+        if (sign(*larger[i] - *smaller[i]) != sign((float)taps[i]))
+            *larger[i] = nextafterf(*larger[i], taps[i] > 0 ? INFINITY : -INFINITY);
+    int wanted = sign((float)g[1][1]);
+    float first = u[1][1], last = u[2][2];
+    for (int i = 0; i < 81 && sign(middle(u)) != wanted; i++) {
+        u[1][1] = first, u[2][2] = last;
+        for (int j = 0; j < (i % 9 + 1) / 2; j++)
+            u[1][1] = nextafterf(u[1][1], i % 9 % 2 ? INFINITY : -INFINITY);
+        for (int j = 0; j < (i / 9 + 1) / 2; j++)
+            u[2][2] = nextafterf(u[2][2], i / 9 % 2 ? INFINITY : -INFINITY);
+    }
+    int kept = sign(middle(u)) == wanted && sign(u[0][0]) == sign((float)g[0][0]) && sign(u[0][3]) == sign((float)g[0][2]);
+    kept &= sign(u[3][0]) == sign((float)g[2][0]) && sign(u[3][3]) == sign((float)g[2][2]);
+    for (int i = 0; i < 4; i++)
+        kept &= sign(*larger[i] - *smaller[i]) == sign((float)taps[i]);
+    return kept;
+}
+
+/* (16, panels, c_in, panel): G g G^T, computed in fp64. */
+static void pack_winograd(void *job, int64_t task, int64_t thread)
+{
+    Pack *pack = job;
+    int64_t panels = blocks(pack->c_out, pack->panel), size = pack->c_in * pack->panel, plane = panels * size;
+    float *to = pack->packed + task * size;
+    int refused = 0;
+    (void)thread;
+    for (int64_t c = 0; c < pack->c_in; c++)
+        for (int64_t i = 0; i < pack->panel; i++, to++) {
+            double g[3][3], e[4][3];
+            float u[4][4];
+            for (int h = 0; h < 3; h++)
+                for (int w = 0; w < 3; w++)
+                    g[h][w] = weight_at(pack, task * pack->panel + i, c, h, w);
+            for (int w = 0; w < 3; w++) {
+                e[0][w] = g[0][w], e[3][w] = g[2][w];
+                e[1][w] = (g[0][w] + g[1][w] + g[2][w]) / 2, e[2][w] = (g[0][w] - g[1][w] + g[2][w]) / 2;
+            }
+            for (int h = 0; h < 4; h++) {
+                u[h][0] = (float)e[h][0], u[h][3] = (float)e[h][2];
+                u[h][1] = (float)((e[h][0] + e[h][1] + e[h][2]) / 2), u[h][2] = (float)((e[h][0] - e[h][1] + e[h][2]) / 2);
+            }
+            refused |= !keep_signs(u, g);
+            for (int j = 0; j < 16; j++) {
+                refused |= !isfinite(u[j / 4][j % 4]);
+                to[j * plane] = u[j / 4][j % 4];
+            }
+        }
+    if (refused)
+        atomic_store(&pack->refused, 1);
+}
+
+/* Packs a weight of (c_out, c_in, kernel_h, kernel_w) with any strides. Returns 0, or 1 if the kernels can't take it: a value is
+ * not finite, or keep_signs failed. packed: pack_direct and pack_winograd give its shape. */
+EXPORT int64_t rk_pack(int64_t number, int64_t winograd, const float *weight, const int64_t *sizes, const int64_t *strides,
+                       float *packed, int64_t threads, Parallel *parallel)
+{
+    int64_t panel = kernels(number)->panel;
+    Pack pack = {
+        {winograd ? pack_winograd : pack_direct, blocks(sizes[0], panel), 0, 0},
+        weight, sizes[0], sizes[1], sizes[2], sizes[3],
+        strides[0], strides[1], strides[2], strides[3],
+        panel, packed, 0,
+    };
+    run_job(&pack.job, threads, parallel);
+    return atomic_load(&pack.refused);
+}

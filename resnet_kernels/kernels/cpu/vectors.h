@@ -1,0 +1,139 @@
+/* Vectors of WIDTH floats in the compiler's own notation, the epilogue, and products of rows with panels.
+ *
+ * GCC and Clang lower a vector of any width to what the instruction set has, so each WIDTH runs on each machine.
+ */
+#include <string.h>
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define PANEL (2 * WIDTH)
+
+typedef float Vector __attribute__((vector_size(4 * WIDTH)));
+typedef float AnyVector __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias)); /* in memory, at any address */
+typedef int32_t Bits __attribute__((vector_size(4 * WIDTH)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE Vector load(const float *p) { return *(const AnyVector *)p; }
+INLINE void store(float *p, Vector v) { *(AnyVector *)p = v; }
+
+/* NaN is no less than zero, so it stays, as in torch.relu. */
+INLINE Vector relu(Vector v) { return (Vector)((Bits)v & ~(v <= (Vector){0})); }
+INLINE float relu_one(float v) { return v <= 0 ? 0 : v; }
+
+/* Where results go: `y` and `residual` at row 0 and channel 0, one row `step` floats behind the other; channels exist up to
+ * `c_out`, while panels are always full. */
+typedef struct {
+    float *y;
+    const float *residual, *scale, *bias;
+    int64_t step, c_out;
+    int relu;
+} Output;
+
+/* Finishes rows of sums of the last panel, of which only the channels below c_out exist. */
+static void finish_last_panel(const Output *out, int64_t row, int64_t count, int64_t panel, const float *sums, int64_t step)
+{
+    for (int64_t r = 0; r < count; r++, row++, sums += step)
+        for (int64_t k = panel * PANEL; k < out->c_out; k++) {
+            int64_t at = row * out->step + k;
+            float sum = sums[k - panel * PANEL];
+            if (out->scale)
+                sum *= out->scale[k];
+            if (out->bias)
+                sum += out->bias[k];
+            if (out->residual)
+                sum += out->residual[at];
+            out->y[at] = out->relu ? relu_one(sum) : sum;
+        }
+}
+
+#define REPEAT_1(F) F(0)
+#define REPEAT_2(F) REPEAT_1(F) F(1)
+#define REPEAT_3(F) REPEAT_2(F) F(2)
+#define REPEAT_4(F) REPEAT_3(F) F(3)
+#define REPEAT_5(F) REPEAT_4(F) F(4)
+#define REPEAT_6(F) REPEAT_5(F) F(5)
+#define REPEAT_7(F) REPEAT_6(F) F(6)
+#define REPEAT_8(F) REPEAT_7(F) F(7)
+#define REPEAT_9(F) REPEAT_8(F) F(8)
+#define REPEAT_10(F) REPEAT_9(F) F(9)
+#define REPEAT_11(F) REPEAT_10(F) F(10)
+#define REPEAT_12(F) REPEAT_11(F) F(11)
+
+#define M 1
+#include "micro_kernel.h"
+#define M 2
+#include "micro_kernel.h"
+#define M 3
+#include "micro_kernel.h"
+#define M 4
+#include "micro_kernel.h"
+#define M 5
+#include "micro_kernel.h"
+#define M 6
+#include "micro_kernel.h"
+#if ROWS > 6
+#define M 7
+#include "micro_kernel.h"
+#define M 8
+#include "micro_kernel.h"
+#endif
+#if ROWS > 8
+#define M 9
+#include "micro_kernel.h"
+#define M 10
+#include "micro_kernel.h"
+#define M 11
+#include "micro_kernel.h"
+#define M 12
+#include "micro_kernel.h"
+#endif
+
+typedef void MicroKernel(const float *const *rows, int64_t rows_step, int64_t taps, int64_t first_k, int64_t depth,
+                         const float *w, float *total, int64_t total_step, int adds, const Output *out, int64_t row,
+                         int64_t panel, const float *next, int64_t next_step);
+static MicroKernel *const micro_kernels[] = {
+    micro_kernel_1, micro_kernel_2, micro_kernel_3, micro_kernel_4, micro_kernel_5, micro_kernel_6,
+#if ROWS > 6
+    micro_kernel_7, micro_kernel_8,
+#endif
+#if ROWS > 8
+    micro_kernel_9, micro_kernel_10, micro_kernel_11, micro_kernel_12,
+#endif
+};
+
+/* Rows times panels: `count` rows of `taps` x `depth` values, found by rows[tap * rows_step + row].
+ *
+ * w: panels `first` to `last` of (panel, taps, depth, PANEL), from panel 0 on. total: (count, last - first, PANEL), for
+ * unfinished sums; the result itself if `out` is NULL. total_step: from row to row. after: weights that are read next.
+ */
+static void multiply(const float *const *rows, int64_t rows_step, int64_t taps, int64_t depth, int64_t count, const float *w,
+                     int64_t first, int64_t last, float *total, int64_t total_step, const Output *out, const float *after)
+{
+    int64_t pieces = blocks(depth, SUM_BLOCK), piece = blocks(depth, pieces); /* of a tap */
+    int64_t together = most(1, SUM_BLOCK / depth);                            /* taps */
+    int64_t groups = blocks(count, ROWS);
+    for (int64_t tap = 0; tap < taps; tap += together) {
+        int64_t taps_now = least(together, taps - tap);
+        for (int64_t k = 0; k < depth; k += piece) {
+            int64_t depth_now = least(piece, depth - k);
+            int ends = tap + taps_now == taps && k + depth_now == depth;
+            for (int64_t panel = first; panel < last; panel++) {
+                const float *w_now = w + ((panel * taps + tap) * depth + k) * PANEL;
+                /* Panels of a large weight come from memory; a prefetch saves a quarter of the time at 512 channels. */
+                const float *next = panel + 1 < last ? w_now + taps * depth * PANEL
+                                    : ends           ? after
+                                                     : w + ((first * taps + tap) * depth + k + depth_now) * PANEL;
+                int64_t share = 16 * taps_now * depth_now / groups;
+                /* Groups of nearly equal size: a rest of one row would take as long as four. */
+                for (int64_t group = 0, row = 0; group < groups; group++) {
+                    int64_t size = (count - row) / (groups - group);
+                    micro_kernels[size - 1](rows + tap * rows_step + row, rows_step, taps_now, k, depth_now, w_now,
+                                            total + row * total_step + (panel - first) * PANEL, total_step, tap || k,
+                                            ends ? out : NULL, row, panel, next + group * share, 64 / groups);
+                    row += size;
+                }
+            }
+        }
+    }
+}
