@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.cpu import library
 from ..models import by_name
 from ..ops import tuned_table
 from ..ops.dtypes import BY_SHORT_NAME
@@ -23,7 +24,7 @@ from ..perf.tuning import problems, table_file, tune_model
 from ..perf.tuning.autotuner import Problem
 from . import arguments
 
-HELP = "measure what is fastest on this GPU, for backend=auto to use"
+HELP = "measure what is fastest on this device, for backend=auto to use"
 
 _DTYPES = ("bf16", "fp16", "fp32", "tf32")
 _BATCHES, _DRY_BATCHES = (256, 1), (2,)
@@ -36,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default: resnet50")
     parser.add_argument("--batch-size", nargs="+", type=arguments.positive, metavar="N", help="default: 256 1")
     parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
-    parser.add_argument("--dtype", choices=_DTYPES, help="tf32: float32 that may round to TF32 (default: bf16)")
-    parser.add_argument("--device", default="cuda", help="default: cuda")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="tf32: float32 that may round to TF32 (default: bf16; on a CPU fp32)"
+    )
+    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: cuda)")
     parser.add_argument("--training", action="store_true", help="measure training's BN, add and ReLU, not inference")
     parser.add_argument(
         "--seconds",
@@ -67,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     deadline = None if options.seconds is None else time.perf_counter() + options.seconds
     device, key = _device(options)
     file = table_file.Table(options.output or tune_model.default_path(key), key)
-    dtype_name = options.dtype or ("fp32" if options.dry_run else "bf16")
+    dtype_name = options.dtype or ("fp32" if device.type == "cpu" else "bf16")
     tf32 = dtype_name == "tf32"
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     before, conv.fp32_precision = conv.fp32_precision, "tf32" if tf32 else "ieee"
@@ -77,7 +80,8 @@ def run(options: argparse.Namespace) -> int:
         layers = {}
         for name in options.model:
             announce(f"running {name}")
-            for whole, found in _problems(options, name, device, BY_SHORT_NAME["fp32" if tf32 else dtype_name]).items():
+            dtype = BY_SHORT_NAME["fp32" if tf32 else dtype_name]
+            for whole, found in _problems(options, name, device, key.is_cpu, dtype).items():
                 layers[whole] = [_left(problem, denied) for problem in found]
         announce("")
         result = tune_model.measure(
@@ -108,12 +112,16 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned_table.Devi
         return torch.device("cpu"), table_file.no_device()
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("tune measures a GPU, and PyTorch sees none here; --dry-run --output FILE tries it on the CPU")
+        raise ValueError(
+            "PyTorch sees no GPU here: --device cpu measures the CPU, --dry-run --output FILE tries a GPU's on the CPU"
+        )
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
     key = tuned_table.device_key(device)
     if key is None:
-        raise ValueError(f"--device must be a CUDA device, got {device}")
+        if device.type == "cpu":
+            raise ValueError(f"on this CPU there is nothing to choose from. {library.describe()}")
+        raise ValueError(f"--device must be a CUDA device or cpu, got {device}")
     return device, key
 
 
@@ -137,7 +145,7 @@ def _left(problem: Problem, denied: set[tuple[str, str | None]]) -> Problem:
 
 
 def _problems(
-    options: argparse.Namespace, name: str, device: torch.device, dtype: torch.dtype
+    options: argparse.Namespace, name: str, device: torch.device, packed: bool, dtype: torch.dtype
 ) -> dict[str, list[Problem]]:
     """Returns a model's problems at each batch size, by its name with its images' shape."""
     torch.manual_seed(0)
@@ -146,7 +154,7 @@ def _problems(
     x = by_name.image_batch(
         model, 2, options.image_size or (_DRY_IMAGE_SIZE if options.dry_run else by_name.image_size(name))
     )
-    noted = problems.note(model, x, training=options.training)
+    noted = problems.note(model, x, training=options.training, packed=packed)
     batches = options.batch_size or (_DRY_BATCHES if options.dry_run else _BATCHES)
     whole = f"{name} {'x'.join(map(str, x.shape[1:]))}"
     return {whole: problems.build(noted, dict.fromkeys(batches), dtype, device)}

@@ -18,6 +18,7 @@ import contextlib
 import json
 import math
 import os
+import platform
 import re
 import stat
 import sys
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..kernels.cpu import convolution
 from ..kernels.target import allows_tf32
 from .dtypes import short_name
 
@@ -45,30 +47,65 @@ _CACHED = 4096
 
 
 class DeviceKey(NamedTuple):
-    """A kind of device, which a table is measured for: its name, and its compute capability as "9.0"."""
+    """A kind of device, which a table is measured for.
+
+    Attributes:
+        name: of the device.
+        capability: a GPU's compute capability, as in "9.0"; a CPU's instruction set and number of threads, as in
+            "avx2, 2 threads".
+    """
 
     name: str
     capability: str
 
     @property
+    def is_cpu(self) -> bool:
+        """Whether the device is a CPU: its table holds problems with packed weights alone."""
+        return self.capability.endswith("threads")
+
+    @property
     def file_name(self) -> str:
-        """The name of its table's file, as in nvidia-h200-sm90.json."""
-        name = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        return f"{name}-sm{self.capability.replace('.', '')}.json"
+        """The name of its table's file, as in nvidia-h200-sm90.json and amd-epyc-avx2-2-threads.json."""
+        capability = self.capability if self.is_cpu else f"sm{self.capability.replace('.', '')}"
+        return f"{_in_lower_case(self.name)}-{_in_lower_case(capability)}.json"
+
+
+def _in_lower_case(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def device_key(device: torch.device) -> DeviceKey | None:
+    """Returns the key of a device's tables; None where there is nothing to choose from: no GPU, no CPU kernels of ours."""
+    if device.type == "cpu":
+        found = convolution.library_or_none()
+        return None if found is None else DeviceKey(cpu_name(), f"{found.isa}, {torch.get_num_threads()} threads")
+    return _gpu_key(device)
 
 
 @lru_cache
-def device_key(device: torch.device) -> DeviceKey | None:
-    """Returns the key of a device's tables; None for all but CUDA's, which have none."""
+def cpu_name() -> str:
+    """Returns the processor's name, as Linux has it; the architecture's elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+@lru_cache
+def _gpu_key(device: torch.device) -> DeviceKey | None:
     # A fake tensor's CUDA device may be absent.
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
     return DeviceKey(torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device)))
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns a dtype's name in tables; "tf32", as if that were a dtype, for float32 whose convolutions may round to it."""
-    return "tf32" if allows_tf32(dtype) else short_name(dtype)
+def dtype_name(dtype: torch.dtype, is_cpu: bool = False) -> str:
+    """Returns a dtype's name in a GPU's tables or a CPU's.
+
+    It is "tf32", as if that were a dtype, for float32 whose convolutions may round to it on a GPU.
+    """
+    return "tf32" if allows_tf32(dtype) and not is_cpu else short_name(dtype)
 
 
 def cache_directory() -> Path | None:
@@ -83,11 +120,11 @@ def cache_directory() -> Path | None:
 
 
 def covers(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a table has measurements of this device in this dtype."""
+    """Whether a table decides op by op on this device in this dtype; a CPU's decides for packed weights alone."""
     if _noted is not None:
-        return True
+        return not _noting_packed
     key = device_key(device)
-    return key is not None and dtype_name(dtype) in _measured_dtypes(key)
+    return key is not None and not key.is_cpu and dtype_name(dtype) in _measured_dtypes(key)
 
 
 def choice(
@@ -110,7 +147,10 @@ def choice(
     if _noted is not None:
         _noted.append((problem, batch))
         return None
-    return _choice(problem, batch, dtype_name(dtype), dtype, device, can_run)
+    key = device_key(device)
+    if key is None:
+        return None
+    return _choice(key, problem, batch, dtype_name(dtype, key.is_cpu), dtype, device, can_run)
 
 
 def trains(device: torch.device, dtype: torch.dtype) -> bool:
@@ -121,24 +161,29 @@ def trains(device: torch.device, dtype: torch.dtype) -> bool:
     if _noted is not None:
         return True
     key = device_key(device)
-    return key is not None and _trains(key, dtype_name(dtype))
+    return key is not None and not key.is_cpu and _trains(key, dtype_name(dtype))
 
 
 _noted: list[tuple[Hashable, int]] | None = None
+_noting_packed = False
 
 
 @contextlib.contextmanager
-def noting() -> Iterator[list[tuple[Hashable, int]]]:
+def noting(packed: bool = False) -> Iterator[list[tuple[Hashable, int]]]:
     """Lists each question to `choice` as (problem, batch), call by call; meanwhile every answer is None.
 
-    On any device `auto` then asks for all its decisions and trains on our ops. Only one thread may use it at a time.
+    Only one thread may use it at a time.
+
+    Args:
+        packed: whether to note a CPU's questions, for packed weights. Otherwise `auto` asks for all its decisions on any
+            device, as on a GPU, and trains on our ops.
     """
-    global _noted
-    _noted, before = [], _noted
+    global _noted, _noting_packed
+    (_noted, _noting_packed), before = ([], packed), (_noted, _noting_packed)
     try:
         yield _noted
     finally:
-        _noted = before
+        _noted, _noting_packed = before
 
 
 _times_forgotten = 0
@@ -152,7 +197,8 @@ def generation() -> int:
 
 def decided(device: torch.device, dtype: torch.dtype) -> frozenset[str]:
     """Returns the keys of all problems for which a table names a winner on a device in a dtype."""
-    key, name = device_key(device), dtype_name(dtype)
+    key = device_key(device)
+    name = dtype_name(dtype, key is not None and key.is_cpu)
     table = {} if key is None else _table(key)
     return frozenset(key for (measured, key), winners in table.items() if measured == name and any(winners.values()))
 
@@ -161,7 +207,7 @@ def forget() -> None:
     """Drops all that was read, so that the next question reads the files anew."""
     global _times_forgotten, _said_unknown
     _times_forgotten, _said_unknown = _times_forgotten + 1, False
-    for function in (_choice, _trains, _measured_dtypes, _table, device_key):
+    for function in (_choice, _trains, _measured_dtypes, _table, device_key, _gpu_key):
         # A test may have put something else in device_key's place.
         getattr(function, "cache_clear", lambda: None)()
 
@@ -169,11 +215,11 @@ def forget() -> None:
 # typed: problems are tuples, and two of different kinds may be equal.
 @lru_cache(_CACHED, typed=True)
 def _choice(
-    problem: Hashable, batch: int, table_dtype: str, dtype: torch.dtype, device: torch.device, can_run: CanRun | None
-) -> str | None:
-    key = device_key(device)
-    measured = None if key is None else _table(key).get((table_dtype, str(problem)))
-    if key is None or not measured or batch < 1:
+    key: DeviceKey, problem: Hashable, batch: int, table_dtype: str, dtype: torch.dtype, device: torch.device,
+    can_run: CanRun | None,
+) -> str | None:  # fmt: skip
+    measured = _table(key).get((table_dtype, str(problem)))
+    if not measured or batch < 1:
         return None
     # The larger of two that are equally near.
     nearest = min(measured, key=lambda other: (abs(math.log(other / batch)), -other))

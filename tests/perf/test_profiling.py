@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import DeviceType
 
 import resnet_kernels as rk
-from helpers.own_kernels import is_fused_convolution
+from helpers.own_kernels import is_fused_convolution, skip_unless_compiled
 from resnet_kernels.cli import main as cli
 from resnet_kernels.cli import profile as profile_command
 from resnet_kernels.models import resnet_v1, resnet_v2
@@ -58,7 +58,7 @@ def test_eager_ranges_are_the_operations_of_the_network():
     assert all(row.seconds > 0 and not row.backward for row in rows)
 
 
-def test_fused_ranges_are_steps_and_stay_fused():
+def test_fused_ranges_are_steps_and_stay_fused(onednn_alone):
     model = rk.fuse(small())
     rows = rows_of(model, forward(model))
     known = {row.range: row for row in rows if row.least is not None}
@@ -68,27 +68,44 @@ def test_fused_ranges_are_steps_and_stay_fused():
         "layer2.0.downsample.0+downsample.1",
         "layer2.0.conv2+bn2+add+relu",
     ):
-        (kernel,) = known[step].kernels
-        assert is_fused_convolution(kernel.name) and kernel.kind == "conv", step
+        (kernel,) = [kernel for kernel in known[step].kernels if is_fused_convolution(kernel.name)]
+        assert kernel.kind == "conv", step
     assert known["layer2.0.downsample.0+downsample.1"].layer == "layer2.0.downsample.0+1"
     expected = bounds.per_layer(network.trace(model, X), 4)
     assert sum(row.least.flops for row in known.values()) == sum(kernel.flops for kernel in expected)
     assert sum(row.least.hbm_bytes for row in known.values()) == sum(kernel.hbm_bytes for kernel in expected)
 
 
-def test_layers_of_eager_and_fused_are_the_same():
+def test_layers_of_eager_and_fused_are_the_same(onednn_alone):
     model = small()
     eager, fused = rows_of(model, forward(model)), rows_of(fast := rk.fuse(model), forward(fast))
     assert {row.layer for row in eager} == {row.layer for row in fused}
 
 
-def test_a_norm_that_comes_first_and_a_module_that_is_a_step():
+def test_a_norm_that_comes_first_and_a_module_that_is_a_step(onednn_alone):
     blocks = [resnet_v2.resnet_v2_block(f"block{i}", 4, 2, stride) for i, stride in ((1, 2), (2, 1))]
     model = rk.fuse(rk.models.ResNetV2(blocks, num_classes=5).eval())
     rows = rows_of(model, forward(model))
     assert any(row.range.endswith("unit_1.preact+relu") and row.kind == "bn" for row in rows)
     # The step calls the module, whose range bears the same name: one call.
     assert all(row.call == 0 for row in rows if row.range.endswith("subsample"))
+
+
+def test_what_a_kernel_takes_along_has_no_pass_of_its_own():
+    """A BN on the way in, and a max-pool behind: their time is the convolution's."""
+    skip_unless_compiled()
+    net = nn.Sequential(nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+    pooled = rk.fuse(nn.Sequential(net, resnet_v1.BasicBlock(16, 16)).eval())
+    ranges = {row.range for row in rows_of(pooled, forward(pooled))}
+    assert {"0.0+1+relu", "1.conv1+bn1+relu"} <= ranges and not any(range_.endswith(".3") for range_ in ranges)
+    blocks = [resnet_v2.resnet_v2_block("block1", 4, 2, 1)]
+    model = rk.fuse(rk.models.ResNetV2(blocks, num_classes=5).eval())
+    rows = [row for row in rows_of(model, forward(model)) if row.range.startswith("block1.unit_1")]
+    preact = next(row for row in rows if "preact" in row.range)
+    assert not [kernel for kernel in preact.kernels if "norm" in kernel.name or "relu" in kernel.name], (
+        "its scale alone"
+    )
+    assert any(row.range.startswith("block1.unit_1.conv1") and row.kind == "conv" for row in rows)
 
 
 def test_names_that_c_plus_plus_would_read_as_mangled():

@@ -380,8 +380,8 @@ def test_training(small_in_zoo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tune"], "tune measures a GPU, and PyTorch sees none here"),
-        (["tune", "--device", "cpu"], "--device must be a CUDA device, got cpu"),
+        (["tune"], "PyTorch sees no GPU here: --device cpu measures the CPU"),
+        (["tune", "--device", "meta"], "--device must be a CUDA device or cpu, got meta"),
         (["tune", "--dry-run"], "--dry-run needs --output FILE"),
         (["tune", "--dry-run", "--model", "resnet51", "--output", "x.json"], "--model must be one of"),
     ],

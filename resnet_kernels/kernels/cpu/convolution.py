@@ -72,6 +72,19 @@ class Pool(NamedTuple):
         )
 
 
+class Activation(NamedTuple):
+    """What is applied to x while it is read: relu(x * scale + shift).
+
+    Attributes:
+        scale, shift: (C_in,), fp32, contiguous.
+        relu: False leaves the ReLU away.
+    """
+
+    scale: Tensor
+    shift: Tensor
+    relu: bool
+
+
 class Shapes(NamedTuple):
     """A convolution without its tensors.
 
@@ -287,10 +300,9 @@ class Bound:
         scale: (C_out,), fp32, contiguous; multiplies the convolution. None for ones.
         bias: as scale, added behind it; None for zeros.
         threads: that a call may use.
-        activation: (scale, shift), each (C_in,), fp32 and contiguous, applied to x before the convolution, and ReLU or not.
     """
 
-    __slots__ = ("_arguments", "_convolve", "_keeps", "_out_shape", "_relu", "_scratch", "name", "packed")
+    __slots__ = ("_arguments", "_convolve", "_keeps", "_out_shape", "_relu", "_scratch", "name", "packed", "shapes")
 
     def __init__(
         self,
@@ -300,7 +312,6 @@ class Bound:
         scale: Tensor | None,
         bias: Tensor | None,
         threads: int,
-        activation: tuple[Tensor, Tensor, bool] | None = None,
     ):
         found = library.find()
         assert isinstance(found, Library), "why_not has seen the library"
@@ -316,10 +327,7 @@ class Bound:
             sizes |= dict(zip(_SIZES[22:28], (*size, pool.kernel, pool.stride, pool.padding[0], pool.padding[2])))
             self._out_shape = (n, c_out, *size)
         vectors = {"scale": scale, "bias": bias}
-        if activation is not None:
-            vectors |= {"pre_scale": activation[0], "pre_shift": activation[1]}
-            sizes["pre_relu"] = activation[2]
-        self.name, self.packed = name, packed
+        self.name, self.shapes, self.packed = name, shapes, packed
         self._keeps = (packed, *vectors.values())  # the addresses below are theirs
         self._arguments = _Convolution(
             **sizes, weight=packed.data_ptr(), **{k: v.data_ptr() for k, v in vectors.items() if v is not None}
@@ -331,7 +339,12 @@ class Bound:
         self._convolve = functools.partial(_convolve, found, winograd, threads, each)
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None = None, relu: bool = True, overwrite_residual: bool = False
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = True,
+        overwrite_residual: bool = False,
+        activation: Activation | None = None,
     ) -> Tensor:
         """Returns relu(conv(act(x)) * scale + bias + residual), channels_last.
 
@@ -340,14 +353,22 @@ class Bound:
             residual: the output's shape, channels_last; None for zeros.
             relu: False leaves the ReLU away.
             overwrite_residual: write the result over the residual.
+            activation: what x goes through first; `direct` has to copy for that.
         """
         if torch.autograd._profiler_enabled():
             # An operation of its own: a record_function would be shown as a range around none.
             with torch._C._profiler._RecordFunctionFast(f"resnet_kernels::conv_bias_act.{self.name}"):
-                return self._run(x, residual, relu, overwrite_residual)
-        return self._run(x, residual, relu, overwrite_residual)
+                return self._run(x, residual, relu, overwrite_residual, activation)
+        return self._run(x, residual, relu, overwrite_residual, activation)
 
-    def _run(self, x: Tensor, residual: Tensor | None, relu: bool, overwrite_residual: bool) -> Tensor:
+    def _run(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        relu: bool,
+        overwrite_residual: bool,
+        activation: Activation | None,
+    ) -> Tensor:
         y = residual if overwrite_residual else None
         if y is None:
             y = torch.empty(self._out_shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
@@ -356,6 +377,9 @@ class Bound:
         arguments.x, arguments.y, arguments.relu = x.data_ptr(), y.data_ptr(), relu
         if residual is not None:
             arguments.residual = residual.data_ptr()
+        if activation is not None:
+            arguments.pre_scale, arguments.pre_shift = activation.scale.data_ptr(), activation.shift.data_ptr()
+            arguments.pre_relu = activation.relu
         if arguments.copies:
             arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = x.stride()
         self._convolve(arguments, _scratch_of(self._scratch))

@@ -44,7 +44,7 @@ class Problem:
     eager: plain PyTorch in `dtype`, whose error sets the budget. reference: the oracle, in fp64, or rounded to fp32 where
         that is precise enough for the dtype.
     flops, bytes: of one call; bytes from and to HBM, each tensor once.
-    calls: number of times that the model has this problem.
+    calls: number of times that the model has this problem. is_cpu: whether it is a CPU's, with a packed weight.
     """
 
     key: str
@@ -59,9 +59,15 @@ class Problem:
     flops: int
     bytes: int
     calls: int = 1
+    is_cpu: bool = False
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype's name in the device's tables."""
+        return tuned_table.dtype_name(self.dtype, self.is_cpu)
 
     def __str__(self) -> str:
-        return f"{self.key}, batch {self.batch}, {tuned_table.dtype_name(self.dtype)}"
+        return f"{self.key}, batch {self.batch}, {self.dtype_name}"
 
 
 class DeviceLost(RuntimeError):
@@ -90,7 +96,7 @@ def measure(problem: Problem, seconds: float, *, samples: bool = False) -> dict[
     record: dict[str, Any] = {
         "key": problem.key,
         "batch": problem.batch,
-        "dtype": tuned_table.dtype_name(problem.dtype),
+        "dtype": problem.dtype_name,
         "winner": None,
         "default": problem.default,
         "flops": problem.flops,

@@ -18,24 +18,26 @@ from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
 from ...ops.batch_norm_act import NormProblem
-from ...ops.conv_candidates import ConvProblem
+from ...ops.conv_candidates import ConvProblem, PackedProblem
 from ...runtime.gpu.multi_layer import APART, LinkProblem, StemProblem
 from .autotuner import Problem
 from .multi_layer_problems import link_problem, stem_problem
 from .norm_problem import norm_problem
+from .packed_problem import packed_problem
 from .random_operands import Draw
 
 # Most elements that the fp64 reference holds at a time.
 _REFERENCE = 2**26
 
 
-def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[Hashable, int]]:
+def note(model: nn.Module, x: Tensor, *, training: bool = False, packed: bool = False) -> list[tuple[Hashable, int]]:
     """Returns the problems that a model looks up, each with its number: in inference, or BN, add and ReLU in training.
 
     Args:
         model: A copy of it is fused and run once on x.
         x: a batch of images, at least 2 of them for training; their size matters, not their number.
         training: Whether to note a training step's problems.
+        packed: whether to note a CPU's problems, with packed weights.
 
     Raises:
         ValueError: RESNET_KERNELS_BACKEND decides everything already.
@@ -45,7 +47,7 @@ def note(model: nn.Module, x: Tensor, *, training: bool = False) -> list[tuple[H
     fused = fuse(model)
     if fused.training is not training:
         fused.train(training)  # only if it differs: train() would unfreeze a BN that is in eval mode
-    with torch.no_grad(), tuned_table.noting() as noted:
+    with torch.no_grad(), tuned_table.noting(packed) as noted:
         fused(x)
     by_key = {str(asked): asked for asked, _ in noted if not training or getattr(asked, "training", False)}
     calls = Counter(str(asked) for asked, _ in noted)
@@ -130,6 +132,7 @@ def _runner(name: str, geometry: Geometry, relu: bool) -> conv_candidates.Run:
 BUILDERS: dict[type, Callable[..., Problem]] = {
     ConvProblem: conv_problem,
     NormProblem: norm_problem,
+    PackedProblem: packed_problem,
     LinkProblem: link_problem,
     StemProblem: stem_problem,
 }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph import fusible
+from ...kernels.cpu import library
 from ...ops import cudnn, tuned_table
 from ...ops.dtypes import autocast_dtype
 from ...runtime import eligibility
@@ -33,7 +34,7 @@ SECONDS_EACH = 2.0
 def tune(
     model: nn.Module, x: Tensor, *, training: bool = False, seconds: float | None = None, progress: bool = True
 ) -> TuneResult:
-    """Measures every candidate for a fused model's layers on this GPU; `auto` uses the result from the next call on.
+    """Measures every candidate for a fused model's layers on this device; `auto` uses the result from the next call on.
 
     A candidate wins only if its numbers are right and it is faster than the default, which runs without a table. The winners
     go into the table in the user's cache directory, where later processes find them. Problems that these versions of PyTorch,
@@ -48,7 +49,8 @@ def tune(
 
     Returns:
         A TuneResult: a row per layer, for `print`. It says "nothing to tune", and nothing was changed, if there are no
-        candidates: on a CPU, for a model without a fused block, or one that was fused for another backend than "auto".
+        candidates: on a CPU without our compiled kernels, for a model without a fused block, or one that was fused for
+        another backend than "auto".
 
     Raises:
         TypeError: An argument is of the wrong type.
@@ -58,7 +60,7 @@ def tune(
     """
     _check(model, x, training, seconds)
     model = getattr(model, "_orig_mod", model)  # of torch.compile's wrapper
-    reason = _why_nothing(model, x)
+    reason = _why_nothing(model, x, training)
     if reason is None:
         with torch.inference_mode(False), torch.random.fork_rng([x.device] if x.is_cuda else []), _on(x.device):
             result = _tune(model, x, training, seconds, progress)
@@ -72,9 +74,9 @@ def tune(
 def _tune(model: nn.Module, x: Tensor, training: bool, seconds: float | None, progress: bool) -> TuneResult:
     deadline = None if seconds is None else time.perf_counter() + seconds
     dtype = _dtype(model, x)
-    noted = problems.note(model, x, training=training)
     key = tuned_table.device_key(x.device)
     assert key is not None, "_why_nothing has seen a device with candidates"
+    noted = problems.note(model, x, training=training, packed=key.is_cpu)
     with torch.autocast(x.device.type, enabled=False):
         own = problems.build(noted, [x.shape[0]], dtype, x.device)
         if not any(len(problem.candidates) > 1 for problem in own):
@@ -114,7 +116,7 @@ def measure(
     records = {
         identity: record
         for identity, problem in todo.items()
-        if not again and (record := file.has(*identity, tuned_table.dtype_name(problem.dtype)))
+        if not again and (record := file.has(*identity, problem.dtype_name))
     }
     known = len(records)
     queue = [problem for identity, problem in todo.items() if identity not in records]
@@ -169,14 +171,20 @@ def _check(model: nn.Module, x: Tensor, training: bool, seconds: float | None) -
         raise ValueError(f"x is on {x.device} and the model on {weight.device}: move one to the other's device")
 
 
-def _why_nothing(model: nn.Module, x: Tensor) -> str | None:
+def _why_nothing(model: nn.Module, x: Tensor, training: bool) -> str | None:
     backends = {state.backend for state in states_in(model)}
     if not backends:
         return "no block of this model is fused; rk.fuse fuses it, rk.explain says what can't be"
     if "auto" not in backends:
         return f'the model is fused for backend="{min(backends)}", and only "auto" asks a table'
-    if tuned_table.device_key(x.device) is None:
-        return f"only CUDA devices have candidates to choose from, and the model is on {x.device}"
+    key = tuned_table.device_key(x.device)
+    if key is None:
+        if x.device.type == "cpu":
+            return f"oneDNN's is the only kernel of convolutions here; {library.describe()}"
+        return f"only CUDA devices and CPUs have candidates to choose from, and the model is on {x.device}"
+    if key.is_cpu and (training or _dtype(model, x) != torch.float32):
+        what = "training" if training else str(_dtype(model, x)).removeprefix("torch.")
+        return f"on a CPU there are kernels to choose from in float32's inference alone, not in {what}"
     return None
 
 

@@ -9,14 +9,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...graph.recipe import Recipe
+from ...kernels.cpu.convolution import Activation, Bound
 from ...ops import onednn
 from .. import run_steps
-from ..parts import CallPart, ConvPart, Part
+from ..parts import CallPart, ConvPart, NormPart, Part
 from ..run_steps import Values
 from ..state import FusedRun, FusedState
+from . import neighbors
 from .packed_conv import PackedConv
 
 
@@ -43,35 +46,77 @@ def run(
         if program is not None and (result := program.run_if_safe(x, x_bound, owned, state.path)) is not None:
             return result
     bounds: dict[int, float | None] = {0: x_bound}
+    parts = run.live.parts
+    on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
+    pending: dict[int, tuple[NormPart, Activation]] = {}  # BNs by the value that they stand in for
+    done: set[int] = set()  # convolutions that pooled, too
 
-    def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
-        step = part.step
-        pack = copies.packs.get(step.conv)
+    def pack_of(part: ConvPart, x: Tensor) -> PackedConv:
+        pack = copies.packs.get(part.step.conv)
         if pack is None or not (run.verified or state.holds(pack, part.conv, part.bn)) or not pack.fits(x):
             pack = PackedConv(part.conv, part.bn, x)
-            copies.pack(step.conv, pack)
+            copies.pack(part.step.conv, pack)
+        return pack
+
+    def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
+        step, pack = part.step, pack_of(part, x)
         bound = math.inf
-        bounds[step.out] = None
-        if not pack.runs_ours(x.shape):
+        own, activation = None, None
+        if step.x in pending:
+            activation = pending[step.x][1]
+            own = pack.activated(x.shape)
+            assert own is not None  # run_part has asked
+        elif step.out in pools and (own := _pooled(pack, pools[step.out], x)) is not None:
+            done.add(step.out)
+        elif not pack.runs_ours(x.shape):
             bound = pack.bound(onednn.bound(x, bounds[step.x]))
             if step.residual is not None:
                 assert residual is not None
                 bound += onednn.bound(residual, bounds[step.residual])
             bounds[step.out] = bound
         overwrite = step.overwrites_residual and (step.residual != 0 or owned)
+        if overwrite and any(values.get(value) is residual for value in pending):
+            overwrite = False  # its BN has not been read by all
+
+        def convolution(residual: Tensor | None, relu: bool) -> Tensor:
+            if own is not None:
+                return own(x, residual, relu, overwrite, activation)
+            return pack(x, residual, relu, bound, overwrite)
+
         return run_steps.with_residual(
-            lambda residual, relu: pack(x, residual, relu, bound, overwrite),
-            lambda: pack.out_shape(x.shape), x.dtype, residual, step.relu, "cpu",
+            convolution, lambda: pack.out_shape(x.shape), x.dtype, residual, step.relu, "cpu"
         )  # fmt: skip
 
     def run_part(part: Part, values: Values) -> Tensor:
+        bounds[part.step.out] = None
+        if isinstance(part, NormPart) and part.step.out in on_load and x_dtype == torch.float32:
+            x = values[part.step.x]
+            readers = [reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out]
+            ours = all(pack_of(reader, x).activated(x.shape) is not None for reader in readers)
+            if ours and (activation := neighbors.activation_of(part, x)) is not None:
+                pending[part.step.out] = part, activation
+                return x
+        if isinstance(part, ConvPart) and part.step.x in pending:
+            x = values[part.step.x]
+            if pack_of(part, x).activated(x.shape) is None:  # a weight was changed since
+                norm, _ = pending.pop(part.step.x)
+                values[part.step.x] = run_steps.normalize(norm.bn, x, None, norm.step.relu, "cpu")
+        if isinstance(part, CallPart) and part.step.inputs[0] in done:
+            return values[part.step.inputs[0]]
         y = run_steps.run_part(part, values, "cpu", convolve)
-        if not isinstance(part, ConvPart):
-            # A maximum of values keeps their bound.
-            is_maximum = isinstance(part, CallPart) and type(part.child) is nn.MaxPool2d
-            bounds[part.step.out] = bounds[part.step.inputs[0]] if is_maximum else None
+        if isinstance(part, CallPart) and type(part.child) is nn.MaxPool2d:
+            bounds[part.step.out] = bounds[part.step.inputs[0]]  # a maximum of values keeps their bound
         return y
 
+    x_dtype = x.dtype
     values = {0: x}
     del x
-    return run_steps.run_steps(run.live.parts, values, recipe.result, state.path, run_part), bounds[recipe.result]
+    return run_steps.run_steps(parts, values, recipe.result, state.path, run_part), bounds[recipe.result]
+
+
+def _pooled(pack: PackedConv, child: nn.MaxPool2d, x: Tensor) -> Bound | None:
+    """A convolution with the max-pool behind it in one pass; None where no kernel of ours does that."""
+    if not pack.runs_ours(x.shape):
+        return None
+    pool = neighbors.pool_of(child, pack.out_shape(x.shape)[2:])
+    return None if pool is None else pack.pooled(x.shape, pool)

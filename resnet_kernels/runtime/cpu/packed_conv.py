@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ...graph.fusible import BatchNorm
 from ...kernels.cpu import convolution
 from ...kernels.geometry import Geometry
-from ...ops import conv_candidates, onednn, reference
+from ...ops import conv_candidates, onednn, reference, tuned_table
 from ..parts import scale_shift, settings
 from .watched_tensors import WatchedTensors
 
@@ -27,6 +27,11 @@ from .watched_tensors import WatchedTensors
 # small images; our kernels need one or two.
 _MOST_LAYOUTS = 5
 _MOST_SIZES = 256
+
+
+def _setting() -> tuple[int, int]:
+    """What a choice of a kernel rests on beside sizes: the number of threads, and the tables as they are."""
+    return torch.get_num_threads(), tuned_table.generation()
 
 
 class SizedConv(NamedTuple):
@@ -64,6 +69,7 @@ class PackedConv:
         "_settings",
         "_sizes",
         "_unfolded",
+        "_variants",
         "_watched",
         "_weights",
         "bias",
@@ -89,6 +95,7 @@ class PackedConv:
         # By layout: a kernel's name, oneDNN's descriptor, or None for channels_last, for ATen.
         self._weights: dict[bytes | str | None, Tensor] = {}
         self._sizes: dict[tuple, SizedConv] = {}
+        self._variants: dict[tuple, convolution.Bound | None] = {}
         self._add(x.shape, weight)
 
     def _folded(self, scale: Tensor | None) -> Tensor:
@@ -111,7 +118,7 @@ class PackedConv:
 
     def at(self, shape: torch.Size) -> SizedConv | None:
         """Convolution for inputs of this shape, packed now if the size is new; None if there are too many layouts."""
-        sized = self._sizes.get((shape, torch.get_num_threads()))
+        sized = self._sizes.get((shape, *_setting()))
         return self._add(shape) if sized is None else sized
 
     def runs_ours(self, shape: torch.Size) -> bool:
@@ -142,8 +149,42 @@ class PackedConv:
     def _keep(self, shape: torch.Size, sized: SizedConv) -> SizedConv:
         if len(self._sizes) >= _MOST_SIZES:
             self._sizes.clear()
-        self._sizes[shape, torch.get_num_threads()] = sized
+        self._sizes.update({(shape, *_setting()): sized})
         return sized
+
+    def activated(self, shape: torch.Size) -> convolution.Bound | None:
+        """The kernel of ours that activates inputs of this shape, which it `fits`, on the way in; None if none does."""
+        return self._variant(shape, None)
+
+    def pooled(self, shape: torch.Size, pool: convolution.Pool) -> convolution.Bound | None:
+        """The kernel of ours with a max-pool behind it, for inputs of this shape, which it `fits`; None if none has."""
+        return self._variant(shape, pool)
+
+    def _variant(self, shape: torch.Size, pool: convolution.Pool | None) -> convolution.Bound | None:
+        key = shape, *_setting(), pool
+        if key not in self._variants:
+            if len(self._variants) >= _MOST_SIZES:
+                self._variants.clear()
+            self._variants[key] = self._new_variant(shape, pool)
+        return self._variants[key]
+
+    def _new_variant(self, shape: torch.Size, pool: convolution.Pool | None) -> convolution.Bound | None:
+        own = self._at(shape).own
+        if own is None:
+            return None
+        if pool is None and own.name == "winograd":
+            return own
+        shapes = own.shapes._replace(copies=True, pool=pool)
+        threads = torch.get_num_threads()
+        if convolution.why_not("direct", shapes, self._dtype, threads) is not None:
+            return None
+        weight = self._weights.get("direct")
+        if weight is None:
+            weight = convolution.pack("direct", self._folded_as_packed())
+        if weight is None:
+            return None
+        self._weights["direct"] = weight
+        return convolution.Bound("direct", shapes, weight, None, self.bias, threads)
 
     def _own(self, shape: torch.Size, geometry: Geometry, folded: Tensor | None) -> convolution.Bound | None:
         """A kernel of ours for inputs of this shape; None where oneDNN or ATen is the choice."""

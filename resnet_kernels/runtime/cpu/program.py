@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...graph.recipe import ConvStep, Recipe
-from ...ops import onednn
+from ...ops import onednn, tuned_table
 from .. import profiler_ranges
 from .packed_conv import PackedConv
 
@@ -20,8 +20,9 @@ _MOST_PROGRAMS = 256
 class Copies:
     """Copies made from a fused module's weights. They are dropped as a whole, so identity shows whether they hold.
 
-    packs: packed weights by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, and the
-    number of threads. Both are for the CPU. On other devices a frozen module's copies are reached by `first`.
+    packs: packed weights by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, the number
+    of threads and the tables' generation. Both are for the CPU. On other devices a frozen module's copies are reached by
+    `first`.
     """
 
     def __init__(self) -> None:
@@ -58,7 +59,7 @@ class Copies:
 
 
 def _program_key(recipe: Recipe, x: Tensor) -> tuple[Any, ...]:
-    return recipe.modules, x.shape, x.dtype, torch.get_num_threads()
+    return recipe.modules, x.shape, x.dtype, torch.get_num_threads(), tuned_table.generation()
 
 
 class PackedProgram:

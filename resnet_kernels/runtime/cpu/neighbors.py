@@ -1,0 +1,70 @@
+"""Steps that our CPU kernels take along with a convolution: a BN and ReLU before it, a max-pool behind it.
+
+A pre-activation unit's BN and ReLU are computed while x is read, and a stem's max-pool while its rows are in the cache:
+neither needs a pass over memory of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from ...graph import fusible
+from ...kernels.cpu.convolution import Activation, Pool
+from ...models.same_padding import MaxPool2dSame
+from ..parts import CallPart, ConvPart, NormPart, Part, scale_shift, window_of
+
+
+def norms_on_load(parts: Sequence[Part], result: int) -> set[int]:
+    """Returns the numbers of the values that a BN makes for nobody but convolutions."""
+    made = {part.step.out for part in parts if isinstance(part, NormPart) and part.step.residual is None}
+    for part in parts:
+        reads = set(part.step.inputs)
+        if isinstance(part, ConvPart):
+            reads.discard(part.step.x)
+            if part.step.residual == part.step.x:
+                reads.add(part.step.x)
+        made -= reads
+    return made - {result}
+
+
+def activation_of(part: NormPart, x: Tensor) -> Activation | None:
+    """Returns a BN, and ReLU or not, as it is now; None if its vectors don't fit x, where eager has an error to raise."""
+    if not fusible.is_frozen(part.bn) or part.bn.running_mean is None or part.bn.running_var is None:
+        return None
+    scale, shift = scale_shift(None, part.bn)
+    if scale is None or shift is None or not scale.numel() == shift.numel() == x.shape[1]:
+        return None
+    return Activation(scale.detach().float().contiguous(), shift.detach().float().contiguous(), part.step.relu)
+
+
+def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
+    """Returns max-pools by the number of the value that they alone read, and that a convolution makes without a residual."""
+    readers: dict[int, list[Part]] = {}
+    for part in parts:
+        for value in part.step.inputs:
+            readers.setdefault(value, []).append(part)
+    found = {}
+    for part in parts:
+        if isinstance(part, ConvPart) and part.step.residual is None and part.step.out != result:
+            (reader, *more) = readers.get(part.step.out, [part])
+            if not more and isinstance(reader, CallPart) and isinstance(reader.child, nn.MaxPool2d):
+                found[part.step.out] = reader.child
+    return found
+
+
+def pool_of(child: nn.MaxPool2d, size: Sequence[int]) -> Pool | None:
+    """Returns a max-pool on images of this (h, w) as our kernels take it; None for windows that they don't."""
+    if type(child) not in (nn.MaxPool2d, MaxPool2dSame):
+        return None
+    kernel, stride, padding, dilation, ceil_mode = window_of(child)
+    if type(kernel) is not int or type(stride) is not int or dilation != 1 or ceil_mode or child.return_indices:
+        return None
+    if isinstance(child, MaxPool2dSame):
+        return Pool(kernel, stride, child.same_padding(*size))
+    if type(padding) is not int or not 0 <= 2 * padding <= kernel or min(kernel, stride) < 1:
+        return None
+    if min(size) + 2 * padding < kernel:
+        return None  # eager raises
+    return Pool(kernel, stride, (padding,) * 4)
