@@ -31,7 +31,7 @@ import torch
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.ops.batch_norm_act import NormProblem
-from resnet_kernels.ops.conv_candidates import ConvProblem
+from resnet_kernels.ops.conv_problem import ConvProblem
 from resnet_kernels.perf.tuning import autotuner, problems
 from resnet_kernels.runtime.gpu.multi_layer import StemProblem
 

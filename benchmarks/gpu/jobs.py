@@ -18,7 +18,7 @@ import torch
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models import by_name
 from resnet_kernels.ops.batch_norm_act import NormProblem
-from resnet_kernels.ops.conv_candidates import ConvProblem
+from resnet_kernels.ops.conv_problem import ConvProblem
 from resnet_kernels.perf.tuning import problems
 from resnet_kernels.runtime.gpu import multi_layer
 from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem

@@ -18,20 +18,18 @@ import contextlib
 import json
 import math
 import os
-import platform
-import re
 import stat
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from ..kernels.cpu import convolution
 from ..kernels.target import allows_tf32
+from .device_key import DeviceKey, device_key, gpu_key
 from .dtypes import short_name
 
 CanRun = Callable[[str, Any, int, torch.dtype, torch.device], bool]
@@ -44,60 +42,6 @@ TRAINING = "training"
 
 # Answers kept: some 60 problems a net, times a few batch and image sizes.
 _CACHED = 4096
-
-
-class DeviceKey(NamedTuple):
-    """A kind of device, which a table is measured for.
-
-    Attributes:
-        name: of the device.
-        capability: a GPU's compute capability, as in "9.0"; a CPU's instruction set and number of threads, as in
-            "avx2, 2 threads".
-    """
-
-    name: str
-    capability: str
-
-    @property
-    def is_cpu(self) -> bool:
-        """Whether the device is a CPU: its table holds problems with packed weights alone."""
-        return self.capability.endswith("threads")
-
-    @property
-    def file_name(self) -> str:
-        """The name of its table's file, as in nvidia-h200-sm90.json and amd-epyc-avx2-2-threads.json."""
-        capability = self.capability if self.is_cpu else f"sm{self.capability.replace('.', '')}"
-        return f"{_in_lower_case(self.name)}-{_in_lower_case(capability)}.json"
-
-
-def _in_lower_case(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def device_key(device: torch.device) -> DeviceKey | None:
-    """Returns the key of a device's tables; None where there is nothing to choose from: no GPU, no CPU kernels of ours."""
-    if device.type == "cpu":
-        found = convolution.library_or_none()
-        return None if found is None else DeviceKey(cpu_name(), f"{found.isa}, {torch.get_num_threads()} threads")
-    return _gpu_key(device)
-
-
-@lru_cache
-def cpu_name() -> str:
-    """Returns the processor's name, as Linux has it; the architecture's elsewhere."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-@lru_cache
-def _gpu_key(device: torch.device) -> DeviceKey | None:
-    # A fake tensor's CUDA device may be absent.
-    if device.type != "cuda" or not torch.cuda.is_available():
-        return None
-    return DeviceKey(torch.cuda.get_device_name(device), "{}.{}".format(*torch.cuda.get_device_capability(device)))
 
 
 def dtype_name(dtype: torch.dtype, is_cpu: bool = False) -> str:
@@ -207,7 +151,7 @@ def forget() -> None:
     """Drops all that was read, so that the next question reads the files anew."""
     global _times_forgotten, _said_unknown
     _times_forgotten, _said_unknown = _times_forgotten + 1, False
-    for function in (_choice, _trains, _measured_dtypes, _table, device_key, _gpu_key):
+    for function in (_choice, _trains, _measured_dtypes, _table, device_key, gpu_key):
         # A test may have put something else in device_key's place.
         getattr(function, "cache_clear", lambda: None)()
 

@@ -15,7 +15,7 @@ from ..graph.recipe import Recipe
 from ..ops import backends
 from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
-from .cpu.packed_conv import PackedTogether
+from .cpu.packed_together import PackedTogether
 from .cpu.program import Copies
 from .live_modules import LiveModules, has_global_hooks, has_hooks
 from .state import BlockInput, FusedState, state_of

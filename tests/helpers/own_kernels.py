@@ -6,7 +6,7 @@ import pytest
 
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.kernels.cpu.library import Library, Missing
-from resnet_kernels.ops import conv_candidates
+from resnet_kernels.ops import cpu_candidates
 
 
 def skip_unless_compiled() -> Library:
@@ -20,7 +20,7 @@ def skip_unless_compiled() -> Library:
 @pytest.fixture
 def onednn_alone(monkeypatch):
     """No kernel of ours is a choice, as without a C compiler."""
-    monkeypatch.setattr(conv_candidates, "_own_by_rule", lambda *arguments, **options: [])
+    monkeypatch.setattr(cpu_candidates, "_own_by_rule", lambda *arguments, **options: [])
 
 
 def is_fused_convolution(event: str) -> bool:

@@ -12,7 +12,7 @@ from helpers.tiny import tiny
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import conv_candidates, tuned_table
-from resnet_kernels.ops.conv_candidates import ConvProblem
+from resnet_kernels.ops.conv_problem import ConvProblem
 
 KEY = tuned_table.DeviceKey("Fake GPU 1", "9.0")
 CPU = torch.device("cpu")

@@ -14,7 +14,7 @@ from torch import nn
 import resnet_kernels as rk
 from helpers.oracle import skip_unless_runnable
 from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
-from resnet_kernels.kernels.cpu import convolution
+from resnet_kernels.kernels.cpu import library
 from resnet_kernels.ops import conv_candidates, tuned_table
 from resnet_kernels.perf import timing
 from resnet_kernels.perf.tuning import autotuner, tune_model
@@ -176,7 +176,7 @@ def test_plans_and_captured_graphs_of_another_table_are_made_anew(write):
     ids=("no blocks", "not fused", "another backend", "on a CPU without our kernels"),
 )
 def test_nothing_to_tune(make, reason, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(convolution, "library_or_none", lambda: None)
+    monkeypatch.setattr(library, "library_or_none", lambda: None)
     monkeypatch.setenv(tuned_table.CACHE_VARIABLE, str(tmp_path))
     model, x = make(), images()
     before, generation = everything(model), tuned_table.generation()

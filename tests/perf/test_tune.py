@@ -19,7 +19,7 @@ from resnet_kernels.cli import main as cli
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates, error_budget, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
-from resnet_kernels.ops.conv_candidates import ConvProblem
+from resnet_kernels.ops.conv_problem import ConvProblem
 from resnet_kernels.perf import environment, timing
 from resnet_kernels.perf.timing import Timing
 from resnet_kernels.perf.tuning import autotuner, problems, table_file, tune_model

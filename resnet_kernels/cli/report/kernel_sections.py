@@ -15,6 +15,7 @@ def roofline(results: Results) -> Section:
     parts = []
     for case in _profiled(results, "forward"):
         panels, rows, left_out = {}, [], []
+        winograd = set()
         for name in PROFILED:
             kernels = case.contenders[name].kernels if name in case.contenders else ()
             total = sum(kernel.seconds for kernel in kernels)
@@ -30,6 +31,8 @@ def roofline(results: Results) -> Section:
                 )
             if not drawn:
                 continue
+            if any("winograd" in kernel.name for kernel, _, _ in drawn):
+                winograd.add(name)
             stages = _stages([kernel for kernel, _, _ in drawn])
             panels[name] = [
                 plots.Point(stage, intensity, flops_per_s, kernel.seconds / total)
@@ -45,13 +48,18 @@ def roofline(results: Results) -> Section:
             continue
         ceilings = next((m.ceilings for m in case.contenders.values() if m.ceilings), None)
         note = f"Ceilings: {ceilings.source}." if ceilings else "The file has no ceilings of the machine."
+        if winograd:
+            note += (
+                " FLOPs are a direct convolution's everywhere; Winograd's kernel multiplies 2.25 times less, so its ceiling "
+                "is so much higher (dotted)."
+            )
         if left_out:
             note += f" Not drawn, as they have no FLOPs or it is not known what they move: {'; '.join(left_out)}."
         alt = (
             f"Log-log scatter plots of FLOP/s against FLOP per byte under the machine's ceilings: {', '.join(panels)}."
         )
         head = ("contender", "module", "kernel (the ten slowest)", "ms", "share of time", "FLOP / byte", "GFLOP / s")
-        parts.append(Part(case.label, alt, plots.roofline(panels, ceilings), head, rows, note))
+        parts.append(Part(case.label, alt, plots.roofline(panels, ceilings, winograd), head, rows, note))
     return Section(
         "roofline",
         "Roofline of the kernels",

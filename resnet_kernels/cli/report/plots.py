@@ -7,7 +7,7 @@ the contenders apart. No number is shown by color alone: the page has each figur
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -153,8 +153,16 @@ def best_peer(bars: Sequence[Bar]) -> Figure:
     return figure
 
 
-def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -> Figure:
-    """Draws kernels under the machine's ceilings, a panel per contender; a marker's area is the kernel's share of time."""
+def roofline(
+    panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None, winograd: Collection[str] = ()
+) -> Figure:
+    """Draws kernels under the machine's ceilings, a panel per contender; a marker's area is the kernel's share of time.
+
+    Args:
+        panels: kernels by contender.
+        ceilings: of the machine.
+        winograd: contenders with kernels that multiply 2.25 times less than is counted, and so have a ceiling of their own.
+    """
     from matplotlib.collections import PathCollection
 
     figure, grid = new_panels(len(panels), 4.0)
@@ -173,7 +181,7 @@ def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -
         axes.set_title(caption(title), fontsize=10)
         axes.set_xlabel("FLOP / byte (log scale)")
         axes.grid(alpha=0.3)
-        _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings)
+        _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings, title in winograd)
     legend = figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
     for handle in legend.legend_handles:
         assert isinstance(handle, PathCollection)
@@ -181,7 +189,11 @@ def roofline(panels: Mapping[str, Sequence[Point]], ceilings: Ceilings | None) -
     return figure
 
 
-def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | None) -> None:
+# Multiplications of a direct 3x3 convolution over those of Winograd's F(2x2, 3x3): 36 / 16.
+_WINOGRAD = 2.25
+
+
+def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | None, winograd: bool) -> None:
     left = min(point.intensity for point in points) / 2
     right = max(point.intensity for point in points) * 2
     bottom = min(point.flops_per_s for point in points) / 2
@@ -196,6 +208,13 @@ def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | Non
         axes.annotate(
             unit_for(compute, "FLOP/s"), (right, compute), (-4, 4), textcoords="offset points", ha="right", fontsize=8
         )
+        if winograd:
+            top = max(top, 2.5 * _WINOGRAD * compute)
+            axes.plot([start, right], [_WINOGRAD * compute] * 2, color=BLACK, linewidth=1.0, linestyle=":")
+            axes.annotate(
+                f"{unit_for(_WINOGRAD * compute, 'FLOP/s')} by Winograd", (right, _WINOGRAD * compute), (-4, 4),
+                textcoords="offset points", ha="right", fontsize=8,
+            )  # fmt: skip
     if memory < math.inf:
         end = min(right, compute / memory)
         axes.plot([left, end], [memory * left, memory * end], color=BLACK, linewidth=1.5, linestyle="--")

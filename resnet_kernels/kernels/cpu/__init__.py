@@ -1,7 +1,8 @@
 """Our own fp32 convolutions on the CPU, in C.
 
 library        the compiled library: where it is, its instruction set, PyTorch's threads
-convolution    packed weights, tasks, launcher
+plans          which convolutions they take; tasks
+convolution    packed weights, launcher
 run.c          what Python calls; threads take tasks from one counter
 direct.h, winograd.h    the two kernels, on one micro-kernel (micro_kernel.h, vectors.h)
 portable.c, avx2.c, avx512.c    the same kernels for each instruction set

@@ -39,6 +39,8 @@ typedef struct {
     int64_t panel; /* output channels of a panel */
     int64_t rows;  /* pixels that the micro-kernel computes at once */
     Kernel direct, winograd;
+    int64_t flops;                                     /* of a step of multiply_add */
+    void (*multiply_add)(int64_t steps, float *floats); /* nothing but FMAs: the most that this processor can do */
 } Kernels;
 
 /* Most input channels times taps that are added up in one chain. Longer sums are added block by block: one chain over 2,048

@@ -20,7 +20,7 @@ import torch
 ISA_VARIABLE = "RESNET_KERNELS_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 # run.c, rk_interface: a library that an older version of this package left behind can't be called.
-_INTERFACE = 1
+_INTERFACE = 2
 _NAME = "_convolution"
 
 
@@ -85,6 +85,12 @@ def find() -> Library | Missing:
     return Library(path, isa, number, calls.rk_panel(number), calls.rk_rows(number), calls, _parallel())
 
 
+def library_or_none() -> Library | None:
+    """Returns the compiled library; None if there is none that can run here."""
+    found = find()
+    return None if isinstance(found, Missing) else found
+
+
 def describe() -> str:
     """Returns one line that says which CPU kernels serve, and why: the library's path and instruction set, or oneDNN."""
     found = find()
@@ -118,6 +124,7 @@ def _declare(calls: ctypes.CDLL) -> None:
         ("rk_tasks", [size, size, pointer], size),
         ("rk_scratch", [size, size, pointer], size),
         ("rk_convolve", [size, size, pointer, size, pointer, pointer, size], None),
+        ("rk_peak", [size, size, size, pointer], size),
         ("rk_pack", [size, size, pointer, pointer, pointer, pointer, size, pointer], size),
     ):
         function = getattr(calls, name)

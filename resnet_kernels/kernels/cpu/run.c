@@ -27,7 +27,7 @@ static const Kernels *kernels(int64_t number)
 }
 
 /* The version of this interface. Python refuses any other. */
-EXPORT int64_t rk_interface(void) { return 1; }
+EXPORT int64_t rk_interface(void) { return 2; }
 
 /* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
 EXPORT int64_t rk_panel(int64_t number)
@@ -101,6 +101,28 @@ EXPORT void rk_convolve(int64_t number, int64_t winograd, const Convolution *con
     const Kernel *of = kernel(number, winograd);
     Run run = {{run_task, of->tasks(convolution), 0, 0}, of, convolution, scratch, scratch_step};
     run_job(&run.job, threads, parallel);
+}
+
+typedef struct {
+    Job job;
+    const Kernels *kernels;
+    int64_t steps;
+} Peak;
+
+static void run_peak(void *job, int64_t task, int64_t thread)
+{
+    const Peak *peak = job;
+    float floats[2 * 16] = {0}; /* two of the widest vectors */
+    (void)task, (void)thread;
+    peak->kernels->multiply_add(peak->steps, floats);
+}
+
+/* Runs FMAs and nothing else on all threads. Returns the number of FLOPs. */
+EXPORT int64_t rk_peak(int64_t number, int64_t steps, int64_t threads, Parallel *parallel)
+{
+    Peak peak = {{run_peak, threads, 0, 0}, kernels(number), steps};
+    run_job(&peak.job, threads, parallel);
+    return threads * steps * peak.kernels->flops;
 }
 
 typedef struct {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.recipe import CallStep, ConvStep, NormStep
-from ...ops.conv_candidates import ConvProblem
+from ...ops.conv_problem import ConvProblem
 from ...runtime.gpu import launches, multi_layer
 from ...runtime.gpu.constants import Constants
 from ...runtime.gpu.multi_layer import APART, Link, LinkProblem, Stem, StemProblem

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ...kernels.cpu import convolution
-from ...ops import conv_candidates, onednn, reference
-from ...ops.conv_candidates import PackedProblem
+from ...ops import cpu_candidates, onednn, reference
+from ...ops.conv_problem import PackedProblem
 from .autotuner import Problem
 from .random_operands import Draw
 
@@ -35,7 +35,7 @@ def packed_problem(
     def truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return eager(x.double(), weight.double(), bias.double())
 
-    names = conv_candidates.packed_candidates(asked, batch, dtype)
+    names = cpu_candidates.packed_candidates(asked, batch, dtype)
     return Problem(
         key=str(asked),
         batch=batch,
@@ -70,7 +70,7 @@ def _prepare(name: str, asked: PackedProblem, x: Tensor, weight: Tensor, bias: T
         packed = convolution.pack(name, weight)
         if packed is None:
             raise RuntimeError(f"{name} can't take this weight")
-        shapes = conv_candidates.own_shapes(tuple(x.shape), asked.conv.weight_shape, geometry)
+        shapes = cpu_candidates.own_shapes(tuple(x.shape), asked.conv.weight_shape, geometry)
         return convolution.Bound(name, shapes, packed, None, bias, torch.get_num_threads())
     if onednn.is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
         return lambda x: reference.conv_bias_act(x, weight, bias, None, None, geometry, True)

@@ -18,7 +18,7 @@ from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
 from ...ops.batch_norm_act import NormProblem
-from ...ops.conv_candidates import ConvProblem, PackedProblem
+from ...ops.conv_problem import ConvProblem, PackedProblem
 from ...runtime.gpu.multi_layer import APART, LinkProblem, StemProblem
 from .autotuner import Problem
 from .multi_layer_problems import link_problem, stem_problem

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...ops.conv_candidates import ConvProblem
+from ...ops.conv_problem import ConvProblem
 
 
 def output_shape(conv: ConvProblem, batch: int) -> tuple[int, ...]:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from ...graph import fusible
-from ...kernels.cpu.convolution import Activation, Pool
+from ...kernels.cpu.convolution import Activation
+from ...kernels.cpu.plans import Pool
 from ...models.same_padding import MaxPool2dSame
 from ..parts import CallPart, ConvPart, NormPart, Part, scale_shift, window_of
 

@@ -9,17 +9,15 @@ weights that don't change the version can go unnoticed; call `resnet_kernels.ref
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ...graph.fusible import BatchNorm
-from ...kernels.cpu import convolution
+from ...kernels.cpu import convolution, plans
 from ...kernels.geometry import Geometry
-from ...ops import conv_candidates, onednn, reference, tuned_table
+from ...ops import cpu_candidates, onednn, reference, tuned_table
 from ..parts import scale_shift, settings
 from .watched_tensors import WatchedTensors
 
@@ -156,11 +154,11 @@ class PackedConv:
         """The kernel of ours that activates inputs of this shape, which it `fits`, on the way in; None if none does."""
         return self._variant(shape, None)
 
-    def pooled(self, shape: torch.Size, pool: convolution.Pool) -> convolution.Bound | None:
+    def pooled(self, shape: torch.Size, pool: plans.Pool) -> convolution.Bound | None:
         """The kernel of ours with a max-pool behind it, for inputs of this shape, which it `fits`; None if none has."""
         return self._variant(shape, pool)
 
-    def _variant(self, shape: torch.Size, pool: convolution.Pool | None) -> convolution.Bound | None:
+    def _variant(self, shape: torch.Size, pool: plans.Pool | None) -> convolution.Bound | None:
         key = shape, *_setting(), pool
         if key not in self._variants:
             if len(self._variants) >= _MOST_SIZES:
@@ -168,7 +166,7 @@ class PackedConv:
             self._variants[key] = self._new_variant(shape, pool)
         return self._variants[key]
 
-    def _new_variant(self, shape: torch.Size, pool: convolution.Pool | None) -> convolution.Bound | None:
+    def _new_variant(self, shape: torch.Size, pool: plans.Pool | None) -> convolution.Bound | None:
         own = self._at(shape).own
         if own is None:
             return None
@@ -176,7 +174,7 @@ class PackedConv:
             return own
         shapes = own.shapes._replace(copies=True, pool=pool)
         threads = torch.get_num_threads()
-        if convolution.why_not("direct", shapes, self._dtype, threads) is not None:
+        if plans.why_not("direct", shapes, self._dtype, threads) is not None:
             return None
         weight = self._weights.get("direct")
         if weight is None:
@@ -189,7 +187,7 @@ class PackedConv:
     def _own(self, shape: torch.Size, geometry: Geometry, folded: Tensor | None) -> convolution.Bound | None:
         """A kernel of ours for inputs of this shape; None where oneDNN or ATen is the choice."""
         weight_shape = tuple(self._conv.weight.shape)
-        for name in conv_candidates.for_packed(weight_shape, geometry, tuple(shape), self._dtype):
+        for name in cpu_candidates.for_packed(weight_shape, geometry, tuple(shape), self._dtype):
             weight = self._weights.get(name)
             if weight is None:
                 if len(self._weights) >= _MOST_LAYOUTS:
@@ -198,7 +196,7 @@ class PackedConv:
                 weight = convolution.pack(name, folded)
             if weight is not None:
                 self._weights[name] = weight
-                shapes = conv_candidates.own_shapes(tuple(shape), weight_shape, geometry)
+                shapes = cpu_candidates.own_shapes(tuple(shape), weight_shape, geometry)
                 return convolution.Bound(name, shapes, weight, None, self.bias, torch.get_num_threads())
         return None
 
@@ -271,47 +269,3 @@ class PackedConv:
             return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
         x = reference.pad_if_asymmetric(x, sized.geometry)
         return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
-
-
-class PackedTogether:
-    """Packed convolutions of a whole network, whose sources are compared in one go."""
-
-    def __init__(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]):
-        self._parts = [*parts]
-        packs = [pack for pack, _, _ in parts if pack is not None]
-        self._sources = WatchedTensors.of_all([pack.sources for pack in packs]) if len(packs) == len(parts) else None
-        # Identity of each setting comes first: comparing the values takes three times as long.
-        places: list[tuple[dict[str, Any], str]] = []
-        for _, conv, bn in parts:
-            places += [(conv.__dict__, name) for name in _SETTINGS]
-            places += [] if bn is None else [(bn.__dict__, "eps")]
-        self._registries, self._names = [registry for registry, _ in places], [name for _, name in places]
-        self._settings = [registry.get(name) for registry, name in places]
-        # A list can be changed in place.
-        are_plain = all(type(value) in (int, float, str, tuple) for value in self._settings)
-        self._identity_tells = are_plain and self._have_settings()
-
-    def are_of(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]) -> bool:
-        """Whether they are of these very packed convolutions and modules."""
-        # Tuples of objects without an __eq__ compare by identity.
-        return self._parts == parts
-
-    def are_unchanged(self) -> bool:
-        """Whether each stands for its modules as they are now."""
-        return (
-            self._sources is not None
-            and (self._are_as_they_were() or self._have_settings())
-            and self._sources.are_unchanged()
-        )
-
-    def _are_as_they_were(self) -> bool:
-        return self._identity_tells and all(
-            map(operator.is_, map(dict.get, self._registries, self._names), self._settings)
-        )
-
-    def _have_settings(self) -> bool:
-        return all(pack is not None and pack.has_settings(conv, bn) for pack, conv, bn in self._parts)
-
-
-# What `parts.settings` reads of a convolution.
-_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ...kernels import target
 from ...kernels.geometry import Geometry, plain_pair
 from ...ops import backends, tuned_table
-from ...ops.conv_candidates import ConvProblem
+from ...ops.conv_problem import ConvProblem
 from ..parts import CallPart, ConvPart, NormPart, Part, window_of
 
 # A table's name for a link whose layers run one by one, as they do without a table.

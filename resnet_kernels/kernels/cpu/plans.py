@@ -1,0 +1,204 @@
+"""Which convolutions our CPU kernels take, and how one is cut into tasks for several threads.
+
+A task is a block of pixels (tiles, rows) times some panels of output channels. Threads take tasks from one counter, so small
+ones balance well, and large ones read weights and transform x less often: `plan_for` counts both in steps of the micro-kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ..geometry import Geometry
+from . import library
+from .library import Library, Missing
+
+KERNELS = ("winograd", "direct")
+
+# Plans kept: a net has some 25 layers that differ, times a few sizes of batch and image.
+_CACHED = 4096
+# The largest share of a thread over the mean that a plan may have.
+_MOST_UNEVEN = 1.25
+# Share of a task for which threads wait for the last one, on average.
+_WAITING = 0.25
+# Fewer channels than this are copied into runs of a kernel's row: a tap alone would be shorter than a loop's overhead.
+_FEW_CHANNELS = 16
+
+
+class Pool(NamedTuple):
+    """A max-pool of square windows behind a convolution.
+
+    Attributes:
+        kernel: size of a window.
+        stride: of both axes.
+        padding: (top, bottom, left, right), in pixels.
+    """
+
+    kernel: int
+    stride: int
+    padding: tuple[int, int, int, int]
+
+    def out_size(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (h, w) of the pooled image."""
+        top, bottom, left, right = self.padding
+        return (
+            (height + top + bottom - self.kernel) // self.stride + 1,
+            (width + left + right - self.kernel) // self.stride + 1,
+        )
+
+
+class Shapes(NamedTuple):
+    """A convolution without its tensors.
+
+    Attributes:
+        x: (N, C_in, H, W).
+        weight: (C_out, C_in, kernel_h, kernel_w).
+        geometry: of the convolution.
+        copies: whether rows of x are copied before they are read: x is not channels_last, or is activated on the way to
+            `direct`, or has few channels.
+        pool: behind the convolution.
+    """
+
+    x: tuple[int, ...]
+    weight: tuple[int, ...]
+    geometry: Geometry
+    copies: bool = False
+    pool: Pool | None = None
+
+    @property
+    def out(self) -> tuple[int, int, int, int]:
+        """The shape of the convolution's output, before a pool."""
+        return self.geometry.out_shape(self.x, self.weight)
+
+
+class Plan(NamedTuple):
+    """How a convolution is cut into tasks.
+
+    Attributes:
+        block: pixels, Winograd's tiles, or rows of a task.
+        panels: panels of output channels of a task.
+        tasks: their number.
+        cost: of the busiest thread, in steps of the micro-kernel: `rows` x `panel` products each.
+        unevenness: the largest share of a thread over the mean.
+    """
+
+    block: int
+    panels: int
+    tasks: int
+    cost: float
+    unevenness: float
+
+
+def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str | None:
+    """Returns why a kernel can't run a convolution, as the end of a sentence; None if it can.
+
+    Args:
+        name: of `KERNELS`.
+        shapes: of the convolution.
+        dtype: of x.
+        threads: that PyTorch's operations would use.
+    """
+    found = library.find()
+    if isinstance(found, Missing):
+        return f"needs our compiled CPU kernels: {found.reason}"
+    if dtype != torch.float32:
+        return f"runs float32, got {dtype}"
+    stride, _, dilation, groups = shapes.geometry
+    if groups != 1:
+        return f"runs convolutions without groups, got groups={groups}"
+    if min(*shapes.x, *shapes.weight, *shapes.out) < 1:
+        return f"needs sizes of at least 1, got {shapes.x} and {shapes.weight}"
+    if name == "winograd" and (shapes.weight[2:], stride, dilation) != ((3, 3), (1, 1), (1, 1)):
+        return "runs 3x3 convolutions of stride and dilation 1"
+    if name == "winograd" and (shapes.copies or shapes.pool):
+        return "reads channels_last images, and has no pool behind it"
+    if threads > 1 and found.parallel is None:
+        return f"found no OpenMP runtime of PyTorch's to run {threads} threads on"
+    plan = plan_for(name, shapes, threads)
+    if plan.unevenness > _MOST_UNEVEN:
+        return f"has too few tasks for {threads} threads: the busiest gets {plan.unevenness:.2f} times the mean"
+    return None
+
+
+@functools.lru_cache(_CACHED)
+def plan_for(name: str, shapes: Shapes, threads: int) -> Plan:
+    """Returns the tasks of a convolution: those whose busiest thread has the least to do."""
+    found = library.find()
+    assert isinstance(found, Library), "why_not has seen the library"
+    panels = -(-shapes.weight[0] // found.panel)
+    splits = sorted({min(panels, 2**i) for i in range(8)} | {panels})
+    plans = []
+    for block in _blocks(name, shapes, found.rows):
+        for each in [panels] if shapes.pool else splits:
+            cost, cost_of_all, tasks = _cost(name, shapes, found, block, each)
+            share = cost * -(-tasks // threads)
+            # A busy core holds the others up for a part of a task, so smaller ones are worth something.
+            waiting = 0.0 if threads == 1 else _WAITING * cost
+            plans.append(Plan(block, each, tasks, share + waiting, share * threads / cost_of_all))
+    return min(plans, key=lambda plan: (plan.unevenness > _MOST_UNEVEN, plan.cost))
+
+
+def _blocks(name: str, shapes: Shapes, rows: int) -> list[int]:
+    """Sizes of a task, in its unit."""
+    n, _, out_h, out_w = shapes.out
+    if shapes.pool:
+        return [*range(1, min(8, shapes.pool.out_size(out_h, out_w)[0]) + 1)]
+    if shapes.copies:
+        return [*range(1, min(16, out_h) + 1)]
+    units = n * -(-out_h // 2) * -(-out_w // 2) if name == "winograd" else n * out_h * out_w
+    sizes = [rows * i for i in ((1, 2, 4, 8, 16) if name == "winograd" else (1, 2, 4, 8, 16, 32))]
+    # Few units are cut evenly: 49 pixels in two blocks are 25 and 24.
+    even = [-(-units // parts) for parts in range(1, 9) if units // parts <= sizes[-1]]
+    return sorted({min(size, units) for size in (*sizes, *even)})
+
+
+# Costs in steps of the micro-kernel, measured on an AMD EPYC with AVX2 (two cores, 2026-11): a panel's weights on their way
+# from the L2 cache or beyond, per k; a channel of a tile's transform; 16 outputs of a tile's transform back.
+_WEIGHTS, _TRANSFORM_IN, _TRANSFORM_OUT = 0.6, 0.8, 10.0
+# Weights larger than this come from memory each time: a step of theirs takes as long as so many of the micro-kernel's.
+_LARGE_WEIGHT, _WEIGHTS_FROM_MEMORY = 2**22, 3.0
+
+
+def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) -> tuple[float, float, int]:
+    """Returns the cost of a full task, that of all tasks, and their number."""
+    n, c_out, out_h, out_w = shapes.out
+    c_in, kernel_h, kernel_w = shapes.weight[1:]
+    all_panels = -(-c_out // found.panel)
+    across = -(-all_panels // panels)
+    planes, units = 1, n * out_h * out_w
+    depth = c_in * kernel_h * kernel_w
+    if name == "winograd":
+        planes, units, depth = 16, n * -(-out_h // 2) * -(-out_w // 2), c_in
+
+    weights = _WEIGHTS
+    if 4 * planes * depth * c_out > _LARGE_WEIGHT:
+        weights = _WEIGHTS_FROM_MEMORY
+
+    def task(size: int, columns: int) -> float:
+        cost = planes * depth * columns * (-(-size // found.rows) + weights)
+        if name == "winograd":
+            return cost + size * c_in * _TRANSFORM_IN + size * columns * _TRANSFORM_OUT
+        return cost + size * depth / 16
+
+    if shapes.pool:
+        height, _ = shapes.pool.out_size(out_h, out_w)
+        rows = (block - 1) * shapes.pool.stride + shapes.pool.kernel
+        tasks = n * -(-height // block)
+        cost = task(min(rows, out_h) * out_w, all_panels)
+        return cost, cost * n * height / block, tasks
+    if shapes.copies:
+        cost = task(block * out_w, panels)
+        return cost, cost * n * out_h / block * all_panels / panels, n * -(-out_h // block) * across
+    full, rest = divmod(units, block)
+    of_all = sum(
+        full * task(block, columns) + (task(rest, columns) if rest else 0)
+        for columns in [panels] * (all_panels // panels) + ([all_panels % panels] if all_panels % panels else [])
+    )
+    return task(block, panels), of_all, (full + (rest > 0)) * across
+
+
+def copies(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], channels_last: bool) -> bool:
+    """Whether rows of x have to be copied for `direct`: it is not channels_last, or has few channels and several taps."""
+    return not channels_last or (x_shape[1] < _FEW_CHANNELS and weight_shape[3] > 1)
