@@ -86,5 +86,5 @@ def test_training_and_bfloat16_have_no_choice(folder):
 
 def test_command(folder, capsys):
     arguments = ["tune", "--device", "cpu", "--model", "d2l_resnet18", "--image-size", "32", "--batch-size", "1"]
-    assert cli.main([*arguments, "--seconds", "2"]) == 0
+    assert cli.main([*arguments, "--seconds", "10"]) == 0
     assert "packed conv" in capsys.readouterr().out and list(folder.glob("*threads.json"))

@@ -55,6 +55,12 @@ class Activation(NamedTuple):
     relu: bool
 
 
+def weight_elements(name: str, shape: tuple[int, ...], panel: int) -> int:
+    """Returns the number of elements of a packed weight, whose last panel is full."""
+    c_out, c_in, kernel_h, kernel_w = shape
+    return (16 if name == "winograd" else kernel_h * kernel_w) * -(-c_out // panel) * panel * c_in
+
+
 def pack(name: str, weight: Tensor) -> Tensor | None:
     """Returns a copy of a weight in a kernel's order; None if the kernel can't take its values.
 
@@ -65,10 +71,12 @@ def pack(name: str, weight: Tensor) -> Tensor | None:
     """
     found = library.find()
     assert isinstance(found, Library), "why_not has seen the library"
-    c_out, c_in, kernel_h, kernel_w = weight.shape
-    planes = 16 if name == "winograd" else kernel_h * kernel_w
-    packed = torch.empty(planes * -(-c_out // found.panel) * c_in * found.panel, dtype=torch.float32, device="cpu")
-    four = ctypes.c_int64 * 4
+    if weight.dtype != torch.float32 or weight.device.type != "cpu" or weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be float32 on the CPU, 4-D and not empty, got {weight.dtype} {tuple(weight.shape)}"
+        )
+    packed = torch.empty(weight_elements(name, weight.shape, found.panel), dtype=torch.float32, device="cpu")
+    weight, four = weight.resolve_neg(), ctypes.c_int64 * 4
     refused = found.calls.rk_pack(
         found.number, name == "winograd", weight.data_ptr(), four(*weight.shape), four(*weight.stride()),
         packed.data_ptr(), found.threads(), found.parallel,
@@ -150,6 +158,10 @@ class Bound:
         threads: int,
     ):
         found, arguments, self._out_shape, each = _sized(name, shapes, threads)
+        _check("packed", packed, (weight_elements(name, shapes.weight, found.panel),))
+        for what, vector in (("scale", scale), ("bias", bias)):
+            if vector is not None:
+                _check(what, vector, shapes.weight[:1])
         self.name, self.shapes, self.packed = name, shapes, packed
         self._keeps = (packed, scale, bias)  # the addresses below are theirs
         self._arguments = _Convolution.from_buffer_copy(arguments)
@@ -177,6 +189,9 @@ class Bound:
             relu: False leaves the ReLU away.
             overwrite_residual: write the result over the residual.
             activation: what x goes through first; `direct` has to copy for that.
+
+        Raises:
+            ValueError: a tensor has another shape, dtype or device than it was made for.
         """
         if torch.autograd._profiler_enabled():
             # An operation of its own: a record_function would be shown as a range around none.
@@ -192,7 +207,19 @@ class Bound:
         overwrite_residual: bool,
         activation: Activation | None,
     ) -> Tensor:
-        y = residual if overwrite_residual else None
+        # Native code believes what it is told, so each size and layout is checked here. It knows no lazy negation either.
+        x = x.resolve_neg()
+        _check("x", x, self.shapes.x, None if self.shapes.copies else torch.channels_last)
+        y = None
+        if residual is not None:
+            if residual.is_neg():
+                residual, overwrite_residual = residual.resolve_neg(), False
+            if not residual.is_contiguous(memory_format=torch.channels_last):
+                residual, overwrite_residual = residual.contiguous(memory_format=torch.channels_last), False
+            _check("residual", residual, self._out_shape, torch.channels_last)
+            if self.shapes.pool is not None:
+                raise ValueError("there is no residual where a pool follows")
+            y = residual if overwrite_residual else None
         if y is None:
             y = torch.empty(self._out_shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
         # A copy: other threads may be in a call of the same one.
@@ -201,12 +228,28 @@ class Bound:
         if residual is not None:
             arguments.residual = residual.data_ptr()
         if activation is not None:
+            if self.name == "direct" and not self.shapes.copies:
+                raise ValueError("direct activates x only where it copies rows")
+            for what, vector in (("activation.scale", activation.scale), ("activation.shift", activation.shift)):
+                _check(what, vector, self.shapes.x[1:2])
             arguments.pre_scale, arguments.pre_shift = activation.scale.data_ptr(), activation.shift.data_ptr()
             arguments.pre_relu = activation.relu
         if arguments.copies:
             arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = x.stride()
         self._convolve(arguments, _scratch_of(self._scratch))
         return y
+
+
+def _check(
+    name: str, tensor: Tensor, shape: tuple[int, ...], layout: torch.memory_format | None = torch.contiguous_format
+) -> None:
+    if tensor.shape != shape or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
+        raise ValueError(
+            f"{name} must be float32 of shape {tuple(shape)} on the CPU, got {tensor.dtype} of {tuple(tensor.shape)} on "
+            f"{tensor.device}"
+        )
+    if layout is not None and not tensor.is_contiguous(memory_format=layout):
+        raise ValueError(f"{name} must be dense in {layout}, got strides {tensor.stride()}")
 
 
 def _convolve(found: Library, winograd: bool, threads: int, each: int, arguments: _Convolution, scratch: int) -> None:
