@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from torch import Tensor
 
+from helpers.oracle import assert_within_budget
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.kernels.cpu.library import Library, Missing
 from resnet_kernels.ops import conv_candidates
@@ -26,3 +29,22 @@ def onednn_alone(monkeypatch):
 def is_fused_convolution(event: str) -> bool:
     """Whether a profiler's event is a convolution on the CPU with all that follows it: oneDNN's, or a kernel of ours."""
     return "mkldnn::_convolution_pointwise" in event or event.startswith("resnet_kernels::conv_bias_act.")
+
+
+def assert_like_eager(y: Tensor, eager: Tensor, oracle: Tensor, what: str = "") -> None:
+    """The very NaN, inf and -inf of eager; all else within its budget.
+
+    fp64 has fewer inf, and more NaN: PyTorch multiplies it with its padding, where oneDNN leaves that out.
+    """
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(y), kind(eager)), f"{what}: {kind.__name__} differs from eager"
+    finite = eager.isfinite() & oracle.isfinite()
+    assert_within_budget(*(values.where(finite, 0) for values in (y, eager, oracle)), what)
+
+
+@pytest.fixture
+def threads_as_before():
+    """A test may set the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
