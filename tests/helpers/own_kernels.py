@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from helpers.oracle import assert_within_budget
-from resnet_kernels.kernels.cpu import library
+from resnet_kernels.kernels.cpu import convolution, library
+from resnet_kernels.kernels.cpu.convolution import Pool, Shapes
 from resnet_kernels.kernels.cpu.library import Library, Missing
+from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates
 
 
@@ -48,3 +50,24 @@ def threads_as_before():
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+def bind(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: tuple[Tensor, Tensor, bool] | None = None,
+    pool: Pool | None = None,
+    copies: bool | None = None,
+) -> convolution.Bound:
+    """A kernel for these operands, on PyTorch's threads; few tasks are no reason against it."""
+    if copies is None:
+        copies = name == "direct" and convolution.copies(x.shape, weight.shape, channels_last=True)
+    shapes, threads = Shapes(tuple(x.shape), tuple(weight.shape), geometry, copies, pool), torch.get_num_threads()
+    assert "too few tasks" in (convolution.why_not(name, shapes, x.dtype, threads) or "too few tasks")
+    packed = convolution.pack(name, weight)
+    assert packed is not None
+    return convolution.Bound(name, shapes, packed, scale, bias, threads, activation)

@@ -1,9 +1,6 @@
-"""Our fp32 CPU kernels from Python: exact on integers, as accurate as eager, NaN and inf where eager has them, any threads."""
+"""Our fp32 CPU kernels from Python: exact on integers, as accurate as eager, NaN and inf where eager has them."""
 
 from __future__ import annotations
-
-import ctypes
-import heapq
 
 import pytest
 import torch
@@ -14,11 +11,10 @@ from hypothesis import strategies as st
 import resnet_kernels as rk
 from helpers.convolutions import Case, integers, operands, truth
 from helpers.oracle import assert_within_budget
-from helpers.own_kernels import assert_like_eager, skip_unless_compiled
-from resnet_kernels.kernels.cpu import convolution, library
+from helpers.own_kernels import assert_like_eager, bind, skip_unless_compiled
+from resnet_kernels.kernels.cpu import convolution
 from resnet_kernels.kernels.cpu.convolution import KERNELS, Pool, Shapes
 from resnet_kernels.kernels.geometry import Geometry, normalize
-from resnet_kernels.ops import conv_candidates
 
 CHANNELS_LAST = torch.channels_last
 SAME_3X3 = normalize(1, 1, 1, 1)
@@ -29,25 +25,15 @@ def _compiled(threads_as_before):
     skip_unless_compiled()
 
 
-def bind(name, x, weight, geometry, scale=None, bias=None, activation=None, pool=None, copies=None):
-    """A kernel for these operands; few tasks are no reason against it."""
-    if copies is None:
-        copies = name == "direct" and convolution.copies(x.shape, weight.shape, channels_last=True)
-    shapes, threads = Shapes(tuple(x.shape), tuple(weight.shape), geometry, copies, pool), torch.get_num_threads()
-    assert "too few tasks" in (convolution.why_not(name, shapes, x.dtype, threads) or "too few tasks")
-    packed = convolution.pack(name, weight)
-    assert packed is not None
-    return convolution.Bound(name, shapes, packed, scale, bias, threads, activation)
-
-
 SIDE = st.integers(0, 2)
 PAIR = st.tuples(st.integers(1, 3), st.integers(1, 3))
 CHANNELS = st.sampled_from((1, 3, 4, 8, 15, 16, 17, 33, 70))
 
 
 @given(
-    name=st.sampled_from(KERNELS), n=st.integers(1, 3), c_in=CHANNELS, c_out=CHANNELS, size=st.tuples(*[st.integers(1, 9)] * 2),
-    kernel=st.tuples(*[st.integers(1, 4)] * 2), stride=PAIR, dilation=PAIR, padding=st.tuples(SIDE, SIDE, SIDE, SIDE),
+    name=st.sampled_from(KERNELS), n=st.integers(1, 3), c_in=CHANNELS, c_out=CHANNELS,
+    size=st.tuples(*[st.integers(1, 9)] * 2), kernel=st.tuples(*[st.integers(1, 4)] * 2),
+    stride=PAIR, dilation=PAIR, padding=st.tuples(SIDE, SIDE, SIDE, SIDE),
     uses=st.tuples(*[st.booleans()] * 8), pool=st.sampled_from(((2, 1, 0), (2, 2, 1), (3, 2, 1))), seed=st.integers(0, 99),
 )  # fmt: skip
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -192,96 +178,6 @@ def test_a_weight_came_back_changed(shape):
     if shape[2:] == (3, 3):
         back = convolution.unpack("winograd", convolution.pack("winograd", weight), shape)
         assert back.shape == shape and (back.double() - weight).norm() <= 2**-22 * weight.double().norm()
-
-
-@pytest.mark.parametrize("name", KERNELS)
-@pytest.mark.parametrize("shape", ((1, 40, 14, 14), (3, 300, 7, 7), (2, 3, 33, 20)), ids=str)
-def test_a_result_depended_on_the_number_of_threads(name, shape):
-    x, weight = torch.randn(shape).contiguous(memory_format=CHANNELS_LAST), torch.randn(70, shape[1], 3, 3)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(bind(name, x, weight, SAME_3X3)(x, relu=False))
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
-
-
-def test_set_num_threads_was_not_obeyed(monkeypatch):
-    """A stand-in for GOMP_parallel that notes the threads; tasks are taken from one counter, so one caller is enough."""
-    asked = []
-
-    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
-    def parallel(function, argument, threads, flags):
-        asked.append(threads)
-        function(argument)
-
-    found = library.find()._replace(parallel=ctypes.cast(parallel, ctypes.c_void_p).value)
-    monkeypatch.setattr(library, "find", lambda: found)
-    x, weight = torch.randn(2, 16, 20, 20), torch.randn(32, 16, 3, 3)
-    x = x.contiguous(memory_format=CHANNELS_LAST)
-    for threads in (1, 2, 3, 1):
-        torch.set_num_threads(threads)
-        asked.clear()
-        run = bind("winograd", x, weight, SAME_3X3)
-        asked_to_pack, asked[:] = [*asked], []
-        assert torch.equal(run(x), run(x))
-        assert asked == ([threads] * 2 if threads > 1 else [])
-        assert asked_to_pack == ([min(threads, 2)] if threads > 1 else [])  # a panel is a task
-
-
-@pytest.fixture(scope="module")
-def layers():
-    """Each distinct convolution of ResNet-18 and ResNet-50 on 224x224: x's shape, weight's shape, geometry."""
-    found = {}
-
-    def note(conv, inputs):
-        shape = tuple(inputs[0].shape)
-        found[shape, tuple(conv.weight.shape), Geometry.of_module(conv, shape[2:])] = None
-
-    for make in (rk.models.resnet18, rk.models.resnet50):
-        with torch.device("meta"):
-            net = make()
-            for conv in net.modules():
-                if isinstance(conv, torch.nn.Conv2d):
-                    conv.register_forward_pre_hook(note)
-            net(torch.empty(2, 3, 224, 224))
-    return [*found]
-
-
-def _busiest(name, shapes, threads):
-    """The largest share of a thread over the mean, if threads take tasks one by one; in steps of the micro-kernel."""
-    found, plan = library.find(), convolution.plan_for(name, shapes, threads)
-    n, c_out, out_h, out_w = shapes.out
-    if shapes.copies:
-        blocks = [min(plan.block, out_h - row) * out_w for _ in range(n) for row in range(0, out_h, plan.block)]
-    else:
-        units = n * -(-out_h // 2) * -(-out_w // 2) if name == "winograd" else n * out_h * out_w
-        blocks = [min(plan.block, units - first) for first in range(0, units, plan.block)]
-    panels = -(-c_out // found.panel)
-    columns = [min(plan.panels, panels - first) for first in range(0, panels, plan.panels)]
-    steps = [-(-rows // found.rows) * each for rows in blocks for each in columns]
-    bound = convolution.Bound(name, shapes, torch.empty(1), None, None, threads)
-    counted = found.calls.rk_tasks(found.number, name == "winograd", ctypes.byref(bound._arguments))
-    assert len(steps) == plan.tasks == counted
-    loads = [0] * threads
-    for step in steps:
-        heapq.heapreplace(loads, loads[0] + step)
-    return max(loads) * threads / sum(loads)
-
-
-@pytest.mark.parametrize("batch", (1, 8))
-def test_threads_were_left_without_work(batch, layers):
-    assert len(layers) > 25
-    served = dict.fromkeys(range(1, 65), 0)
-    for threads in served:
-        for shape, weight_shape, geometry in layers:
-            shapes = conv_candidates.own_shapes((batch, *shape[1:]), weight_shape, geometry)
-            for name in KERNELS:
-                reason = convolution.why_not(name, shapes, torch.float32, threads)
-                if reason is None:
-                    assert _busiest(name, shapes, threads) <= 1.25, (name, shapes, threads)
-                served[threads] += name == "direct" and reason is None
-                assert reason is None or "too few tasks" in reason or (name == "winograd" and "3x3" in reason)
-    assert served[1] == served[2] == len(layers), served
 
 
 @pytest.mark.parametrize("inference", (False, True))

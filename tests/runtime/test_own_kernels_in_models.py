@@ -1,11 +1,8 @@
-"""Fused models on our CPU kernels: as eager is, whatever the values, sizes, threads and processes, and after edits."""
+"""Fused models on our CPU kernels: as eager is, whatever the values and sizes, and after edits."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,8 +11,6 @@ from torch import nn
 
 import resnet_kernels as rk
 from helpers.own_kernels import assert_like_eager, skip_unless_compiled
-from helpers.small_resnet import small_resnet
-from helpers.tiny import ENVIRONMENT
 from resnet_kernels.kernels.cpu import convolution
 from resnet_kernels.kernels.cpu.convolution import KERNELS
 from resnet_kernels.models.d2l import Residual
@@ -27,6 +22,19 @@ BasicBlock = rk.models.resnet_v1.BasicBlock
 @pytest.fixture(autouse=True)
 def _compiled(threads_as_before):
     skip_unless_compiled()
+
+
+@pytest.fixture
+def calls_of_ours(monkeypatch):
+    """The kernels of ours that ran, by name."""
+    seen, original = [], convolution.Bound._run
+
+    def spy(bound, *arguments):
+        seen.append(bound.name)
+        return original(bound, *arguments)
+
+    monkeypatch.setattr(convolution.Bound, "_run", spy)
+    return seen
 
 
 def fused(net):
@@ -63,3 +71,59 @@ def test_a_fused_block_changed_what_is_not_finite(spoiled):
     if spoiled not in (None, "pruned"):
         run = lambda backend: rk.ops.conv_bias_act(x[:4], weight.detach(), padding=1, backend=backend)  # noqa: E731
         assert_like_eager(run("cpu"), run("eager"), F.conv2d(x[:4].double(), weight.double(), padding=1).relu())
+
+
+def _conv_bn(c_in, c_out, kernel=3, **options):
+    return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, **options), nn.BatchNorm2d(c_out), nn.ReLU())
+
+
+@pytest.mark.parametrize("n", (0, 1, 3))
+@pytest.mark.parametrize("size", ((1, 1), (1, 9), (5, 6)), ids=str)
+def test_a_small_size_was_not_as_eager(n, size):
+    """No images, single pixels, one channel, one output channel."""
+    for c_in, c_out in ((1, 1), (1, 20), (16, 1), (17, 33)):
+        layers = (
+            _conv_bn(c_in, c_out, padding=1),
+            _conv_bn(c_in, c_out, 1),
+            _conv_bn(c_in, c_out, 3, padding=1, stride=2),
+            nn.Sequential(_conv_bn(c_in, c_out, padding=1), BasicBlock(c_out, c_out)),
+        )
+        for net, ours in map(fused, layers):
+            x = torch.randn(n, c_in, *size)
+            assert_runs_like_eager(net, ours, x, f"{c_in} -> {c_out}")
+            assert_runs_like_eager(net, ours, x.contiguous(memory_format=torch.channels_last))
+
+
+def _spoil(old):
+    """Takes a tensor's memory away, as FSDP does."""
+    old.data.fill_(float("nan"))
+    old.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("freeze", (False, True), ids=("live", "frozen"))
+@pytest.mark.parametrize(
+    "make", (lambda: nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()), lambda: Residual(16, 24, True))
+)
+def test_a_bias_without_bn_was_kept_or_its_memory_was_read_after_it_was_gone(make, freeze, calls_of_ours):
+    net = randomise_batch_norms_(make()).eval()
+    ours, x = rk.fuse(net, freeze=freeze), torch.randn(2, 16, 12, 12)
+    conv, live = (n.conv3 if isinstance(net, Residual) else n[0] for n in (net, ours))
+    with torch.no_grad():
+        before = net(x)
+        assert_runs_like_eager(net, ours, x)
+        if not freeze:
+            for c in (conv, live):
+                c.bias += 1
+                c.bias[3] = -5
+            assert not torch.equal(net(x), before)
+            assert_runs_like_eager(net, ours, x, "edited in place")
+            for c in (conv, live):
+                c.bias = nn.Parameter(c.bias * 2)
+            assert_runs_like_eager(net, ours, x, "another bias")
+        old = live.bias
+        live.bias = nn.Parameter(conv.bias.detach().clone())
+        _spoil(old)
+        del old
+        garbage = [torch.full((24,), float("nan")) for _ in range(1000)]
+        assert_runs_like_eager(net, ours, x, "the old bias is gone")
+    assert calls_of_ours and garbage
