@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import copy
 import ctypes
 import heapq
 import math
@@ -15,7 +14,6 @@ import pytest
 import torch
 
 import resnet_kernels as rk
-from helpers.oracle import assert_within_budget
 from helpers.own_kernels import bind, skip_unless_compiled
 from helpers.small_resnet import small_resnet
 from helpers.tiny import ENVIRONMENT
@@ -29,8 +27,9 @@ SAME_3X3 = normalize(1, 1, 1, 1)
 
 
 @pytest.fixture(autouse=True)
-def _compiled(threads_as_before):
-    skip_unless_compiled()
+def _wherever_they_can(threads_as_before, monkeypatch):
+    """Without an instruction set that is asked for, our kernels leave some convolutions to oneDNN on some processors."""
+    monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -147,28 +146,28 @@ def test_a_fused_model_kept_the_number_of_threads(monkeypatch):
 
 def test_python_threads_shared_a_calls_memory():
     """One fused model, images of three sizes that are new to it."""
-    model = small_resnet()
-    fused, oracle = rk.fuse(model), copy.deepcopy(model).double()
-    images = [torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 48) for i in range(9)]
+    model, threads = small_resnet(), 2
+    images = [torch.randn(1 + i % 2, 3, 32 + 16 * (i % 3), 48) for i in range(12)]
 
-    @torch.no_grad()
-    def run(x):
-        return [fused(x) for _ in range(3)]
+    def run(fused, x):
+        with torch.no_grad():
+            return [fused(x) for _ in range(3)]
 
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        results = [*pool.map(run, images)]
-    with torch.no_grad():
-        for x, ours in zip(images, results):
-            eager, truth = model(x), oracle(x.double())
-            for y in ours:
-                assert_within_budget(y, eager, truth)
+    torch.set_num_threads(threads)
+    alone = rk.fuse(model)
+    expected = [run(alone, x) for x in images]
+    fused = rk.fuse(model)
+    # The number of threads decides on kernels, and each of Python's threads has its own.
+    with concurrent.futures.ThreadPoolExecutor(3, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
+        results = [*pool.map(lambda x: run(fused, x), images)]
+    assert all(torch.equal(y, y_alone) for ys, ys_alone in zip(results, expected) for y, y_alone in zip(ys, ys_alone))
 
 
 FORK = """
 import os, sys
 import torch
 import resnet_kernels as rk
-from resnet_kernels.kernels.cpu import convolution
+from resnet_kernels.kernels.cpu import convolution, library
 
 torch.manual_seed(0)
 model = rk.models.d2l_resnet18(3, 10, width=16).eval()
@@ -199,7 +198,8 @@ sys.exit(status)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def test_a_forked_process_hung_or_was_wrong():
+    environment = {**ENVIRONMENT, library.ISA_VARIABLE: library.find().isa}
     done = subprocess.run(
-        [sys.executable, "-c", FORK], env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", FORK], env=environment, capture_output=True, text=True, timeout=120
     )  # fmt: skip
     assert done.returncode == 0, f"{done.returncode}: {done.stderr}"

@@ -11,7 +11,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from helpers.own_kernels import assert_like_eager, skip_unless_compiled
-from resnet_kernels.kernels.cpu import convolution
+from resnet_kernels.kernels.cpu import convolution, library
 from resnet_kernels.kernels.cpu.convolution import KERNELS
 from resnet_kernels.models.d2l import Residual
 from resnet_kernels.models.random_weights import randomise_batch_norms_
@@ -20,8 +20,9 @@ BasicBlock = rk.models.resnet_v1.BasicBlock
 
 
 @pytest.fixture(autouse=True)
-def _compiled(threads_as_before):
-    skip_unless_compiled()
+def _wherever_they_can(threads_as_before, monkeypatch):
+    """Without an instruction set that is asked for, our kernels leave some convolutions to oneDNN on some processors."""
+    monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
 
 
 @pytest.fixture
@@ -94,36 +95,43 @@ def test_a_small_size_was_not_as_eager(n, size):
             assert_runs_like_eager(net, ours, x.contiguous(memory_format=torch.channels_last))
 
 
-def _spoil(old):
-    """Takes a tensor's memory away, as FSDP does."""
-    old.data.fill_(float("nan"))
-    old.untyped_storage().resize_(0)
-
-
-@pytest.mark.parametrize("freeze", (False, True), ids=("live", "frozen"))
-@pytest.mark.parametrize(
-    "make", (lambda: nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()), lambda: Residual(16, 24, True))
-)
-def test_a_bias_without_bn_was_kept_or_its_memory_was_read_after_it_was_gone(make, freeze, calls_of_ours):
-    net = randomise_batch_norms_(make()).eval()
-    ours, x = rk.fuse(net, freeze=freeze), torch.randn(2, 16, 12, 12)
-    conv, live = (n.conv3 if isinstance(net, Residual) else n[0] for n in (net, ours))
+@pytest.mark.parametrize("block", ("Sequential", "Residual"))
+def test_a_bias_without_bn_was_kept(block, calls_of_ours):
+    net, bias_of = _with_plain_bias(block)
+    ours, x = rk.fuse(net), torch.randn(2, 16, 12, 12)
     with torch.no_grad():
         before = net(x)
         assert_runs_like_eager(net, ours, x)
-        if not freeze:
-            for c in (conv, live):
-                c.bias += 1
-                c.bias[3] = -5
-            assert not torch.equal(net(x), before)
-            assert_runs_like_eager(net, ours, x, "edited in place")
-            for c in (conv, live):
-                c.bias = nn.Parameter(c.bias * 2)
-            assert_runs_like_eager(net, ours, x, "another bias")
-        old = live.bias
-        live.bias = nn.Parameter(conv.bias.detach().clone())
-        _spoil(old)
-        del old
-        garbage = [torch.full((24,), float("nan")) for _ in range(1000)]
-        assert_runs_like_eager(net, ours, x, "the old bias is gone")
-    assert calls_of_ours and garbage
+        for bias in (bias_of(net).bias, bias_of(ours).bias):
+            bias += 1
+            bias[3] = -5
+        assert not torch.equal(net(x), before)
+        assert_runs_like_eager(net, ours, x, "edited in place")
+        old = bias_of(ours).bias
+        for conv in (bias_of(net), bias_of(ours)):
+            conv.bias = nn.Parameter(conv.bias * 2)
+        old.fill_(float("nan"))
+        old.untyped_storage().resize_(0)
+        assert_runs_like_eager(net, ours, x, "another bias")
+    assert calls_of_ours
+
+
+@pytest.mark.parametrize("block", ("Sequential", "Residual"))
+def test_a_frozen_model_read_the_users_bias(block, calls_of_ours):
+    net, bias_of = _with_plain_bias(block)
+    ours, x = rk.fuse(net, freeze=True), torch.randn(2, 16, 12, 12)
+    with torch.no_grad():
+        assert_runs_like_eager(net, ours, x)
+        before, bias = ours(x), bias_of(ours).bias
+        bias.data.fill_(float("nan"))
+        assert torch.equal(ours(x), before)
+        bias.untyped_storage().resize_(0)
+        assert torch.equal(ours(x), before)
+    assert calls_of_ours
+
+
+def _with_plain_bias(block):
+    """A block, and the function that finds its convolution without a BN."""
+    if block == "Residual":
+        return randomise_batch_norms_(Residual(16, 24, True)).eval(), lambda net: net.conv3
+    return nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()).eval(), lambda net: net[0]
