@@ -54,7 +54,7 @@ def test_set_num_threads_was_not_obeyed(monkeypatch):
 
     found = library.find()._replace(parallel=ctypes.cast(parallel, ctypes.c_void_p).value)
     monkeypatch.setattr(library, "find", lambda: found)
-    x, weight = torch.randn(2, 16, 20, 20), torch.randn(32, 16, 3, 3)
+    x, weight = torch.randn(2, 16, 20, 20), torch.randn(2 * library.find().panel, 16, 3, 3)
     x = x.contiguous(memory_format=CHANNELS_LAST)
     for threads in (1, 2, 3, 1):
         torch.set_num_threads(threads)
