@@ -126,30 +126,53 @@ def _weights(kind, c_out, c_in):
     return weight
 
 
-@pytest.mark.parametrize(
-    "kind",
-    ("normal", "zero in the middle", "zeros on the edges", "half zeros", "tiny in the middle", "tiny beside ones"),
-)
-@pytest.mark.parametrize("value", (float("inf"), -float("inf"), float("nan"), 2e38), ids=str)
-def test_a_value_that_is_not_finite_spread_or_got_lost(value, kind):
-    """At every pixel; 2e38 overflows in Winograd's transform alone. Zeros times inf are NaN, so their signs have to stay."""
-    x, weight = torch.randn(30, 17, 5, 6), _weights(kind, 24, 17) * (1e-3 if value == 2e38 else 1)
+def _assert_like_eager_next_to(value, weight):
+    """A value at every pixel of an image."""
+    x = torch.randn(30, 17, 5, 6).contiguous(memory_format=CHANNELS_LAST)
     for pixel in range(30):
         x[pixel, pixel % 17, pixel // 6, pixel % 6] = value
-    x = x.contiguous(memory_format=CHANNELS_LAST)
-    # Winograd refuses a weight whose zeros would not come back from its transform: such filters are left to `direct`.
-    taken = [o for o in range(24) if convolution.pack("winograd", weight[o : o + 1]) is not None]
-    assert len(taken) > 2, "the test needs filters"
-    for relu in (False, True):
-        finish = torch.relu if relu else torch.Tensor.contiguous
-        for name, filters in (("winograd", weight[taken]), ("direct", weight)):
-            y = bind(name, x, filters, SAME_3X3)(x, relu=relu)
-            expected = (F.conv2d(x.to(dtype), filters.to(dtype), padding=1) for dtype in (torch.float32, torch.float64))
-            assert_like_eager(y, *map(finish, expected), f"{name}, relu={relu}")
-            assert value != 2e38 or y.isfinite().all()
-        y = rk.ops.conv_bias_act(x, weight, padding=1, relu=relu, backend="cpu")
-        expected = (F.conv2d(x.to(dtype), weight.to(dtype), padding=1) for dtype in (torch.float32, torch.float64))
-        assert_like_eager(y, *map(finish, expected), f"op, relu={relu}")
+    expected = [F.conv2d(x.to(dtype), weight.to(dtype), padding=1) for dtype in (torch.float32, torch.float64)]
+    for name in KERNELS:
+        run = bind(name, x, weight, SAME_3X3)
+        assert_like_eager(run(x, relu=False), *expected, name)
+        assert_like_eager(run(x), *map(torch.relu, expected), f"{name} with ReLU")
+    return expected[0]
+
+
+KINDS = (
+    "normal", "zero in the middle", "zeros on the edges", "half zeros", "tiny in the middle", "tiny beside ones"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", (float("inf"), -float("inf"), float("nan")), ids=str)
+def test_a_value_that_is_not_finite_spread_or_got_lost(value, kind):
+    """Winograd's transform turns inf into NaN; zeros times inf are NaN, so the signs of taps have to stay."""
+    assert not _assert_like_eager_next_to(value, _weights(kind, 24, 17)).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ("normal", "half zeros", "zero in the middle"))
+def test_a_large_value_overflowed(kind):
+    """2e38, which overflows in Winograd's transform alone."""
+    assert _assert_like_eager_next_to(2e38, _weights(kind, 24, 17) * 1e-3).isfinite().all()
+
+
+@pytest.mark.parametrize("size", (1.0, 1e-3, 1e-38, 1e-41, 1e37))
+@pytest.mark.parametrize("middle", (0.0, 1e-12, -1e-30))
+def test_winograd_refused_a_pruned_weight(middle, size):
+    """Regression: 1% of filters with random zeros, and a quarter of ternary ones, were refused, so each pruned layer was."""
+    ternary = torch.cartesian_prod(*[torch.tensor((-1.0, 0.0, 1.0))] * 8)
+    ternary = torch.cat((ternary[:, :4], torch.full((len(ternary), 1), middle), ternary[:, 4:]), 1).view(-1, 1, 3, 3)
+    pruned = torch.randn(64, 64, 3, 3)
+    pruned[torch.rand_like(pruned) < 0.3] = 0
+    pruned[:8, :, 1, 1] = middle
+    for weight in (ternary * size, pruned * size):
+        packed = convolution.pack("winograd", weight)
+        assert packed is not None
+        back = convolution.unpack("winograd", packed, weight.shape)
+        assert torch.equal(back.sign(), weight.sign())
+        # The smallest denormal is a limit of its own.
+        assert (back.double() - weight).norm() <= 2**-22 * weight.double().norm() + 2**-149 * weight.numel()
 
 
 @pytest.mark.parametrize("name", KERNELS)
