@@ -144,7 +144,7 @@ static int sign(float value) { return (value > 0) - (value < 0); }
 /* The tap in the middle, as taps_of computes it (winograd.h). */
 static float middle(float u[4][4]) { return (u[1][1] - u[2][1]) - (u[1][2] - u[2][2]); }
 
-/* Gives the tap in the middle its sign: its four values go to a grid, where their differences are exact, and their sum is moved
+/* Gives the tap in the middle its sign: its four values go to a grid, where their differences are exact, and the sum is moved
  * by steps of it. A grid of the largest one's last bit suffices unless a difference has one bit more. */
 static void keep_middle_sign(float u[4][4], float tap)
 {
