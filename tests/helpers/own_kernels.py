@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
+from collections.abc import Callable
+from functools import partial
 
-from resnet_kernels.kernels.cpu import library
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.oracle import assert_within_budget
+from resnet_kernels.kernels.cpu import convolution, library, plans
+from resnet_kernels.kernels.cpu.convolution import Activation
 from resnet_kernels.kernels.cpu.library import Library, Missing
+from resnet_kernels.kernels.cpu.plans import Pool, Shapes
+from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import cpu_candidates
 
 
@@ -26,3 +35,45 @@ def onednn_alone(monkeypatch):
 def is_fused_convolution(event: str) -> bool:
     """Whether a profiler's event is a convolution on the CPU with all that follows it: oneDNN's, or a kernel of ours."""
     return "mkldnn::_convolution_pointwise" in event or event.startswith("resnet_kernels::conv_bias_act.")
+
+
+def assert_like_eager(y: Tensor, eager: Tensor, oracle: Tensor, what: str = "") -> None:
+    """The very NaN, inf and -inf of eager; all else within its budget.
+
+    fp64 has fewer inf, and more NaN: PyTorch multiplies it with its padding, where oneDNN leaves that out.
+    """
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(y), kind(eager)), f"{what}: {kind.__name__} differs from eager"
+    finite = eager.isfinite() & oracle.isfinite()
+    y, eager, oracle = (values.where(finite, 0) for values in (y, eager, oracle))
+    assert_within_budget(y, eager, oracle, what)
+
+
+@pytest.fixture
+def threads_as_before():
+    """A test may set the number of threads."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
+def bind(
+    name: str,
+    x: Tensor,
+    weight: Tensor,
+    geometry: Geometry,
+    scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    activation: tuple[Tensor, Tensor, bool] | None = None,
+    pool: Pool | None = None,
+    copies: bool | None = None,
+) -> Callable[..., Tensor]:
+    """A kernel for these operands, on PyTorch's threads; few tasks are no reason against it."""
+    if copies is None:
+        copies = name == "direct" and plans.copies(x.shape, weight.shape, channels_last=True)
+    shapes, threads = Shapes(tuple(x.shape), tuple(weight.shape), geometry, copies, pool), torch.get_num_threads()
+    assert "too few tasks" in (plans.why_not(name, shapes, x.dtype, threads) or "too few tasks")
+    packed = convolution.pack(name, weight)
+    assert packed is not None
+    bound = convolution.Bound(name, shapes, packed, scale, bias, threads)
+    return bound if activation is None else partial(bound, activation=Activation(*activation))

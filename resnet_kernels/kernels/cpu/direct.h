@@ -108,7 +108,8 @@ static void convolve_copied(const Convolution *c, int64_t image, int64_t begin, 
             int64_t w = r % c->out_w * c->stride_w + tap % across * c->dilation_w;
             rows[tap * count + r] = copy + (h * width + w) * c_in;
         }
-    multiply(rows, count, taps, depth, count, c->weight, first, last, total, (last - first) * PANEL, out, c->weight);
+    multiply(rows, count, taps, depth, count, c->weight, first, last, total, (last - first) * PANEL, out, 0,
+             c->weight);
 }
 
 static Output output_of(const Convolution *c, int64_t pixel)
@@ -185,7 +186,7 @@ static void direct_run(const Convolution *c, int64_t task, float *scratch)
     memset(zeros, 0, sizeof(float) * c->c_in);
     point_to_pixels(c, begin, end, zeros, rows);
     Output out = output_of(c, begin);
-    multiply(rows, end - begin, taps, c->c_in, end - begin, c->weight, first, last, total, (last - first) * PANEL, &out,
+    multiply(rows, end - begin, taps, c->c_in, end - begin, c->weight, first, last, total, (last - first) * PANEL, &out, 0,
              c->weight);
 }
 

@@ -22,7 +22,7 @@ static void JOIN(micro_kernel_, M)(const float *const *rows, int64_t rows_step, 
 #define POINT(i) const float *row##i = rows[i] + first_k;
         EACH(POINT)
         for (int64_t k = 0; k < depth; k++, w += PANEL) {
-            __builtin_prefetch(next, 0, 2);
+            __builtin_prefetch(next, 0, 3);
             next = (const float *)((const char *)next + next_step);
             Vector w0 = load(w), w1 = load(w + WIDTH);
 #define MULTIPLY(i) a##i += row##i[k] * w0, b##i += row##i[k] * w1;

@@ -166,6 +166,26 @@ static int sign(float value) { return (value > 0) - (value < 0); }
 /* The tap in the middle, as taps_of computes it (winograd.h). */
 static float middle(float u[4][4]) { return (u[1][1] - u[2][1]) - (u[1][2] - u[2][2]); }
 
+/* Gives the tap in the middle its sign: its four values go to a grid, where their differences are exact, and the sum is moved
+ * by steps of it. A grid of the largest one's last bit suffices unless a difference has one bit more. */
+static void keep_middle_sign(float u[4][4], float tap)
+{
+    float *values[4] = {&u[1][1], &u[2][1], &u[1][2], &u[2][2]}, first[4], largest = fabsf(tap);
+    int wanted = sign(tap), exponent = 0;
+    for (int i = 0; i < 4; i++)
+        first[i] = *values[i], largest = fmaxf(largest, fabsf(first[i]));
+    frexpf(largest, &exponent);
+    for (int bits = 24; bits > 22 && sign(middle(u)) != wanted; bits--) {
+        float grid = ldexpf(1, exponent - bits > -149 ? exponent - bits : -149);
+        for (int i = 0; i < 4; i++)
+            *values[i] = (float)(rint((double)first[i] / grid) * grid);
+        for (int i = 0; i < 8 && sign(middle(u)) != wanted; i++) {
+            float step = wanted > sign(middle(u)) ? grid : -grid;
+            *values[i % 4] += i % 4 == 0 || i % 4 == 3 ? step : -step;
+        }
+    }
+}
+
 /* Changes roundings until all taps, computed back from their transform, have their signs again, zeros included: an output next
  * to an inf in x depends on nothing else. Returns whether that succeeded. */
 static int keep_signs(float u[4][4], double g[3][3])
@@ -176,16 +196,9 @@ static int keep_signs(float u[4][4], double g[3][3])
     for (int i = 0; i < 4; i++)
         if (sign(*larger[i] - *smaller[i]) != sign((float)taps[i]))
             *larger[i] = nextafterf(*larger[i], taps[i] > 0 ? INFINITY : -INFINITY);
-    int wanted = sign((float)g[1][1]);
-    float first = u[1][1], last = u[2][2];
-    for (int i = 0; i < 81 && sign(middle(u)) != wanted; i++) {
-        u[1][1] = first, u[2][2] = last;
-        for (int j = 0; j < (i % 9 + 1) / 2; j++)
-            u[1][1] = nextafterf(u[1][1], i % 9 % 2 ? INFINITY : -INFINITY);
-        for (int j = 0; j < (i / 9 + 1) / 2; j++)
-            u[2][2] = nextafterf(u[2][2], i / 9 % 2 ? INFINITY : -INFINITY);
-    }
-    int kept = sign(middle(u)) == wanted && sign(u[0][0]) == sign((float)g[0][0]) && sign(u[0][3]) == sign((float)g[0][2]);
+    keep_middle_sign(u, (float)g[1][1]);
+    int kept = sign(middle(u)) == sign((float)g[1][1]);
+    kept &= sign(u[0][0]) == sign((float)g[0][0]) && sign(u[0][3]) == sign((float)g[0][2]);
     kept &= sign(u[3][0]) == sign((float)g[2][0]) && sign(u[3][3]) == sign((float)g[2][2]);
     for (int i = 0; i < 4; i++)
         kept &= sign(*larger[i] - *smaller[i]) == sign((float)taps[i]);

@@ -15,6 +15,9 @@ enum { CHUNK = 4 };
 /* Floats between rows and planes whose distance would be a multiple of 4 KB: they would share sets of the L1 cache. */
 enum { APART = 16 };
 
+/* Elements of transformed weights that no L2 cache holds. */
+enum { LARGE = 1 << 19 };
+
 static int64_t tile_depth(const Convolution *c) { return blocks(c->c_in, WIDTH) * WIDTH + APART; }
 
 typedef struct {
@@ -182,7 +185,7 @@ static void tile_directly(const Convolution *c, Tile tile, int64_t panel, const 
                 rows[tap] = patch + ((i + tap / 3) * 4 + j + tap % 3) * c->c_in;
             Output out = output_of(c, (tile.image * c->out_h + tile.top + i) * c->out_w + tile.left + j);
             /* The taps are those of this panel alone. */
-            multiply(rows, 1, 9, c->c_in, 1, taps - panel * 9 * c->c_in * PANEL, panel, panel + 1, total, PANEL, &out,
+            multiply(rows, 1, 9, c->c_in, 1, taps - panel * 9 * c->c_in * PANEL, panel, panel + 1, total, PANEL, &out, 0,
                      taps);
         }
 }
@@ -194,6 +197,7 @@ static void winograd_run(const Convolution *c, int64_t task, float *scratch)
     int64_t tiles = c->batch * blocks(c->out_h, 2) * blocks(c->out_w, 2);
     int64_t begin = task / across * c->block, count = least(c->block, tiles - begin);
     int64_t depth = tile_depth(c), plane_in = c->block * depth + APART, plane = c->block * CHUNK * PANEL + APART;
+    int large = 16 * panels * c->c_in * PANEL > LARGE;
     const float **rows = (const float **)scratch;
     float *v = scratch + 2 * 16 * c->block, *m = v + 16 * plane_in, *rest = m + 16 * plane;
     for (int64_t t = 0; t < count; t++) {
@@ -205,7 +209,7 @@ static void winograd_run(const Convolution *c, int64_t task, float *scratch)
         int64_t chunk_end = least(last, chunk + CHUNK);
         for (int i = 0; i < 16; i++) {
             const float *w = c->weight + i * panels * c->c_in * PANEL;
-            multiply(rows + i * c->block, 0, 1, c->c_in, count, w, chunk, chunk_end, m + i * plane, CHUNK * PANEL, NULL,
+            multiply(rows + i * c->block, 0, 1, c->c_in, count, w, chunk, chunk_end, m + i * plane, CHUNK * PANEL, NULL, large,
                      w + (panels + chunk) * c->c_in * PANEL);
         }
         for (int64_t panel = chunk; panel < chunk_end; panel++) {
