@@ -77,7 +77,7 @@ BUGS = {
     "missing edge mask of tiles": ("winograd.h", "w >= 0 && w < c->in_w", "w < c->in_w"),
     "ragged tile": ("winograd.h", "least(2, c->out_w - tile.left)", "2"),
     "ragged channels": ("winograd.h", "memset(rest, 0, sizeof rest);", ""),
-    "lost block of sums": ("vectors.h", "total_step, tap || k,", "total_step, 0 && k,"),
+    "lost block of sums": ("vectors.h", "total_step, summed > 0,", "total_step, 0 * summed,"),
     "activated padding": ("winograd.h", "if (c->pre_scale && pixels[i])", "if (c->pre_scale)"),
     "window of the pool": (
         "direct.h",

@@ -109,7 +109,7 @@ static void convolve_copied(const Convolution *c, int64_t image, int64_t begin, 
             rows[tap * count + r] = copy + (h * width + w) * c_in;
         }
     multiply(rows, count, taps, depth, count, c->weight, first, last, total, (last - first) * PANEL, out, 0,
-             c->weight);
+             c->weight, NULL);
 }
 
 static Output output_of(const Convolution *c, int64_t pixel)
@@ -187,7 +187,7 @@ static void direct_run(const Convolution *c, int64_t task, float *scratch)
     point_to_pixels(c, begin, end, zeros, rows);
     Output out = output_of(c, begin);
     multiply(rows, end - begin, taps, c->c_in, end - begin, c->weight, first, last, total, (last - first) * PANEL, &out, 0,
-             c->weight);
+             c->weight, zeros);
 }
 
 static int64_t direct_tasks(const Convolution *c)

@@ -238,8 +238,8 @@ static void pack_winograd(void *job, int64_t task, int64_t thread)
         atomic_store(&pack->refused, 1);
 }
 
-/* Packs a weight of (c_out, c_in, kernel_h, kernel_w) with any strides. Returns 0, or 1 if the kernels can't take it: a value is
- * not finite, or keep_signs failed. packed: pack_direct and pack_winograd give its shape. */
+/* Packs a weight of (c_out, c_in, kernel_h, kernel_w) with any strides. Returns 0, or 1 if the kernels can't take it: a value
+ * is not finite, or keep_signs failed. packed: pack_direct and pack_winograd give its shape. */
 EXPORT int64_t rk_pack(int64_t number, int64_t winograd, const float *weight, const int64_t *sizes, const int64_t *strides,
                        float *packed, int64_t threads, Parallel *parallel)
 {

@@ -186,7 +186,7 @@ static void tile_directly(const Convolution *c, Tile tile, int64_t panel, const 
             Output out = output_of(c, (tile.image * c->out_h + tile.top + i) * c->out_w + tile.left + j);
             /* The taps are those of this panel alone. */
             multiply(rows, 1, 9, c->c_in, 1, taps - panel * 9 * c->c_in * PANEL, panel, panel + 1, total, PANEL, &out, 0,
-                     taps);
+                     taps, NULL);
         }
 }
 
@@ -210,7 +210,7 @@ static void winograd_run(const Convolution *c, int64_t task, float *scratch)
         for (int i = 0; i < 16; i++) {
             const float *w = c->weight + i * panels * c->c_in * PANEL;
             multiply(rows + i * c->block, 0, 1, c->c_in, count, w, chunk, chunk_end, m + i * plane, CHUNK * PANEL, NULL, large,
-                     w + (panels + chunk) * c->c_in * PANEL);
+                     w + (panels + chunk) * c->c_in * PANEL, NULL);
         }
         for (int64_t panel = chunk; panel < chunk_end; panel++) {
             int has_taps = 0;
