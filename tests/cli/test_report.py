@@ -244,6 +244,12 @@ def test_roofline_draws_points_and_ceilings():
         (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
         assert left < 4 and right > 50 and low < 1e11 and high > 4e11
     assert not plots.roofline({"eager": points}, None).axes[0].lines
+    # Winograd's kernels have a ceiling of their own, where they run.
+    eager, fused = plots.roofline({"eager": points, "fused": points}, Ceilings(0.4, 20.0, "measured"), {"fused"}).axes[
+        :2
+    ]
+    assert len(fused.lines) == len(eager.lines) + 1
+    assert [line.get_ydata()[0] for line in fused.lines if line.get_linestyle() == ":"] == [2.25 * 0.4e12]
 
 
 def test_stacks_add_up(tmp_path):

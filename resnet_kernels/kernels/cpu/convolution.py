@@ -99,17 +99,20 @@ def unpack(name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
     return taps.permute(2, 4, 3, 0, 1).reshape(-1, c_in, 3, 3)[:c_out].contiguous()
 
 
-# Scratch memory of each calling thread, kept because fresh pages would have to be mapped in each call.
+# Scratch memory of each calling thread, kept because fresh pages would have to be mapped in each call; up to 64 MB.
 _scratch = threading.local()
+_MOST_KEPT = 2**24
 
 
-def _scratch_of(elements: int) -> int:
-    """Address of at least this many floats."""
-    memory = getattr(_scratch, "memory", None)
+def _scratch_of(elements: int) -> Tensor:
+    """Memory of at least this many floats."""
+    memory: Tensor | None = getattr(_scratch, "memory", None)
     if memory is None or memory.numel() < elements:
         with torch.inference_mode(False):
-            memory = _scratch.memory = torch.empty(elements, dtype=torch.float32, device="cpu")
-    return memory.data_ptr()
+            memory = torch.empty(elements, dtype=torch.float32, device="cpu")
+        if elements <= _MOST_KEPT:
+            _scratch.memory = memory
+    return memory
 
 
 @functools.lru_cache(_CACHED)
@@ -146,7 +149,7 @@ class Bound:
         threads: that a call may use.
     """
 
-    __slots__ = ("_arguments", "_convolve", "_keeps", "_out_shape", "_relu", "_scratch", "name", "packed", "shapes")
+    __slots__ = ("_arguments", "_convolve", "_keeps", "_out_shape", "_scratch", "name", "packed", "shapes")
 
     def __init__(
         self,
@@ -236,7 +239,8 @@ class Bound:
             arguments.pre_relu = activation.relu
         if arguments.copies:
             arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = x.stride()
-        self._convolve(arguments, _scratch_of(self._scratch))
+        scratch = _scratch_of(self._scratch)
+        self._convolve(arguments, scratch.data_ptr())
         return y
 
 
