@@ -187,6 +187,7 @@ def _python(*arguments, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_env_as_json_names_the_kernels():
     found = skip_unless_compiled()
     command = ("-m", "resnet_kernels", "env", "--json")
@@ -206,6 +207,7 @@ print(library.find().path)
 """
 
 
+@pytest.mark.slow
 def test_something_was_written_into_the_package(tmp_path):
     """A folder that may not be written to, as a system's; the administrator could, so its content is compared."""
     skip_unless_compiled()

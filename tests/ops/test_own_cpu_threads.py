@@ -106,6 +106,7 @@ def _busiest(name, shapes, threads):
     return max(loads) * threads / sum(loads)
 
 
+@pytest.mark.slow(unless=lambda batch: batch == 1)
 @pytest.mark.parametrize("batch", (1, 8))
 def test_threads_were_left_without_work(batch, layers):
     assert len(layers) > 25

@@ -84,6 +84,7 @@ def test_training_and_bfloat16_have_no_choice(folder):
     assert not list(folder.iterdir())
 
 
+@pytest.mark.slow
 def test_command(folder, capsys):
     arguments = ["tune", "--device", "cpu", "--model", "d2l_resnet18", "--image-size", "32", "--batch-size", "1"]
     assert cli.main([*arguments, "--seconds", "10"]) == 0
