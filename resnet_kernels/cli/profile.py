@@ -87,7 +87,7 @@ def _machine(x: Tensor) -> tuple[Machine, str]:
     has_rate = tuned_table.dtype_name(x.dtype) in ("bf16", "fp16", "tf32")
     if x.is_cuda and "H200" in torch.cuda.get_device_name(x.device) and has_rate:
         return bounds.h200(short_name(x.dtype)), "of an H200"
-    return ceilings.ceilings(x.device, x.dtype), "measured ceilings: a matrix product and a copy, here and now"
+    return ceilings.ceilings(x.device, x.dtype), "measured ceilings: FMAs or a matrix product, and a copy, here and now"
 
 
 def _what(options: argparse.Namespace, x: Tensor) -> str:

@@ -181,7 +181,9 @@ def roofline(
         axes.set_title(caption(title), fontsize=10)
         axes.set_xlabel("FLOP / byte (log scale)")
         axes.grid(alpha=0.3)
-        _draw_ceilings(axes, [p for points in panels.values() for p in points], ceilings, title in winograd)
+        # All panels have the same limits.
+        everywhere = [p for points in panels.values() for p in points]
+        _draw_ceilings(axes, everywhere, ceilings, _WINOGRAD if winograd else 1.0, title in winograd)
     legend = figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, frameon=False)
     for handle in legend.legend_handles:
         assert isinstance(handle, PathCollection)
@@ -193,7 +195,9 @@ def roofline(
 _WINOGRAD = 2.25
 
 
-def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | None, winograd: bool) -> None:
+def _draw_ceilings(
+    axes: Axes, points: Sequence[Point], ceilings: Ceilings | None, highest: float, winograd: bool
+) -> None:
     left = min(point.intensity for point in points) / 2
     right = max(point.intensity for point in points) * 2
     bottom = min(point.flops_per_s for point in points) / 2
@@ -201,7 +205,7 @@ def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | Non
     compute = ceilings.flops_per_s if ceilings and ceilings.flops_per_s else math.inf
     memory = ceilings.bytes_per_s if ceilings and ceilings.bytes_per_s else math.inf
     if compute < math.inf:
-        top = max(top, 2.5 * compute)
+        top = max(top, 2.5 * highest * compute)
         start = left if memory == math.inf else compute / memory
         right = max(right, 4 * start)
         axes.plot([start, right], [compute, compute], color=BLACK, linewidth=1.5)
@@ -209,7 +213,6 @@ def _draw_ceilings(axes: Axes, points: Sequence[Point], ceilings: Ceilings | Non
             unit_for(compute, "FLOP/s"), (right, compute), (-4, 4), textcoords="offset points", ha="right", fontsize=8
         )
         if winograd:
-            top = max(top, 2.5 * _WINOGRAD * compute)
             axes.plot([start, right], [_WINOGRAD * compute] * 2, color=BLACK, linewidth=1.0, linestyle=":")
             axes.annotate(
                 f"{unit_for(_WINOGRAD * compute, 'FLOP/s')} by Winograd", (right, _WINOGRAD * compute), (-4, 4),
