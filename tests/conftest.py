@@ -67,7 +67,7 @@ def _says_again():
 
 # What takes longest, the dearest first: --dist loadfile keeps a file on one worker, and the last one should be a short one.
 DEAREST = (
-    "test_rehearsal_tune", "test_rehearsal", "test_conv_bias_act_tma", "test_conv_bias_act", "test_stem",
+    "test_rehearsal_tune", "test_rehearsal", "test_conv_bias_act_tma", "test_conv_bias_act", "test_stem", "test_cpu_kernels",
     "test_training", "test_training_loops", "test_merged_shortcut_tma", "test_chain_tma", "test_counting",
     "test_parity", "test_train_processes", "test_gpu_session", "test_batch_norm_act", "test_compile", "test_cli",
     "test_train", "test_fusion", "test_fused_under_torch",
