@@ -75,7 +75,8 @@ def pack(name: str, weight: Tensor) -> Tensor | None:
         raise ValueError(
             f"weight must be float32 on the CPU, 4-D and not empty, got {weight.dtype} {tuple(weight.shape)}"
         )
-    packed = torch.empty(weight_elements(name, weight.shape, found.panel), dtype=torch.float32, device="cpu")
+    with torch._C.DisableTorchFunction():
+        packed = torch.empty(weight_elements(name, weight.shape, found.panel), dtype=torch.float32, device="cpu")
     weight, four = weight.resolve_neg(), ctypes.c_int64 * 4
     refused = found.calls.rk_pack(
         found.number, name == "winograd", weight.data_ptr(), four(*weight.shape), four(*weight.stride()),
@@ -196,11 +197,13 @@ class Bound:
         Raises:
             ValueError: a tensor has another shape, dtype or device than it was made for.
         """
-        if torch.autograd._profiler_enabled():
-            # An operation of its own: a record_function would be shown as a range around none.
-            with torch._C._profiler._RecordFunctionFast(f"resnet_kernels::conv_bias_act.{self.name}"):
-                return self._run(x, residual, relu, overwrite_residual, activation)
-        return self._run(x, residual, relu, overwrite_residual, activation)
+        # A user's function mode sees operations, and what is called here is a part of one.
+        with torch._C.DisableTorchFunction():
+            if torch.autograd._profiler_enabled():
+                # An operation of its own: a record_function would be shown as a range around none.
+                with torch._C._profiler._RecordFunctionFast(f"resnet_kernels::conv_bias_act.{self.name}"):
+                    return self._run(x, residual, relu, overwrite_residual, activation)
+            return self._run(x, residual, relu, overwrite_residual, activation)
 
     def _run(
         self,
