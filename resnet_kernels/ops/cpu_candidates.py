@@ -28,8 +28,7 @@ _CACHED = 4096
 
 def own_shapes(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry) -> Shapes:
     """Returns a convolution as our CPU kernels take it, on channels_last images."""
-    copies = plans.copies(x_shape, weight_shape, channels_last=True)
-    return Shapes(x_shape, weight_shape, geometry, copies)
+    return Shapes(x_shape, weight_shape, geometry, plans.copies(x_shape, weight_shape))
 
 
 # Steps of the micro-kernel in which a weight is packed, per element: a call of the op packs anew, a fused module does not.

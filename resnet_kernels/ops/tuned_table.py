@@ -151,9 +151,8 @@ def forget() -> None:
     """Drops all that was read, so that the next question reads the files anew."""
     global _times_forgotten, _said_unknown
     _times_forgotten, _said_unknown = _times_forgotten + 1, False
-    for function in (_choice, _trains, _measured_dtypes, _table, device_key, gpu_key):
-        # A test may have put something else in device_key's place.
-        getattr(function, "cache_clear", lambda: None)()
+    for function in (_choice, _trains, _measured_dtypes, _table, gpu_key):
+        function.cache_clear()
 
 
 # typed: problems are tuples, and two of different kinds may be equal.

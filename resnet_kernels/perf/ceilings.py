@@ -33,7 +33,7 @@ def ceilings(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.
         "copy": lambda: target.copy_(source),
     }
     found = library.library_or_none() if torch.device(device).type == "cpu" and dtype == torch.float32 else None
-    steps = 2_000_000  # 4 ms
+    steps = 2_000_000  # some milliseconds
     if found is not None:
         threads = found.threads()
         calls["FMA"] = lambda: found.calls.rk_peak(found.number, steps, threads, found.parallel)

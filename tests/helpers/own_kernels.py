@@ -70,7 +70,7 @@ def bind(
 ) -> Callable[..., Tensor]:
     """A kernel for these operands, on PyTorch's threads; few tasks are no reason against it."""
     if copies is None:
-        copies = name == "direct" and plans.copies(x.shape, weight.shape, channels_last=True)
+        copies = name == "direct" and plans.copies(x.shape, weight.shape)
     shapes, threads = Shapes(tuple(x.shape), tuple(weight.shape), geometry, copies, pool), torch.get_num_threads()
     assert "too few tasks" in (plans.why_not(name, shapes, x.dtype, threads) or "too few tasks")
     packed = convolution.pack(name, weight)

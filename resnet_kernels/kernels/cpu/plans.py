@@ -202,6 +202,6 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
     return task(block, panels), of_all, (full + (rest > 0)) * across
 
 
-def copies(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], channels_last: bool) -> bool:
-    """Whether rows of x have to be copied for `direct`: it is not channels_last, or has few channels and several taps."""
-    return not channels_last or (x_shape[1] < _FEW_CHANNELS and weight_shape[3] > 1)
+def copies(x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
+    """Whether rows of a channels_last x are copied for `direct`: it has few channels, and the kernel several taps in a row."""
+    return x_shape[1] < _FEW_CHANNELS and weight_shape[3] > 1

@@ -115,8 +115,8 @@ static int are_zeros(const float *const *rows, int64_t rows_step, int64_t taps, 
 /* Rows times panels: `count` rows of `taps` x `depth` values, found by rows[tap * rows_step + row].
  *
  * w: panels `first` to `last` of (panel, taps, depth, PANEL), from panel 0 on. total: (count, last - first, PANEL), for
- * unfinished sums; the result itself if `out` is NULL. total_step: from row to row. large: whether
- * weights don't stay in the caches. after: weights that are read next. zeros: the row of taps in the padding, or NULL.
+ * unfinished sums; the result itself if `out` is NULL. total_step: from row to row. large: whether the weights exceed the
+ * caches. after: weights that are read next. zeros: the row of taps in the padding, or NULL.
  */
 static void multiply(const float *const *rows, int64_t rows_step, int64_t taps, int64_t depth, int64_t count, const float *w,
                      int64_t first, int64_t last, float *total, int64_t total_step, const Output *out, int large,

@@ -9,7 +9,7 @@
  * is not finite is therefore computed once more, as a direct sum.
  */
 
-/* Tiles per group of output channels: their 16 products stay in the L2 cache until they are transformed back. */
+/* Panels that are computed in turn: the 16 products of their tiles stay in the L2 cache until they are transformed back. */
 enum { CHUNK = 4 };
 
 /* Floats between rows and planes whose distance would be a multiple of 4 KB: they would share sets of the L1 cache. */
