@@ -20,9 +20,9 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
-from .layouts import boundaries, layouts
+from .layouts import boundaries, layouts, prefixes
 from .reads import NOTHING, Read, Reads, described
-from .recipe import CallStep, CannotRead, ContainerPlan, ConvStep, Recipe, Step
+from .recipe import CallStep, CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Recipe, Step
 from .tracing import trace
 
 
@@ -74,11 +74,7 @@ def container_plan(
         last = last if bn is None else next(iter(last.users))
         relu = member(_only_reader(last), lambda m: type(m) is nn.ReLU and why_not_patched(m) is None)
         last = last if relu is None else next(iter(last.users))
-        pool = (
-            None
-            if relu is None
-            else member(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
-        )
+        pool = member(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
         followers = [path for path in (bn, relu, pool) if path is not None]
         if not followers:
             continue
@@ -102,6 +98,13 @@ def container_plan(
     run_of = {name: conv for conv, recipe in runs.items() for name in recipe.modules}
     # The convolution stands for its run.
     seen, apart = (tuple(run_of.get(path, path) for path in found) for found in layout[:2])
+    nodes: dict[str, list[Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            path = str(node.target)
+            nodes.setdefault(run_of.get(path, boundary(path)), []).append(node)
+    recipes = {path: plan if isinstance(plan, Recipe) else plan.runs for path, plan in paths.items()}
+    chains = _chains(nodes, {**recipes, "": runs}, seen, apart)
     return ContainerPlan(
         runs,
         tuple(absorbed),
@@ -111,8 +114,66 @@ def container_plan(
         seen=seen,
         apart=apart,
         outputs=layout.outputs,
+        chains=chains,
         reads=reads,
     )
+
+
+def _chains(
+    called: Mapping[str, Sequence[Node]],
+    recipes: Mapping[str, Mapping[str, Recipe] | Recipe],
+    seen: Collection[str],
+    apart: Collection[str],
+) -> tuple[Chain, ...]:
+    """Finds the chains of a container.
+
+    Args:
+        called: the nodes of each module that the forward calls, down to fused ones, and of each run, in order.
+        recipes: of the fused blocks by path; the runs of fused containers and, at "", of the container itself.
+        seen, apart: as in ContainerPlan.
+    """
+    chains: list[Chain] = []
+    last: Node | None = None  # of the chain that may go on
+    for member, nodes in called.items():
+        parts = _chain_parts(nodes, recipes)
+        if parts is None:
+            last = None
+            continue
+        if last is not None and _follows(last, nodes[0]) and chains[-1].members[-1] not in seen and member not in apart:
+            chains[-1] = Chain((*chains[-1].members, member), (*chains[-1].parts, *parts))
+        else:
+            chains.append(Chain((member,), parts))
+        last = nodes[-1]
+    return tuple(chains)
+
+
+def _chain_parts(
+    nodes: Sequence[Node], recipes: Mapping[str, Mapping[str, Recipe] | Recipe]
+) -> tuple[ChainPart, ...] | None:
+    """The recipes that nodes stand for; None if they are something else, too, or don't run one after the other."""
+    if not all(map(_follows, nodes, nodes[1:])) or len(nodes[0].args) != 1 or nodes[0].kwargs:
+        return None
+    parts: dict[ChainPart, None] = {}
+    rest: set[str] = set()
+    for node in nodes:
+        path = str(node.target)
+        parent, _, name = path.rpartition(".")
+        runs = recipes.get(parent, {})
+        # A Sequential may be a block as a whole.
+        block = next((prefix for prefix in prefixes(path) if isinstance(recipes.get(prefix), Recipe)), None)
+        if block is not None:
+            parts[ChainPart(block, None)] = None
+        elif not isinstance(runs, Recipe) and name in runs:
+            parts[ChainPart(parent, name)] = None
+            rest.update(f"{parent}.{other}".lstrip(".") for other in runs[name].modules)
+        elif path not in rest:
+            return None
+    return tuple(parts) if len({node.target for node in nodes}) == len(nodes) else None
+
+
+def _follows(node: Node, reader: Node) -> bool:
+    """Whether a node is the only reader of another one, and reads nothing else."""
+    return _only_reader(node) is reader and reader.args == (node,) and not reader.kwargs
 
 
 def changes_nothing(plan: ContainerPlan, children: Mapping[str, nn.Module], fused: Collection[nn.Module]) -> bool:

@@ -141,8 +141,12 @@ def boundaries(fused: Collection[str]) -> Callable[[str], str]:
     """The function that gives the outermost fused module around a path, or the path itself."""
 
     def boundary(path: str) -> str:
-        parts = path.split(".")
-        prefixes = (".".join(parts[:i]) for i in range(1, len(parts)))
-        return next((prefix for prefix in prefixes if prefix in fused), path)
+        return next((prefix for prefix in prefixes(path) if prefix in fused), path)
 
     return boundary
+
+
+def prefixes(path: str) -> list[str]:
+    """The paths of all modules around a module, the outermost first, and its own."""
+    parts = path.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts) + 1)]

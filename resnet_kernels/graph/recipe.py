@@ -6,7 +6,7 @@ A recipe holds paths, no module and no tensor. Each call of a fused module looks
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .reads import Reads
@@ -118,6 +118,23 @@ class Recipe:
         )
 
 
+class ChainPart(NamedTuple):
+    """A recipe in a chain. path: of the fused module that it is of, "" for the container. run: of that module; None for all."""
+
+    path: str
+    run: str | None
+
+
+class Chain(NamedTuple):
+    """Modules that a container's forward calls one after the other, each on what only the one before it has made.
+
+    members: the paths of what the forward calls. parts: all recipes in them, in order.
+    """
+
+    members: tuple[str, ...]
+    parts: tuple[ChainPart, ...]
+
+
 @dataclass(frozen=True)
 class ContainerPlan:
     """What can be fused in a container.
@@ -130,6 +147,7 @@ class ContainerPlan:
     that sees its layout; "" for the container's input. apart: those whose input comes from such code. outputs: for each tensor
     that it returns, whether it has our layout (see layouts.py).
     quiet: nothing that the forward runs can change a fused block, so that all may be checked before it runs.
+    chains: the fused modules and runs that may run as one.
     """
 
     runs: dict[str, Recipe]
@@ -142,4 +160,5 @@ class ContainerPlan:
     apart: tuple[str, ...] = ()
     outputs: tuple[bool, ...] = ()
     quiet: bool = False
+    chains: tuple[Chain, ...] = ()
     reads: Reads | None = field(default=None, compare=False)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph.recipe import Recipe
+from ..kernels.cpu.program import Memories
 from ..ops import backends
 from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
@@ -28,14 +29,18 @@ _call_state = threading.local()
 Question = tuple[str, torch.device, torch.dtype]
 
 
-class _Candidate(NamedTuple):
-    """A recipe whose modules are as they were. copies: of the module that it is of, before they are checked."""
+class Verified(NamedTuple):
+    """A recipe whose modules are as they were.
+
+    copies: of the module that it is of, before they are checked. packed: whether it runs on the CPU, with packed weights.
+    """
 
     owner: int
     recipe: Recipe
     state: FusedState[Any]
     copies: Copies
     live: LiveModules
+    packed: bool
 
 
 class Survey:
@@ -70,12 +75,12 @@ class Survey:
         """Whether every child is in its place."""
         return all([*registry.values()] == children for registry, children in self.registries)
 
-    def unchanged(self, packed: list[_Candidate]) -> Iterator[_Candidate]:
+    def unchanged(self, packed: list[Verified]) -> Iterator[Verified]:
         """The recipes whose packed weights stand for their modules as they are now."""
         of_recipes = []
         for recipe in packed:
             packs = recipe.copies.packs
-            of_recipes.append([(packs.get(path), conv, bn) for path, conv, bn in recipe.live.conv_parts])
+            of_recipes.append([(packs.get(path), conv, bn) for path, conv, bn in recipe.live.packed_parts])
         # One check of all tensors of a network takes half the time of one for each convolution.
         values = [part for recipe, parts in zip(packed, of_recipes) if not recipe.state.frozen for part in parts]
         together = self._together  # another thread may put its own there
@@ -90,7 +95,7 @@ class Survey:
 
 
 @contextlib.contextmanager
-def one_call(found: dict[Question, str], contiguous: bool) -> Iterator[None]:
+def one_call(found: dict[Question, str], contiguous: bool, memories: Memories) -> Iterator[None]:
     """Spans the call of a fused module: until the outermost one ends, `resolve` keeps its answers.
 
     A hook that sets RESNET_KERNELS_BACKEND in mid-call therefore changes the next call.
@@ -98,18 +103,25 @@ def one_call(found: dict[Question, str], contiguous: bool) -> Iterator[None]:
     Args:
         found: the answers that the caller has already.
         contiguous: whether the tensors inside the module are contiguous in eager, and channels_last in this call.
+        memories: for the programs of the module, and of all inside it.
     """
     if getattr(_call_state, "resolved", None) is not None:
         if _call_state.contiguous is not None:
             yield
             return
         found = _call_state.resolved  # `apart` from the module around
-    before = getattr(_call_state, "resolved", None), getattr(_call_state, "contiguous", None)
-    _call_state.resolved, _call_state.contiguous = found, contiguous
+    names = ("resolved", "contiguous", "memories")
+    before = [getattr(_call_state, name, None) for name in names]
+    _call_state.__dict__.update(zip(names, (found, contiguous, before[2] or memories)))
     try:
         yield
     finally:
-        _call_state.resolved, _call_state.contiguous = before
+        _call_state.__dict__.update(zip(names, before))
+
+
+def memories_of(copies: Copies) -> Memories:
+    """The memory for programs: of the outermost module of this call, or of a module that is called alone."""
+    return getattr(_call_state, "memories", None) or copies.memories
 
 
 @contextlib.contextmanager
@@ -160,8 +172,8 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
     if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
         yield
         return
-    verified: list[_Candidate] = []
-    packed: list[_Candidate] = []
+    verified: list[Verified] = []
+    packed: list[Verified] = []
     requested: dict[str, str] = {}
     for owner, state, recipes in survey.owners:
         if (
@@ -188,28 +200,25 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
                 backend = requested[state.backend] = backends.requested(state.backend)
             # Only oneDNN needs packed weights.
             if weight.device.type == "cpu" and backend in ("auto", "cpu"):
-                packed.append(_Candidate(id(owner), recipe, state, state.copies, live))
+                packed.append(Verified(id(owner), recipe, state, state.copies, live, True))
             elif subclasses.are_known(live.convs):
-                verified.append(_Candidate(id(owner), recipe, state, state.copies, live))
+                verified.append(Verified(id(owner), recipe, state, state.copies, live, False))
     verified += survey.unchanged(packed)
-    _call_state.verified = {(v.owner, v.recipe.modules): v.live for v in verified}
-    _call_state.copies = {v.owner: v.copies for v in verified if v.recipe.whole}
+    _call_state.verified = {(v.owner, v.recipe.modules): v for v in verified}
     try:
         yield
     finally:
-        _call_state.verified = _call_state.copies = None
+        _call_state.verified = None
 
 
 def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput] | None:
     """Runs a verified block on the previous block's output without any check; None if something is left to check."""
-    copies = getattr(_call_state, "copies", None)
-    copies = copies.get(id(block)) if copies else None
-    if copies is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
+    verified = getattr(_call_state, "verified", None)
+    state = state_of(block)  # None if another thread has unfused it during this call
+    if not verified or state is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
         return None
-    state = state_of(block)
-    if state is None:
-        return None  # another thread has unfused it during this call
-    program = copies.program(state.plan, x)
+    found = verified.get((id(block), state.plan.modules)) if isinstance(state.plan, Recipe) else None
+    program = None if found is None else found.copies.program(state.plan, x)
     result = None if program is None else program.run_if_safe(x, known.bound, known.owned, state.path)
     return None if result is None else (result[0], BlockInput(True, result[1], known.backend))
 
@@ -219,7 +228,18 @@ def is_inside_verified() -> bool:
     return not torch.compiler.is_compiling() and getattr(_call_state, "verified", None) is not None
 
 
+def runs_packed() -> bool:
+    """Whether a recipe that the outermost module of this call has verified runs on the CPU, with packed weights."""
+    return any(found.packed for found in (getattr(_call_state, "verified", None) or {}).values())
+
+
 def verified_modules(module: nn.Module, recipe: Recipe) -> LiveModules | None:
     """The modules of a recipe, if the outermost module of this call has verified them."""
-    verified = getattr(_call_state, "verified", None)
+    found = verified_recipe(module, recipe)
+    return None if found is None else found.live
+
+
+def verified_recipe(module: nn.Module, recipe: Recipe) -> Verified | None:
+    """A module's recipe, if the outermost module of this call has verified it."""
+    verified: dict[Any, Verified] | None = getattr(_call_state, "verified", None)
     return None if verified is None else verified.get((id(module), recipe.modules))

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from ..graph import fusible
+from ..graph.fusible import BatchNorm
 from ..graph.reads import LiveReads, Reads
 from ..graph.recipe import CallStep, ConvStep, Recipe, Step
 from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
@@ -42,7 +43,7 @@ class LiveModules:
     """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
     __slots__ = (
-        "_readers", "children", "classes", "conv_parts", "convs", "dicts", "names", "others", "parts", "reads", "registries",
+        "_readers", "children", "classes", "packed_parts", "convs", "dicts", "names", "others", "parts", "reads", "registries",
         "statistics", "with_modes",
     )  # fmt: skip
 
@@ -64,7 +65,12 @@ class LiveModules:
         self.statistics = [bn._buffers for bn in norms if "running_mean" in bn._buffers]
         self.reads = None if torch.compiler.is_compiling() else live_reads(module, recipe.reads)
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
-        self.conv_parts = [(part.step.conv, part.conv, part.bn) for part in self.parts if isinstance(part, ConvPart)]
+        # What the CPU keeps copies of, by the path of the convolution, or of a BN before it.
+        self.packed_parts: list[tuple[str, nn.Conv2d | None, BatchNorm | None]] = [
+            (part.step.conv, part.conv, part.bn) if isinstance(part, ConvPart) else (part.step.bn, None, part.bn)
+            for part in self.parts
+            if not isinstance(part, CallPart)
+        ]
         self._readers = [_reader(part) for part in self.parts if not isinstance(part, CallPart) and part.step.x == 0]
 
     @property

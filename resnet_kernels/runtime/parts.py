@@ -57,7 +57,7 @@ def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any,
     if isinstance(child, nn.Conv2d):
         stride, padding, dilation = child.stride, child.padding, child.dilation
         if not type(stride) is type(padding) is type(dilation) is tuple:
-            stride, padding, dilation = _plain(stride), _plain(padding), _plain(dilation)  # type: ignore[assignment]  # anything
+            stride, padding, dilation = plain_setting(stride), plain_setting(padding), plain_setting(dilation)  # type: ignore[assignment]  # anything
         return stride, padding, dilation, child.groups, child.padding_mode, eps
     if type(child) is nn.MaxPool2d:
         return *window_of(child), child.return_indices, eps
@@ -66,11 +66,11 @@ def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any,
 
 def window_of(pool: nn.MaxPool2d) -> tuple[Any, ...]:
     """Kernel size, stride, padding and dilation of a pool, each an int or a pair, and its ceil_mode."""
-    return *map(_plain, (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), pool.ceil_mode
+    return *map(plain_setting, (pool.kernel_size, pool.stride, pool.padding, pool.dilation)), pool.ceil_mode
 
 
-def _plain(setting: object) -> object:
-    """A setting as a value that does not change: a user's list may, and NumPy's arrays don't compare as a whole."""
+def plain_setting(setting: object) -> object:
+    """A module's setting as a value that does not change: a user's list may, and NumPy's arrays don't compare as a whole."""
     if type(setting) in (int, str):
         return setting
     pair = plain_pair(setting)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from torch import nn
@@ -11,6 +10,7 @@ from ..graph.fusible import BatchNorm
 from ..graph.reads import UNREAD, LiveReads
 from ..graph.recipe import ContainerPlan, Recipe
 from .cpu.packed_conv import PackedConv
+from .cpu.packed_norm import PackedNorm
 from .cpu.program import Copies
 from .live_modules import LiveModules
 from .normalize_images import Normalize
@@ -106,10 +106,9 @@ class FusedState(Generic[Fusible]):
         if self.frozen:
             self.plans = {}  # they may hold copies, too
 
-    @property
-    def holds(self) -> Callable[[PackedConv, nn.Conv2d, BatchNorm | None], bool]:
-        """The check that a packed weight may stand for these modules in this call."""
-        return PackedConv.is_of if self.frozen else PackedConv.is_unchanged
+    def holds(self, pack: PackedConv | PackedNorm, conv: nn.Conv2d | None, bn: BatchNorm | None) -> bool:
+        """Whether a packed weight, or a packed BN, may stand for these modules in this call."""
+        return pack.is_of(conv, bn) if self.frozen else pack.is_unchanged(conv, bn)  # type: ignore[arg-type]  # as packed
 
     def __getstate__(self) -> dict[str, Any]:
         # Packed weights are opaque, and the rest is of this very module: a copy makes its own in its first call.

@@ -32,7 +32,7 @@ def _compile(folder: Path, sources: Path, width: int, rows: int, *flags: str) ->
     library = folder / f"width{width}_{rows}.so"
     command = [compiler, "-std=gnu11", "-O1", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Werror", "-Wno-psabi"]
     command += [f"-DPORTABLE_WIDTH={width}", f"-DPORTABLE_ROWS={rows}", *flags]
-    command += [str(sources / "run.c"), str(sources / "portable.c"), "-o", str(library), "-lm"]
+    command += [str(sources / name) for name in ("run.c", "program.c", "portable.c")] + ["-o", str(library), "-lm"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library

@@ -95,10 +95,11 @@ def _busiest(name, shapes, threads):
         blocks = [min(plan.block, units - first) for first in range(0, units, plan.block)]
     panels = -(-c_out // found.panel)
     columns = [min(plan.panels, panels - first) for first in range(0, panels, plan.panels)]
-    # A task also brings its weights from the L2 cache.
-    steps = [(-(-rows // found.rows) + plans._WEIGHTS) * each for rows in blocks for each in columns]
-    arguments = convolution._sized(name, shapes, threads)[1]
-    counted = found.calls.rk_tasks(found.number, name == "winograd", ctypes.byref(arguments))
+    # A task also brings its weights from the L2 cache, and `direct` finds each pixel's taps.
+    pixels = 0 if name == "winograd" else 1 / 16
+    steps = [(-(-rows // found.rows) + plans._WEIGHTS) * each + pixels * rows for rows in blocks for each in columns]
+    arguments = convolution._sized(name, shapes, threads)[1].arguments
+    counted = found.calls.rk_tasks(found.number, convolution.KINDS.index(name), ctypes.byref(arguments))
     assert len(steps) == plan.tasks == counted
     loads = [0] * threads
     for step in steps:

@@ -1,4 +1,4 @@
-/* A convolution as the kernels see it, and the list of kernels that each instruction set brings.
+/* A layer as the kernels see it, and the kernels that each instruction set brings.
  *
  *     y = relu(conv(act(x)) * scale + bias + residual),    act(x) = relu(x * pre_scale + pre_shift) or x itself
  *
@@ -29,19 +29,29 @@ typedef struct {
 } Convolution;
 
 typedef struct {
-    int64_t (*tasks)(const Convolution *);                                /* number of tasks */
-    int64_t (*scratch)(const Convolution *);                              /* floats of scratch memory that a thread needs */
+    int64_t (*tasks)(const Convolution *);   /* number of tasks */
+    int64_t (*scratch)(const Convolution *); /* floats of scratch memory that a thread needs */
     void (*run)(const Convolution *convolution, int64_t task, float *scratch);
 } Kernel;
+
+/* convolution.py, KINDS. The last three are no convolutions: relu(x * scale + bias + residual), and pools without padded
+ * windows of nothing but padding; they use the fields of a convolution that they have. */
+enum { DIRECT, WINOGRAD, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
 
 /* The kernels of one instruction set. */
 typedef struct {
     int64_t panel; /* output channels of a panel */
     int64_t rows;  /* pixels that the micro-kernel computes at once */
-    Kernel direct, winograd;
+    Kernel kinds[KINDS];
     int64_t flops;                                     /* of a step of multiply_add */
     void (*multiply_add)(int64_t steps, float *floats); /* nothing but FMAs: the most that this processor can do */
 } Kernels;
+
+/* The kernels by their number: 0 portable, 1 AVX2 with FMA, 2 AVX-512; NULL if this processor can't run them. */
+const Kernels *rk_kernels(int64_t number);
+
+/* GOMP_parallel of the OpenMP runtime that PyTorch has loaded: a second pool of threads would spin against PyTorch's. */
+typedef void Parallel(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
 
 /* Most input channels times taps that are added up in one chain. Longer sums are added block by block: one chain over 2,048
  * errs twice as much as a matrix product's usual blocks do. A block's share of a panel, 16 KB, stays in the L1 cache. */

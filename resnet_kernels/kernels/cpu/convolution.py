@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import library
 from .library import Library
-from .plans import Shapes, plan_for
+from .plans import Pool, Shapes, plan_for
 
 _SIZES = (
     "batch", "c_in", "in_h", "in_w", "c_out", "out_h", "out_w",
@@ -30,16 +30,41 @@ _SIZES = (
     "pool_h", "pool_w", "pool_kernel", "pool_stride", "pool_top", "pool_left",
     "relu", "pre_relu",
 )  # fmt: skip
+# convolution.h's kinds of layers, by number.
+KINDS = ("direct", "winograd", "elementwise", "max_pool", "average_pool")
 _POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "y")
 
 # Prepared calls that are kept.
 _CACHED = 4096
 
 
-class _Convolution(ctypes.Structure):
-    """convolution.h's structure of this name."""
+class Arguments(ctypes.Structure):
+    """convolution.h's structure Convolution."""
 
     _fields_ = [(name, ctypes.c_int64) for name in _SIZES] + [(name, ctypes.c_void_p) for name in _POINTERS]
+
+
+class Kernel(NamedTuple):
+    """A kernel of a program, with all decided but where x, residual and the result are.
+
+    Attributes:
+        kind: of `KINDS`.
+        arguments: as C reads them.
+        x_shape, out_shape: (N, C, H, W).
+        scratch: floats of scratch memory that a thread needs.
+        tasks: their number.
+        keeps: tensors whose addresses are among the arguments.
+        copies: whether it reads x by its strides.
+    """
+
+    kind: str
+    arguments: Arguments
+    x_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    scratch: int
+    tasks: int
+    keeps: tuple[Tensor | None, ...] = ()
+    copies: bool = False
 
 
 class Activation(NamedTuple):
@@ -117,25 +142,81 @@ def _scratch_of(elements: int) -> Tensor:
 
 
 @functools.lru_cache(_CACHED)
-def _sized(name: str, shapes: Shapes, threads: int) -> tuple[Library, _Convolution, tuple[int, ...], int]:
-    """Returns the library, the structure without addresses, the output's shape, and floats of scratch memory of a thread."""
-    found = library.find()
-    assert isinstance(found, Library), "why_not has seen the library"
+def _sized(name: str, shapes: Shapes, threads: int) -> tuple[Library, Kernel]:
+    """Returns the library, and a convolution's kernel without the addresses of its weights."""
     plan = plan_for(name, shapes, threads)
     n, c_out, out_h, out_w = shapes.out
-    sizes = dict(zip(_SIZES[:7], (n, shapes.x[1], *shapes.x[2:], c_out, out_h, out_w)))
+    sizes = dict(zip(_SIZES, (n, shapes.x[1], *shapes.x[2:], c_out, out_h, out_w)))
     stride, padding, dilation, _ = shapes.geometry
     sizes |= dict(zip(_SIZES[7:15], (*shapes.weight[2:], *stride, *dilation, padding[0], padding[2])))
     sizes |= {"block": plan.block, "panels": plan.panels, "copies": shapes.copies}
     out_shape = (n, c_out, out_h, out_w)
     if (pool := shapes.pool) is not None:
         size = pool.out_size(out_h, out_w)
-        sizes |= dict(zip(_SIZES[22:28], (*size, pool.kernel, pool.stride, pool.padding[0], pool.padding[2])))
+        sizes |= _pool_sizes(pool, size)
         out_shape = (n, c_out, *size)
-    arguments = _Convolution(**sizes)
-    each = found.calls.rk_scratch(found.number, name == "winograd", ctypes.byref(arguments))
+    return _kernel(name, Arguments(**sizes), shapes.x, out_shape, shapes.copies)
+
+
+def _pool_sizes(pool: Pool, size: tuple[int, int]) -> dict[str, int]:
+    return dict(zip(_SIZES[22:28], (*size, pool.kernel, pool.stride, pool.padding[0], pool.padding[2])))
+
+
+def _kernel(
+    kind: str, arguments: Arguments, x_shape: tuple[int, ...], out_shape: tuple[int, ...], copies: bool = False
+) -> tuple[Library, Kernel]:
+    found = library.find()
+    assert isinstance(found, Library), "why_not has seen the library"
+    scratch, tasks = (
+        call(found.number, KINDS.index(kind), ctypes.byref(arguments))
+        for call in (found.calls.rk_scratch, found.calls.rk_tasks)
+    )
     # Two threads' memory shares no page.
-    return found, arguments, out_shape, -(-each // 1024) * 1024
+    return found, Kernel(kind, arguments, x_shape, out_shape, -(-scratch // 1024) * 1024, tasks, copies=copies)
+
+
+# Tasks of a thread, at least, where a layer is a pass over memory; and floats of a task, at most.
+_TASKS, _MOST_FLOATS = 4, 2**14
+
+
+def elementwise(
+    x_shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, relu: bool, threads: int
+) -> Kernel:
+    """Returns the kernel of relu(x * scale + shift + residual), on channels_last images.
+
+    Args:
+        x_shape: (N, C, H, W), not empty.
+        scale, shift: (C,), fp32, contiguous; None for ones, for zeros.
+        relu: False leaves the ReLU away.
+        threads: that a call may use.
+    """
+    n, channels, height, width = x_shape
+    pixels = n * height * width
+    block = max(1, min(_MOST_FLOATS // channels, pixels // (_TASKS * threads)))
+    arguments = Arguments(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=block, relu=relu)
+    for name, vector in (("scale", scale), ("bias", shift)):
+        if vector is not None:
+            _check(name, vector, (channels,))
+            setattr(arguments, name, vector.data_ptr())
+    return _kernel("elementwise", arguments, x_shape, x_shape)[1]._replace(keeps=(scale, shift))
+
+
+def pooling(kind: str, x_shape: tuple[int, ...], pool: Pool, threads: int) -> Kernel:
+    """Returns the kernel of a max_pool, or of an average_pool over the pixels inside the image, on channels_last images.
+
+    Args:
+        kind: "max_pool" or "average_pool".
+        x_shape: (N, C, H, W), not empty.
+        pool: none of its windows lies in the padding alone.
+        threads: that a call may use.
+    """
+    n, channels, height, width = x_shape
+    size = pool.out_size(height, width)
+    block = max(1, min(size[0], n * size[0] // (_TASKS * threads)))
+    arguments = Arguments(
+        batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=block, **_pool_sizes(pool, size)
+    )
+    return _kernel(kind, arguments, x_shape, (n, channels, *size))[1]
 
 
 class Bound:
@@ -150,7 +231,7 @@ class Bound:
         threads: that a call may use.
     """
 
-    __slots__ = ("_arguments", "_convolve", "_keeps", "_out_shape", "_scratch", "name", "packed", "shapes")
+    __slots__ = ("_arguments", "_convolve", "_kernel", "_out_shape", "_scratch", "name", "packed", "shapes")
 
     def __init__(
         self,
@@ -161,21 +242,49 @@ class Bound:
         bias: Tensor | None,
         threads: int,
     ):
-        found, arguments, self._out_shape, each = _sized(name, shapes, threads)
+        found, kernel = _sized(name, shapes, threads)
         _check("packed", packed, (weight_elements(name, shapes.weight, found.panel),))
         for what, vector in (("scale", scale), ("bias", bias)):
             if vector is not None:
                 _check(what, vector, shapes.weight[:1])
         self.name, self.shapes, self.packed = name, shapes, packed
-        self._keeps = (packed, scale, bias)  # the addresses below are theirs
-        self._arguments = _Convolution.from_buffer_copy(arguments)
+        self._arguments = Arguments.from_buffer_copy(kernel.arguments)
         self._arguments.weight = packed.data_ptr()
         if scale is not None:
             self._arguments.scale = scale.data_ptr()
         if bias is not None:
             self._arguments.bias = bias.data_ptr()
-        self._scratch = each * threads
-        self._convolve = functools.partial(_convolve, found, name == "winograd", threads, each)
+        self._kernel = kernel._replace(keeps=(packed, scale, bias))  # the addresses above are theirs
+        self._out_shape = kernel.out_shape
+        self._scratch = kernel.scratch * threads
+        self._convolve = functools.partial(_convolve, found, KINDS.index(name), threads, kernel.scratch)
+
+    def kernel(self, relu: bool, activation: Activation | None = None) -> Kernel:
+        """Returns it as a kernel of a program, for a channels_last x.
+
+        Args:
+            relu: False leaves the ReLU away.
+            activation: what x goes through first; `direct` has to copy for that.
+        """
+        arguments = self._with(relu, activation)
+        if arguments.copies:
+            _, c, h, w = self.shapes.x
+            arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = c * h * w, 1, w * c, c
+        keeps = self._kernel.keeps if activation is None else (*self._kernel.keeps, activation.scale, activation.shift)
+        return self._kernel._replace(arguments=arguments, keeps=keeps)
+
+    def _with(self, relu: bool, activation: Activation | None) -> Arguments:
+        """A copy of the arguments: other threads may be in a call of the same ones."""
+        arguments = Arguments.from_buffer_copy(self._arguments)
+        arguments.relu = relu
+        if activation is not None:
+            if self.name == "direct" and not self.shapes.copies:
+                raise ValueError("direct activates x only where it copies rows")
+            for what, vector in (("activation.scale", activation.scale), ("activation.shift", activation.shift)):
+                _check(what, vector, self.shapes.x[1:2])
+            arguments.pre_scale, arguments.pre_shift = activation.scale.data_ptr(), activation.shift.data_ptr()
+            arguments.pre_relu = activation.relu
+        return arguments
 
     def __call__(
         self,
@@ -228,18 +337,10 @@ class Bound:
             y = residual if overwrite_residual else None
         if y is None:
             y = torch.empty(self._out_shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-        # A copy: other threads may be in a call of the same one.
-        arguments = _Convolution.from_buffer_copy(self._arguments)
-        arguments.x, arguments.y, arguments.relu = x.data_ptr(), y.data_ptr(), relu
+        arguments = self._with(relu, activation)
+        arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
         if residual is not None:
             arguments.residual = residual.data_ptr()
-        if activation is not None:
-            if self.name == "direct" and not self.shapes.copies:
-                raise ValueError("direct activates x only where it copies rows")
-            for what, vector in (("activation.scale", activation.scale), ("activation.shift", activation.shift)):
-                _check(what, vector, self.shapes.x[1:2])
-            arguments.pre_scale, arguments.pre_shift = activation.scale.data_ptr(), activation.shift.data_ptr()
-            arguments.pre_relu = activation.relu
         if arguments.copies:
             arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = x.stride()
         scratch = _scratch_of(self._scratch)
@@ -259,7 +360,7 @@ def _check(
         raise ValueError(f"{name} must be dense in {layout}, got strides {tensor.stride()}")
 
 
-def _convolve(found: Library, winograd: bool, threads: int, each: int, arguments: _Convolution, scratch: int) -> None:
+def _convolve(found: Library, kind: int, threads: int, each: int, arguments: Arguments, scratch: int) -> None:
     found.calls.rk_convolve(
-        found.number, winograd, ctypes.byref(arguments), threads, found.parallel, scratch, each
+        found.number, kind, ctypes.byref(arguments), threads, found.parallel, scratch, each
     )  # fmt: skip

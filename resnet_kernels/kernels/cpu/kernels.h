@@ -3,12 +3,14 @@
 
 #include "direct.h"
 #include "winograd.h"
+#include "pointwise.h"
 
-/* As many independent chains as the micro-kernel has: each FMA has to wait for the one before it in its chain. */
+/* As many independent chains as the micro-kernel has: each FMA has to wait for the one before it in its chain. They start
+ * differently: equal ones would be computed once. */
 static void multiply_add(int64_t steps, float *floats)
 {
     Vector x = load(floats), y = load(floats + WIDTH);
-#define START(i) Vector a##i = x, b##i = y;
+#define START(i) Vector a##i = x + i, b##i = y - (i + 1);
     JOIN(REPEAT_, ROWS)(START)
     for (int64_t step = 0; step < steps; step++) {
 #define STEP(i) a##i = a##i * x + y, b##i = b##i * x + y;
@@ -22,8 +24,13 @@ static void multiply_add(int64_t steps, float *floats)
 const Kernels KERNELS = {
     PANEL,
     ROWS,
-    {direct_tasks, direct_scratch, direct_run},
-    {winograd_tasks, winograd_scratch, winograd_run},
+    {
+        [DIRECT] = {direct_tasks, direct_scratch, direct_run},
+        [WINOGRAD] = {winograd_tasks, winograd_scratch, winograd_run},
+        [ELEMENTWISE] = {elementwise_tasks, no_scratch, elementwise_run},
+        [MAX_POOL] = {pool_tasks, no_scratch, max_pool_run},
+        [AVERAGE_POOL] = {pool_tasks, no_scratch, average_pool_run},
+    },
     2 * 2 * WIDTH * ROWS,
     multiply_add,
 };

@@ -20,7 +20,7 @@ import torch
 ISA_VARIABLE = "RESNET_KERNELS_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 # run.c, rk_interface: a library that an older version of this package left behind can't be called.
-_INTERFACE = 2
+_INTERFACE = 3
 _NAME = "_convolution"
 
 
@@ -116,7 +116,7 @@ def _path() -> Path | None:
 
 
 def _declare(calls: ctypes.CDLL) -> None:
-    """Declares the library's functions, as run.c has them."""
+    """Declares the library's functions, as run.c and program.c have them."""
     size, pointer = ctypes.c_int64, ctypes.c_void_p
     for name, arguments, result in (
         ("rk_panel", [size], size),
@@ -124,6 +124,8 @@ def _declare(calls: ctypes.CDLL) -> None:
         ("rk_tasks", [size, size, pointer], size),
         ("rk_scratch", [size, size, pointer], size),
         ("rk_convolve", [size, size, pointer, size, pointer, pointer, size], None),
+        ("rk_phase", [], size),
+        ("rk_run", [size, pointer, size, size, pointer, pointer, size, pointer, pointer, size], None),
         ("rk_peak", [size, size, size, pointer], size),
         ("rk_pack", [size, size, pointer, pointer, pointer, pointer, size, pointer], size),
     ):

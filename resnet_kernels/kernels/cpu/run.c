@@ -1,4 +1,4 @@
-/* What Python calls: which instruction set runs here, packed weights, and the tasks of a convolution on a pool of threads. */
+/* What Python calls beside program.c: which instruction set runs here, packed weights, the processor's peak. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -13,8 +13,7 @@
 
 extern const Kernels rk_portable, rk_avx2, rk_avx512;
 
-/* The kernels by their number: 0 portable, 1 AVX2 with FMA, 2 AVX-512; NULL if this processor can't run them. */
-static const Kernels *kernels(int64_t number)
+const Kernels *rk_kernels(int64_t number)
 {
 #if defined(__x86_64__) && !defined(PORTABLE_WIDTH)
     __builtin_cpu_init();
@@ -27,16 +26,16 @@ static const Kernels *kernels(int64_t number)
 }
 
 /* The version of this interface. Python refuses any other. */
-EXPORT int64_t rk_interface(void) { return 2; }
+EXPORT int64_t rk_interface(void) { return 3; }
 
 /* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
 EXPORT int64_t rk_panel(int64_t number)
 {
-    const Kernels *of = kernels(number);
+    const Kernels *of = rk_kernels(number);
     return of ? of->panel : 0;
 }
 
-EXPORT int64_t rk_rows(int64_t number) { return kernels(number)->rows; }
+EXPORT int64_t rk_rows(int64_t number) { return rk_kernels(number)->rows; }
 
 /* A job of several tasks, which threads take one by one: a busy core holds nobody up for longer than its task. */
 typedef struct {
@@ -53,54 +52,12 @@ static void take_tasks(void *argument)
         job->run(job, task, thread);
 }
 
-/* GOMP_parallel of the OpenMP runtime that PyTorch has loaded: a second pool of threads would spin against PyTorch's. */
-typedef void Parallel(void (*function)(void *), void *argument, unsigned threads, unsigned flags);
-
 static void run_job(Job *job, int64_t threads, Parallel *parallel)
 {
     if (parallel && least(threads, job->tasks) > 1)
         parallel(take_tasks, job, (unsigned)least(threads, job->tasks), 0);
     else
         take_tasks(job);
-}
-
-static const Kernel *kernel(int64_t number, int64_t winograd)
-{
-    return winograd ? &kernels(number)->winograd : &kernels(number)->direct;
-}
-
-EXPORT int64_t rk_tasks(int64_t number, int64_t winograd, const Convolution *convolution)
-{
-    return kernel(number, winograd)->tasks(convolution);
-}
-
-/* Floats of scratch memory that each thread needs. */
-EXPORT int64_t rk_scratch(int64_t number, int64_t winograd, const Convolution *convolution)
-{
-    return kernel(number, winograd)->scratch(convolution);
-}
-
-typedef struct {
-    Job job;
-    const Kernel *kernel;
-    const Convolution *convolution;
-    float *scratch;
-    int64_t scratch_step;
-} Run;
-
-static void run_task(void *job, int64_t task, int64_t thread)
-{
-    const Run *run = job;
-    run->kernel->run(run->convolution, task, run->scratch + thread * run->scratch_step);
-}
-
-/* Runs a convolution. scratch: `threads` times `scratch_step` floats, the latter at least rk_scratch. */
-EXPORT void rk_convolve(int64_t number, int64_t winograd, const Convolution *convolution, int64_t threads, Parallel *parallel,
-                        float *scratch, int64_t scratch_step)
-{
-    const Kernel *of = kernel(number, winograd);
-    Run run = {{run_task, of->tasks(convolution), 0, 0}, of, convolution, scratch, scratch_step};
-    run_job(&run.job, threads, parallel);
 }
 
 typedef struct {
@@ -120,7 +77,7 @@ static void run_peak(void *job, int64_t task, int64_t thread)
 /* Runs FMAs and nothing else on all threads. Returns the number of FLOPs. */
 EXPORT int64_t rk_peak(int64_t number, int64_t steps, int64_t threads, Parallel *parallel)
 {
-    Peak peak = {{run_peak, threads, 0, 0}, kernels(number), steps};
+    Peak peak = {{run_peak, threads, 0, 0}, rk_kernels(number), steps};
     run_job(&peak.job, threads, parallel);
     return threads * steps * peak.kernels->flops;
 }
@@ -243,7 +200,7 @@ static void pack_winograd(void *job, int64_t task, int64_t thread)
 EXPORT int64_t rk_pack(int64_t number, int64_t winograd, const float *weight, const int64_t *sizes, const int64_t *strides,
                        float *packed, int64_t threads, Parallel *parallel)
 {
-    int64_t panel = kernels(number)->panel;
+    int64_t panel = rk_kernels(number)->panel;
     Pack pack = {
         {winograd ? pack_winograd : pack_direct, blocks(sizes[0], panel), 0, 0},
         weight, sizes[0], sizes[1], sizes[2], sizes[3],

@@ -1,7 +1,7 @@
 """Execution of a recipe on the CPU: convolutions use packed weights.
 
-A block whose weights are verified runs as one flat list of calls (program.PackedProgram). Any other block runs step by step. A
-residual that nobody else holds is overwritten.
+A block whose weights are verified runs as one call of ours (compiled_program.py), or as a flat list of oneDNN's
+(program.PackedProgram). Any other block runs step by step. A residual that nobody else holds is overwritten.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...graph import fusible
 from ...graph.recipe import Recipe
 from ...kernels.cpu.convolution import Activation, Bound
 from ...ops import onednn
-from .. import run_steps
+from .. import checked_calls, run_steps
 from ..parts import CallPart, ConvPart, NormPart, Part
 from ..run_steps import Values
 from ..state import FusedRun, FusedState
-from . import neighbors
+from . import compiled_program, neighbors
 from .packed_conv import PackedConv
+from .packed_norm import PackedNorm
 
 
 def run(
@@ -42,6 +44,10 @@ def run(
     # One object for the whole call: if weights change during the call, their old copies go with the old object.
     copies = state.copies
     if run.verified:
+        section = compiled_program.Section(recipe, run.live, copies, state.path)
+        compiled = compiled_program.find(copies.compiled, "", x, [section])
+        if compiled is not None:
+            return compiled(x, checked_calls.memories_of(copies)), None
         program = copies.program(recipe, x) or copies.make_program(recipe, x)
         if program is not None and (result := program.run_if_safe(x, x_bound, owned, state.path)) is not None:
             return result
@@ -53,10 +59,22 @@ def run(
 
     def pack_of(part: ConvPart, x: Tensor) -> PackedConv:
         pack = copies.packs.get(part.step.conv)
-        if pack is None or not (run.verified or state.holds(pack, part.conv, part.bn)) or not pack.fits(x):
+        valid = isinstance(pack, PackedConv) and (run.verified or state.holds(pack, part.conv, part.bn)) and pack.fits(x)
+        if not valid:
             pack = PackedConv(part.conv, part.bn, x)
             copies.pack(part.step.conv, pack)
+        assert isinstance(pack, PackedConv)
         return pack
+
+    def activation_of(part: NormPart, x: Tensor) -> Activation | None:
+        pack = copies.packs.get(part.step.bn)
+        if not isinstance(pack, PackedNorm) or not (run.verified or state.holds(pack, None, part.bn)):
+            pack = PackedNorm(part.bn)
+            copies.pack(part.step.bn, pack)
+        activation = pack.activation
+        if activation is None or activation.scale.numel() != x.shape[1]:
+            return None
+        return activation._replace(relu=part.step.relu)
 
     def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
         step, pack = part.step, pack_of(part, x)
@@ -68,7 +86,7 @@ def run(
             assert own is not None  # run_part has asked
         elif step.out in pools and (own := _pooled(pack, pools[step.out], x)) is not None:
             done.add(step.out)
-        elif not pack.runs_ours(x.shape):
+        elif pack.own(x.shape) is None:
             bound = pack.bound(onednn.bound(x, bounds[step.x]))
             if step.residual is not None:
                 assert residual is not None
@@ -89,13 +107,14 @@ def run(
 
     def run_part(part: Part, values: Values) -> Tensor:
         bounds[part.step.out] = None
-        if isinstance(part, NormPart) and part.step.out in on_load and x_dtype == torch.float32:
+        if isinstance(part, NormPart) and fusible.is_frozen(part.bn):
             x = values[part.step.x]
-            readers = [reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out]
-            ours = all(pack_of(reader, x).activated(x.shape) is not None for reader in readers)
-            if ours and (activation := neighbors.activation_of(part, x)) is not None:
-                pending[part.step.out] = part, activation
-                return x
+            activation = activation_of(part, x)
+            if activation is not None and part.step.out in on_load and x.dtype == torch.float32:
+                readers = [reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out]
+                if all(pack_of(reader, x).activated(x.shape) is not None for reader in readers):
+                    pending[part.step.out] = part, activation
+                    return x
         if isinstance(part, ConvPart) and part.step.x in pending:
             x = values[part.step.x]
             if pack_of(part, x).activated(x.shape) is None:  # a weight was changed since
@@ -108,7 +127,6 @@ def run(
             bounds[part.step.out] = bounds[part.step.inputs[0]]  # a maximum of values keeps their bound
         return y
 
-    x_dtype = x.dtype
     values = {0: x}
     del x
     return run_steps.run_steps(parts, values, recipe.result, state.path, run_part), bounds[recipe.result]
@@ -116,7 +134,7 @@ def run(
 
 def _pooled(pack: PackedConv, child: nn.MaxPool2d, x: Tensor) -> Bound | None:
     """A convolution with the max-pool behind it in one pass; None where no kernel of ours does that."""
-    if not pack.runs_ours(x.shape):
+    if pack.own(x.shape) is None:
         return None
     pool = neighbors.pool_of(child, pack.out_shape(x.shape)[2:])
     return None if pool is None else pack.pooled(x.shape, pool)

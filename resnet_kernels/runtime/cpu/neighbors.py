@@ -8,13 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import nn
 
-from ...graph import fusible
-from ...kernels.cpu.convolution import Activation
 from ...kernels.cpu.plans import Pool
 from ...models.same_padding import MaxPool2dSame
-from ..parts import CallPart, ConvPart, NormPart, Part, scale_shift, window_of
+from ..parts import CallPart, ConvPart, NormPart, Part, window_of
 
 
 def norms_on_load(parts: Sequence[Part], result: int) -> set[int]:
@@ -28,16 +26,6 @@ def norms_on_load(parts: Sequence[Part], result: int) -> set[int]:
                 reads.add(part.step.x)
         made -= reads
     return made - {result}
-
-
-def activation_of(part: NormPart, x: Tensor) -> Activation | None:
-    """Returns a BN, and ReLU or not, as it is now; None if its vectors don't fit x, where eager has an error to raise."""
-    if not fusible.is_frozen(part.bn) or part.bn.running_mean is None or part.bn.running_var is None:
-        return None
-    scale, shift = scale_shift(None, part.bn)
-    if scale is None or shift is None or not scale.numel() == shift.numel() == x.shape[1]:
-        return None
-    return Activation(scale.detach().float().contiguous(), shift.detach().float().contiguous(), part.step.relu)
 
 
 def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:

@@ -119,9 +119,14 @@ class PackedConv:
         sized = self._sizes.get((shape, *_setting()))
         return self._add(shape) if sized is None else sized
 
-    def runs_ours(self, shape: torch.Size) -> bool:
-        """Whether a kernel of ours runs inputs of this shape, which it `fits`: then no bound on values is needed."""
-        return self._at(shape).own is not None
+    @property
+    def channels(self) -> int:
+        """Channels of its input, if there are no groups."""
+        return self._conv.weight.shape[1]
+
+    def own(self, shape: torch.Size) -> convolution.Bound | None:
+        """The kernel of ours that runs inputs of this shape, which it `fits`; None where oneDNN does."""
+        return self._at(shape).own
 
     def _at(self, shape: torch.Size) -> SizedConv:
         sized = self.at(shape)
@@ -133,7 +138,7 @@ class PackedConv:
         if min(geometry.out_size(shape[2:], self._conv.weight.shape[2:])) < 1:
             # To ATen, whose error helps; oneDNN would only say that it could not construct a descriptor.
             return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
-        if self._unfolded is None and (own := self._own(shape, geometry, folded)) is not None:
+        if self._unfolded is None and (own := self._new_own(shape, geometry, folded)) is not None:
             return self._keep(shape, SizedConv(geometry, (), own.packed, False, own))
         for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, geometry.stride)
         weight = None
@@ -184,7 +189,7 @@ class PackedConv:
         self._weights["direct"] = weight
         return convolution.Bound("direct", shapes, weight, None, self.bias, threads)
 
-    def _own(self, shape: torch.Size, geometry: Geometry, folded: Tensor | None) -> convolution.Bound | None:
+    def _new_own(self, shape: torch.Size, geometry: Geometry, folded: Tensor | None) -> convolution.Bound | None:
         """A kernel of ours for inputs of this shape; None where oneDNN or ATen is the choice."""
         weight_shape = tuple(self._conv.weight.shape)
         for name in cpu_candidates.for_packed(weight_shape, geometry, tuple(shape), self._dtype):

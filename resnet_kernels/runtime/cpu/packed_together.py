@@ -1,4 +1,4 @@
-"""All packed convolutions of a network, whose sources are compared in one go."""
+"""All packed convolutions and BNs of a network, whose sources are compared in one go."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from torch import nn
 
 from ...graph.fusible import BatchNorm
 from .packed_conv import PackedConv
+from .packed_norm import PackedNorm
 from .watched_tensors import WatchedTensors
 
 
-class PackedTogether:
-    """Packed convolutions of a whole network, whose sources are compared in one go."""
+# A copy, if there is one, and what it has to be of: a convolution with or without a BN, or a BN alone.
+PackedPart = tuple[PackedConv | PackedNorm | None, nn.Conv2d | None, BatchNorm | None]
 
-    def __init__(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]):
+
+class PackedTogether:
+    """Packed convolutions and BNs of a whole network, whose sources are compared in one go."""
+
+    def __init__(self, parts: Sequence[PackedPart]):
         self._parts = [*parts]
         packs = [pack for pack, _, _ in parts if pack is not None]
         self._sources = WatchedTensors.of_all([pack.sources for pack in packs]) if len(packs) == len(parts) else None
         # Identity of each setting comes first: comparing the values takes three times as long.
         places: list[tuple[dict[str, Any], str]] = []
         for _, conv, bn in parts:
-            places += [(conv.__dict__, name) for name in _SETTINGS]
+            places += [] if conv is None else [(conv.__dict__, name) for name in _SETTINGS]
             places += [] if bn is None else [(bn.__dict__, "eps")]
         self._registries, self._names = [registry for registry, _ in places], [name for _, name in places]
         self._settings = [registry.get(name) for registry, name in places]
@@ -31,7 +36,7 @@ class PackedTogether:
         are_plain = all(type(value) in (int, float, str, tuple) for value in self._settings)
         self._identity_tells = are_plain and self._have_settings()
 
-    def are_of(self, parts: Sequence[tuple[PackedConv | None, nn.Conv2d, BatchNorm | None]]) -> bool:
+    def are_of(self, parts: Sequence[PackedPart]) -> bool:
         """Whether they are of these very packed convolutions and modules."""
         # Tuples of objects without an __eq__ compare by identity.
         return self._parts == parts

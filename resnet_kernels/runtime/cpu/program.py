@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ...graph.recipe import ConvStep, Recipe
+from ...kernels.cpu.program import Memories
 from ...ops import onednn, tuned_table
 from .. import profiler_ranges
 from .packed_conv import PackedConv
+from .packed_norm import PackedNorm
+
+if TYPE_CHECKING:
+    from .compiled_program import CompiledProgram
 
 # Most programs of a module; detection models see many image sizes.
 _MOST_PROGRAMS = 256
@@ -20,14 +25,17 @@ _MOST_PROGRAMS = 256
 class Copies:
     """Copies made from a fused module's weights. They are dropped as a whole, so identity shows whether they hold.
 
-    packs: packed weights by the convolution's path. programs: by a recipe's modules, the input's shape and dtype, the number
-    of threads and the tables' generation. Both are for the CPU. On other devices a frozen module's copies are reached by
-    `first`.
+    packs: packed weights by the convolution's path, and BNs that come before one by their own. programs: by a recipe's
+    modules, the input's shape and dtype, the number of threads and the tables' generation. compiled: the programs of its
+    chains, or of itself; compiled_program.find. memories: for these. All are for the CPU. On other devices a frozen module's
+    copies are reached by `first`.
     """
 
     def __init__(self) -> None:
-        self.packs: dict[str, PackedConv] = {}
+        self.packs: dict[str, PackedConv | PackedNorm] = {}
         self.programs: dict[tuple[Any, ...], PackedProgram] = {}
+        self.compiled: dict[Any, CompiledProgram] = {}
+        self.memories = Memories()
         self._first: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
 
     def first(self, key: tuple[Any, ...], sources: tuple[Any, ...], make: Callable[[], Any]) -> Any:
@@ -37,7 +45,7 @@ class Copies:
             found = self._first[key] = sources, make()
         return found[1]
 
-    def pack(self, name: str, pack: PackedConv) -> None:
+    def pack(self, name: str, pack: PackedConv | PackedNorm) -> None:
         """Replaces an older pack, and drops the programs that use it."""
         self.packs[name] = pack
         # A new dict: another thread that is making a program of the old pack puts it into the old dict.
@@ -69,7 +77,7 @@ class PackedProgram:
     oneDNN's own ReLU is safe in all steps; our kernels need no bounds. `entries` is empty if a step needs more than one call.
     """
 
-    def __init__(self, recipe: Recipe, packs: dict[str, PackedConv], x: Tensor):
+    def __init__(self, recipe: Recipe, packs: dict[str, Any], x: Tensor):
         self._result = recipe.result
         self._is_ours = False
         self.entries: list[

@@ -1,0 +1,102 @@
+/* Layers that are no convolutions: scale, shift, residual and ReLU of each value, and pools of windows of pixels. */
+
+static int64_t no_scratch(const Convolution *c)
+{
+    (void)c;
+    return 0;
+}
+
+static int64_t elementwise_tasks(const Convolution *c) { return blocks(c->batch * c->out_h * c->out_w, c->block); }
+
+/* One task: `block` pixels. */
+static void elementwise_run(const Convolution *c, int64_t task, float *scratch)
+{
+    int64_t begin = task * c->block, end = least(begin + c->block, c->batch * c->out_h * c->out_w), channels = c->c_out;
+    (void)scratch;
+    for (int64_t pixel = begin; pixel < end; pixel++) {
+        Output out = output_of(c, pixel);
+        const float *x = c->x + pixel * channels;
+        int64_t k = 0;
+        for (; k + WIDTH <= channels; k += WIDTH) {
+            Vector v = load(x + k);
+            if (out.scale)
+                v *= load(out.scale + k);
+            if (out.bias)
+                v += load(out.bias + k);
+            if (out.residual)
+                v += load(out.residual + k);
+            store(out.y + k, out.relu ? relu(v) : v);
+        }
+        for (; k < channels; k++) {
+            float v = x[k];
+            if (out.scale)
+                v *= out.scale[k];
+            if (out.bias)
+                v += out.bias[k];
+            if (out.residual)
+                v += out.residual[k];
+            out.y[k] = out.relu ? relu_one(v) : v;
+        }
+    }
+}
+
+static int64_t pool_tasks(const Convolution *c) { return c->batch * blocks(c->pool_h, c->block); }
+
+static float larger_one(float a, float b) { return b > a || b != b ? b : a; }
+
+/* The pixels of x below a pooled pixel: rows h0 to h1, columns w0 to w1. What lies in the padding is left out. */
+typedef struct {
+    int64_t h0, h1, w0, w1;
+} Window;
+
+static Window window_of(const Convolution *c, int64_t h, int64_t w)
+{
+    int64_t top = h * c->pool_stride - c->pool_top, left = w * c->pool_stride - c->pool_left;
+    return (Window){most(0, top), least(c->in_h, top + c->pool_kernel), most(0, left), least(c->in_w, left + c->pool_kernel)};
+}
+
+/* One task: `block` pooled rows of an image. `average` is known at compile time. */
+INLINE void pool_run(const Convolution *c, int64_t task, int average)
+{
+    int64_t per_image = blocks(c->pool_h, c->block), image = task / per_image, channels = c->c_in;
+    int64_t begin = task % per_image * c->block, end = least(c->pool_h, begin + c->block);
+    const float *x = c->x + image * c->in_h * c->in_w * channels;
+    for (int64_t h = begin; h < end; h++)
+        for (int64_t w = 0; w < c->pool_w; w++) {
+            Window at = window_of(c, h, w);
+            float count = (float)((at.h1 - at.h0) * (at.w1 - at.w0));
+            float *y = c->y + ((image * c->pool_h + h) * c->pool_w + w) * channels;
+            const float *first = x + (at.h0 * c->in_w + at.w0) * channels;
+            int64_t k = 0;
+            for (; k + WIDTH <= channels; k += WIDTH) {
+                Vector v = average ? (Vector){0} : load(first + k);
+                for (int64_t i = at.h0; i < at.h1; i++)
+                    for (int64_t j = at.w0; j < at.w1; j++) {
+                        Vector pixel = load(x + (i * c->in_w + j) * channels + k);
+                        v = average ? v + pixel : larger(v, pixel);
+                    }
+                store(y + k, average ? v / count : v);
+            }
+            for (; k < channels; k++) {
+                float v = average ? 0 : first[k];
+                for (int64_t i = at.h0; i < at.h1; i++)
+                    for (int64_t j = at.w0; j < at.w1; j++) {
+                        float pixel = x[(i * c->in_w + j) * channels + k];
+                        v = average ? v + pixel : larger_one(v, pixel);
+                    }
+                y[k] = average ? v / count : v;
+            }
+        }
+}
+
+static void max_pool_run(const Convolution *c, int64_t task, float *scratch)
+{
+    (void)scratch;
+    pool_run(c, task, 0);
+}
+
+static void average_pool_run(const Convolution *c, int64_t task, float *scratch)
+{
+    (void)scratch;
+    pool_run(c, task, 1);
+}

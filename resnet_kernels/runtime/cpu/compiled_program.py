@@ -1,0 +1,306 @@
+"""Recipes on the CPU as one call into C: all blocks of a network, or one block, for one shape of its input.
+
+Everything in a program runs on our own kernels (kernels/cpu/program.py). Where a step has none, blocks run one by one, and
+the steps of that block, too (executor.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ...graph.recipe import Recipe
+from ...kernels.cpu import convolution, plans
+from ...kernels.cpu.convolution import Activation, Kernel
+from ...kernels.cpu.program import Layer, Memories, Program, Slice
+from ...ops import tuned_table
+from ...ops.layouts import is_channels_last
+from .. import profiler_ranges
+from ..parts import CallPart, ConvPart, NormPart, Part, plain_setting
+from . import neighbors
+from .packed_conv import PackedConv
+from .packed_norm import PackedNorm
+
+if TYPE_CHECKING:
+    from ..live_modules import LiveModules
+    from .program import Copies
+
+
+class Section(NamedTuple):
+    """A recipe in a program. live: its modules. copies: of the module that it is of. path: of that module, for profilers."""
+
+    recipe: Recipe
+    live: LiveModules
+    copies: Copies
+    path: str
+
+
+class CompiledProgram:
+    """Recipes as one program for inputs of one shape and layout.
+
+    The packed weights and BNs must stand for their modules as they are now: whoever calls has checked that, and asks `is_of`.
+    """
+
+    def __init__(self, sections: Sequence[Section], x: Tensor):
+        # Before they are read.
+        self._packs = [section.copies.programs for section in sections]
+        builder = _Builder(tuple(x.shape), x.is_contiguous() and not is_channels_last(x))
+        self._program: Program | None = None
+        try:
+            for section in sections:
+                builder.add(section)
+            self._program = builder.program()
+        except _HasNoKernel:
+            pass
+        self._contiguous = builder.contiguous
+        # Settings that no packed weight knows of.
+        self._pools = builder.pools
+
+    @property
+    def runs(self) -> bool:
+        """Whether there is a program: each step has a kernel of ours, and each packed weight is there."""
+        return self._program is not None
+
+    def is_of(self, sections: Sequence[Section]) -> bool:
+        """Whether it was made of these very packed weights, and all pools are set as they were."""
+        return (
+            len(sections) == len(self._packs)
+            # A dict of programs is replaced with each packed weight.
+            and all(section.copies.programs is packs for section, packs in zip(sections, self._packs))
+            and all(_settings(child) == then for child, then in self._pools)
+        )
+
+    def __call__(self, x: Tensor, memories: Memories) -> Tensor:
+        """Returns the output, channels_last: memory of its own.
+
+        Args:
+            x: fp32, of the shape that it was made for, in any layout.
+            memories: of the model.
+        """
+        with torch._C.DisableTorchFunction():
+            x = x.detach().resolve_neg()
+            if not (self._contiguous and x.is_contiguous()):
+                x = x.contiguous(memory_format=torch.channels_last)
+            assert self._program is not None
+            around = self._range if torch.autograd._profiler_enabled() else None
+            return self._program(x, memories.of(self._program.floats), around)[0]
+
+    def _range(self, number: int) -> AbstractContextManager[Any]:
+        """What profilers show of a layer: a range with the step's path, and in it an operation."""
+        assert self._program is not None
+        layer = self._program.layers[number]
+        stack = ExitStack()
+        stack.enter_context(torch.autograd.profiler.record_function(profiler_ranges.PREFIX + layer.label))
+        kind = layer.kernel.kind
+        name = f"conv_bias_act.{kind}" if kind in plans.KERNELS else kind
+        stack.enter_context(torch._C._profiler._RecordFunctionFast(f"resnet_kernels::{name}"))
+        return stack
+
+
+class _HasNoKernel(Exception):
+    """A step has no kernel of ours."""
+
+
+class _Builder:
+    """Layers of recipes that run one after the other.
+
+    shapes: of the values so far, by number.
+    """
+
+    def __init__(self, x_shape: tuple[int, ...], contiguous: bool):
+        self.layers: list[Layer] = []
+        self.pools: list[tuple[nn.Module, list[Any]]] = []
+        self.contiguous = contiguous
+        self._x_shape = x_shape
+        self._shapes = {0: x_shape}
+        self._result = 0
+        self._threads = torch.get_num_threads()
+
+    def program(self) -> Program:
+        """The program of all that was added."""
+        if not self.layers or self._result == 0:
+            raise _HasNoKernel
+        readers = [layer for layer in self.layers if layer.x.value == 0]
+        is_added = any(layer.residual is not None and layer.residual.value == 0 for layer in self.layers)
+        self.contiguous &= not is_added and all(layer.kernel.copies for layer in readers)
+        layers = [self._with_layout(layer) for layer in self.layers]
+        return Program(layers, self._x_shape, {self._result: self._shapes[self._result]}, self._threads)
+
+    def _with_layout(self, layer: Layer) -> Layer:
+        if layer.x.value or not self.contiguous:
+            return layer
+        arguments = convolution.Arguments.from_buffer_copy(layer.kernel.arguments)
+        _, c, h, w = self._x_shape
+        arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = c * h * w, h * w, w, 1
+        return layer._replace(kernel=layer.kernel._replace(arguments=arguments))
+
+    def add(self, section: Section) -> None:
+        """Adds a recipe, on what the one before it made."""
+        recipe, parts, packs = section.recipe, section.live.parts, section.copies.packs
+        on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
+        numbers = {0: self._result}  # of the program's values, by the recipe's
+        pending: dict[int, Activation] = {}  # by the recipe's number of what the BN makes
+        for part in parts:
+            step, label = part.step, f"{section.path}.{part.step}".lstrip(".")
+            first = step.inputs[0]
+            x, shape = numbers[first], self._shapes[numbers[first]]
+            if isinstance(part, NormPart):
+                activation, size = self._norm(part, packs, shape[1]), torch.Size(shape)
+                readers = [packs.get(p.step.conv) for p in parts if isinstance(p, ConvPart) and p.step.x == step.out]
+                if step.out in on_load and all(_runs_ours(p, size) and p.activated(size) is not None for p in readers):
+                    pending[step.out], numbers[step.out] = activation, x
+                    continue
+                residual = None if step.residual is None else numbers[step.residual]
+                kernel = convolution.elementwise(
+                    shape, activation.scale, activation.shift, step.relu, self._threads
+                )
+                numbers[step.out] = self._layer(kernel, x, residual, label)
+            elif isinstance(part, ConvPart):
+                pool = pools.get(step.out)
+                kernel = self._convolution(packs.get(step.conv), shape, step.relu, pending.get(first), pool)
+                residual = None if step.residual is None else numbers[step.residual]
+                numbers[step.out] = self._layer(kernel, x, residual, label)
+                if pool is not None and kernel.arguments.pool_h:
+                    reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == step.out)
+                    numbers[reader.step.out] = numbers[step.out]
+            elif step.out not in numbers:
+                if any(value in pending for value in step.inputs):
+                    raise _HasNoKernel
+                numbers[step.out] = self._call(part, [numbers[value] for value in step.inputs], label)
+            self._note_pool(part)
+        if recipe.result in pending:
+            raise _HasNoKernel
+        self._result = numbers[recipe.result]
+
+    def _note_pool(self, part: Part) -> None:
+        if isinstance(part, CallPart) and part.child is not None:
+            self.pools.append((part.child, _settings(part.child)))
+
+    def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
+        """Adds a layer; returns the number of its output."""
+        if residual is not None and self._shapes[residual] != kernel.out_shape:
+            raise _HasNoKernel  # an add that broadcasts
+        out = len(self._shapes)
+        self._shapes[out] = kernel.out_shape
+        self.layers.append(
+            Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label)
+        )
+        return out
+
+    def _norm(self, part: NormPart, packs: dict[str, Any], channels: int) -> Activation:
+        pack = packs.get(part.step.bn)
+        if not isinstance(pack, PackedNorm) or pack.activation is None or pack.activation.scale.numel() != channels:
+            raise _HasNoKernel
+        return pack.activation._replace(relu=part.step.relu)
+
+    def _convolution(
+        self,
+        pack: Any,
+        shape: tuple[int, ...],
+        relu: bool,
+        activation: Activation | None,
+        pool: nn.MaxPool2d | None,
+    ) -> Kernel:
+        size = torch.Size(shape)
+        if not _runs_ours(pack, size):
+            raise _HasNoKernel
+        bound = pack.own(size)
+        if activation is not None:
+            bound = pack.activated(size)
+        elif pool is not None and (window := neighbors.pool_of(pool, pack.out_shape(size)[2:])) is not None:
+            bound = pack.pooled(size, window) or bound
+        kernel: Kernel = bound.kernel(relu, activation)
+        return kernel
+
+    def _call(self, part: CallPart, inputs: list[int], label: str) -> int:
+        """An add, a ReLU or a pool."""
+        shape = self._shapes[inputs[0]]
+        if part.child is None:
+            other = inputs[1] if len(inputs) > 1 else None
+            relu = part.step.what != "add"
+            return self._layer(convolution.elementwise(shape, None, None, relu, self._threads), inputs[0], other, label)
+        if type(part.child) is nn.Identity:
+            return inputs[0]
+        kind, pool = _pool(part.child, shape[2:])
+        return self._layer(convolution.pooling(kind, shape, pool, self._threads), inputs[0], None, label)
+
+
+def _runs_ours(pack: Any, size: torch.Size) -> bool:
+    """Whether a packed convolution runs images of this shape on a kernel of ours."""
+    return (
+        isinstance(pack, PackedConv)
+        and pack.channels == size[1]
+        and pack.at(size) is not None
+        and pack.own(size) is not None
+    )
+
+
+def _pool(child: nn.Module, size: Sequence[int]) -> tuple[str, plans.Pool]:
+    """The kind and the window of a pool on images of this (h, w)."""
+    if isinstance(child, nn.MaxPool2d) and (pool := neighbors.pool_of(child, size)) is not None:
+        return "max_pool", pool
+    if type(child) is nn.AvgPool2d and (pool := _average(child, size)) is not None:
+        return "average_pool", pool
+    raise _HasNoKernel
+
+
+def _average(child: nn.AvgPool2d, size: Sequence[int]) -> plans.Pool | None:
+    """An average pool on images of this (h, w) as our kernels take it; None for windows that they don't."""
+    kernel, stride, padding = map(plain_setting, (child.kernel_size, child.stride, child.padding))
+    if type(kernel) is not int or type(stride) is not int or padding != 0 or child.divisor_override is not None:
+        return None
+    if min(kernel, stride) < 1 or min(size) < kernel:
+        return None
+    beyond = []  # how far the last window reaches over the edge: what lies there doesn't count
+    for extent in size:
+        number = -(-(extent - kernel) // stride) if child.ceil_mode else (extent - kernel) // stride
+        number -= number * stride >= extent  # it has to begin inside
+        beyond.append(max(0, number * stride + kernel - extent))
+    return plans.Pool(kernel, stride, (0, beyond[0], 0, beyond[1]))
+
+
+# What a pool's result depends on.
+_POOL_SETTINGS = (
+    "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices", "count_include_pad", "divisor_override"
+)  # fmt: skip
+
+
+def _settings(child: nn.Module) -> list[Any]:
+    return [plain_setting(child.__dict__.get(name)) for name in _POOL_SETTINGS]
+
+
+# Shapes of a chain's input for which programs are kept.
+MOST_SHAPES = 4
+
+
+def key_of(name: str, x: Tensor) -> tuple[Any, ...]:
+    """By what a program is kept: its name, and all that its kernels were chosen by."""
+    layout = x.is_contiguous() and not is_channels_last(x)
+    return name, x.shape, layout, torch.get_num_threads(), tuned_table.generation()
+
+
+def find(
+    programs: dict[Any, CompiledProgram], name: str, x: Tensor, sections: Sequence[Section]
+) -> CompiledProgram | None:
+    """The program of sections for x, made now if it is not among those that are kept; None if there can be none.
+
+    Args:
+        programs: those that are kept, the least recently used one first.
+        name: of the sections among them.
+        x: the input.
+        sections: whose packed weights stand for their modules as they are now.
+    """
+    key = key_of(name, x)
+    program = programs.get(key)
+    if program is None or not program.is_of(sections):
+        program = CompiledProgram(sections, x)
+        own = [kept for kept in [*programs] if kept[0] == name and kept != key]
+        for kept in own[: max(0, len(own) + 1 - MOST_SHAPES)]:
+            programs.pop(kept, None)
+    programs.pop(key, None)
+    programs[key] = program  # the last one is the most recent
+    return program if program.runs else None
