@@ -173,7 +173,9 @@ def is_wrapper(module: nn.Module) -> bool:
 
 def is_plain_max_pool(module: nn.Module | None) -> TypeIs[nn.MaxPool2d]:
     """Whether a module is a MaxPool2d, or one with SAME padding, that returns nothing but the maxima."""
-    return isinstance(module, nn.MaxPool2d) and type(module) in (nn.MaxPool2d, MaxPool2dSame) and not module.return_indices
+    return (
+        isinstance(module, nn.MaxPool2d) and type(module) in (nn.MaxPool2d, MaxPool2dSame) and not module.return_indices
+    )
 
 
 def shared_children(module: nn.Module) -> set[str]:

@@ -33,8 +33,6 @@ def own_shapes(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry
 
 # Steps of the micro-kernel in which a weight is packed, per element: a call of the op packs anew, a fused module does not.
 _PACKING = {"winograd": 20.0, "direct": 0.6}
-# Tiles from which Winograd's kernel is chosen on an instruction set without measurements: it multiplies 2.25 times less.
-_MANY_TILES = 64
 
 
 def for_packed(
@@ -42,9 +40,9 @@ def for_packed(
 ) -> list[str]:
     """Returns our CPU kernels that are the choice for a packed weight, the best first; none where oneDNN is.
 
-    A table's winner comes first. Without a table our kernels run where they were measured to win: on AVX2 all convolutions
-    without groups, whichever of the two costs less; elsewhere, unless the environment asks for an instruction set, 3x3
-    convolutions by Winograd alone.
+    A table's winner comes first. Without a table our kernels run all convolutions without groups on AVX2 and AVX-512,
+    whichever of the two costs less: where a layer alone is level with oneDNN's, a network of ours still is one program.
+    With SSE or NEON alone they run only if the environment asks for them: nothing was measured there.
     """
     problem = packed_problem(weight_shape, geometry, x_shape)
     found = tuned_table.choice(problem, x_shape[0], dtype, torch.device("cpu"), _can_run_packed)
@@ -92,10 +90,8 @@ def _cheapest(
         for name in KERNELS
         if plans.why_not(name, shapes, dtype, threads) is None
     }
-    if compiled.isa != "avx2" and not asked_for:
-        out_h, out_w = shapes.out[2:]
-        many = batch * -(-out_h // 2) * -(-out_w // 2) >= _MANY_TILES and compiled.isa != "portable"
-        costs = {name: cost for name, cost in costs.items() if name == "winograd" and many and not packs}
+    if compiled.isa == "portable" and not asked_for:
+        return []
     return sorted(costs, key=lambda name: costs[name])
 
 

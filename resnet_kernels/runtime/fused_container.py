@@ -170,7 +170,10 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
         name, child = children.pop(0)
         if child is None:
             raise TypeError("'NoneType' object is not callable")  # nn.Sequential's own
-        if name in chained and (y := chains.run(module, state, chained[name], chain_input(module, state, name, x))) is not None:
+        if (
+            name in chained
+            and (y := chains.run(module, state, chained[name], chain_input(module, state, name, x))) is not None
+        ):
             chain = chained[name]
             last = chain.members[-1]
             x, known = y, BlockInput(True, None, (state.backend, "cpu"))

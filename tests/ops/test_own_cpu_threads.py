@@ -96,8 +96,11 @@ def _busiest(name, shapes, threads):
     panels = -(-c_out // found.panel)
     columns = [min(plan.panels, panels - first) for first in range(0, panels, plan.panels)]
     # A task also brings its weights from the L2 cache, and `direct` finds each pixel's taps.
-    pixels = 0 if name == "winograd" else 1 / 16
-    steps = [(-(-rows // found.rows) + plans._WEIGHTS) * each + pixels * rows for rows in blocks for each in columns]
+    costs = plans._COSTS_OF.get(found.isa, plans._COSTS)
+    pixels = 0 if name == "winograd" else costs.pointers
+    groups = {rows: -(-rows // found.rows) for rows in blocks}
+    each_row = {rows: most if costs.whole_steps else max(rows / found.rows, most / 2) for rows, most in groups.items()}
+    steps = [(each_row[rows] + costs.weights) * each + pixels * rows for rows in blocks for each in columns]
     arguments = convolution._sized(name, shapes, threads)[1].arguments
     counted = found.calls.rk_tasks(found.number, convolution.KINDS.index(name), ctypes.byref(arguments))
     assert len(steps) == plan.tasks == counted
@@ -118,7 +121,7 @@ def test_threads_were_left_without_work(batch, layers):
             for name in KERNELS:
                 reason = plans.why_not(name, shapes, torch.float32, threads)
                 if reason is None:
-                    assert _busiest(name, shapes, threads) <= 1.25, (name, shapes, threads)
+                    assert _busiest(name, shapes, threads) < 1.25 + 1e-9, (name, shapes, threads)
                 served[threads] += name == "direct" and reason is None
                 assert reason is None or "too few tasks" in reason or (name == "winograd" and "3x3" in reason)
     assert served[1] == served[2] == len(layers), served

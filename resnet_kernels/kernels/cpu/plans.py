@@ -155,12 +155,34 @@ def _blocks(name: str, shapes: Shapes, rows: int) -> list[int]:
     return sorted({min(size, units) for size in (*sizes, *even)})
 
 
-# Costs in steps of the micro-kernel: a panel's weights on their way from the L2 cache or beyond, per k; a channel of a tile's
-# transform; a panel of a tile's transform back. Of the cuts that were measured for 36 layers they choose one that takes 6%
-# longer than the best on average (AMD EPYC with AVX2, two cores, 2026-11).
-_WEIGHTS, _TRANSFORM_IN, _TRANSFORM_OUT = 1.0, 0.8, 10.0
-# Bytes of a thread's tiles and products that stay in the L2 cache, and bytes from beyond it in the time of a step.
-_L2, _BYTES_A_STEP = 200_000, 24
+class _Costs(NamedTuple):
+    """What tasks cost on an instruction set, in steps of the micro-kernel.
+
+    Of the cuts that were measured for 36 layers AVX2's choose one that takes 6% longer than the best on average (AMD EPYC,
+    two cores, 2026-11).
+
+    Attributes:
+        weights: a panel's weights on their way from the L2 cache or beyond, for each k.
+        transform_in: of a channel of a tile. transform_out: of a panel of a tile, back.
+        pointers: of a pixel's taps, each k.
+        l2: bytes of a thread's tiles and products that stay in the L2 cache.
+        bytes: from beyond it in the time of a step.
+        whole_steps: whether fewer rows than the micro-kernel has take as long as all; else half of them at least.
+    """
+
+    weights: float
+    transform_in: float
+    transform_out: float
+    pointers: float
+    l2: int
+    bytes: int
+    whole_steps: bool
+
+
+_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 200_000, 24, True)
+# A step is four times AVX2's on processors that run AVX-512 at half width. Of the cuts that were measured for 14 layers at
+# batch 1 and 8 it chooses one that takes 5% longer than the best on average (AMD EPYC, Zen 4, two cores, 2026-11).
+_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 250_000, 96, False)}
 
 
 def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) -> tuple[float, float, int]:
@@ -169,21 +191,24 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
     c_in, kernel_h, kernel_w = shapes.weight[1:]
     all_panels = -(-c_out // found.panel)
     across = -(-all_panels // panels)
+    costs = _COSTS_OF.get(found.isa, _COSTS)
     planes, units = 1, n * out_h * out_w
     depth = c_in * kernel_h * kernel_w
     if name == "winograd":
         planes, units, depth = 16, n * -(-out_h // 2) * -(-out_w // 2), c_in
 
     def task(size: int, columns: int) -> float:
-        cost = planes * depth * columns * (-(-size // found.rows) + _WEIGHTS)
+        groups = -(-size // found.rows)
+        steps = groups if costs.whole_steps else max(size / found.rows, groups / 2)
+        cost = planes * depth * columns * (steps + costs.weights)
         if name == "winograd":
-            cost += size * c_in * _TRANSFORM_IN + size * columns * _TRANSFORM_OUT
+            cost += size * c_in * costs.transform_in + size * columns * costs.transform_out
             # Transformed tiles are read for each four panels, their products are written and read.
             tiles, products = 64 * size * c_in, 64 * size * min(columns, 4) * found.panel
-            if tiles + products > _L2:
-                cost += (tiles * (1 + columns / 4) + products * columns / 2) / _BYTES_A_STEP
+            if tiles + products > costs.l2:
+                cost += (tiles * (1 + columns / 4) + products * columns / 2) / costs.bytes
             return cost
-        return cost + size * depth / 16
+        return cost + size * depth * costs.pointers
 
     if shapes.pool:
         height, _ = shapes.pool.out_size(out_h, out_w)

@@ -161,7 +161,11 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
     values: dict[int, _Value] = {0: _Value(0, _INPUT)}
     for i, layer in enumerate(layers):
         kernel = layer.kernel
-        for part, shape in ((layer.x, kernel.x_shape), (layer.residual, kernel.out_shape), (layer.out, kernel.out_shape)):
+        for part, shape in (
+            (layer.x, kernel.x_shape),
+            (layer.residual, kernel.out_shape),
+            (layer.out, kernel.out_shape),
+        ):
             if part is None:
                 continue
             n, *image = shape

@@ -155,9 +155,7 @@ class _Builder:
                     pending[step.out], numbers[step.out] = activation, x
                     continue
                 residual = None if step.residual is None else numbers[step.residual]
-                kernel = convolution.elementwise(
-                    shape, activation.scale, activation.shift, step.relu, self._threads
-                )
+                kernel = convolution.elementwise(shape, activation.scale, activation.shift, step.relu, self._threads)
                 numbers[step.out] = self._layer(kernel, x, residual, label)
             elif isinstance(part, ConvPart):
                 pool = pools.get(step.out)
@@ -186,9 +184,7 @@ class _Builder:
             raise _HasNoKernel  # an add that broadcasts
         out = len(self._shapes)
         self._shapes[out] = kernel.out_shape
-        self.layers.append(
-            Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label)
-        )
+        self.layers.append(Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label))
         return out
 
     def _norm(self, part: NormPart, packs: dict[str, Any], channels: int) -> Activation:

@@ -59,7 +59,9 @@ def run(
 
     def pack_of(part: ConvPart, x: Tensor) -> PackedConv:
         pack = copies.packs.get(part.step.conv)
-        valid = isinstance(pack, PackedConv) and (run.verified or state.holds(pack, part.conv, part.bn)) and pack.fits(x)
+        valid = (
+            isinstance(pack, PackedConv) and (run.verified or state.holds(pack, part.conv, part.bn)) and pack.fits(x)
+        )
         if not valid:
             pack = PackedConv(part.conv, part.bn, x)
             copies.pack(part.step.conv, pack)
@@ -111,7 +113,9 @@ def run(
             x = values[part.step.x]
             activation = activation_of(part, x)
             if activation is not None and part.step.out in on_load and x.dtype == torch.float32:
-                readers = [reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out]
+                readers = [
+                    reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out
+                ]
                 if all(pack_of(reader, x).activated(x.shape) is not None for reader in readers):
                     pending[part.step.out] = part, activation
                     return x
