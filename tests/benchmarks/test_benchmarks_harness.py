@@ -14,7 +14,7 @@ pytest.importorskip("pytest_benchmark", reason="needs pytest-benchmark")
 import benchmarks
 from benchmarks import cases, extra_info, harness
 from benchmarks.cases import AddRelu, BatchNormAct, Block, Case, Conv, Model, Platform
-from benchmarks.contenders import peers
+from benchmarks.contenders import foreign, peers
 from benchmarks.contenders.base import Contender
 from benchmarks.contenders.ours import Eager, Fused, fused_module
 from benchmarks.harness import Absent, Measured, in_rotation, measure
@@ -370,7 +370,7 @@ def relative_error(peer: Contender, case: Case) -> float:
     return workload.gate(peer.prepare(workload)).error
 
 
-@pytest.mark.parametrize("peer", [peers.OnnxRuntime(), peers.OpenVino(), peers.Jax()], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [foreign.OnnxRuntime(), foreign.OpenVino(), foreign.Jax()], ids=lambda peer: peer.name)
 def test_foreign_peers_run_the_same_network(peer):
     assert (
         relative_error(peer, Case(Block("keras", "Residual", 8, 16, 7, 2, system=cases.D2L_KERAS), "forward", CPU))
@@ -380,7 +380,7 @@ def test_foreign_peers_run_the_same_network(peer):
 
 @pytest.mark.parametrize("subject", SYSTEMS, ids=lambda subject: subject.name)
 def test_jax_runs_every_system(subject):
-    assert relative_error(peers.Jax(), Case(subject, "forward", CPU)) < 1e-5
+    assert relative_error(foreign.Jax(), Case(subject, "forward", CPU)) < 1e-5
 
 
 def test_jax_says_what_it_lacks():
