@@ -9,7 +9,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 import io
+import subprocess
+import sys
+import tempfile
 import warnings
+from pathlib import Path
 
 import torch
 
@@ -36,19 +40,23 @@ class _Foreign(Contender):
         return None
 
 
-class OnnxRuntime(_Foreign):
+class _OnCpu(_Foreign):
+    def covers(self, case, full):
+        return super().covers(case, full) and case.device == "cpu"
+
+
+class _Float32OnCpu(_OnCpu):
+    def why_not(self, case):
+        return None if case.platform.dtype == torch.float32 else "its CPU cases are of float32 alone"
+
+
+class OnnxRuntime(_Float32OnCpu):
     name, label, package, modules = "onnxruntime", "ONNX Runtime", "onnxruntime", ("onnxruntime", "onnx", "onnxscript")
     # allow_spinning=0: its spinning threads once made eager, which ran right after it, look 1.6 times slower.
     settings = (
         "CPUExecutionProvider, all graph optimizations, intra-op threads as PyTorch's, session.intra_op.allow_spinning=0; "
         "input and output NumPy arrays, NCHW"
     )
-
-    def covers(self, case, full):
-        return super().covers(case, full) and case.device == "cpu"
-
-    def why_not(self, case):
-        return None if case.platform.dtype == torch.float32 else "its CPU convolutions are of float32 alone"
 
     def prepare(self, workload):
         import onnxruntime
@@ -76,15 +84,12 @@ def _onnx(workload: Workload) -> bytes:
     return file.getvalue()
 
 
-class OpenVino(_Foreign):
+class OpenVino(_OnCpu):
     name, label, package, modules = "openvino", "OpenVINO", "openvino", ("openvino",)
     settings = (
         "CPU, PERFORMANCE_HINT=LATENCY, threads as PyTorch's, no pinning, INFERENCE_PRECISION_HINT of the case's dtype, "
         "fixed shapes, shared inputs and outputs; input NCHW"
     )
-
-    def covers(self, case, full):
-        return super().covers(case, full) and case.device == "cpu"
 
     def prepare(self, workload):
         import openvino
@@ -111,6 +116,138 @@ class OpenVino(_Foreign):
         )
 
 
+class Ncnn(_Float32OnCpu):
+    name, label, package, modules = "ncnn", "ncnn", "ncnn", ("ncnn", "pnnx")
+    settings = (
+        "float32 weights, storage and arithmetic; Winograd, SGEMM, packed layouts and light mode, threads as PyTorch's; "
+        "of a batch each layer runs the images one after another; input NCHW"
+    )
+
+    def prepare(self, workload):
+        import ncnn
+
+        net = ncnn.Net()
+        net.opt.num_threads = torch.get_num_threads()
+        # Winograd, SGEMM, packed layouts and light mode are on by default, and so is fp16.
+        for option in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_packed", "bf16_storage"):
+            setattr(net.opt, f"use_{option}", False)
+        with tempfile.TemporaryDirectory() as folder:
+            _pnnx(workload, Path(folder))
+            if net.load_param(f"{folder}/module.ncnn.param") or net.load_model(f"{folder}/module.ncnn.bin"):
+                raise RuntimeError("ncnn can't load what pnnx made of the module")
+
+        def call(x):
+            with net.create_extractor() as extractor:
+                extractor.input("in0", x)
+                failed, y = extractor.extract("out0")
+                if failed:
+                    raise RuntimeError(f"ncnn's extract returned {failed}")
+                return y
+
+        # batch_index: the axis of the batch. Without it a Mat is one image.
+        return ForeignRunner(
+            call,
+            lambda x: ncnn.Mat(x.contiguous().numpy(), batch_index=0),
+            lambda y: torch.from_numpy(y.numpy(batch_index=0)),
+        )
+
+
+def _pnnx(workload: Workload, folder: Path) -> None:
+    """Converts the eager module for ncnn: module.ncnn.param and module.ncnn.bin in a folder."""
+    import pnnx
+
+    x = workload.operands.inputs[0].contiguous()
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch.jit.trace is deprecated, but TorchScript is what pnnx reads.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        # The exported module compares the input's size with the one it was exported for.
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        # Exported before it is traced: in a trace alone, SAME padding depends on the input's size, and pnnx keeps such a
+        # max-pool as an operation that ncnn doesn't have.
+        module = torch.export.export(workload.eager, (x,)).module(check_guards=False)
+        torch.jit.trace(module, x, check_trace=False).save(folder / "module.pt")
+    # Not pnnx.export, which also imports the Python file that it writes. fp16=0: weights stay float32.
+    _converted([pnnx.EXEC_PATH, "module.pt", "fp16=0"], folder)
+
+
+class Mnn(_Float32OnCpu):
+    name, label, package, modules = "mnn", "MNN", "MNN", ("MNN", "onnx", "onnxscript")
+    settings = (
+        "converted from ONNX; CPU, precision high, memory and power normal, threads as PyTorch's, Winograd's tiles of MNN's "
+        "own choice; copies of input and output timed, NCHW"
+    )
+
+    def prepare(self, workload):
+        import MNN
+
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "module.onnx").write_bytes(_onnx(workload))
+            # Not MNN.tools.mnnconvert: importing it pip-installs a package, and it reports each conversion over the network.
+            command = [sys.executable, "-c", "import sys, _tools; _tools.mnnconvert(sys.argv)", "-f", "ONNX"]
+            _converted([*command, "--modelFile", "module.onnx", "--MNNModel", "module.mnn"], Path(folder))
+            interpreter = MNN.Interpreter(f"{folder}/module.mnn")
+        # The enumerators of MNN's BackendConfig. Given as the string "high", precision is printed.
+        high, normal = 1, 0
+        session = interpreter.createSession(
+            {
+                "backend": "CPU",
+                "numThread": torch.get_num_threads(),
+                "precision": high,
+                "memory": normal,
+                "power": normal,
+            }
+        )
+        inner_x, inner_y = interpreter.getSessionInput(session), interpreter.getSessionOutput(session)
+
+        def tensor(x: torch.Tensor):
+            array = x.contiguous().numpy()
+            return MNN.Tensor(array.shape, MNN.Halide_Type_Float, array, MNN.Tensor_DimensionType_Caffe)
+
+        y = tensor(torch.empty(inner_y.getShape()))
+
+        def call(x):
+            # Copies, because the session's tensors are of its own memory and layout.
+            inner_x.copyFrom(x)
+            if failed := interpreter.runSession(session):
+                raise RuntimeError(f"MNN's runSession returned {failed}")
+            inner_y.copyToHostTensor(y)
+            return y
+
+        return ForeignRunner(call, tensor, lambda y: torch.from_numpy(y.getNumpyData()))
+
+
+class OpenCv(_Float32OnCpu):
+    name, label, package, modules = "opencv", "OpenCV", "opencv-python-headless", ("cv2", "onnx", "onnxscript")
+    settings = (
+        "converted from ONNX; CPU, threads as PyTorch's, enableWinograd(True), which OpenCV 5.0 ignores; copy of the input "
+        "timed, NumPy arrays, NCHW"
+    )
+
+    def prepare(self, workload):
+        import cv2
+        import numpy
+
+        cv2.setNumThreads(torch.get_num_threads())
+        net = cv2.dnn.readNetFromONNX(numpy.frombuffer(_onnx(workload), numpy.uint8))
+        # OpenCV's own backend on the CPU is the default. OpenCV 5 warns if it is asked for.
+        # With 5.0 the numbers and times are the same without.
+        net.enableWinograd(True)
+
+        def call(x):
+            net.setInput(x)
+            return net.forward()
+
+        return ForeignRunner(call, lambda x: x.contiguous().numpy(), torch.from_numpy)
+
+
+def _converted(command: list[str], folder: Path) -> None:
+    """Runs a converter in a folder. Its output is seen only if it fails."""
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        last = (done.stderr or done.stdout).strip().splitlines()[-1:]
+        raise RuntimeError(f"{Path(command[0]).name} returned {done.returncode}: {' '.join(last)}")
+
+
 class Jax(_Foreign):
     name, label, package, modules = "jax", "JAX / XLA", "jax", ("jax",)
     settings = (
@@ -132,4 +269,4 @@ class Jax(_Foreign):
         return convert(workload)
 
 
-FOREIGN: tuple[Contender, ...] = (OnnxRuntime(), OpenVino(), Jax())
+FOREIGN: tuple[Contender, ...] = (OnnxRuntime(), OpenVino(), Ncnn(), Mnn(), OpenCv(), Jax())

@@ -3,7 +3,10 @@
 import inspect
 import json
 import re
+import sys
+import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +21,7 @@ from benchmarks.contenders import foreign, peers
 from benchmarks.contenders.base import Contender
 from benchmarks.contenders.ours import Eager, Fused, fused_module
 from benchmarks.harness import Absent, Measured, in_rotation, measure
-from benchmarks.workload import ForeignRunner, ModuleRunner, Workload, copies_beyond
+from benchmarks.workload import ForeignRunner, ModuleRunner, Operands, Workload, copies_beyond
 from resnet_kernels.perf.roofline.bounds import Kernel, Machine
 from resnet_kernels.perf.timing import Timing, interleave
 
@@ -370,7 +373,7 @@ def relative_error(peer: Contender, case: Case) -> float:
     return workload.gate(peer.prepare(workload)).error
 
 
-@pytest.mark.parametrize("peer", [foreign.OnnxRuntime(), foreign.OpenVino(), foreign.Jax()], ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", foreign.FOREIGN, ids=lambda peer: peer.name)
 def test_foreign_peers_run_the_same_network(peer):
     assert (
         relative_error(peer, Case(Block("keras", "Residual", 8, 16, 7, 2, system=cases.D2L_KERAS), "forward", CPU))
@@ -378,9 +381,65 @@ def test_foreign_peers_run_the_same_network(peer):
     )
 
 
+@pytest.mark.slow(unless=lambda peer, subject: peer.name == "jax" or subject.name == "d2l_resnet18_keras")
 @pytest.mark.parametrize("subject", SYSTEMS, ids=lambda subject: subject.name)
-def test_jax_runs_every_system(subject):
-    assert relative_error(foreign.Jax(), Case(subject, "forward", CPU)) < 1e-5
+@pytest.mark.parametrize(
+    "peer", [foreign.Ncnn(), foreign.Mnn(), foreign.OpenCv(), foreign.Jax()], ids=lambda peer: peer.name
+)
+def test_foreign_peers_run_every_system(peer, subject):
+    assert relative_error(peer, Case(subject, "forward", CPU)) < 1e-5
+
+
+@pytest.mark.parametrize("peer", [foreign.Ncnn(), foreign.Mnn(), foreign.OpenCv()], ids=lambda peer: peer.name)
+def test_converters_leave_nothing_behind(peer, tmp_path, monkeypatch, capfd):
+    """The first layer works in place in ncnn: the input stays as it is all the same."""
+    case = Case(Block("preact", "PreactBottleneck", 8, 16, 6, batch=3, system=cases.SLIM), "forward", CPU)
+    if reason := peer.why_absent(case):
+        pytest.skip(reason)
+    workload = Workload(case)
+    if peer.name != "ncnn":
+        peer.prepare(workload)  # MNN's import prints a line, and torch.onnx's export several.
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    capfd.readouterr()
+    runner = peer.prepare(workload)
+    if peer.name == "ncnn":
+        assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
+    call = runner.bind(workload.operands)
+    first, second = (runner.read(workload.operands, call())[0].clone() for _ in range(2))
+    assert first.shape == (3, 16, 6, 6) and torch.equal(first, second)
+
+
+def test_ncnn_says_what_it_lacks():
+    peer, x = foreign.Ncnn(), torch.rand(1, 2, 3, 3)
+    if reason := peer.why_absent(BLOCK):
+        pytest.skip(reason)
+
+    class Erfinv(nn.Module):
+        def forward(self, x):
+            return torch.erfinv(x)
+
+    workload = SimpleNamespace(eager=Erfinv(), operands=Operands((x,)))
+    with pytest.raises(RuntimeError, match="ncnn can't load"):
+        peer.prepare(workload)
+
+
+def test_a_failed_converter_says_why(tmp_path):
+    command = [sys.executable, "-c", "import sys; print('out'); sys.exit('first\\nlast')"]
+    with pytest.raises(RuntimeError, match=r"returned 1: last$"):
+        foreign._converted(command, tmp_path)
+
+
+def test_foreign_peers_say_what_they_need(monkeypatch):
+    monkeypatch.setattr(foreign.importlib.util, "find_spec", lambda name: None)
+    reason = "not installed: ncnn, pnnx (pip install 'resnet_kernels[peers]')"
+    assert foreign.Ncnn().why_absent(BLOCK) == reason
+    monkeypatch.setattr(foreign.importlib.util, "find_spec", lambda name: name)
+    bfloat16 = Case(BLOCK.subject, "forward", Platform("cpu", torch.bfloat16))
+    for peer in (foreign.OnnxRuntime(), foreign.Ncnn(), foreign.Mnn(), foreign.OpenCv()):
+        assert peer.why_absent(BLOCK) is None and "float32 alone" in peer.why_absent(bfloat16)
+        assert peer.covers(BLOCK, full=True) and not peer.covers(BLOCK, full=False)
+        assert not peer.covers(Case(BLOCK.subject, "forward", Platform("cuda", torch.float32)), full=True)
 
 
 def test_jax_says_what_it_lacks():
