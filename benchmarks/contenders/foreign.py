@@ -59,19 +59,29 @@ class OnnxRuntime(_Float32OnCpu):
     )
 
     def prepare(self, workload):
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        session = onnxruntime.InferenceSession(_onnx(workload), options, providers=["CPUExecutionProvider"])
+        session = onnx_session(_onnx(workload))
         name = session.get_inputs()[0].name
         return ForeignRunner(
             lambda x: session.run(None, {name: x})[0], lambda x: x.contiguous().numpy(), torch.from_numpy
         )
+
+
+def onnx_session(program: bytes | str, batch: int | None = None) -> Any:
+    """Returns ONNX Runtime's session of a program, or of its file, with these settings and as many threads as PyTorch's.
+
+    batch: the only batch that will come, of a program exported for any (a dimension named "batch").
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if batch is not None:
+        options.add_free_dimension_override_by_name("batch", batch)
+    return onnxruntime.InferenceSession(program, options, providers=["CPUExecutionProvider"])
 
 
 def _onnx(workload: Workload) -> bytes:
@@ -101,19 +111,24 @@ class OpenVino(_OnCpu):
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             plain = copy.deepcopy(workload.eager).float()
             model = openvino.convert_model(plain, example_input=x, input=[tuple(x.shape)])
-        config = {
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            # Pinned threads would keep PyTorch's threads off their cores, or the other way round.
-            "ENABLE_CPU_PINNING": False,
-            "INFERENCE_PRECISION_HINT": precision,
-        }
+        config = openvino_config(precision)
         request = openvino.Core().compile_model(model, "CPU", config).create_infer_request()
         return ForeignRunner(
             lambda x: request.infer({0: x}, share_inputs=True, share_outputs=True)[0],
             lambda x: x.float().contiguous().numpy(),
             torch.from_numpy,
         )
+
+
+def openvino_config(precision: str) -> dict[str, Any]:
+    """Returns these settings as OpenVINO's configuration of a CPU; precision: "f32" or "bf16"."""
+    return {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        # Pinned threads would keep PyTorch's threads off their cores, or the other way round.
+        "ENABLE_CPU_PINNING": False,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
 
 
 class Ncnn(_Float32OnCpu):
