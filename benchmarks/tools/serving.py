@@ -208,8 +208,7 @@ def write_plot(file: Path, rows: Sequence[Row], title: str) -> None:
     ways: dict[str, dict[str, dict[int, Figures]]] = {}
     for row in rows:
         if row.section in ("threads", "processes"):
-            kind = "threads of one process" if row.section == "threads" else "processes"
-            way = f"{kind}, {row.threads} intra-op thread{'s' * (row.threads > 1)} each"
+            way = f"callers as {row.section}, {row.threads} intra-op thread{'s' * (row.threads > 1)}"
             ways.setdefault(way, {}).setdefault(row.contender, {})[row.callers] = row.figures
     curves = {way: [plot.Curve(*item) for item in found.items()] for way, found in ways.items()}
     figure = plot.draw(curves, [*MAKERS], title)

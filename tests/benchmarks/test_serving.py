@@ -1,5 +1,6 @@
 """benchmarks/tools/serving.py: its figures, its gate, its processes, on a network that computes in a millisecond."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -132,9 +133,9 @@ def test_the_command_names_who_is_absent_and_writes_all_figures(tmp_path, networ
 def test_labels_stand_apart_in_their_order(heights):
     places = plot.spread(heights, 0.1)
     order = sorted(range(len(heights)), key=heights.__getitem__)
-    gaps = [places[above] - places[below] for below, above in zip(order, order[1:])]
+    gaps = [places[above] - places[below] for below, above in itertools.pairwise(order)]
     assert all(gap > 0.1 - 1e-9 for gap in gaps) and all(0 <= place <= 1 for place in places)
-    alone = len(heights) == 1 or min(abs(a - b) for a, b in zip(sorted(heights), sorted(heights)[1:])) > 0.1
+    alone = len(heights) == 1 or min(abs(a - b) for a, b in itertools.pairwise(sorted(heights))) > 0.1
     assert not alone or places == heights
 
 
