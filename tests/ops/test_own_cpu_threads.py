@@ -17,6 +17,7 @@ from helpers.own_kernels import bind, skip_unless_compiled
 from helpers.small_resnet import small_resnet
 from helpers.tiny import ENVIRONMENT
 from resnet_kernels.kernels.cpu import convolution, library, plans
+from resnet_kernels.kernels.cpu.program import Program
 from resnet_kernels.kernels.cpu.plans import KERNELS
 from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.ops import cpu_candidates
@@ -128,13 +129,18 @@ def test_threads_were_left_without_work(batch, layers):
 
 
 def test_a_fused_model_kept_the_number_of_threads(monkeypatch):
-    seen, original = [], convolution._convolve
+    seen, original, run = [], convolution._convolve, Program._run
 
     def spy(found, winograd, threads, *rest):
         seen.append(threads)
         original(found, winograd, threads, *rest)
 
+    def spy_on_program(program, *rest):
+        seen.extend([program.threads] * len(program.layers))
+        run(program, *rest)
+
     monkeypatch.setattr(convolution, "_convolve", spy)
+    monkeypatch.setattr(Program, "_run", spy_on_program)
     fused, x = rk.fuse(small_resnet()), torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         for threads in (2, 1, 2):
