@@ -66,6 +66,13 @@ class Kernel(NamedTuple):
     keeps: tuple[Tensor | None, ...] = ()
     copies: bool = False
 
+    @property
+    def flops(self) -> int:
+        """A direct convolution's FLOPs; few for other kernels."""
+        sizes = self.arguments
+        pixels = sizes.batch * sizes.out_h * sizes.out_w
+        return int(2 * pixels * sizes.c_out * sizes.c_in * sizes.kernel_h * sizes.kernel_w)
+
 
 class Activation(NamedTuple):
     """What is applied to x while it is read: relu(x * scale + shift).

@@ -6,7 +6,9 @@ the steps of that block, too (executor.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -48,17 +50,40 @@ class CompiledProgram:
     def __init__(self, sections: Sequence[Section], x: Tensor):
         # Before they are read.
         self._packs = [section.copies.programs for section in sections]
-        builder = _Builder(tuple(x.shape), x.is_contiguous() and not is_channels_last(x))
         self._program: Program | None = None
+        self._contiguous = x.is_contiguous() and not is_channels_last(x)
+        # Settings that no packed weight knows of.
+        self._pools: list[tuple[nn.Module, list[Any]]] = []
         try:
-            for section in sections:
-                builder.add(section)
-            self._program = builder.program()
+            self._program = self._made(sections, tuple(x.shape))
         except _HasNoKernel:
             pass
-        self._contiguous = builder.contiguous
-        # Settings that no packed weight knows of.
-        self._pools = builder.pools
+
+    def _made(self, sections: Sequence[Section], x_shape: tuple[int, ...]) -> Program:
+        whole = _Layers(x_shape, sections)
+        self._pools = whole.pools
+        parts, shape, begin = [], x_shape, 0
+        for images, group in itertools.groupby(whole.slices()):
+            end = begin + len([*group])
+            parts.append(_Layers((images, *shape[1:]), sections[begin:end]))
+            shape, begin = parts[-1].out_shape, end
+        self._contiguous &= parts[0].can_read_contiguous()
+        if self._contiguous:
+            parts[0].read_contiguous()
+        numbers = itertools.count(1)
+        layers: list[Layer] = []
+        value = 0
+        for part in parts:
+            x, value = value, next(numbers)
+            for start in range(0, x_shape[0], part.images):
+                values = {0: Slice(x, start), part.result: Slice(value, start)}
+                for layer in part.layers:
+                    for read in (layer.x, layer.residual, layer.out):
+                        if read is not None and read.value not in values:
+                            values[read.value] = Slice(next(numbers))
+                    residual = None if layer.residual is None else values[layer.residual.value]
+                    layers.append(layer._replace(x=values[layer.x.value], residual=residual, out=values[layer.out.value]))
+        return Program(layers, x_shape, {value: (x_shape[0], *parts[-1].out_shape[1:])}, torch.get_num_threads())
 
     @property
     def runs(self) -> bool:
@@ -105,44 +130,75 @@ class _HasNoKernel(Exception):
     """A step has no kernel of ours."""
 
 
-class _Builder:
-    """Layers of recipes that run one after the other.
+# Bytes of values that stay in the last-level cache while a block runs: an input, a result and what is between.
+_CACHE = 2**23
+# FLOPs in the time of a byte of weights from memory, and the share of the time that reading them again may take.
+_FLOPS_A_BYTE, _READING = 10, 0.02
 
-    shapes: of the values so far, by number.
+
+class _Layers:
+    """Layers of recipes that run one after the other on some images.
+
+    Attributes:
+        layers: in order. pools: the pool modules among them, with their settings.
+        images: their number. result: the number of the output.
     """
 
-    def __init__(self, x_shape: tuple[int, ...], contiguous: bool):
+    def __init__(self, x_shape: tuple[int, ...], sections: Sequence[Section]):
         self.layers: list[Layer] = []
         self.pools: list[tuple[nn.Module, list[Any]]] = []
-        self.contiguous = contiguous
-        self._x_shape = x_shape
+        self.images, self.result = x_shape[0], 0
         self._shapes = {0: x_shape}
-        self._result = 0
         self._threads = torch.get_num_threads()
-
-    def program(self) -> Program:
-        """The program of all that was added."""
-        if not self.layers or self._result == 0:
+        # Of each section: how many layers there are at its end.
+        self._ends: list[int] = []
+        for section in sections:
+            self._add(section)
+            self._ends.append(len(self.layers))
+        if self.result == 0:
             raise _HasNoKernel
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """The shape of the output."""
+        return self._shapes[self.result]
+
+    def can_read_contiguous(self) -> bool:
+        """Whether all that read the input read it by its strides."""
         readers = [layer for layer in self.layers if layer.x.value == 0]
         is_added = any(layer.residual is not None and layer.residual.value == 0 for layer in self.layers)
-        self.contiguous &= not is_added and all(layer.kernel.copies for layer in readers)
-        layers = [self._with_layout(layer) for layer in self.layers]
-        return Program(layers, self._x_shape, {self._result: self._shapes[self._result]}, self._threads)
+        return not is_added and all(layer.kernel.copies for layer in readers)
 
-    def _with_layout(self, layer: Layer) -> Layer:
-        if layer.x.value or not self.contiguous:
-            return layer
-        arguments = convolution.Arguments.from_buffer_copy(layer.kernel.arguments)
-        _, c, h, w = self._x_shape
-        arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = c * h * w, h * w, w, 1
-        return layer._replace(kernel=layer.kernel._replace(arguments=arguments))
+    def read_contiguous(self) -> None:
+        """Lets the input be contiguous instead of channels_last."""
+        _, c, h, w = self._shapes[0]
+        for i, layer in enumerate(self.layers):
+            if layer.x.value == 0:
+                arguments = convolution.Arguments.from_buffer_copy(layer.kernel.arguments)
+                arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = c * h * w, h * w, w, 1
+                self.layers[i] = layer._replace(kernel=layer.kernel._replace(arguments=arguments))
 
-    def add(self, section: Section) -> None:
+    def slices(self) -> list[int]:
+        """Returns for each section on how many images at a time it should run.
+
+        If all images went through each layer together, their values would fall out of the cache from one layer to the next.
+        In turn the weights are read once for each slice.
+        """
+        found, begin = [], 0
+        for end in self._ends:
+            layers, begin = self.layers[begin:end], end
+            largest = max((math.prod(layer.kernel.out_shape[1:]) for layer in layers), default=1)
+            weights = sum(4 * kept.numel() for layer in layers for kept in layer.kernel.keeps if kept is not None)
+            flops = sum(layer.kernel.flops for layer in layers) / self.images
+            images = max(_CACHE // (3 * 4 * largest), math.ceil(weights * _FLOPS_A_BYTE / (_READING * max(flops, 1))), 1)
+            found.append(next((n for n in range(images, self.images) if self.images % n == 0), self.images))
+        return found
+
+    def _add(self, section: Section) -> None:
         """Adds a recipe, on what the one before it made."""
         recipe, parts, packs = section.recipe, section.live.parts, section.copies.packs
         on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
-        numbers = {0: self._result}  # of the program's values, by the recipe's
+        numbers = {0: self.result}  # of the program's values, by the recipe's
         pending: dict[int, Activation] = {}  # by the recipe's number of what the BN makes
         for part in parts:
             step, label = part.step, f"{section.path}.{part.step}".lstrip(".")
@@ -172,7 +228,7 @@ class _Builder:
             self._note_pool(part)
         if recipe.result in pending:
             raise _HasNoKernel
-        self._result = numbers[recipe.result]
+        self.result = numbers[recipe.result]
 
     def _note_pool(self, part: Part) -> None:
         if isinstance(part, CallPart) and part.child is not None:
