@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
+import torch
 import torch.fx
 from torch import nn
 from torch.fx import Node
@@ -22,7 +24,7 @@ from .fusible import (
 )
 from .layouts import boundaries, layouts, prefixes
 from .reads import NOTHING, Read, Reads, described
-from .recipe import CallStep, CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Recipe, Step
+from .recipe import CallStep, CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Head, Recipe, Step
 from .tracing import trace
 
 
@@ -104,7 +106,7 @@ def container_plan(
             path = str(node.target)
             nodes.setdefault(run_of.get(path, boundary(path)), []).append(node)
     recipes = {path: plan if isinstance(plan, Recipe) else plan.runs for path, plan in paths.items()}
-    chains = _chains(nodes, {**recipes, "": runs}, seen, apart)
+    chains = _chains(nodes, {**recipes, "": runs}, seen, apart, lambda last: _head(last, children, calls, shared))
     return ContainerPlan(
         runs,
         tuple(absorbed),
@@ -124,15 +126,19 @@ def _chains(
     recipes: Mapping[str, Mapping[str, Recipe] | Recipe],
     seen: Collection[str],
     apart: Collection[str],
+    head: Callable[[Node], Head | None],
 ) -> tuple[Chain, ...]:
     """Finds the chains of a container.
 
     Args:
         called: the nodes of each module that the forward calls, down to fused ones, and of each run, in order.
         recipes: of the fused blocks by path; the runs of fused containers and, at "", of the container itself.
-        seen, apart: as in ContainerPlan.
+        seen: as in ContainerPlan.
+        apart: as in ContainerPlan.
+        head: finds the head behind a node.
     """
     chains: list[Chain] = []
+    ends: list[Node] = []
     last: Node | None = None  # of the chain that may go on
     for member, nodes in called.items():
         parts = _chain_parts(nodes, recipes)
@@ -143,8 +149,56 @@ def _chains(
             chains[-1] = Chain((*chains[-1].members, member), (*chains[-1].parts, *parts))
         else:
             chains.append(Chain((member,), parts))
-        last = nodes[-1]
-    return tuple(chains)
+            ends.append(nodes[-1])
+        ends[-1] = last = nodes[-1]
+    return tuple(_with_head(chain, head(end), seen) for chain, end in zip(chains, ends))
+
+
+def _with_head(chain: Chain, head: Head | None, seen: Collection[str]) -> Chain:
+    if head is None or chain.members[-1] in seen:
+        return chain
+    return Chain((*chain.members, head.pool, head.linear), chain.parts, head)
+
+
+def _head(
+    last: Node, children: Mapping[str, nn.Module], calls: Mapping[Any, int], shared: Collection[str]
+) -> Head | None:
+    """The head behind a node; None if something else is there."""
+    pool = _only_reader(last)
+    flatten = None if pool is None else _only_reader(pool)
+    linear = None if flatten is None else _only_reader(flatten)
+    if pool is None or flatten is None or linear is None:
+        return None
+    paths = [str(node.target) for node in (pool, flatten, linear) if node.op == "call_module"]
+    if any(calls[path] != 1 or path in shared for path in paths):
+        return None
+    if not (_calls(pool, last, children, nn.AdaptiveAvgPool2d) and _calls(linear, flatten, children, nn.Linear)):
+        return None
+    if _calls(flatten, pool, children, nn.Flatten):
+        return Head(*paths)
+    is_function = flatten.op == "call_function" and flatten.target is torch.flatten
+    is_method = flatten.op == "call_method" and flatten.target == "flatten"
+    if (is_function or is_method) and (flatten.args, flatten.kwargs) in (((pool, 1), {}), ((pool,), {"start_dim": 1})):
+        return Head(paths[0], None, paths[1])
+    return None
+
+
+def _calls(node: Node, x: Node, children: Mapping[str, nn.Module], cls: type[nn.Module]) -> bool:
+    """Whether a node calls a module of this very class on x."""
+    return (
+        node.op == "call_module" and node.args == (x,) and not node.kwargs and type(children[str(node.target)]) is cls
+    )
+
+
+def head_is_as_read(pool: Any, flatten: Any, linear: Any) -> bool:
+    """Whether a head's modules are what they have to be: a global average, flattening from the channels on, a product."""
+    return (
+        type(pool) is nn.AdaptiveAvgPool2d
+        and pool.output_size in (1, (1, 1))
+        and (flatten is None or (type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)))
+        and type(linear) is nn.Linear
+        and all(why_not_patched(child) is None for child in (pool, flatten, linear) if child is not None)
+    )
 
 
 def _chain_parts(

@@ -119,20 +119,45 @@ class Recipe:
 
 
 class ChainPart(NamedTuple):
-    """A recipe in a chain. path: of the fused module that it is of, "" for the container. run: of that module; None for all."""
+    """A recipe in a chain.
+
+    path: of the fused module that it is of, "" for the container. run: its name there; None for the module as a whole.
+    """
 
     path: str
     run: str | None
 
 
+class Head(NamedTuple):
+    """What follows the last block of a classifier: the paths of the global average pool, nn.Flatten and nn.Linear.
+
+    flatten: None where the forward flattens by itself.
+    """
+
+    pool: str
+    flatten: str | None
+    linear: str
+
+
 class Chain(NamedTuple):
     """Modules that a container's forward calls one after the other, each on what only the one before it has made.
 
-    members: the paths of what the forward calls. parts: all recipes in them, in order.
+    members: the paths of what the forward calls. parts: all recipes in them, in order. head: the pool and the linear layer
+    behind them, which are members, too.
     """
 
     members: tuple[str, ...]
     parts: tuple[ChainPart, ...]
+    head: Head | None = None
+
+    @property
+    def containers(self) -> set[str]:
+        """The paths of the nn.Sequentials around its parts, whose forwards don't run."""
+        around = {part.path for part in self.parts if part.run is not None and part.path}
+        for part in self.parts:
+            names = part.path.split(".")
+            around.update(".".join(names[:i]) for i in range(1, len(names)))
+        return around
 
 
 @dataclass(frozen=True)

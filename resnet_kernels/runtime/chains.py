@@ -12,16 +12,41 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..graph.recipe import Chain, ContainerPlan, Recipe
+from ..graph import fusible
+from ..graph.container_plan import head_is_as_read
+from ..graph.recipe import Chain, ContainerPlan, Head, Recipe
+from ..kernels.cpu import library
 from ..ops.dtypes import autocast_dtype
 from . import checked_calls, eligibility
 from .cpu import compiled_program
 from .cpu.compiled_program import Section
+from .cpu.packed_linear import PackedLinear
 from .live_modules import child_at
 from .state import FusedState, state_of
 
 
-def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x: Any) -> Tensor | None:
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+def may_run(x: Any) -> bool:
+    """Whether chains run on such a tensor: fp32 on the CPU, in inference, with kernels of ours."""
+    return (
+        not torch.is_grad_enabled()
+        and eligibility.is_ordinary(x)
+        and x.dim() == 4
+        and x.numel() > 0
+        and x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and autocast_dtype(x) in (None, torch.float32)
+        and library.library_or_none() is not None
+    )
+
+
+def run(
+    container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x: Any
+) -> tuple[Tensor, frozenset[str]] | None:
     """Runs a chain on x as one program; None if that can't be, and its members have to run one by one.
 
     Args:
@@ -29,21 +54,42 @@ def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x:
         state: of the container.
         chain: of its plan.
         x: what the first member gets.
+
+    Returns:
+        The output, and the members that it stands for.
     """
-    if torch.is_grad_enabled() or not eligibility.is_ordinary(x) or x.dim() != 4 or x.numel() == 0:
-        return None
-    if x.device.type != "cpu" or x.dtype != torch.float32 or autocast_dtype(x) not in (None, torch.float32):
+    if state.normalize is not None and chain.members[0] == state.plan.entry:
+        x = state.normalize(x, dtype_of(container))
+    if not may_run(x):
         return None
     sections = _sections(container, state, chain)
     if sections is None:
         return None
-    copies = state.copies
-    program = compiled_program.find(copies.compiled, chain.members[0], x, sections)
-    return None if program is None else program(x, checked_calls.memories_of(copies))
+    copies, members = state.copies, chain.members
+    memories = checked_calls.memories_of(copies)
+    if chain.head is not None:
+        head = _head(container, state, chain.head)
+        program = compiled_program.find(copies.compiled, members[0], x, sections, head) if head else None
+        if program is not None:
+            return program(x, memories), frozenset(members)
+        members = members[:-2]
+    program = compiled_program.find(copies.compiled, f"{members[0]} without its head", x, sections)
+    if program is None:
+        return None
+    y = program(x, memories)
+    return (checked_calls.as_eager(y) if members[-1] in state.plan.seen else y), frozenset(members)
 
 
 def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain) -> list[Section] | None:
     """A chain's recipes, if all of them are verified and run on packed weights."""
+    for path in chain.containers:
+        around = child_at(container, path)
+        if (
+            around is None
+            or not fusible.is_plain_sequential(around)
+            or not around.__dict__.keys().isdisjoint(_OWN_CODE)
+        ):
+            return None
     sections = []
     for path, name in chain.parts:
         owner = child_at(container, path) if path else container
@@ -60,12 +106,27 @@ def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Cha
     return sections
 
 
+# Attributes of a module that got other code than its class has.
+_OWN_CODE = ("forward", "_compiled_call_impl")
+
+
+def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) -> PackedLinear | None:
+    """The packed linear layer of a head, packed now if it has changed; None if a module is another one by now."""
+    pool, linear = child_at(container, head.pool), child_at(container, head.linear)
+    flatten = None if head.flatten is None else child_at(container, head.flatten)
+    if (head.flatten is not None and flatten is None) or not head_is_as_read(pool, flatten, linear):
+        return None
+    if not isinstance(linear, nn.Linear) or not isinstance(linear.weight, Tensor):
+        return None
+    linears = state.copies.linears
+    packed = linears.get(head.linear)
+    if packed is None or not (packed.is_of(linear) if state.frozen else packed.is_unchanged(linear)):
+        packed = linears[head.linear] = PackedLinear(linear)
+    return packed
+
+
 def stand_ins(
-    container: nn.Module,
-    state: FusedState[ContainerPlan],
-    calls: dict[str, Callable[..., Any]],
-    prepare: Callable[[str, Any], Any],
-    finish: Callable[[str, Any], Any],
+    container: nn.Module, state: FusedState[ContainerPlan], calls: dict[str, Callable[..., Any]]
 ) -> Iterable[tuple[str, Callable[..., Any]]]:
     """What the members of a container's chains do in one call of it, by path.
 
@@ -73,40 +134,30 @@ def stand_ins(
         container: the container.
         state: its state.
         calls: what stands in for a member that runs by itself, by path; the child itself for all others.
-        prepare: gives a member's input, by path, as a program takes it.
-        finish: gives a member's output, by path, to the code that reads it.
     """
     for chain in state.plan.chains:
-        done: list[bool] = []  # whether it ran, in this call
-        for i, member in enumerate(chain.members):
+        done: set[str] = set()  # the members that ran already, in this call
+        for member in chain.members:
             alone = calls.get(member) or child_at(container, member)
-            if alone is None:
-                break
-            if i == 0:
-                yield member, partial(_run_all, container, state, chain, done, alone, prepare, finish)
-            else:
-                yield member, partial(_pass_on, done, alone)
+            if alone is not None:
+                yield member, partial(_call, container, state, chain, done, member, alone)
 
 
-def _run_all(
+def _call(
     container: nn.Module,
     state: FusedState[ContainerPlan],
     chain: Chain,
-    done: list[bool],
+    done: set[str],
+    member: str,
     alone: Callable[..., Any],
-    prepare: Callable[[str, Any], Any],
-    finish: Callable[[str, Any], Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    done.clear()
-    if len(args) == 1 and not kwargs:
-        y = run(container, state, chain, prepare(chain.members[0], args[0]))
-        if y is not None:
-            done.append(True)
-            return finish(chain.members[-1], y)
+    if member in done:
+        return args[0]
+    if member == chain.members[0] and len(args) == 1 and not kwargs:
+        ran = run(container, state, chain, args[0])
+        if ran is not None:
+            done.update(ran[1])
+            return ran[0]
     return alone(*args, **kwargs)
-
-
-def _pass_on(done: list[bool], alone: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    return args[0] if done else alone(*args, **kwargs)

@@ -17,8 +17,8 @@ from ..ops import backends
 from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
 from .cpu.packed_together import PackedTogether
-from .cpu.program import Copies
-from .live_modules import LiveModules, has_global_hooks, has_hooks
+from .cpu.program import Copies, pack_again
+from .live_modules import LiveModules, has_global_hooks, has_hooks, wire
 from .state import BlockInput, FusedState, state_of
 
 # Set while a call of the outermost fused module runs, in its thread; see `one_call`.
@@ -75,12 +75,17 @@ class Survey:
         """Whether every child is in its place."""
         return all([*registry.values()] == children for registry, children in self.registries)
 
-    def unchanged(self, packed: list[Verified]) -> Iterator[Verified]:
-        """The recipes whose packed weights stand for their modules as they are now."""
+    def unchanged(self, packed: list[Verified], packs: bool) -> Iterator[Verified]:
+        """The recipes whose packed weights stand for their modules as they are now.
+
+        Args:
+            packed: all that run on packed weights.
+            packs: whether weights that don't are packed now, for fp32.
+        """
         of_recipes = []
         for recipe in packed:
-            packs = recipe.copies.packs
-            of_recipes.append([(packs.get(path), conv, bn) for path, conv, bn in recipe.live.packed_parts])
+            kept = recipe.copies.packs
+            of_recipes.append([(kept.get(path), conv, bn) for path, conv, bn in recipe.live.packed_parts])
         # One check of all tensors of a network takes half the time of one for each convolution.
         values = [part for recipe, parts in zip(packed, of_recipes) if not recipe.state.frozen for part in parts]
         together = self._together  # another thread may put its own there
@@ -92,6 +97,15 @@ class Survey:
                 pack is not None and recipe.state.holds(pack, conv, bn) for pack, conv, bn in parts
             ):
                 yield recipe
+            elif packs and _can_be_packed(recipe.live):
+                pack_again(recipe.copies, recipe.state.holds, recipe.live.packed_parts, torch.float32)
+                yield recipe
+
+
+def _can_be_packed(live: LiveModules) -> bool:
+    """Whether eager would compute with these weights in fp32, and so may we."""
+    known = subclasses.why_not_weights(zip(live.names, live.children)) is None
+    return known and not live.is_refused(torch.float32)
 
 
 @contextlib.contextmanager
@@ -163,8 +177,10 @@ def resolve(asked: str, device: torch.device, dtype: torch.dtype) -> str:
 
 
 @contextlib.contextmanager
-def verified_below(survey: Survey | None) -> Iterator[None]:
+def verified_below(survey: Survey | None, packs: bool = False) -> Iterator[None]:
     """Checks all fused modules inside a module at once, instead of each in its turn.
+
+    With `packs` weights are packed here, for fp32, where there is no packed copy, or it is stale.
 
     The ones that pass count as verified until the module's call ends. Nothing is verified if a hook is registered on a block
     or a container, because a hook could change anything in between.
@@ -184,7 +200,12 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
             continue
         for recipe in recipes:
             live = state.live.get(recipe.modules)
-            if live is None or not live.is_of(owner) or not live.is_current(owner) or live.why_not_now() is not None:
+            if live is None or not live.is_of(owner) or not live.is_current(owner):
+                found = wire(owner, recipe) if packs else ""
+                if isinstance(found, str):
+                    continue
+                live = state.live[recipe.modules] = found
+            if live.why_not_now() is not None:
                 continue
             if live.runs_other_code(recipe):
                 continue
@@ -203,7 +224,7 @@ def verified_below(survey: Survey | None) -> Iterator[None]:
                 packed.append(Verified(id(owner), recipe, state, state.copies, live, True))
             elif subclasses.are_known(live.convs):
                 verified.append(Verified(id(owner), recipe, state, state.copies, live, False))
-    verified += survey.unchanged(packed)
+    verified += survey.unchanged(packed, packs)
     _call_state.verified = {(v.owner, v.recipe.modules): v for v in verified}
     try:
         yield

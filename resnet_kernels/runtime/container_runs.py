@@ -13,15 +13,11 @@ from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
 from . import chains, checked_calls, eligibility, fused_block, inference, subclasses
+from .chains import dtype_of
 from .live_modules import child_at, has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, Eager, FusedState
 
 CHANNELS_LAST = torch.channels_last
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter."""
-    return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
 def like_normalized(module: nn.Module, state: FusedState[ContainerPlan], args: tuple[Any, ...]) -> Any:
@@ -100,17 +96,8 @@ def view_of(module: nn.Module, state: FusedState[ContainerPlan]) -> nn.Module:
             elif hooked or path in state.plan.seen:
                 calls[path] = partial(_call_as_eager, child, hooked)
     if checked_calls.is_inside_verified() and checked_calls.runs_packed():
-        calls.update(chains.stand_ins(module, state, dict(calls), partial(chain_input, module, state), _seen(state)))
+        calls.update(chains.stand_ins(module, state, dict(calls)))
     return _with_calls(module, calls) if calls else module
-
-
-def chain_input(module: nn.Module, state: FusedState[ContainerPlan], member: str, x: Any) -> Any:
-    """What a chain that begins with this member gets: normalized images at the entry, if the model does that."""
-    return state.normalize(x, dtype_of(module)) if state.normalize is not None and member == state.plan.entry else x
-
-
-def _seen(state: FusedState[ContainerPlan]) -> Callable[[str, Any], Any]:
-    return lambda member, y: checked_calls.as_eager(y) if member in state.plan.seen else y
 
 
 def _call_run(module: nn.Module, name: str, state: FusedState[ContainerPlan], x: Tensor) -> Tensor:

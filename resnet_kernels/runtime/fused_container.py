@@ -24,7 +24,7 @@ from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import as_contiguous, counted, is_channels_last, write_back
 from . import chains, checked_calls, eligibility, inference, subclasses
 from .checked_calls import Survey
-from .container_runs import CHANNELS_LAST, call_run, chain_input, dtype_of, like_normalized, view_of
+from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
 from .fused_block import FusedBlock
 from .fused_module import Fused
 from .gpu import plan
@@ -66,7 +66,8 @@ class FusedContainer(Fused):
         value, version = (x, None) if as_it_is else counted(_converted, x)
         restore = not (is_channels_last(subclasses.as_plain(x)) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
-        with checked_calls.one_call(found, restore, state.copies.memories), checked_calls.verified_below(survey):
+        packs = chains.may_run(value)
+        with checked_calls.one_call(found, restore, state.copies.memories), checked_calls.verified_below(survey, packs):
             y = (
                 _run_stage(self, state, value, UNKNOWN)
                 if _is_stage(self, state)
@@ -165,22 +166,18 @@ def _is_stage(module: nn.Module, state: FusedState[ContainerPlan]) -> bool:
 def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, known: BlockInput) -> Any:
     """nn.Sequential's forward, with one call for each run, and with what each block knows of its input."""
     children = list(module._modules.items())
+    done: frozenset[str] = frozenset()  # the members of a chain that ran
     chained = {chain.members[0]: chain for chain in state.plan.chains} if checked_calls.is_inside_verified() else {}
     while children:
         name, child = children.pop(0)
         if child is None:
             raise TypeError("'NoneType' object is not callable")  # nn.Sequential's own
-        if (
-            name in chained
-            and (y := chains.run(module, state, chained[name], chain_input(module, state, name, x))) is not None
-        ):
-            chain = chained[name]
-            last = chain.members[-1]
-            x, known = y, BlockInput(True, None, (state.backend, "cpu"))
-            while name != last:
-                name, _ = children.pop(0)
-            if last in state.plan.seen:
-                x, known = checked_calls.as_eager(x), UNKNOWN
+        if name in done:
+            continue
+        ran = chains.run(module, state, chained[name], x) if name in chained else None
+        if ran is not None:
+            x, done = ran
+            known = BlockInput(owned=True, backend=(state.backend, "cpu"))
         elif (result := checked_calls.run_verified(child, x, known)) is not None:
             x, known = result
         elif name in state.plan.runs:

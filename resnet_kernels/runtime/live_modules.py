@@ -43,8 +43,19 @@ class LiveModules:
     """The modules that a recipe's paths lead to: looked up once, and checked by identity in each call, list against list."""
 
     __slots__ = (
-        "_readers", "children", "classes", "packed_parts", "convs", "dicts", "names", "others", "parts", "reads", "registries",
-        "statistics", "with_modes",
+        "_readers",
+        "children",
+        "classes",
+        "convs",
+        "dicts",
+        "names",
+        "others",
+        "packed_parts",
+        "parts",
+        "reads",
+        "registries",
+        "statistics",
+        "with_modes",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, recipe: Recipe):

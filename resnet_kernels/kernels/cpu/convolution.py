@@ -193,7 +193,8 @@ def elementwise(
 
     Args:
         x_shape: (N, C, H, W), not empty.
-        scale, shift: (C,), fp32, contiguous; None for ones, for zeros.
+        scale: (C,), fp32, contiguous; None for ones.
+        shift: as scale; None for zeros.
         relu: False leaves the ReLU away.
         threads: that a call may use.
     """
@@ -224,6 +225,16 @@ def pooling(kind: str, x_shape: tuple[int, ...], pool: Pool, threads: int) -> Ke
         batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=block, **_pool_sizes(pool, size)
     )
     return _kernel(kind, arguments, x_shape, (n, channels, *size))[1]
+
+
+def global_average(x_shape: tuple[int, ...]) -> Kernel:
+    """Returns the kernel of the mean over an image's pixels: (N, C, H, W) -> (N, C, 1, 1), on channels_last images."""
+    n, channels, height, width = x_shape
+    arguments = Arguments(
+        batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=1,
+        pool_h=1, pool_w=1, pool_kernel=max(height, width), pool_stride=1,
+    )  # fmt: skip
+    return _kernel("average_pool", arguments, x_shape, (n, channels, 1, 1))[1]
 
 
 class Bound:

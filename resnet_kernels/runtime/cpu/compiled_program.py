@@ -25,6 +25,7 @@ from .. import profiler_ranges
 from ..parts import CallPart, ConvPart, NormPart, Part, plain_setting
 from . import neighbors
 from .packed_conv import PackedConv
+from .packed_linear import PackedLinear
 from .packed_norm import PackedNorm
 
 if TYPE_CHECKING:
@@ -47,9 +48,10 @@ class CompiledProgram:
     The packed weights and BNs must stand for their modules as they are now: whoever calls has checked that, and asks `is_of`.
     """
 
-    def __init__(self, sections: Sequence[Section], x: Tensor):
+    def __init__(self, sections: Sequence[Section], x: Tensor, head: PackedLinear | None = None):
         # Before they are read.
         self._packs = [section.copies.programs for section in sections]
+        self._head = head
         self._program: Program | None = None
         self._contiguous = x.is_contiguous() and not is_channels_last(x)
         # Settings that no packed weight knows of.
@@ -70,6 +72,8 @@ class CompiledProgram:
         self._contiguous &= parts[0].can_read_contiguous()
         if self._contiguous:
             parts[0].read_contiguous()
+        if self._head is not None:
+            parts.append(_Layers((x_shape[0], *shape[1:]), [], self._head))
         numbers = itertools.count(1)
         layers: list[Layer] = []
         value = 0
@@ -82,7 +86,9 @@ class CompiledProgram:
                         if read is not None and read.value not in values:
                             values[read.value] = Slice(next(numbers))
                     residual = None if layer.residual is None else values[layer.residual.value]
-                    layers.append(layer._replace(x=values[layer.x.value], residual=residual, out=values[layer.out.value]))
+                    layers.append(
+                        layer._replace(x=values[layer.x.value], residual=residual, out=values[layer.out.value])
+                    )
         return Program(layers, x_shape, {value: (x_shape[0], *parts[-1].out_shape[1:])}, torch.get_num_threads())
 
     @property
@@ -90,10 +96,11 @@ class CompiledProgram:
         """Whether there is a program: each step has a kernel of ours, and each packed weight is there."""
         return self._program is not None
 
-    def is_of(self, sections: Sequence[Section]) -> bool:
+    def is_of(self, sections: Sequence[Section], head: PackedLinear | None) -> bool:
         """Whether it was made of these very packed weights, and all pools are set as they were."""
         return (
-            len(sections) == len(self._packs)
+            head is self._head
+            and len(sections) == len(self._packs)
             # A dict of programs is replaced with each packed weight.
             and all(section.copies.programs is packs for section, packs in zip(sections, self._packs))
             and all(_settings(child) == then for child, then in self._pools)
@@ -144,7 +151,7 @@ class _Layers:
         images: their number. result: the number of the output.
     """
 
-    def __init__(self, x_shape: tuple[int, ...], sections: Sequence[Section]):
+    def __init__(self, x_shape: tuple[int, ...], sections: Sequence[Section], head: PackedLinear | None = None):
         self.layers: list[Layer] = []
         self.pools: list[tuple[nn.Module, list[Any]]] = []
         self.images, self.result = x_shape[0], 0
@@ -155,6 +162,8 @@ class _Layers:
         for section in sections:
             self._add(section)
             self._ends.append(len(self.layers))
+        if head is not None:
+            self._add_head(head)
         if self.result == 0:
             raise _HasNoKernel
 
@@ -190,7 +199,9 @@ class _Layers:
             largest = max((math.prod(layer.kernel.out_shape[1:]) for layer in layers), default=1)
             weights = sum(4 * kept.numel() for layer in layers for kept in layer.kernel.keeps if kept is not None)
             flops = sum(layer.kernel.flops for layer in layers) / self.images
-            images = max(_CACHE // (3 * 4 * largest), math.ceil(weights * _FLOPS_A_BYTE / (_READING * max(flops, 1))), 1)
+            images = max(
+                _CACHE // (3 * 4 * largest), math.ceil(weights * _FLOPS_A_BYTE / (_READING * max(flops, 1))), 1
+            )
             found.append(next((n for n in range(images, self.images) if self.images % n == 0), self.images))
         return found
 
@@ -229,6 +240,13 @@ class _Layers:
         if recipe.result in pending:
             raise _HasNoKernel
         self.result = numbers[recipe.result]
+
+    def _add_head(self, linear: PackedLinear) -> None:
+        pooled = self._layer(convolution.global_average(self.out_shape), self.result, None, "global average")
+        bound = linear.bound(*self._shapes[pooled][:2])
+        if bound is None:
+            raise _HasNoKernel
+        self.result = self._layer(bound.kernel(relu=False), pooled, None, "linear")
 
     def _note_pool(self, part: Part) -> None:
         if isinstance(part, CallPart) and part.child is not None:
@@ -336,7 +354,11 @@ def key_of(name: str, x: Tensor) -> tuple[Any, ...]:
 
 
 def find(
-    programs: dict[Any, CompiledProgram], name: str, x: Tensor, sections: Sequence[Section]
+    programs: dict[Any, CompiledProgram],
+    name: str,
+    x: Tensor,
+    sections: Sequence[Section],
+    head: PackedLinear | None = None,
 ) -> CompiledProgram | None:
     """The program of sections for x, made now if it is not among those that are kept; None if there can be none.
 
@@ -345,11 +367,12 @@ def find(
         name: of the sections among them.
         x: the input.
         sections: whose packed weights stand for their modules as they are now.
+        head: the packed linear layer behind them, after a global average; None for none.
     """
     key = key_of(name, x)
     program = programs.get(key)
-    if program is None or not program.is_of(sections):
-        program = CompiledProgram(sections, x)
+    if program is None or not program.is_of(sections, head):
+        program = CompiledProgram(sections, x, head)
         own = [kept for kept in [*programs] if kept[0] == name and kept != key]
         for kept in own[: max(0, len(own) + 1 - MOST_SHAPES)]:
             programs.pop(kept, None)

@@ -23,6 +23,7 @@ from ..state import FusedRun, FusedState
 from . import compiled_program, neighbors
 from .packed_conv import PackedConv
 from .packed_norm import PackedNorm
+from .program import pack_again
 
 
 def run(
@@ -43,14 +44,16 @@ def run(
     """
     # One object for the whole call: if weights change during the call, their old copies go with the old object.
     copies = state.copies
-    if run.verified:
+    if not run.verified:
+        pack_again(copies, state.holds, run.live.packed_parts, x.dtype)
+    if x.dtype == torch.float32:
         section = compiled_program.Section(recipe, run.live, copies, state.path)
         compiled = compiled_program.find(copies.compiled, "", x, [section])
         if compiled is not None:
             return compiled(x, checked_calls.memories_of(copies)), None
-        program = copies.program(recipe, x) or copies.make_program(recipe, x)
-        if program is not None and (result := program.run_if_safe(x, x_bound, owned, state.path)) is not None:
-            return result
+    program = copies.program(recipe, x) or copies.make_program(recipe, x)
+    if program is not None and (result := program.run_if_safe(x, x_bound, owned, state.path)) is not None:
+        return result
     bounds: dict[int, float | None] = {0: x_bound}
     parts = run.live.parts
     on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
@@ -59,21 +62,14 @@ def run(
 
     def pack_of(part: ConvPart, x: Tensor) -> PackedConv:
         pack = copies.packs.get(part.step.conv)
-        valid = (
-            isinstance(pack, PackedConv) and (run.verified or state.holds(pack, part.conv, part.bn)) and pack.fits(x)
-        )
-        if not valid:
-            pack = PackedConv(part.conv, part.bn, x)
+        if not isinstance(pack, PackedConv) or not pack.fits(x):
+            pack = PackedConv(part.conv, part.bn, x.dtype)
             copies.pack(part.step.conv, pack)
-        assert isinstance(pack, PackedConv)
         return pack
 
     def activation_of(part: NormPart, x: Tensor) -> Activation | None:
         pack = copies.packs.get(part.step.bn)
-        if not isinstance(pack, PackedNorm) or not (run.verified or state.holds(pack, None, part.bn)):
-            pack = PackedNorm(part.bn)
-            copies.pack(part.step.bn, pack)
-        activation = pack.activation
+        activation = pack.activation if isinstance(pack, PackedNorm) else None
         if activation is None or activation.scale.numel() != x.shape[1]:
             return None
         return activation._replace(relu=part.step.relu)

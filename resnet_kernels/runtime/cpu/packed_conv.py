@@ -61,7 +61,7 @@ class PackedConv:
     __slots__ = (
         "_bn",
         "_conv",
-        "_dtype",
+        "_first",
         "_gain",
         "_offset",
         "_settings",
@@ -71,13 +71,13 @@ class PackedConv:
         "_watched",
         "_weights",
         "bias",
+        "dtype",
     )
 
-    def __init__(self, conv: nn.Conv2d, bn: BatchNorm | None, x: Tensor):
-        dtype = x.dtype
+    def __init__(self, conv: nn.Conv2d, bn: BatchNorm | None, dtype: torch.dtype):
         self._conv, self._bn = conv, bn
         self._settings = settings(conv, bn)
-        self._dtype = dtype
+        self.dtype = dtype
         # Before they are read: what another thread changes meanwhile is noticed.
         self._watched = WatchedTensors([conv] if bn is None else [conv, bn])
         scale, shift = scale_shift(conv.bias, bn)
@@ -92,16 +92,19 @@ class PackedConv:
             self._unfolded = conv.weight.detach().to(dtype), shift, scale
         # By layout: a kernel's name, oneDNN's descriptor, or None for channels_last, for ATen.
         self._weights: dict[bytes | str | None, Tensor] = {}
+        # The folded weight until the first size comes.
+        self._first: Tensor | None = weight
         self._sizes: dict[tuple, SizedConv] = {}
         self._variants: dict[tuple, convolution.Bound | None] = {}
-        self._add(x.shape, weight)
 
     def _folded(self, scale: Tensor | None) -> Tensor:
         weight = self._conv.weight.detach()
-        return (weight if scale is None else weight * scale.detach()[:, None, None, None]).to(self._dtype)
+        return (weight if scale is None else weight * scale.detach()[:, None, None, None]).to(self.dtype)
 
     def _folded_as_packed(self) -> Tensor:
         """Folded weight that all copies hold; a frozen model's live weight may differ by now."""
+        if (first := self._first) is not None:
+            return first
         if self.is_unchanged(self._conv, self._bn):
             return self._folded(scale_shift(self._conv.bias, self._bn)[0])
         # Winograd's copy comes last: its weights come back with another rounding.
@@ -112,7 +115,7 @@ class PackedConv:
 
     def fits(self, x: Tensor) -> bool:
         """Whether it takes an x of this dtype and size; False if that needs one layout more than are kept."""
-        return x.dtype == self._dtype and self.at(x.shape) is not None
+        return x.dtype == self.dtype and self.at(x.shape) is not None
 
     def at(self, shape: torch.Size) -> SizedConv | None:
         """Convolution for inputs of this shape, packed now if the size is new; None if there are too many layouts."""
@@ -137,10 +140,10 @@ class PackedConv:
         geometry = Geometry.of_module(self._conv, shape[2:])
         if min(geometry.out_size(shape[2:], self._conv.weight.shape[2:])) < 1:
             # To ATen, whose error helps; oneDNN would only say that it could not construct a descriptor.
-            return SizedConv(geometry, (), self._conv.weight.detach().to(self._dtype), True)
+            return SizedConv(geometry, (), self._conv.weight.detach().to(self.dtype), True)
         if self._unfolded is None and (own := self._new_own(shape, geometry, folded)) is not None:
             return self._keep(shape, SizedConv(geometry, (), own.packed, False, own))
-        for_aten = onednn.is_for_aten(shape, self._dtype, self._conv.weight.shape, geometry.stride)
+        for_aten = onednn.is_for_aten(shape, self.dtype, self._conv.weight.shape, geometry.stride)
         weight = None
         if self._unfolded is None:
             layout, weight = self._weight_for(shape, geometry, for_aten, folded)
@@ -153,6 +156,7 @@ class PackedConv:
         if len(self._sizes) >= _MOST_SIZES:
             self._sizes.clear()
         self._sizes.update({(shape, *_setting()): sized})
+        self._first = None
         return sized
 
     def activated(self, shape: torch.Size) -> convolution.Bound | None:
@@ -179,7 +183,7 @@ class PackedConv:
             return own
         shapes = own.shapes._replace(copies=True, pool=pool)
         threads = torch.get_num_threads()
-        if plans.why_not("direct", shapes, self._dtype, threads) is not None:
+        if plans.why_not("direct", shapes, self.dtype, threads) is not None:
             return None
         weight = self._weights.get("direct")
         if weight is None:
@@ -192,7 +196,7 @@ class PackedConv:
     def _new_own(self, shape: torch.Size, geometry: Geometry, folded: Tensor | None) -> convolution.Bound | None:
         """A kernel of ours for inputs of this shape; None where oneDNN or ATen is the choice."""
         weight_shape = tuple(self._conv.weight.shape)
-        for name in cpu_candidates.for_packed(weight_shape, geometry, tuple(shape), self._dtype):
+        for name in cpu_candidates.for_packed(weight_shape, geometry, tuple(shape), self.dtype):
             weight = self._weights.get(name)
             if weight is None:
                 if len(self._weights) >= _MOST_LAYOUTS:
@@ -209,11 +213,11 @@ class PackedConv:
         self, shape: torch.Size, geometry: Geometry, for_aten: bool, folded: Tensor | None
     ) -> tuple[bytes | None, Tensor]:
         """Returns oneDNN's layout for inputs of this shape, and the weight in it."""
-        problem = onednn.problem(self._conv.weight.shape, self._dtype, geometry, shape)
+        problem = onednn.problem(self._conv.weight.shape, self.dtype, geometry, shape)
         layout = None if for_aten else onednn.known_layout(problem)
         if layout is None and not for_aten and len(self._weights) > 1:
             # The layout is most likely a known one; the unfolded weight shows that without folding.
-            unfolded = self._conv.weight.detach().to(self._dtype)
+            unfolded = self._conv.weight.detach().to(self.dtype)
             layout = onednn.note_layout(problem, onednn.pack_weight(unfolded, geometry, shape))
         if (for_aten or layout is not None) and layout in self._weights:
             return layout, self._weights[layout]

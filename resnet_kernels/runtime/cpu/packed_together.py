@@ -13,7 +13,6 @@ from .packed_conv import PackedConv
 from .packed_norm import PackedNorm
 from .watched_tensors import WatchedTensors
 
-
 # A copy, if there is one, and what it has to be of: a convolution with or without a BN, or a BN alone.
 PackedPart = tuple[PackedConv | PackedNorm | None, nn.Conv2d | None, BatchNorm | None]
 

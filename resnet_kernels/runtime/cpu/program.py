@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...graph import fusible
+from ...graph.fusible import BatchNorm
 from ...graph.recipe import ConvStep, Recipe
 from ...kernels.cpu.program import Memories
 from ...ops import onednn, tuned_table
 from .. import profiler_ranges
 from .packed_conv import PackedConv
+from .packed_linear import PackedLinear
 from .packed_norm import PackedNorm
 
 if TYPE_CHECKING:
     from .compiled_program import CompiledProgram
+
+# Of a copy: its name, and what it is of.
+PackedParts = Sequence[tuple[str, nn.Conv2d | None, BatchNorm | None]]
 
 # Most programs of a module; detection models see many image sizes.
 _MOST_PROGRAMS = 256
@@ -25,15 +31,16 @@ _MOST_PROGRAMS = 256
 class Copies:
     """Copies made from a fused module's weights. They are dropped as a whole, so identity shows whether they hold.
 
-    packs: packed weights by the convolution's path, and BNs that come before one by their own. programs: by a recipe's
-    modules, the input's shape and dtype, the number of threads and the tables' generation. compiled: the programs of its
-    chains, or of itself; compiled_program.find. memories: for these. All are for the CPU. On other devices a frozen module's
-    copies are reached by `first`.
+    packs: packed weights by the convolution's path, and BNs that come before one by their own. linears: of heads, by path.
+    programs: by a recipe's modules, the input's shape and dtype, the number of threads and the tables' generation. compiled:
+    the programs of its chains, or of itself; compiled_program.find. memories: for these. All are for the CPU. On other devices
+    a frozen module's copies are reached by `first`.
     """
 
     def __init__(self) -> None:
         self.packs: dict[str, PackedConv | PackedNorm] = {}
         self.programs: dict[tuple[Any, ...], PackedProgram] = {}
+        self.linears: dict[str, PackedLinear] = {}
         self.compiled: dict[Any, CompiledProgram] = {}
         self.memories = Memories()
         self._first: dict[tuple[Any, ...], tuple[tuple[Any, ...], Any]] = {}
@@ -64,6 +71,24 @@ class Copies:
             programs.clear()
         program = programs[_program_key(recipe, x)] = PackedProgram(recipe, packs, x)
         return program
+
+
+def pack_again(copies: Copies, holds: Callable[..., bool], parts: PackedParts, dtype: torch.dtype) -> None:
+    """Packs what has no copy, or one that does not stand for its modules as they are now.
+
+    Args:
+        copies: of a fused module.
+        holds: whether a copy stands for a convolution and a BN.
+        parts: `LiveModules.packed_parts`.
+        dtype: of the computation.
+    """
+    for name, conv, bn in parts:
+        pack = copies.packs.get(name)
+        if conv is not None:
+            if not isinstance(pack, PackedConv) or pack.dtype != dtype or not holds(pack, conv, bn):
+                copies.pack(name, PackedConv(conv, bn, dtype))
+        elif bn is not None and fusible.is_frozen(bn) and not (isinstance(pack, PackedNorm) and holds(pack, None, bn)):
+            copies.pack(name, PackedNorm(bn))
 
 
 def _program_key(recipe: Recipe, x: Tensor) -> tuple[Any, ...]:

@@ -1,0 +1,47 @@
+"""A linear layer's packed weight, for the head of a chain."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...kernels.cpu import convolution, plans
+from ...kernels.cpu.convolution import Bound
+from ...kernels.geometry import Geometry
+from .watched_tensors import WatchedTensors
+
+
+class PackedLinear:
+    """An nn.Linear as a 1x1 convolution of images of one pixel, on a kernel of ours."""
+
+    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_watched")
+
+    def __init__(self, linear: nn.Linear):
+        self._linear = linear
+        # Before they are read: what another thread changes meanwhile is noticed.
+        self._watched = WatchedTensors([linear])
+        weight, bias = linear.weight.detach(), linear.bias
+        self._shape = (*weight.shape, 1, 1)
+        is_plain = weight.dtype == torch.float32 and weight.dim() == 2 and 0 not in weight.shape
+        self._packed = convolution.pack("direct", weight[:, :, None, None]) if is_plain else None
+        # Not the user's own memory: our kernels keep an address.
+        self._bias = None if bias is None else bias.detach().clone().contiguous()
+        if self._bias is not None and self._bias.dtype != torch.float32:
+            self._packed = None
+
+    def is_of(self, linear: nn.Linear) -> bool:
+        """Whether it was made from this layer and its tensors, whatever the values."""
+        return linear is self._linear and self._watched.are_same()
+
+    def is_unchanged(self, linear: nn.Linear) -> bool:
+        """Whether it still matches its layer."""
+        return linear is self._linear and self._watched.are_unchanged()
+
+    def bound(self, batch: int, channels: int) -> Bound | None:
+        """The kernel for a batch; None if the weights can't be packed, or don't fit."""
+        if self._packed is None or channels != self._shape[1]:
+            return None
+        shapes, threads = plans.Shapes((batch, channels, 1, 1), self._shape, Geometry()), torch.get_num_threads()
+        if plans.why_not("direct", shapes, torch.float32, threads) is not None:
+            return None
+        return Bound("direct", shapes, self._packed, None, self._bias, threads)
