@@ -11,18 +11,7 @@ folder = Path("resnet_kernels/kernels/cpu")
 convolution = Extension(
     "resnet_kernels.kernels.cpu._convolution",
     [str(folder / name) for name in ("run.c", "program.c", "portable.c", "avx2.c", "avx512.c")],
-    depends=[
-        str(folder / name)
-        for name in (
-            "convolution.h",
-            "direct.h",
-            "kernels.h",
-            "micro_kernel.h",
-            "pointwise.h",
-            "vectors.h",
-            "winograd.h",
-        )
-    ],
+    depends=sorted(map(str, folder.glob("*.h"))),
     # Each file selects its own instruction set. gnu11 lets a * b + c be one FMA.
     extra_compile_args=["-std=gnu11", "-O2", "-ffp-contract=fast", "-fvisibility=hidden", "-g0"],
     py_limited_api=True,

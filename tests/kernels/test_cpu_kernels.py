@@ -73,6 +73,13 @@ BUGS = {
         "load(residual + (i + 1) * out->step)",
     ),
     "transposed taps": ("run.c", "h * pack->stride_h + w * pack->stride_w", "w * pack->stride_h + h * pack->stride_w"),
+    "transposed taps of Winograd": (
+        "run.c",
+        "j / 3 * pack->stride_h + j % 3 * pack->stride_w",
+        "j % 3 * pack->stride_h + j / 3 * pack->stride_w",
+    ),
+    "taps of a missing channel": ("run.c", "o < pack->c_out ? from[offsets[j]] : 0", "from[offsets[j]]"),
+    "a tap left out": ("winograd_taps.h", "(ends - wide[3 + j])", "(ends - wide[j])"),
     "missing edge mask": ("direct.h", "w >= 0 && w < c->in_w", "w >= 0"),
     "missing edge mask of tiles": ("winograd.h", "w >= 0 && w < c->in_w", "w < c->in_w"),
     "ragged tile": ("winograd.h", "least(2, c->out_w - tile.left)", "2"),

@@ -175,6 +175,30 @@ def test_winograd_refused_a_pruned_weight(middle, size):
         assert (back.double() - weight).norm() <= 2**-22 * weight.double().norm() + 2**-149 * weight.numel()
 
 
+@pytest.mark.parametrize("value", (float("nan"), float("inf"), 3e38), ids=str)
+def test_a_weight_that_overflows_was_taken(value):
+    """At any place; panels have up to 32 output channels. 3e38 overflows in the transform."""
+    for o in range(40):
+        weight = torch.ones(40, 9, 3, 3)
+        weight[o, o % 9] = value
+        for for_gradient in (False, True):
+            assert convolution.pack("winograd", weight, for_gradient) is None
+            weight[o, o % 9] = 1e38
+            assert convolution.pack("winograd", weight, for_gradient) is not None
+            weight[o, o % 9] = value
+
+
+@pytest.mark.parametrize("shape", ((16, 16, 3, 3), (17, 5, 3, 3), (33, 70, 3, 3), (9, 7, 2, 5)), ids=str)
+@pytest.mark.parametrize("layout", (torch.contiguous_format, CHANNELS_LAST), ids=str)
+def test_a_weight_for_the_gradient_is_that_of_the_rotated_taps(shape, layout):
+    weight = torch.randn(shape)
+    weight[torch.rand_like(weight) < 0.2] = 0
+    rotated = weight.flip(2, 3).transpose(0, 1).contiguous()
+    weight = weight.contiguous(memory_format=layout)
+    for name in KERNELS if shape[2:] == (3, 3) else ("direct",):
+        assert torch.equal(convolution.pack(name, weight, for_gradient=True), convolution.pack(name, rotated))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 def test_denormals_were_lost(name):
     """Multiples of four of the smallest one: also Winograd's products of them are exact."""

@@ -45,6 +45,9 @@ typedef struct {
     Kernel kinds[KINDS];
     int64_t flops;                                     /* of a step of multiply_add */
     void (*multiply_add)(int64_t steps, float *floats); /* nothing but FMAs: the most that this processor can do */
+    /* G g G^T of a panel of 3x3 taps: 9 rows of floats in, 16 planes out. Returns a bit for each channel with a value that is
+     * not finite, or with a tap that has another sign when it is computed back. */
+    uint32_t (*transform_taps)(const float *taps, int64_t step, float *u, int64_t plane);
 } Kernels;
 
 /* The kernels by their number: 0 portable, 1 AVX2 with FMA, 2 AVX-512; NULL if this processor can't run them. */
@@ -56,6 +59,9 @@ typedef void Parallel(void (*function)(void *), void *argument, unsigned threads
 /* Most input channels times taps that are added up in one chain. Longer sums are added block by block: one chain over 2,048
  * errs twice as much as a matrix product's usual blocks do. A block's share of a panel, 16 KB, stays in the L1 cache. */
 enum { SUM_BLOCK = 256 };
+
+/* Most output channels of a panel. */
+enum { MOST_PANEL = 32 };
 
 static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }

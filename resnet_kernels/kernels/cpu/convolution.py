@@ -93,13 +93,15 @@ def weight_elements(name: str, shape: tuple[int, ...], panel: int) -> int:
     return (16 if name == "winograd" else kernel_h * kernel_w) * -(-c_out // panel) * panel * c_in
 
 
-def pack(name: str, weight: Tensor) -> Tensor | None:
+def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None:
     """Returns a copy of a weight in a kernel's order; None if the kernel can't take its values.
 
     Args:
         name: of `plans.KERNELS`.
         weight: (C_out, C_in, kernel_h, kernel_w), fp32, on the CPU, any strides. Values that are not finite can't be taken,
             nor those whose transform overflows.
+        for_gradient: packs the weight of the convolution that computes x's gradient from y's at stride 1: rotated by 180
+            degrees, with C_out and C_in exchanged.
     """
     found = library.find()
     assert isinstance(found, Library), "why_not has seen the library"
@@ -107,12 +109,17 @@ def pack(name: str, weight: Tensor) -> Tensor | None:
         raise ValueError(
             f"weight must be float32 on the CPU, 4-D and not empty, got {weight.dtype} {tuple(weight.shape)}"
         )
-    with torch._C.DisableTorchFunction():
-        packed = torch.empty(weight_elements(name, weight.shape, found.panel), dtype=torch.float32, device="cpu")
     weight, four = weight.resolve_neg(), ctypes.c_int64 * 4
+    shape, strides, first = tuple(weight.shape), weight.stride(), weight.data_ptr()
+    if for_gradient:
+        # A rotation is a walk backwards from the last tap.
+        first += weight.itemsize * sum((size - 1) * step for size, step in zip(shape[2:], strides[2:]))
+        shape, strides = (shape[1], shape[0], *shape[2:]), (strides[1], strides[0], -strides[2], -strides[3])
+    with torch._C.DisableTorchFunction():
+        packed = torch.empty(weight_elements(name, shape, found.panel), dtype=torch.float32, device="cpu")
     refused = found.calls.rk_pack(
-        found.number, name == "winograd", weight.data_ptr(), four(*weight.shape), four(*weight.stride()),
-        packed.data_ptr(), found.threads(), found.parallel,
+        found.number, name == "winograd", first, four(*shape), four(*strides), packed.data_ptr(), found.threads(),
+        found.parallel,
     )  # fmt: skip
     return None if refused else packed
 

@@ -4,6 +4,7 @@
 #include "direct.h"
 #include "winograd.h"
 #include "pointwise.h"
+#include "winograd_taps.h"
 
 /* As many independent chains as the micro-kernel has: each FMA has to wait for the one before it in its chain. They start
  * differently: equal ones would be computed once. */
@@ -33,4 +34,5 @@ const Kernels KERNELS = {
     },
     2 * 2 * WIDTH * ROWS,
     multiply_add,
+    transform_taps,
 };

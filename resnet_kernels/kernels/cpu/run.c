@@ -87,7 +87,7 @@ typedef struct {
     const float *weight;
     int64_t c_out, c_in, kernel_h, kernel_w;
     int64_t stride_o, stride_c, stride_h, stride_w;
-    int64_t panel;
+    const Kernels *kernels;
     float *packed;
     atomic_int refused;
 } Pack;
@@ -103,14 +103,15 @@ static float weight_at(const Pack *pack, int64_t o, int64_t c, int64_t h, int64_
 static void pack_direct(void *job, int64_t task, int64_t thread)
 {
     Pack *pack = job;
-    float *to = pack->packed + task * pack->kernel_h * pack->kernel_w * pack->c_in * pack->panel;
+    int64_t panel = pack->kernels->panel;
+    float *to = pack->packed + task * pack->kernel_h * pack->kernel_w * pack->c_in * panel;
     float strange = 0;
     (void)thread;
     for (int64_t h = 0; h < pack->kernel_h; h++)
         for (int64_t w = 0; w < pack->kernel_w; w++)
             for (int64_t c = 0; c < pack->c_in; c++)
-                for (int64_t i = 0; i < pack->panel; i++) {
-                    float value = weight_at(pack, task * pack->panel + i, c, h, w);
+                for (int64_t i = 0; i < panel; i++) {
+                    float value = weight_at(pack, task * panel + i, c, h, w);
                     strange += value * 0;
                     *to++ = value;
                 }
@@ -162,35 +163,53 @@ static int keep_signs(float u[4][4], double g[3][3])
     return kept;
 }
 
+/* Looks closer at one output channel of transformed taps. Returns whether the kernels can take it. */
+static int repair(const float taps[9][MOST_PANEL], int64_t i, float *to, int64_t plane)
+{
+    double g[3][3];
+    float u[4][4];
+    for (int j = 0; j < 9; j++)
+        g[j / 3][j % 3] = taps[j][i];
+    for (int j = 0; j < 16; j++)
+        u[j / 4][j % 4] = to[j * plane + i];
+    int taken = keep_signs(u, g);
+    for (int j = 0; j < 16; j++) {
+        taken &= isfinite(u[j / 4][j % 4]) != 0;
+        to[j * plane + i] = u[j / 4][j % 4];
+    }
+    return taken;
+}
+
+/* Input channels whose taps are gathered at once: those of an output channel lie side by side, while the next output channel
+ * may be a multiple of 2 KB away, and 32 of these share a few sets of the L1 cache. */
+enum { GATHERED = 8 };
+
 /* (16, panels, c_in, panel): G g G^T, computed in fp64. */
 static void pack_winograd(void *job, int64_t task, int64_t thread)
 {
     Pack *pack = job;
-    int64_t panels = blocks(pack->c_out, pack->panel), size = pack->c_in * pack->panel, plane = panels * size;
-    float *to = pack->packed + task * size;
+    int64_t panel = pack->kernels->panel, size = pack->c_in * panel, plane = blocks(pack->c_out, panel) * size;
+    int64_t offsets[9];
+    float *to = pack->packed + task * size, taps[GATHERED][9][MOST_PANEL];
     int refused = 0;
     (void)thread;
-    for (int64_t c = 0; c < pack->c_in; c++)
-        for (int64_t i = 0; i < pack->panel; i++, to++) {
-            double g[3][3], e[4][3];
-            float u[4][4];
-            for (int h = 0; h < 3; h++)
-                for (int w = 0; w < 3; w++)
-                    g[h][w] = weight_at(pack, task * pack->panel + i, c, h, w);
-            for (int w = 0; w < 3; w++) {
-                e[0][w] = g[0][w], e[3][w] = g[2][w];
-                e[1][w] = (g[0][w] + g[1][w] + g[2][w]) / 2, e[2][w] = (g[0][w] - g[1][w] + g[2][w]) / 2;
-            }
-            for (int h = 0; h < 4; h++) {
-                u[h][0] = (float)e[h][0], u[h][3] = (float)e[h][2];
-                u[h][1] = (float)((e[h][0] + e[h][1] + e[h][2]) / 2), u[h][2] = (float)((e[h][0] - e[h][1] + e[h][2]) / 2);
-            }
-            refused |= !keep_signs(u, g);
-            for (int j = 0; j < 16; j++) {
-                refused |= !isfinite(u[j / 4][j % 4]);
-                to[j * plane] = u[j / 4][j % 4];
-            }
+    for (int j = 0; j < 9; j++)
+        offsets[j] = j / 3 * pack->stride_h + j % 3 * pack->stride_w;
+    for (int64_t first = 0; first < pack->c_in; first += GATHERED) {
+        int64_t count = least(GATHERED, pack->c_in - first);
+        for (int64_t i = 0; i < panel; i++) {
+            int64_t o = task * panel + i;
+            const float *from = pack->weight + o * pack->stride_o + first * pack->stride_c;
+            for (int64_t c = 0; c < count; c++, from += pack->stride_c)
+                for (int j = 0; j < 9; j++)
+                    taps[c][j][i] = o < pack->c_out ? from[offsets[j]] : 0;
         }
+        for (int64_t c = 0; c < count; c++, to += panel) {
+            uint32_t odd = pack->kernels->transform_taps(taps[c][0], MOST_PANEL, to, plane);
+            for (int64_t i = 0; odd; i++, odd >>= 1)
+                refused |= odd & 1 && !repair(taps[c], i, to, plane);
+        }
+    }
     if (refused)
         atomic_store(&pack->refused, 1);
 }
@@ -200,12 +219,12 @@ static void pack_winograd(void *job, int64_t task, int64_t thread)
 EXPORT int64_t rk_pack(int64_t number, int64_t winograd, const float *weight, const int64_t *sizes, const int64_t *strides,
                        float *packed, int64_t threads, Parallel *parallel)
 {
-    int64_t panel = rk_kernels(number)->panel;
+    const Kernels *of = rk_kernels(number);
     Pack pack = {
-        {winograd ? pack_winograd : pack_direct, blocks(sizes[0], panel), 0, 0},
+        {winograd ? pack_winograd : pack_direct, blocks(sizes[0], of->panel), 0, 0},
         weight, sizes[0], sizes[1], sizes[2], sizes[3],
         strides[0], strides[1], strides[2], strides[3],
-        panel, packed, 0,
+        of, packed, 0,
     };
     run_job(&pack.job, threads, parallel);
     return atomic_load(&pack.refused);
