@@ -111,6 +111,10 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned_table.Devi
             raise ValueError("--dry-run needs --output FILE: what it writes is no table for any GPU")
         return torch.device("cpu"), table_file.no_device()
     device = torch.device(options.device)
+    if device.type == "cpu" and options.training:
+        raise ValueError(
+            "--training measures GPUs; on a CPU call rk.tune(model, x, training=True), which times whole steps"
+        )
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             "PyTorch sees no GPU here: --device cpu measures the CPU, --dry-run --output FILE tries a GPU's on the CPU"

@@ -227,7 +227,7 @@ def _decided_by_table(module: nn.Module, recipe: Recipe, backend: str) -> str:
     convs = [part for part in live.parts if isinstance(part, ConvPart)]
     weight = convs[0].conv.weight
     if live.in_training():
-        return "trains on own kernels" if eligibility.trains_on(backend, weight) else ""
+        return "trains on own kernels" if eligibility.trains_on(backend, weight, is_weight=True) else ""
     keys = tuned_table.decided(weight.device, autocast_dtype(weight) or weight.dtype)
     # A key holds the image's size, which may decide the padding, so each size that a table has is tried, as a call would.
     sizes = sorted({tuple(map(int, found.groups())) for found in map(_SIZE.match, keys) if found}, reverse=True)

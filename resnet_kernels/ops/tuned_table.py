@@ -21,10 +21,10 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -97,15 +97,55 @@ def choice(
     return _choice(key, problem, batch, dtype_name(dtype, key.is_cpu), dtype, device, can_run)
 
 
-def trains(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether measurements show that batch_norm_act trains faster than PyTorch's own BN, add and ReLU, forward and backward.
+class TrainedShape(NamedTuple):
+    """Shape of what a fused module trains on, without the batch. `str` begins the key in a CPU's table."""
 
-    Whole models are measured, and all that were measured in this dtype have to agree.
+    channels: int
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{TRAINING} {self.channels}x{self.height}x{self.width}"
+
+
+def trains(device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None = None) -> bool:
+    """Whether measurements show that training is faster on our kernels than on PyTorch's, forward and backward.
+
+    Whole models are measured, and all that were measured in this dtype have to agree; on a CPU those alone that have a module
+    whose input has this size.
+
+    Args:
+        device: of the data.
+        dtype: of the data.
+        shape: (N, C, H, W) of a fused module's input; None to ask whether any has won.
     """
-    if _noted is not None:
-        return True
     key = device_key(device)
-    return key is not None and not key.is_cpu and _trains(key, dtype_name(dtype))
+    if key is None or not key.is_cpu:
+        return _noted is not None or (key is not None and _trains(key, dtype_name(dtype)))
+    if _training is not None:
+        return _training
+    if shape is not None and (len(shape) != 4 or shape[0] < 1):
+        return False
+    asked = None if shape is None else TrainedShape(*shape[1:])
+    if _noted is not None:
+        if asked is not None and shape is not None:
+            _noted.append((asked, shape[0]))
+        return True
+    return _trains_on_cpu(key, dtype_name(dtype, is_cpu=True), asked, 1 if shape is None else shape[0])
+
+
+_training: bool | None = None
+
+
+@contextlib.contextmanager
+def training(on: bool) -> Iterator[None]:
+    """Decides in the place of a CPU's table whether training runs on our kernels. Only one thread may use it at a time."""
+    global _training
+    before, _training = _training, on
+    try:
+        yield
+    finally:
+        _training = before
 
 
 _noted: list[tuple[Hashable, int]] | None = None
@@ -151,7 +191,7 @@ def forget() -> None:
     """Drops all that was read, so that the next question reads the files anew."""
     global _times_forgotten, _said_unknown
     _times_forgotten, _said_unknown = _times_forgotten + 1, False
-    for function in (_choice, _trains, _measured_dtypes, _table, gpu_key):
+    for function in (_choice, _trains, _trains_on_cpu, _measured_dtypes, _table, gpu_key):
         function.cache_clear()
 
 
@@ -164,14 +204,18 @@ def _choice(
     measured = _table(key).get((table_dtype, str(problem)))
     if not measured or batch < 1:
         return None
-    # The larger of two that are equally near.
-    nearest = min(measured, key=lambda other: (abs(math.log(other / batch)), -other))
+    nearest = _nearest(measured, batch)
     winner = measured[nearest]
     if winner is None or can_run is None or can_run(winner, problem, batch, dtype, device):
         return winner
     if not can_run(winner, problem, nearest, dtype, device):
         _say_unknown(winner, problem, key)
     return None
+
+
+def _nearest(measured: Iterable[int], batch: int) -> int:
+    """Returns the nearest batch in logarithms; the larger of two that are equally near."""
+    return min(measured, key=lambda other: (abs(math.log(other / batch)), -other))
 
 
 def _say_unknown(winner: str, problem: Hashable, key: DeviceKey) -> None:
@@ -196,6 +240,18 @@ def _trains(device: DeviceKey, dtype: str) -> bool:
         for winner in batches.values()
     ]
     return bool(winners) and all(winner == "triton" for winner in winners)
+
+
+@lru_cache(_CACHED)
+def _trains_on_cpu(device: DeviceKey, dtype: str, shape: TrainedShape | None, batch: int) -> bool:
+    begin = f"{TRAINING} " if shape is None else f"{shape} in "
+    winners = [
+        batches[_nearest(batches, batch)]
+        for (measured, key), batches in _table(device).items()
+        if measured == dtype and key.startswith(begin)
+    ]
+    agree = any if shape is None else all
+    return bool(winners) and agree(winner == "own" for winner in winners)
 
 
 @lru_cache

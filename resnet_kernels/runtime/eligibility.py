@@ -83,7 +83,7 @@ def why_not_now(module: nn.Module, recipe: Recipe, state: FusedState[Any]) -> st
         return f"{live.parts[0].step} has no weight"
     if (reason := _why_not_weights(live)) is not None:
         return reason
-    if live.in_training() is None or not trains_on(backend, weight):
+    if live.in_training() is None or not trains_on(backend, weight, is_weight=True):
         return live.why_not_now() or backends.why_eager(backend, weight.device, weight.dtype) or None
     return live.why_not_at_all() or live.why_not_trained() or (None if recipe.trains else _OTHER_IN_TRAINING)
 
@@ -179,14 +179,16 @@ def _decide_to_learn(
     return FusedRun(backend, live, False, learns=True)
 
 
-def trains_on(backend: str, data: Any) -> bool:
+def trains_on(backend: str, data: Any, is_weight: bool = False) -> bool:
     """Whether a backend trains `data` on our kernels. `auto` does where a table of its device shows that they win.
 
     data: a block's input, or in its place a weight. `auto` answers no for anything but a tensor.
+    is_weight: whether it is a weight; then the answer is for any size of images.
     """
     backend = backends.requested(backend)
     if backend == "auto" and isinstance(data, Tensor):
-        return tuned_table.trains(data.device, autocast_dtype(data) or data.dtype)
+        shape = None if is_weight else data.shape
+        return tuned_table.trains(data.device, autocast_dtype(data) or data.dtype, shape)
     return backend == "triton"
 
 

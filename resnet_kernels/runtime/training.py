@@ -1,8 +1,9 @@
 """Running a recipe with gradients or batch statistics: training, and eval mode while gradients are on.
 
-A convolution is PyTorch's own (cuDNN, oneDNN), with its gradients. The BN behind it, the residual add and the ReLU are
-ops.batch_norm_act, which passes over the data twice whether the statistics are the batch's or the running ones. A frozen
-BN whose weights need no gradient is a constant scale and shift: the whole step is ops.conv_bias_act, as in inference.
+A convolution is PyTorch's own (cuDNN, oneDNN), with its gradients; on the CPU ops.conv_training runs those that a table names.
+The BN behind it, the residual add and the ReLU are ops.batch_norm_act, which on a GPU passes over the data twice whether the
+statistics are the batch's or the running ones. A frozen BN whose weights need no gradient is a constant scale and shift: the
+whole step is ops.conv_bias_act, as in inference.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.recipe import Recipe
-from ..kernels.geometry import plain_pair
-from ..ops import onednn
+from ..kernels.geometry import Geometry, plain_pair
+from ..ops import conv_training, onednn
 from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import CHANNELS_LAST, as_contiguous, is_channels_last
 from . import run_steps
@@ -50,7 +51,7 @@ def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: 
         dtype = autocast_dtype(x) or x.dtype
         scale, shift = scale_shift(conv.bias, bn)
         return run_steps.convolve(conv, x.to(dtype), conv.weight.to(dtype), scale, shift, residual, relu, backend)
-    y = _convolve(conv, x)
+    y = _convolve(conv, x, backend)
     if bn is not None:
         return run_steps.normalize(bn, y, residual, relu, backend)
     if residual is not None:
@@ -58,7 +59,11 @@ def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: 
     return torch.relu(y) if relu else y
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def _convolve(conv: nn.Conv2d, x: Tensor, backend: str) -> Tensor:
+    if backend == "cpu":
+        y = conv_training.convolve(x, conv.weight, conv.bias, Geometry.of_module(conv, x.shape[2:]))
+        if y is not None:
+            return y
     stride = plain_pair(conv.stride) or (1, 1)  # eager rejects anything else
     in_layout, weight = onednn.for_gradient(x, conv.weight, stride)
     if in_layout is x and weight is conv.weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -10,11 +11,13 @@ from torch import nn
 from torch.profiler import profile
 
 import resnet_kernels as rk
+from helpers.oracle import assert_within_budget
 from helpers.own_kernels import skip_unless_compiled
 from resnet_kernels.cli import main as cli
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.models.resnet_v1 import BasicBlock
 from resnet_kernels.ops import tuned_table
+from resnet_kernels.perf.tuning import tune_model
 
 
 @pytest.fixture
@@ -73,15 +76,54 @@ def test_a_table_is_of_one_number_of_threads(folder):
         torch.set_num_threads(threads)
 
 
-def test_training_and_bfloat16_have_no_choice(folder):
-    fused, x = rk.fuse(net()), torch.randn(2, 16, 24, 24)
+def test_bfloat16_has_no_choice(folder):
     half = rk.fuse(net().bfloat16())
-    for result, what in (
-        (rk.tune(fused.train(), x, training=True, progress=False), "training"),
-        (rk.tune(half, x.bfloat16(), progress=False), "bfloat16"),
-    ):
-        assert str(result).startswith("nothing to tune: ") and str(result).endswith(f"not in {what}")
+    result = rk.tune(half, torch.randn(2, 16, 24, 24).bfloat16(), progress=False)
+    assert str(result).startswith("nothing to tune: ") and str(result).endswith("not in bfloat16")
     assert not list(folder.iterdir())
+
+
+def train_step(model, x, grad_y):
+    """y, and then all gradients and buffers, of a forward and backward."""
+    x = x.detach().to(next(model.parameters()).dtype).requires_grad_()
+    with profile() as profiled:
+        y = model(x)
+        y.backward(grad_y.to(y.dtype))
+    ran = sum(event.count for event in profiled.key_averages() if event.key.endswith("conv_bias_act.winograd"))
+    return ran, [y.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
+
+
+@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_training_is_measured_and_runs_by_it(layout, folder, monkeypatch):
+    monkeypatch.setattr(tune_model, "SECONDS_STEP", 0.2)
+    model, x = net().train().to(memory_format=layout), torch.randn(2, 16, 24, 24).contiguous(memory_format=layout)
+    grad_y, fused = torch.randn(2, 16, 24, 24), rk.fuse(model)
+    assert train_step(copy.deepcopy(fused), x, grad_y)[0] == 0
+    before = [tensor.clone() for tensor in fused.state_dict().values()]
+    result = rk.tune(fused, x, training=True, seconds=0.4, progress=False)
+    assert all(map(torch.equal, before, fused.state_dict().values()))
+    assert [layer.layer for layer in result] == ["trained conv 16x24x24->16 3x3/1 p1,1,1,1 d1 g1"]
+    table = json.loads(result.path.read_text())
+    (step,) = [record for record in table["records"] if record["key"].startswith("training ")]
+    assert step["key"].startswith("training 16x24x24 in Sequential of ") and step["batch"] == 2
+    for whole, each, ran in (("own", "winograd", 8), ("own", "eager", 0), ("eager", "winograd", 0)):
+        for record in table["records"]:
+            record["winner"] = whole if record is step else each
+        result.path.write_text(json.dumps(table))
+        tuned_table.forget()
+        # Forward and backward of four convolutions; of other sizes nothing is known.
+        found, ours = train_step(copy.deepcopy(fused), x, grad_y)
+        assert found == ran and train_step(copy.deepcopy(fused), x[:, :, 2:], grad_y[:, :, 2:])[0] == 0
+        assert ("trains on own kernels" in str(rk.explain(fused))) == (whole == "own")
+        assert ours[0].stride() == train_step(copy.deepcopy(model), x, grad_y)[1][0].stride()
+        # In our layout: PyTorch's BN sums its gradients less accurately there.
+        _, eager = train_step(copy.deepcopy(model).to(memory_format=torch.channels_last), x, grad_y)
+        _, truth = train_step(copy.deepcopy(model).double(), x, grad_y)
+        for i, values in enumerate(zip(ours, eager, truth, strict=True)):
+            if values[0].is_floating_point():
+                assert_within_budget(*values, f"value {i}")
+            else:
+                assert torch.equal(values[0], values[1])
 
 
 @pytest.mark.slow

@@ -19,12 +19,14 @@ from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
 from ...ops.batch_norm_act import NormProblem
 from ...ops.conv_problem import ConvProblem, PackedProblem
+from ...ops.conv_training import TrainedProblem
 from ...runtime.gpu.multi_layer import APART, LinkProblem, StemProblem
 from .autotuner import Problem
 from .multi_layer_problems import link_problem, stem_problem
 from .norm_problem import norm_problem
 from .packed_problem import packed_problem
 from .random_operands import Draw
+from .trained_problem import trained_problem
 
 # Most elements that the fp64 reference holds at a time.
 _REFERENCE = 2**26
@@ -133,6 +135,7 @@ BUILDERS: dict[type, Callable[..., Problem]] = {
     ConvProblem: conv_problem,
     NormProblem: norm_problem,
     PackedProblem: packed_problem,
+    TrainedProblem: trained_problem,
     LinkProblem: link_problem,
     StemProblem: stem_problem,
 }

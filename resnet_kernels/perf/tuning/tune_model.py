@@ -25,10 +25,13 @@ from ...runtime.gpu import multi_layer
 from ...runtime.state import state_of, states_in
 from . import autotuner, problems, table_file
 from .autotuner import Problem
+from .trained_problem import step_records
 from .tune_result import TunedLayer, TuneResult
 
 # Per problem: enough rounds for a dozen candidates of about 0.3 ms each.
 SECONDS_EACH = 2.0
+# For a CPU's whole training steps, with and without our kernels.
+SECONDS_STEP = 20.0
 
 
 def tune(
@@ -43,7 +46,8 @@ def tune(
     Args:
         model: fused for `backend="auto"`, in eval mode unless `training`.
         x: a batch like those to come: the measurement is for its shape, dtype and device, under the current autocast.
-        training: whether to measure BN, add and ReLU of a training step instead of inference.
+        training: whether to measure a training step instead of inference: BN, add and ReLU; on a CPU 3x3 convolutions and
+            the whole step.
         seconds: time limit in all; None for about 2 per layer. Another call continues with the layers that are left.
         progress: whether to show a bar on stderr: tqdm's, if it is installed, else a line per layer.
 
@@ -83,7 +87,13 @@ def _tune(model: nn.Module, x: Tensor, training: bool, seconds: float | None, pr
             return TuneResult(reason=f"in {dtype} no layer of this model has a choice on {x.device}")
         file = table_file.Table(default_path(key), key)
         try:
-            return measure({_name(model, x): own}, file, training=training, deadline=deadline, progress=progress)
+            summed = training and not key.is_cpu
+            result = measure({_name(model, x): own}, file, training=summed, deadline=deadline, progress=progress)
+            if training and key.is_cpu and not result.left:
+                tuned_table.forget()  # so that the step uses the records made so far
+                for record in step_records(model, x, _name(model, x), SECONDS_STEP):
+                    file.put(record)
+            return result
         finally:
             tuned_table.forget()  # so that the next call reads the new file
 
@@ -182,9 +192,9 @@ def _why_nothing(model: nn.Module, x: Tensor, training: bool) -> str | None:
         if x.device.type == "cpu":
             return f"oneDNN's is the only kernel of convolutions here; {library.describe()}"
         return f"only CUDA devices and CPUs have candidates to choose from, and the model is on {x.device}"
-    if key.is_cpu and (training or _dtype(model, x) != torch.float32):
-        what = "training" if training else str(_dtype(model, x)).removeprefix("torch.")
-        return f"on a CPU there are kernels to choose from in float32's inference alone, not in {what}"
+    if key.is_cpu and _dtype(model, x) != torch.float32:
+        what = str(_dtype(model, x)).removeprefix("torch.")
+        return f"on a CPU there are kernels to choose from in float32 alone, not in {what}"
     return None
 
 
