@@ -21,16 +21,18 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from ..kernels.target import allows_tf32
 from .device_key import DeviceKey, device_key, gpu_key
 from .dtypes import short_name
+from .layouts import is_channels_last
 
 CanRun = Callable[[str, Any, int, torch.dtype, torch.device], bool]
 
@@ -108,30 +110,32 @@ class TrainedShape(NamedTuple):
         return f"{TRAINING} {self.channels}x{self.height}x{self.width}"
 
 
-def trains(device: torch.device, dtype: torch.dtype, shape: Sequence[int] | None = None) -> bool:
+def trains(device: torch.device, dtype: torch.dtype, images: Tensor | None = None) -> bool:
     """Whether measurements show that training is faster on our kernels than on PyTorch's, forward and backward.
 
-    Whole models are measured, and all that were measured in this dtype have to agree; on a CPU those alone that have a module
-    whose input has this size.
+    Whole models are measured, and all that were measured in this dtype have to agree. On a CPU these are the models with a
+    module whose input has this size, and the images have to be channels_last: elsewhere PyTorch's gradients are too accurate
+    for an error of at most twice theirs (docs/decisions.md).
 
     Args:
         device: of the data.
         dtype: of the data.
-        shape: (N, C, H, W) of a fused module's input; None to ask whether any has won.
+        images: a fused module's input; None to ask whether any has won.
     """
     key = device_key(device)
-    if key is None or not key.is_cpu:
+    if key is None or not key.is_cpu or (_noted is not None and not _noting_packed):
         return _noted is not None or (key is not None and _trains(key, dtype_name(dtype)))
+    if images is None:
+        return _trains_on_cpu(key, dtype_name(dtype, is_cpu=True), None, 1)
+    if images.dim() != 4 or images.numel() == 0 or not is_channels_last(images):
+        return False
     if _training is not None:
         return _training
-    if shape is not None and (len(shape) != 4 or shape[0] < 1):
-        return False
-    asked = None if shape is None else TrainedShape(*shape[1:])
+    asked, batch = TrainedShape(*images.shape[1:]), images.shape[0]
     if _noted is not None:
-        if asked is not None and shape is not None:
-            _noted.append((asked, shape[0]))
+        _noted.append((asked, batch))
         return True
-    return _trains_on_cpu(key, dtype_name(dtype, is_cpu=True), asked, 1 if shape is None else shape[0])
+    return _trains_on_cpu(key, dtype_name(dtype, is_cpu=True), asked, batch)
 
 
 _training: bool | None = None

@@ -187,8 +187,7 @@ def trains_on(backend: str, data: Any, is_weight: bool = False) -> bool:
     """
     backend = backends.requested(backend)
     if backend == "auto" and isinstance(data, Tensor):
-        shape = None if is_weight else data.shape
-        return tuned_table.trains(data.device, autocast_dtype(data) or data.dtype, shape)
+        return tuned_table.trains(data.device, autocast_dtype(data) or data.dtype, None if is_weight else data)
     return backend == "triton"
 
 

@@ -51,9 +51,12 @@ def test_integers_are_exact(c_in, c_out, padding, layout):
         assert all(torch.equal(own.double(), truth) for own, truth in zip(ours, expected, strict=True))
 
 
-@pytest.mark.parametrize("channels, size", ((64, 28), (128, 14)))
+@pytest.mark.parametrize("channels, size", ((64, 28), (128, 14), (256, 4), (512, 7), (512, 2)))
 def test_gradients_are_as_accurate_as_eagers(channels, size):
+    """Eager's on channels_last images; on contiguous ones it is more accurate."""
+    torch.manual_seed(0)
     x, grad_y = torch.randn(2, channels, size, size).relu(), torch.randn(2, channels, size, size)
+    x, grad_y = (tensor.contiguous(memory_format=CHANNELS_LAST) for tensor in (x, grad_y))
     weight, bias = torch.randn(channels, channels, 3, 3) / 50, torch.randn(channels)
     ours = gradients(conv_training.by_winograd, x, weight, bias, grad_y, 1)
     eager = gradients(by_pytorch, x, weight, bias, grad_y, 1)
@@ -135,11 +138,3 @@ def test_a_table_decides(monkeypatch):
 def test_what_it_does_not_run(geometry, why):
     problem = TrainedProblem(ConvProblem(16, 12, 12, (16, 16, 3, 3), geometry, False, False, False, False))
     assert why in conv_training.why_not(problem, 4, torch.float32)
-
-
-def test_small_images_erred_by_more_than_the_budget():
-    for size, able in ((4, False), (5, True)):
-        problem = TrainedProblem(
-            ConvProblem(16, size, 9, (16, 16, 3, 3), normalize(1, 1, 1, 1), False, False, False, False)
-        )
-        assert (conv_training.why_not(problem, 8, torch.float32) is None) == able

@@ -93,11 +93,11 @@ def train_step(model, x, grad_y):
     return ran, [y.detach(), x.grad, *(p.grad for p in model.parameters()), *model.buffers()]
 
 
-@pytest.mark.parametrize("layout", (torch.contiguous_format, torch.channels_last), ids=str)
-def test_training_is_measured_and_runs_by_it(layout, folder, monkeypatch):
+@pytest.mark.parametrize("weights", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_training_is_measured_and_runs_by_it(weights, folder, monkeypatch):
     monkeypatch.setattr(tune_model, "SECONDS_STEP", 0.2)
-    model, x = net().train().to(memory_format=layout), torch.randn(2, 16, 24, 24).contiguous(memory_format=layout)
-    grad_y, fused = torch.randn(2, 16, 24, 24), rk.fuse(model)
+    model, plain = net().train().to(memory_format=weights), torch.randn(2, 16, 24, 24)
+    x, grad_y, fused = plain.contiguous(memory_format=torch.channels_last), torch.randn(2, 16, 24, 24), rk.fuse(model)
     assert train_step(copy.deepcopy(fused), x, grad_y)[0] == 0
     before = [tensor.clone() for tensor in fused.state_dict().values()]
     result = rk.tune(fused, x, training=True, seconds=0.4, progress=False)
@@ -114,11 +114,13 @@ def test_training_is_measured_and_runs_by_it(layout, folder, monkeypatch):
         # Forward and backward of four convolutions; of other sizes nothing is known.
         found, ours = train_step(copy.deepcopy(fused), x, grad_y)
         assert found == ran and train_step(copy.deepcopy(fused), x[:, :, 2:], grad_y[:, :, 2:])[0] == 0
+        # Eager's gradients are more accurate in its own layout.
+        if weights == torch.contiguous_format:
+            assert train_step(copy.deepcopy(fused), plain, grad_y)[0] == 0
         assert ("trains on own kernels" in str(rk.explain(fused))) == (whole == "own")
-        assert ours[0].stride() == train_step(copy.deepcopy(model), x, grad_y)[1][0].stride()
-        # In our layout: PyTorch's BN sums its gradients less accurately there.
-        _, eager = train_step(copy.deepcopy(model).to(memory_format=torch.channels_last), x, grad_y)
+        _, eager = train_step(copy.deepcopy(model), x, grad_y)
         _, truth = train_step(copy.deepcopy(model).double(), x, grad_y)
+        assert ours[0].stride() == eager[0].stride()
         for i, values in enumerate(zip(ours, eager, truth, strict=True)):
             if values[0].is_floating_point():
                 assert_within_budget(*values, f"value {i}")

@@ -47,10 +47,6 @@ def trained_problem(
             *tensors,
         )
 
-    def plain(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        # The budget is that of a model in PyTorch's default layout, in which oneDNN sums small images more accurately.
-        return eager(*(t.contiguous() for t in tensors))
-
     able = conv_training.why_not(asked, batch, dtype) is None
     return Problem(
         key=str(asked),
@@ -60,7 +56,7 @@ def trained_problem(
         default="eager",
         candidates={"eager": eager} | ({"winograd": lambda *t: run(conv_training.by_winograd, *t)} if able else {}),
         operands=operands,
-        eager=plain,
+        eager=eager,
         reference=lambda *tensors: eager(*(t.double() for t in tensors)),
         flops=4 * y_size * weight_size // weight_shape[0],
         bytes=dtype.itemsize * 2 * (x_size + weight_size + y_size),
