@@ -4,8 +4,9 @@
     backward         x's gradient is a convolution of y's with the rotated weight, by Winograd; the weight's and the bias's are
                      PyTorch's
 
-The weight changes in each step, so each pass packs it. Gradients of gradients are PyTorch's. On channels_last images x's gradient
-errs half as much as PyTorch's; on contiguous ones PyTorch's errs two to three times less than ours, so those are left to it.
+The weight changes in each step, so each pass packs it. Gradients of gradients are PyTorch's. On channels_last images x's
+gradient errs half as much as PyTorch's. On contiguous ones PyTorch's errs two to three times less than ours, so those are left
+to it.
 """
 
 from __future__ import annotations

@@ -91,7 +91,8 @@ def _tune(model: nn.Module, x: Tensor, training: bool, seconds: float | None, pr
             result = measure({_name(model, x): own}, file, training=summed, deadline=deadline, progress=progress)
             if training and key.is_cpu and not result.left:
                 tuned_table.forget()  # so that the step uses the records made so far
-                for record in step_records(model, x, _name(model, x), SECONDS_STEP):
+                left = SECONDS_STEP if deadline is None else max(0.0, deadline - time.perf_counter())
+                for record in step_records(model, x, _name(model, x), min(left, SECONDS_STEP)):
                     file.put(record)
             return result
         finally:
