@@ -152,7 +152,7 @@ def export(model: nn.Module, size: int, folder: Path) -> dict[str, str]:
         truth = torch.cat([double(image.double()) for image in images.split(1)])
     torch.save({"images": images, "eager": eager, "truth": truth}, folder / IMAGES)
     absent = {}
-    for peer, write in ((peers.OnnxRuntime, _write_onnx), (peers.OpenVino, _write_openvino)):
+    for peer, write in ((foreign.OnnxRuntime, _write_onnx), (foreign.OpenVino, _write_openvino)):
         missing = [name for name in peer.modules if importlib.util.find_spec(name) is None]
         try:
             if missing:

@@ -17,8 +17,8 @@ from helpers.own_kernels import bind, skip_unless_compiled
 from helpers.small_resnet import small_resnet
 from helpers.tiny import ENVIRONMENT
 from resnet_kernels.kernels.cpu import convolution, library, plans
-from resnet_kernels.kernels.cpu.program import Program
 from resnet_kernels.kernels.cpu.plans import KERNELS
+from resnet_kernels.kernels.cpu.program import Program
 from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.ops import cpu_candidates
 

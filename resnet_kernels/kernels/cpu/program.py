@@ -181,7 +181,8 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
             value.users.append(i)
         values[layer.out.value].written.append((i, layer.out.first, kernel.out_shape[0]))
     tenants: list[tuple[int, int, _Value]] = []  # (begin, end, value) of all that had a place, newest last
-    needs, top = [], 0
+    needs: list[int] = []
+    top = 0
     for i, layer in enumerate(layers):
         value = values[layer.out.value]
         need = 0

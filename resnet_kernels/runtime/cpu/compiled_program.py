@@ -22,7 +22,7 @@ from ...kernels.cpu.program import Layer, Memories, Program, Slice
 from ...ops import tuned_table
 from ...ops.layouts import is_channels_last
 from .. import profiler_ranges
-from ..parts import CallPart, ConvPart, NormPart, Part, plain_setting
+from ..parts import CallPart, ConvPart, NormPart, plain_setting
 from . import neighbors
 from .packed_conv import PackedConv
 from .packed_linear import PackedLinear
@@ -212,31 +212,36 @@ class _Layers:
         numbers = {0: self.result}  # of the program's values, by the recipe's
         pending: dict[int, Activation] = {}  # by the recipe's number of what the BN makes
         for part in parts:
-            step, label = part.step, f"{section.path}.{part.step}".lstrip(".")
-            first = step.inputs[0]
+            label, first = f"{section.path}.{part.step}".lstrip("."), part.step.inputs[0]
             x, shape = numbers[first], self._shapes[numbers[first]]
-            if isinstance(part, NormPart):
-                activation, size = self._norm(part, packs, shape[1]), torch.Size(shape)
-                readers = [packs.get(p.step.conv) for p in parts if isinstance(p, ConvPart) and p.step.x == step.out]
-                if step.out in on_load and all(_runs_ours(p, size) and p.activated(size) is not None for p in readers):
-                    pending[step.out], numbers[step.out] = activation, x
-                    continue
-                residual = None if step.residual is None else numbers[step.residual]
-                kernel = convolution.elementwise(shape, activation.scale, activation.shift, step.relu, self._threads)
-                numbers[step.out] = self._layer(kernel, x, residual, label)
-            elif isinstance(part, ConvPart):
-                pool = pools.get(step.out)
-                kernel = self._convolution(packs.get(step.conv), shape, step.relu, pending.get(first), pool)
-                residual = None if step.residual is None else numbers[step.residual]
-                numbers[step.out] = self._layer(kernel, x, residual, label)
-                if pool is not None and kernel.arguments.pool_h:
-                    reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == step.out)
-                    numbers[reader.step.out] = numbers[step.out]
-            elif step.out not in numbers:
-                if any(value in pending for value in step.inputs):
+            if isinstance(part, CallPart):
+                if part.child is not None:
+                    self.pools.append((part.child, _settings(part.child)))
+                if part.step.out in numbers:
+                    continue  # the convolution has pooled
+                if any(value in pending for value in part.step.inputs):
                     raise _HasNoKernel
-                numbers[step.out] = self._call(part, [numbers[value] for value in step.inputs], label)
-            self._note_pool(part)
+                numbers[part.step.out] = self._call(part, [numbers[value] for value in part.step.inputs], label)
+                continue
+            residual = None if part.step.residual is None else numbers[part.step.residual]
+            if isinstance(part, NormPart):
+                activation = self._norm(part, packs, shape[1])
+                readers = [
+                    packs.get(p.step.conv) for p in parts if isinstance(p, ConvPart) and p.step.x == part.step.out
+                ]
+                if part.step.out in on_load and all(_activates(reader, torch.Size(shape)) for reader in readers):
+                    pending[part.step.out], numbers[part.step.out] = activation, x
+                    continue
+                kernel = convolution.elementwise(
+                    shape, activation.scale, activation.shift, part.step.relu, self._threads
+                )
+            else:
+                pool = pools.get(part.step.out)
+                kernel = self._convolution(packs.get(part.step.conv), shape, part.step.relu, pending.get(first), pool)
+            numbers[part.step.out] = self._layer(kernel, x, residual, label)
+            if isinstance(part, ConvPart) and kernel.arguments.pool_h:
+                reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)
+                numbers[reader.step.out] = numbers[part.step.out]
         if recipe.result in pending:
             raise _HasNoKernel
         self.result = numbers[recipe.result]
@@ -247,10 +252,6 @@ class _Layers:
         if bound is None:
             raise _HasNoKernel
         self.result = self._layer(bound.kernel(relu=False), pooled, None, "linear")
-
-    def _note_pool(self, part: Part) -> None:
-        if isinstance(part, CallPart) and part.child is not None:
-            self.pools.append((part.child, _settings(part.child)))
 
     def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
         """Adds a layer; returns the number of its output."""
@@ -307,6 +308,11 @@ def _runs_ours(pack: Any, size: torch.Size) -> bool:
         and pack.at(size) is not None
         and pack.own(size) is not None
     )
+
+
+def _activates(pack: Any, size: torch.Size) -> bool:
+    """Whether that kernel can activate the images on the way in."""
+    return _runs_ours(pack, size) and pack.activated(size) is not None
 
 
 def _pool(child: nn.Module, size: Sequence[int]) -> tuple[str, plans.Pool]:

@@ -54,7 +54,7 @@ class PackedTogether:
         )
 
     def _have_settings(self) -> bool:
-        return all(pack is not None and pack.has_settings(conv, bn) for pack, conv, bn in self._parts)
+        return all(pack is not None and pack.has_settings(conv, bn) for pack, conv, bn in self._parts)  # type: ignore[arg-type]  # as packed
 
 
 # What `parts.settings` reads of a convolution.
