@@ -17,10 +17,12 @@ from ..graph.container_plan import head_is_as_read
 from ..graph.recipe import Chain, ContainerPlan, Head, Recipe
 from ..kernels.cpu import library
 from ..ops.dtypes import autocast_dtype
+from ..ops.layouts import as_contiguous, is_channels_last
 from . import checked_calls, eligibility
 from .cpu import compiled_program
 from .cpu.compiled_program import Section
 from .cpu.packed_linear import PackedLinear
+from .fused_module import is_fused_as_is
 from .live_modules import child_at
 from .state import FusedState, state_of
 
@@ -66,6 +68,11 @@ def run(
     if sections is None:
         return None
     copies, members = state.copies, chain.members
+    # Eager's convolution returns channels_last if its input or its weight is. At the entry the container sees to it.
+    restores = members[0] != state.plan.entry and not is_channels_last(x)
+    restores = restores and not any(
+        is_channels_last(conv.weight) for section in sections for conv in section.live.convs
+    )
     memories = checked_calls.memories_of(copies)
     if chain.head is not None:
         head = _head(container, state, chain.head)
@@ -77,19 +84,19 @@ def run(
     if program is None:
         return None
     y = program(x, memories)
-    return (checked_calls.as_eager(y) if members[-1] in state.plan.seen else y), frozenset(members)
+    if members[-1] in state.plan.seen:
+        y = checked_calls.as_eager(y)
+    return (as_contiguous(y) if restores else y), frozenset(members)
 
 
 def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain) -> list[Section] | None:
     """A chain's recipes, if all of them are verified and run on packed weights."""
     for path in chain.containers:
         around = child_at(container, path)
-        if (
-            around is None
-            or not fusible.is_plain_sequential(around)
-            or not around.__dict__.keys().isdisjoint(_OWN_CODE)
-        ):
+        if around is None or not fusible.is_plain_sequential(around) or "_compiled_call_impl" in around.__dict__:
             return None
+        if type(around).forward is not nn.Sequential.forward and not is_fused_as_is(around):
+            return None  # a user's class over a fused one
     sections = []
     for path, name in chain.parts:
         owner = child_at(container, path) if path else container
@@ -106,10 +113,6 @@ def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Cha
     return sections
 
 
-# Attributes of a module that got other code than its class has.
-_OWN_CODE = ("forward", "_compiled_call_impl")
-
-
 def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) -> PackedLinear | None:
     """The packed linear layer of a head, packed now if it has changed; None if a module is another one by now."""
     pool, linear = child_at(container, head.pool), child_at(container, head.linear)
@@ -121,7 +124,7 @@ def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) ->
     linears = state.copies.linears
     packed = linears.get(head.linear)
     if packed is None or not (packed.is_of(linear) if state.frozen else packed.is_unchanged(linear)):
-        packed = linears[head.linear] = PackedLinear(linear)
+        packed = linears[head.linear] = PackedLinear(linear, head.linear, head.pool)
     return packed
 
 

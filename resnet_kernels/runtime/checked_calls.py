@@ -18,6 +18,7 @@ from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
 from .cpu.packed_together import PackedTogether
 from .cpu.program import Copies, pack_again
+from .fused_module import is_fused_as_is
 from .live_modules import LiveModules, has_global_hooks, has_hooks, wire
 from .state import BlockInput, FusedState, state_of
 
@@ -195,6 +196,7 @@ def verified_below(survey: Survey | None, packs: bool = False) -> Iterator[None]
         if (
             owner.training
             or "forward" in owner.__dict__
+            or not is_fused_as_is(owner)
             or (not recipes[0].whole and tuple(owner._modules) != state.plan.names)
         ):
             continue

@@ -190,6 +190,11 @@ def is_fused(module: nn.Module) -> TypeIs[Fused]:
     return isinstance(module, Fused) and state_of(module) is not None
 
 
+def is_fused_as_is(module: nn.Module) -> bool:
+    """Whether a module's class is the one that fusing made, and not a user's over it."""
+    return "_rk_forward_of" in vars(type(module))
+
+
 def swap(module: nn.Module, mixin: type[Fused], state: FusedState[Any]) -> None:
     """Turns a module into its fused self, in place."""
     module.__dict__["_rk_state"] = state

@@ -12,7 +12,7 @@ from ..graph import fusible
 from ..graph.fusible import BatchNorm
 from ..graph.reads import LiveReads, Reads
 from ..graph.recipe import CallStep, ConvStep, Recipe, Step
-from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
+from .parts import CallPart, ConvPart, NormPart, PackName, Part, bn_tensors, pack_name
 
 
 def child_at(module: nn.Module, path: str) -> nn.Module | None:
@@ -76,9 +76,9 @@ class LiveModules:
         self.statistics = [bn._buffers for bn in norms if "running_mean" in bn._buffers]
         self.reads = None if torch.compiler.is_compiling() else live_reads(module, recipe.reads)
         self.convs = [part.conv for part in self.parts if isinstance(part, ConvPart)]
-        # What the CPU keeps copies of, by the path of the convolution, or of a BN before it.
-        self.packed_parts: list[tuple[str, nn.Conv2d | None, BatchNorm | None]] = [
-            (part.step.conv, part.conv, part.bn) if isinstance(part, ConvPart) else (part.step.bn, None, part.bn)
+        # What the CPU keeps copies of, by the paths of a convolution and its BN, or of a BN before one.
+        self.packed_parts: list[tuple[PackName, nn.Conv2d | None, BatchNorm | None]] = [
+            (pack_name(part), part.conv if isinstance(part, ConvPart) else None, part.bn)
             for part in self.parts
             if not isinstance(part, CallPart)
         ]

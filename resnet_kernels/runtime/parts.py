@@ -46,6 +46,15 @@ def label(part: Part) -> str:
     return f"{part.path}.{part.step}".lstrip(".")
 
 
+# The paths of a convolution and of a BN in a module. One convolution may be called with a BN behind it, and without.
+PackName = tuple[str | None, str | None]
+
+
+def pack_name(part: ConvPart | NormPart) -> PackName:
+    """What a part's packed weight, or packed BN, is kept by."""
+    return part.step.conv if isinstance(part, ConvPart) else None, part.step.bn
+
+
 def settings(child: nn.Module | None, bn: BatchNorm | None = None) -> tuple[Any, ...]:
     """The settings of modules that a plan or a packed weight rests on.
 

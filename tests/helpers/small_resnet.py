@@ -8,7 +8,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import inference
+from resnet_kernels.runtime import chains, inference
 
 
 class PlainResidual(nn.Module):
@@ -40,18 +40,23 @@ def fused_names(model):
 def ran_fused(module, x):
     """How many recipes this call runs fused."""
     seen = []
-    original = inference.run_recipes
+    original, run_chain = inference.run_recipes, chains.run
 
     def spy(blocks, *rest):
         seen.extend(str(recipe) for recipe, *_ in blocks)
         return original(blocks, *rest)
 
-    inference.run_recipes = spy
+    def spy_on_chain(container, state, chain, x):
+        ran = run_chain(container, state, chain, x)
+        seen.extend(chain.parts if ran is not None else ())
+        return ran
+
+    inference.run_recipes, chains.run = spy, spy_on_chain
     try:
         with torch.no_grad():
             module(x)
     finally:
-        inference.run_recipes = original
+        inference.run_recipes, chains.run = original, run_chain
     return len(seen)
 
 

@@ -13,6 +13,7 @@ import resnet_kernels as rk
 from helpers.own_kernels import assert_like_eager, skip_unless_compiled
 from resnet_kernels.kernels.cpu import convolution, library
 from resnet_kernels.kernels.cpu.plans import KERNELS
+from resnet_kernels.kernels.cpu.program import Program
 from resnet_kernels.models.d2l import Residual
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 
@@ -28,13 +29,18 @@ def _wherever_they_can(threads_as_before, monkeypatch):
 @pytest.fixture
 def calls_of_ours(monkeypatch):
     """The kernels of ours that ran, by name."""
-    seen, original = [], convolution.Bound._run
+    seen, original, run = [], convolution.Bound._run, Program._run
 
     def spy(bound, *arguments):
         seen.append(bound.name)
         return original(bound, *arguments)
 
+    def spy_on_program(program, first, end, *arguments):
+        seen.extend(layer.kernel.kind for layer in program.layers[first:end])
+        run(program, first, end, *arguments)
+
     monkeypatch.setattr(convolution.Bound, "_run", spy)
+    monkeypatch.setattr(Program, "_run", spy_on_program)
     return seen
 
 

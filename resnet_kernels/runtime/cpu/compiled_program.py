@@ -22,7 +22,7 @@ from ...kernels.cpu.program import Layer, Memories, Program, Slice
 from ...ops import tuned_table
 from ...ops.layouts import is_channels_last
 from .. import profiler_ranges
-from ..parts import CallPart, ConvPart, NormPart, plain_setting
+from ..parts import CallPart, ConvPart, NormPart, PackName, pack_name, plain_setting
 from . import neighbors
 from .packed_conv import PackedConv
 from .packed_linear import PackedLinear
@@ -227,7 +227,7 @@ class _Layers:
             if isinstance(part, NormPart):
                 activation = self._norm(part, packs, shape[1])
                 readers = [
-                    packs.get(p.step.conv) for p in parts if isinstance(p, ConvPart) and p.step.x == part.step.out
+                    packs.get(pack_name(p)) for p in parts if isinstance(p, ConvPart) and p.step.x == part.step.out
                 ]
                 if part.step.out in on_load and all(_activates(reader, torch.Size(shape)) for reader in readers):
                     pending[part.step.out], numbers[part.step.out] = activation, x
@@ -237,7 +237,7 @@ class _Layers:
                 )
             else:
                 pool = pools.get(part.step.out)
-                kernel = self._convolution(packs.get(part.step.conv), shape, part.step.relu, pending.get(first), pool)
+                kernel = self._convolution(packs.get(pack_name(part)), shape, part.step.relu, pending.get(first), pool)
             numbers[part.step.out] = self._layer(kernel, x, residual, label)
             if isinstance(part, ConvPart) and kernel.arguments.pool_h:
                 reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)
@@ -247,11 +247,11 @@ class _Layers:
         self.result = numbers[recipe.result]
 
     def _add_head(self, linear: PackedLinear) -> None:
-        pooled = self._layer(convolution.global_average(self.out_shape), self.result, None, "global average")
+        pooled = self._layer(convolution.global_average(self.out_shape), self.result, None, linear.pool_path)
         bound = linear.bound(*self._shapes[pooled][:2])
         if bound is None:
             raise _HasNoKernel
-        self.result = self._layer(bound.kernel(relu=False), pooled, None, "linear")
+        self.result = self._layer(bound.kernel(relu=False), pooled, None, linear.path)
 
     def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
         """Adds a layer; returns the number of its output."""
@@ -262,8 +262,8 @@ class _Layers:
         self.layers.append(Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label))
         return out
 
-    def _norm(self, part: NormPart, packs: dict[str, Any], channels: int) -> Activation:
-        pack = packs.get(part.step.bn)
+    def _norm(self, part: NormPart, packs: dict[PackName, Any], channels: int) -> Activation:
+        pack = packs.get(pack_name(part))
         if not isinstance(pack, PackedNorm) or pack.activation is None or pack.activation.scale.numel() != channels:
             raise _HasNoKernel
         return pack.activation._replace(relu=part.step.relu)
@@ -304,6 +304,7 @@ def _runs_ours(pack: Any, size: torch.Size) -> bool:
     """Whether a packed convolution runs images of this shape on a kernel of ours."""
     return (
         isinstance(pack, PackedConv)
+        and pack.dtype == torch.float32
         and pack.channels == size[1]
         and pack.at(size) is not None
         and pack.own(size) is not None

@@ -17,7 +17,7 @@ from ...graph.recipe import Recipe
 from ...kernels.cpu.convolution import Activation, Bound
 from ...ops import onednn
 from .. import checked_calls, run_steps
-from ..parts import CallPart, ConvPart, NormPart, Part
+from ..parts import CallPart, ConvPart, NormPart, Part, pack_name
 from ..run_steps import Values
 from ..state import FusedRun, FusedState
 from . import compiled_program, neighbors
@@ -44,7 +44,7 @@ def run(
     """
     # One object for the whole call: if weights change during the call, their old copies go with the old object.
     copies = state.copies
-    if not run.verified:
+    if not run.verified or not copies.are_of(x.dtype, run.live.packed_parts):
         pack_again(copies, state.holds, run.live.packed_parts, x.dtype)
     if x.dtype == torch.float32:
         section = compiled_program.Section(recipe, run.live, copies, state.path)
@@ -61,14 +61,14 @@ def run(
     done: set[int] = set()  # convolutions that pooled, too
 
     def pack_of(part: ConvPart, x: Tensor) -> PackedConv:
-        pack = copies.packs.get(part.step.conv)
+        pack = copies.packs.get(pack_name(part))
         if not isinstance(pack, PackedConv) or not pack.fits(x):
             pack = PackedConv(part.conv, part.bn, x.dtype)
-            copies.pack(part.step.conv, pack)
+            copies.pack(pack_name(part), pack)
         return pack
 
     def activation_of(part: NormPart, x: Tensor) -> Activation | None:
-        pack = copies.packs.get(part.step.bn)
+        pack = copies.packs.get(pack_name(part))
         activation = pack.activation if isinstance(pack, PackedNorm) else None
         if activation is None or activation.scale.numel() != x.shape[1]:
             return None

@@ -12,12 +12,16 @@ from .watched_tensors import WatchedTensors
 
 
 class PackedLinear:
-    """An nn.Linear as a 1x1 convolution of images of one pixel, on a kernel of ours."""
+    """An nn.Linear as a 1x1 convolution of images of one pixel, on a kernel of ours.
 
-    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_watched")
+    Attributes:
+        path: of the layer, for profilers. pool_path: of the pool before it.
+    """
 
-    def __init__(self, linear: nn.Linear):
-        self._linear = linear
+    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_watched", "path", "pool_path")
+
+    def __init__(self, linear: nn.Linear, path: str, pool_path: str):
+        self._linear, self.path, self.pool_path = linear, path, pool_path
         # Before they are read: what another thread changes meanwhile is noticed.
         self._watched = WatchedTensors([linear])
         weight, bias = linear.weight.detach(), linear.bias

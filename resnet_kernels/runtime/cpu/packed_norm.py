@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ...graph import fusible
@@ -15,10 +16,12 @@ class PackedNorm:
     """A BN in eval mode as relu(x * scale + shift), with the interface of PackedConv's checks.
 
     Attributes:
+        dtype: of the vectors.
         activation: without the ReLU; None if the BN's vectors differ in length, where eager has an error to raise.
     """
 
     __slots__ = ("_bn", "_eps", "_watched", "activation")
+    dtype = torch.float32
 
     def __init__(self, bn: BatchNorm):
         self._bn, self._eps = bn, fusible.eps_of(bn)

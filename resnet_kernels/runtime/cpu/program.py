@@ -14,6 +14,7 @@ from ...graph.recipe import ConvStep, Recipe
 from ...kernels.cpu.program import Memories
 from ...ops import onednn, tuned_table
 from .. import profiler_ranges
+from ..parts import PackName
 from .packed_conv import PackedConv
 from .packed_linear import PackedLinear
 from .packed_norm import PackedNorm
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from .compiled_program import CompiledProgram
 
 # Of a copy: its name, and what it is of.
-PackedParts = Sequence[tuple[str, nn.Conv2d | None, BatchNorm | None]]
+PackedParts = Sequence[tuple[PackName, nn.Conv2d | None, BatchNorm | None]]
 
 # Most programs of a module; detection models see many image sizes.
 _MOST_PROGRAMS = 256
@@ -31,14 +32,14 @@ _MOST_PROGRAMS = 256
 class Copies:
     """Copies made from a fused module's weights. They are dropped as a whole, so identity shows whether they hold.
 
-    packs: packed weights by the convolution's path, and BNs that come before one by their own. linears: of heads, by path.
+    packs: packed weights and BNs that come before one, by `parts.pack_name`. linears: of heads, by path.
     programs: by a recipe's modules, the input's shape and dtype, the number of threads and the tables' generation. compiled:
     the programs of its chains, or of itself; compiled_program.find. memories: for these. All are for the CPU. On other devices
     a frozen module's copies are reached by `first`.
     """
 
     def __init__(self) -> None:
-        self.packs: dict[str, PackedConv | PackedNorm] = {}
+        self.packs: dict[PackName, PackedConv | PackedNorm] = {}
         self.programs: dict[tuple[Any, ...], PackedProgram] = {}
         self.linears: dict[str, PackedLinear] = {}
         self.compiled: dict[Any, CompiledProgram] = {}
@@ -52,11 +53,16 @@ class Copies:
             found = self._first[key] = sources, make()
         return found[1]
 
-    def pack(self, name: str, pack: PackedConv | PackedNorm) -> None:
+    def pack(self, name: PackName, pack: PackedConv | PackedNorm) -> None:
         """Replaces an older pack, and drops the programs that use it."""
         self.packs[name] = pack
         # A new dict: another thread that is making a program of the old pack puts it into the old dict.
         self.programs = {}
+
+    def are_of(self, dtype: torch.dtype, parts: PackedParts) -> bool:
+        """Whether all packed weights are of a dtype; `parts` are `LiveModules.packed_parts`."""
+        packs = (self.packs.get(name) for name, conv, _ in parts if conv is not None)
+        return all(pack is not None and pack.dtype == dtype for pack in packs)
 
     def program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
         """Program for x, if there is one."""
@@ -65,7 +71,8 @@ class Copies:
     def make_program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
         """Makes the program for x; None if a pack that it needs is missing."""
         programs, packs = self.programs, self.packs
-        if any(step.conv not in packs for step in recipe.steps if isinstance(step, ConvStep)):
+        steps = [step for step in recipe.steps if isinstance(step, ConvStep)]
+        if any((pack := packs.get((step.conv, step.bn))) is None or pack.dtype != x.dtype for step in steps):
             return None
         if len(programs) >= _MOST_PROGRAMS:
             programs.clear()
@@ -102,7 +109,7 @@ class PackedProgram:
     oneDNN's own ReLU is safe in all steps; our kernels need no bounds. `entries` is empty if a step needs more than one call.
     """
 
-    def __init__(self, recipe: Recipe, packs: dict[str, Any], x: Tensor):
+    def __init__(self, recipe: Recipe, packs: dict[PackName, Any], x: Tensor):
         self._result = recipe.result
         self._is_ours = False
         self.entries: list[
@@ -113,16 +120,21 @@ class PackedProgram:
         if len(steps) < len(recipe.steps):
             return
         for step in steps:
-            conv = packs[step.conv].at(shapes[step.x])
+            conv = packs[step.conv, step.bn].at(shapes[step.x])
             if conv is None or not conv.is_one_call:
                 return
             sized[step.out] = conv
-            shapes[step.out] = packs[step.conv].out_shape(shapes[step.x])
+            shapes[step.out] = packs[step.conv, step.bn].out_shape(shapes[step.x])
             if step.residual is not None and shapes[step.residual] != shapes[step.out]:
                 return  # an add that broadcasts
         self.entries = [
             [
-                (step, *packs[step.conv].call(sized[step.out], step.residual, step.relu, self._overwrites(step, owned)))
+                (
+                    step,
+                    *packs[step.conv, step.bn].call(
+                        sized[step.out], step.residual, step.relu, self._overwrites(step, owned)
+                    ),
+                )
                 for step in steps
             ]
             for owned in (False, True)
@@ -130,7 +142,7 @@ class PackedProgram:
         self._is_ours = all(conv.own is not None for conv in sized.values())
         bounds = {0: (1.0, 0.0)}
         for step in steps:
-            pack, (slope, constant) = packs[step.conv], bounds[step.x]
+            pack, (slope, constant) = packs[step.conv, step.bn], bounds[step.x]
             more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
             bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
         self._bound = bounds[recipe.result]
