@@ -49,6 +49,7 @@ class Survey:
 
     def __init__(self, module: nn.Module, owners: list[tuple[nn.Module, FusedState[Any], list[Recipe]]]):
         # Weak references, because the module's state holds this survey: a cycle would outlive the model.
+        self._module = weakref.ref(module)
         self._owners = [(weakref.ref(owner), weakref.ref(state), recipes) for owner, state, recipes in owners]
         inside = {id(child) for owner, _, recipes in owners if recipes[0].whole for child in owner.modules()}
         outside = [m for m in module.modules() if id(m) not in inside]
@@ -72,9 +73,12 @@ class Survey:
         """The modules whose hooks could change anything in the middle of a call."""
         return [module for reference in self._hookable if (module := reference()) is not None]
 
-    def is_current(self) -> bool:
-        """Whether every child is in its place."""
-        return all([*registry.values()] == children for registry, children in self.registries)
+    def is_current(self, module: nn.Module) -> bool:
+        """Whether it is of this very module, and every child is in its place."""
+        # A copy.copy of a module shares its state.
+        return self._module() is module and all(
+            [*registry.values()] == children for registry, children in self.registries
+        )
 
     def unchanged(self, packed: list[Verified], packs: bool) -> Iterator[Verified]:
         """The recipes whose packed weights stand for their modules as they are now.

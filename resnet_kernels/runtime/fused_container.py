@@ -99,7 +99,7 @@ def _restored(outputs: Any, ours: Sequence[bool]) -> Any:
 
 
 def _survey(module: nn.Module, state: FusedState[ContainerPlan]) -> Survey:
-    if state.survey is None or not state.survey.is_current():
+    if state.survey is None or not state.survey.is_current(module):
         owners = []
         for owner in module.modules():
             if (below := state_of(owner)) is not None:

@@ -39,8 +39,8 @@ def network():
 
 @pytest.fixture
 def folder(tmp_path, network, monkeypatch):
-    monkeypatch.setattr(models.peers.OnnxRuntime, "modules", ("no_such_module",))  # exporting takes seconds
-    monkeypatch.setattr(models.peers.OpenVino, "modules", ("no_such_module",))
+    monkeypatch.setattr(models.foreign.OnnxRuntime, "modules", ("no_such_module",))  # exporting takes seconds
+    monkeypatch.setattr(models.foreign.OpenVino, "modules", ("no_such_module",))
     assert models.export(network, SIZE, tmp_path).keys() == {"onnxruntime", "openvino"}
     return tmp_path
 
@@ -107,7 +107,7 @@ def test_a_caller_that_fails_ends_the_round(folder):
 
 def test_the_command_names_who_is_absent_and_writes_all_figures(tmp_path, network, monkeypatch, capsys):
     monkeypatch.setitem(rk.models.BY_NAME, "tiny", lambda: network)
-    monkeypatch.setattr(models.peers.OnnxRuntime, "modules", ("no_such_module",))
+    monkeypatch.setattr(models.foreign.OnnxRuntime, "modules", ("no_such_module",))
     monkeypatch.setattr(models, "_write_openvino", lambda *_: 1 / 0)
     monkeypatch.setattr(serving.time, "sleep", lambda seconds: None)
     file = tmp_path / "new" / "serving.json"

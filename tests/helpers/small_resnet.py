@@ -8,7 +8,7 @@ from torch import nn
 
 import resnet_kernels as rk
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import chains, inference
+from resnet_kernels.runtime import chains, checked_calls, inference
 
 
 class PlainResidual(nn.Module):
@@ -40,7 +40,7 @@ def fused_names(model):
 def ran_fused(module, x):
     """How many recipes this call runs fused."""
     seen = []
-    original, run_chain = inference.run_recipes, chains.run
+    original, run_chain, run_verified = inference.run_recipes, chains.run, checked_calls.run_verified
 
     def spy(blocks, *rest):
         seen.extend(str(recipe) for recipe, *_ in blocks)
@@ -51,12 +51,17 @@ def ran_fused(module, x):
         seen.extend(chain.parts if ran is not None else ())
         return ran
 
-    inference.run_recipes, chains.run = spy, spy_on_chain
+    def spy_on_verified(block, *rest):
+        ran = run_verified(block, *rest)
+        seen.extend([] if ran is None else [block])
+        return ran
+
+    inference.run_recipes, chains.run, checked_calls.run_verified = spy, spy_on_chain, spy_on_verified
     try:
         with torch.no_grad():
             module(x)
     finally:
-        inference.run_recipes, chains.run = original, run_chain
+        inference.run_recipes, chains.run, checked_calls.run_verified = original, run_chain, run_verified
     return len(seen)
 
 
