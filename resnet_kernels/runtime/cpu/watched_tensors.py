@@ -13,13 +13,14 @@ import ctypes
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...kernels.cpu import library
 from ...ops.library import is_dense
 
 # Weights up to this size are compared in full. A sample is a cache miss, and so are 64 bytes in a row.
@@ -39,6 +40,7 @@ class WatchedTensors:
 
     __slots__ = (
         "_addresses",
+        "_compare",
         "_attributes",
         "_live",
         "_names",
@@ -75,6 +77,7 @@ class WatchedTensors:
         self._readable = all(map(_is_readable, self._tensors)) and not any(
             isinstance(getattr(type(module), name, None), (property, Tensor)) for module in modules for name in _NAMES
         )
+        self._compare: Callable[[], bool] | None = None
         if self._readable:
             self._look()
 
@@ -83,7 +86,7 @@ class WatchedTensors:
         """Several snapshots as one."""
         together = cls(())
         for name in cls.__slots__:
-            if name != "_readable":
+            if name not in ("_compare", "_readable"):
                 setattr(together, name, [item for snapshot in snapshots for item in getattr(snapshot, name, ())])
         together._readable = all(snapshot._readable for snapshot in snapshots)
         return together
@@ -117,11 +120,40 @@ class WatchedTensors:
             and [*map(Tensor.stride, self._tensors)] == self._strides
             and [storage.nbytes() for storage in self._storages] == self._storage_sizes
             and [*map(_version, self._versioned)] == self._versions
-            and [live.tobytes() for live in self._live] == self._then
+            and self._have_values()
         )
+
+    def _have_values(self) -> bool:
+        """Whether the values that are compared are as they were; their memory must be where it was."""
+        if self._compare is None:
+            self._compare = _comparison(self._live, self._then)
+        return self._compare()
 
 
 _version = Tensor._version.__get__  # type: ignore[attr-defined]  # a property of C
+
+
+def _comparison(live: Sequence[Any], then: Sequence[bytes]) -> Callable[[], bool]:
+    """The function that compares memory with copies; in C it takes half the time, and more where caches are cold."""
+    found = library.library_or_none()
+    if found is None:
+        return lambda: [part.tobytes() for part in live] == then
+    views = [np.asarray(part) for part in live]
+    sizes = (ctypes.c_int64 * (3 * len(views)))(
+        *(view.size for view in views),
+        *(view.itemsize for view in views),
+        *(view.strides[0] if view.size > 1 else view.itemsize for view in views),
+    )
+    count, each = len(views), 8 * len(views)
+    addresses = (ctypes.c_void_p * count)(*(view.ctypes.data for view in views))
+    copies = (ctypes.c_char_p * count)(*then)
+    items, start = found.calls.rk_is_same, ctypes.addressof(sizes)
+
+    def compare() -> bool:
+        return bool(items(count, addresses, copies, start, start + each, start + 2 * each))
+
+    compare.keeps = sizes  # type: ignore[attr-defined]  # its address is above
+    return compare
 
 
 def _registry_of(module: nn.Module, name: str) -> dict[str, Any] | None:
