@@ -3,13 +3,14 @@
     cases.py            the cases, as data
     subjects.py         the plain module of each subject
     workload.py         a case's tensors, and runners: a contender made ready for them
-    contenders/         base.py: the interface;  ours.py: eager and ours;  peers.py: the peers, with their settings
+    contenders/         base.py: the interface;  ours.py: eager and ours;  peers.py, foreign.py: the peers, with their settings
     parity.py           the parity gate before the timing
     harness.py          the measurement of a case: prepares and gates all contenders, then times them in rounds
     extra_info.py       FLOPs, bytes, ceilings, versions, a model's time by kernel
     neighbors.py       the number of cores that other processes keep busy
     test_benchmarks.py  one benchmark per contender;  conftest.py: --full, and the tables at the end
     gpu/                a session on a GPU: jobs.py, checks.py (act 1), run.sh (act 2: session.py and its sections)
+    serving/            a server's view: callers, processes, a busy neighbor (tools/serving.py)
     tools/              readme_tables, costs, image_sizes, interference, trim: python -m benchmarks.tools.NAME
 
     python -m pytest benchmarks -k "model and not backward"    some of the benchmarks
