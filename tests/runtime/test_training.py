@@ -126,7 +126,7 @@ def timm_v2():
 
 NETS = {
     "torchvision": (small_resnet, 3, 5),
-    "slim v2": (small_v2, 3, 3),
+    "slim v2": (small_v2, 3, 4),
     "d2l": (lambda: d2l.d2l_resnet18(width=16, num_blocks=(1, 1)), 1, 3),
     "d2l, Keras": (lambda: d2l.d2l_resnet18(width=16, num_blocks=(1, 1), tf_padding=True), 1, 3),
     "timm resnetv2": (timm_v2, 3, 2),
