@@ -44,8 +44,8 @@ sys.path.append(str(Path(__file__).parents[1]))
 
 # The fixtures that several test files use.
 pytest_plugins = (
-    "helpers.hopper", "helpers.own_kernels", "helpers.recorder", "helpers.stages", "helpers.stem_nets", "helpers.tiny",
-    "helpers.tuned_tables",
+    "helpers.cpu_chains", "helpers.hopper", "helpers.own_kernels", "helpers.recorder", "helpers.stages", "helpers.stem_nets",
+    "helpers.tiny", "helpers.tuned_tables",
 )  # fmt: skip
 
 

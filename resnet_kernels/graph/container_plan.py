@@ -107,6 +107,12 @@ def container_plan(
             nodes.setdefault(run_of.get(path, boundary(path)), []).append(node)
     recipes = {path: plan if isinstance(plan, Recipe) else plan.runs for path, plan in paths.items()}
     chains = _chains(nodes, {**recipes, "": runs}, seen, apart, lambda last: _head(last, children, calls, shared))
+    chains = tuple(
+        chain._replace(
+            around=tuple((path, (*module.get_submodule(path)._modules,)) for path in sorted(chain.containers))
+        )
+        for chain in chains
+    )
     return ContainerPlan(
         runs,
         tuple(absorbed),

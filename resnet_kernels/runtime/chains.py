@@ -91,9 +91,14 @@ def run(
 
 def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain) -> list[Section] | None:
     """A chain's recipes, if all of them are verified and run on packed weights."""
-    for path in chain.containers:
+    for path, names in chain.around:
         around = child_at(container, path)
-        if around is None or not fusible.is_plain_sequential(around) or "_compiled_call_impl" in around.__dict__:
+        if (
+            around is None
+            or tuple(around._modules) != names
+            or not fusible.is_plain_sequential(around)
+            or around.__dict__.get("_compiled_call_impl") is not None
+        ):
             return None
         if type(around).forward is not nn.Sequential.forward and not is_fused_as_is(around):
             return None  # a user's class over a fused one

@@ -211,6 +211,7 @@ def _is_free_block(child: nn.Module | None) -> TypeIs[FusedBlock]:
         isinstance(child, FusedBlock)
         and not (has_hooks(child) or has_global_hooks())
         and "forward" not in child.__dict__
+        and child.__dict__.get("_compiled_call_impl") is None
     )
 
 

@@ -40,8 +40,8 @@ class WatchedTensors:
 
     __slots__ = (
         "_addresses",
-        "_compare",
         "_attributes",
+        "_compare",
         "_live",
         "_names",
         "_numels",
