@@ -18,7 +18,7 @@ from ..graph.recipe import Chain, ContainerPlan, Head, Recipe
 from ..kernels.cpu import library
 from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import as_contiguous, is_channels_last
-from . import checked_calls, eligibility
+from . import checked_calls, eligibility, subclasses
 from .cpu import compiled_program
 from .cpu.compiled_program import Section
 from .cpu.packed_linear import PackedLinear
@@ -119,18 +119,20 @@ def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Cha
 
 
 def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) -> PackedLinear | None:
-    """The packed linear layer of a head, packed now if it has changed; None if a module is another one by now."""
+    """The packed linear layer of a head, packed now if it has changed; None if PyTorch has to run it as it is by now."""
     pool, linear = child_at(container, head.pool), child_at(container, head.linear)
     flatten = None if head.flatten is None else child_at(container, head.flatten)
     if (head.flatten is not None and flatten is None) or not head_is_as_read(pool, flatten, linear):
         return None
     if not isinstance(linear, nn.Linear) or not isinstance(linear.weight, Tensor):
         return None
+    if subclasses.why_not_weights([(head.linear, linear)]) is not None:
+        return None
     linears = state.copies.linears
     packed = linears.get(head.linear)
     if packed is None or not (packed.is_of(linear) if state.frozen else packed.is_unchanged(linear)):
         packed = linears[head.linear] = PackedLinear(linear, head.linear, head.pool)
-    return packed
+    return packed if packed.can_run else None
 
 
 def stand_ins(

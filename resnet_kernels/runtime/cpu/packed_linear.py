@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ...kernels.cpu import convolution, plans
 from ...kernels.cpu.convolution import Bound
@@ -26,12 +26,17 @@ class PackedLinear:
         self._watched = WatchedTensors([linear])
         weight, bias = linear.weight.detach(), linear.bias
         self._shape = (*weight.shape, 1, 1)
-        is_plain = weight.dtype == torch.float32 and weight.dim() == 2 and 0 not in weight.shape
-        self._packed = convolution.pack("direct", weight[:, :, None, None]) if is_plain else None
-        # Not the user's own memory: our kernels keep an address.
-        self._bias = None if bias is None else bias.detach().clone().contiguous()
-        if self._bias is not None and self._bias.dtype != torch.float32:
-            self._packed = None
+        self._bias = self._packed = None
+        # PyTorch broadcasts a bias of another shape, and knows other kinds of tensors.
+        if _is_plain(weight, 2) and (bias is None or (_is_plain(bias, 1) and len(bias) == len(weight))):
+            self._packed = convolution.pack("direct", weight[:, :, None, None])
+            # Not the user's own memory: our kernels keep an address.
+            self._bias = None if bias is None else bias.detach().clone().contiguous()
+
+    @property
+    def can_run(self) -> bool:
+        """Whether the weight and the bias are ones that our kernels take."""
+        return self._packed is not None
 
     def is_of(self, linear: nn.Linear) -> bool:
         """Whether it was made from this layer and its tensors, whatever the values."""
@@ -49,3 +54,9 @@ class PackedLinear:
         if plans.why_not("direct", shapes, torch.float32, threads) is not None:
             return None
         return Bound("direct", shapes, self._packed, None, self._bias, threads)
+
+
+def _is_plain(tensor: Tensor, dim: int) -> bool:
+    """Whether a weight or a bias is one that our kernels read, in memory of the process's own."""
+    is_dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    return is_dense and tensor.dim() == dim and tensor.numel() > 0
