@@ -95,10 +95,11 @@ class Survey:
         together = self._together  # another thread may put its own there
         if together is None or not together.are_of(values):
             together = self._together = PackedTogether(values)
-        unchanged = bool(values) and together.are_unchanged()
+        unchanged = bool(values) and (not packs or together.dtypes == {torch.float32}) and together.are_unchanged()
         for recipe, parts in zip(packed, of_recipes):
             if (unchanged and not recipe.state.frozen) or all(
-                pack is not None and recipe.state.holds(pack, conv, bn) for pack, conv, bn in parts
+                pack is not None and (not packs or pack.dtype == torch.float32) and recipe.state.holds(pack, conv, bn)
+                for pack, conv, bn in parts
             ):
                 yield recipe
             elif packs and _can_be_packed(recipe.live):

@@ -23,6 +23,8 @@ class PackedTogether:
     def __init__(self, parts: Sequence[PackedPart]):
         self._parts = [*parts]
         packs = [pack for pack, _, _ in parts if pack is not None]
+        # Of the computation; an autocast region leaves others behind.
+        self.dtypes = {pack.dtype for pack in packs}
         self._sources = WatchedTensors.of_all([pack.sources for pack in packs]) if len(packs) == len(parts) else None
         # Identity of each setting comes first: comparing the values takes three times as long.
         places: list[tuple[dict[str, Any], str]] = []

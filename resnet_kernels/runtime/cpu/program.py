@@ -69,7 +69,7 @@ class Copies:
         return self.programs.get(_program_key(recipe, x))
 
     def make_program(self, recipe: Recipe, x: Tensor) -> PackedProgram | None:
-        """Makes the program for x; None if a pack that it needs is missing."""
+        """Makes the program for x; None if a pack that it needs is missing, or is of another dtype."""
         programs, packs = self.programs, self.packs
         steps = [step for step in recipe.steps if isinstance(step, ConvStep)]
         if any((pack := packs.get((step.conv, step.bn))) is None or pack.dtype != x.dtype for step in steps):
