@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import fusible
+from ..graph.layouts import prefixes
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
 from . import chains, checked_calls, eligibility, fused_block, inference, subclasses
@@ -87,6 +88,11 @@ def view_of(module: nn.Module, state: FusedState[ContainerPlan]) -> nn.Module:
     calls: dict[str, Callable[..., Any]] = {name: partial(_call_run, module, name, state) for name in state.plan.runs}
     calls.update((name, _pass_on) for name in state.plan.absorbed)
     every = has_global_hooks()
+    # Hooks of a module around fused ones see eager's layout, and so does all in it: a fused module returns what it gets.
+    for path in {prefix for called in state.plan.called if "." in called for prefix in prefixes(called)[:-1]}:
+        around = child_at(module, path)
+        if around is not None and (every or has_hooks(around)):
+            calls[path] = partial(_call_as_eager, around, True)
     for path in state.plan.called:
         child = child_at(module, path)
         if child is not None and path not in calls:
