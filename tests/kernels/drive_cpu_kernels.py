@@ -2,7 +2,8 @@
 
 Random geometries on small integers, whose sums are exact, against NumPy's int64. Every buffer ends, or begins, at a page that
 can't be touched, outputs and scratch memory are full of NaN, and an address sanitizer may be loaded beforehand. It ends at the
-first difference. `huge` adds images of more than 2**31 elements, of which only a few pages exist.
+first difference. `huge` adds images of more than 2**31 elements, of which only a few pages exist. A library with a function
+`threads_of_its_own` runs on its threads, else on libgomp's.
 """
 
 import ctypes
@@ -12,6 +13,7 @@ import re
 import sys
 from pathlib import Path
 
+import drive_cpu_layers
 import numpy as np
 
 SOURCES = Path(__file__).parents[2] / "resnet_kernels" / "kernels" / "cpu"
@@ -109,18 +111,24 @@ class Driver:
 
     def __init__(self, path, number, make=Buffer):
         self.calls, self.number, self.make = ctypes.CDLL(path), number, make
+        self.structure = Convolution
         size, pointer = ctypes.c_int64, ctypes.c_void_p
-        self.calls.rk_panel.restype = self.calls.rk_pack.restype = self.calls.rk_scratch.restype = size
+        for name in ("rk_panel", "rk_pack", "rk_scratch", "rk_tasks", "rk_phase"):
+            getattr(self.calls, name).restype = size
         self.calls.rk_panel.argtypes = [size]
-        self.calls.rk_scratch.argtypes = [size, size, pointer]
+        self.calls.rk_scratch.argtypes = self.calls.rk_tasks.argtypes = [size, size, pointer]
+        self.calls.rk_run.argtypes = [size, pointer, size, size, pointer, pointer, size, pointer, pointer, size]
         self.calls.rk_convolve.argtypes = [size, size, pointer, size, pointer, pointer, size]
         self.calls.rk_pack.argtypes = [size, size, pointer, pointer, pointer, pointer, size, pointer]
         self.panel = self.calls.rk_panel(number)
         assert self.panel > 0, f"this processor can't run kernels number {number}"
-        try:
-            self.parallel = ctypes.cast(ctypes.CDLL("libgomp.so.1").GOMP_parallel, pointer)
-        except OSError:
-            self.parallel = None
+        self.parallel = None
+        for library, name in ((path, "threads_of_its_own"), ("libgomp.so.1", "GOMP_parallel")):
+            try:
+                self.parallel = ctypes.cast(getattr(ctypes.CDLL(library), name), pointer)
+                break
+            except (OSError, AttributeError):
+                continue
 
     def pack(self, weight, winograd, at_end=True):
         """The packed weight in a buffer, and whether it was refused."""
@@ -134,14 +142,14 @@ class Driver:
         )
         return packed, refused
 
-    def convolve(self, winograd, threads, buffers, **sizes):
-        """Runs a convolution; buffers by the names of the structure's pointers."""
+    def convolve(self, kind, threads, buffers, **sizes):
+        """Runs a layer; kind: 0 direct, 1 Winograd, ...; buffers by the names of the structure's pointers."""
         arguments = Convolution(**sizes, **{name: buffer.address for name, buffer in buffers.items()})
-        each = self.calls.rk_scratch(self.number, winograd, ctypes.byref(arguments))
+        each = self.calls.rk_scratch(self.number, kind, ctypes.byref(arguments))
         each += each % 2  # pointers are at its beginning
         scratch = self.make(np.full(each * threads, np.nan), True)
         self.calls.rk_convolve(
-            self.number, winograd, ctypes.byref(arguments), threads, self.parallel, scratch.address, each
+            self.number, kind, ctypes.byref(arguments), threads, self.parallel, scratch.address, each
         )
 
 
@@ -248,9 +256,11 @@ def main():
     path, number, examples, seed, *more = sys.argv[1:]
     driver = Driver(path, int(number), Plain if "plain" in more else Buffer)
     for i in range(int(examples)):
-        wrong = example(driver, random.Random(f"{seed} {i}"))
-        if wrong:
-            sys.exit(f"example {i} is wrong: {wrong}")
+        draw = random.Random(f"{seed} {i}")
+        for run in (example, *drive_cpu_layers.EXAMPLES):
+            wrong = run(driver, draw)
+            if wrong:
+                sys.exit(f"example {i} is wrong: {wrong}")
     if "huge" in more:
         huge(driver)
     print(f"{examples} examples right")

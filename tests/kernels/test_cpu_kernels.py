@@ -1,4 +1,7 @@
-"""Our compiled CPU kernels: exact on integers, within their buffers, on every width of vectors; planted bugs are caught."""
+"""Our compiled CPU kernels: exact on integers, within their buffers, on every width of vectors; planted bugs are caught.
+
+Programs of several layers run, too, on several threads: a layer that does not wait for another one reads NaN.
+"""
 
 from __future__ import annotations
 
@@ -21,11 +24,11 @@ SIZES = {"portable": (4, 6), "avx2": (8, 6), "avx512": (16, 12), "neon": (4, 8)}
 
 def _drive(library: Path, number: int, examples: int, *more: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, str(DRIVER), str(library), str(number), str(examples), "0", *more]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
 def _compile(folder: Path, sources: Path, width: int, rows: int, *flags: str) -> Path:
-    """The kernels for this very processor, with vectors of another width than its own."""
+    """The kernels for this very processor, with vectors of another width than its own. flags: more sources, too."""
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
         pytest.skip("needs a C compiler")
@@ -49,16 +52,86 @@ def test_integers_are_exact_and_no_buffer_is_left(isa):
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
 
+def _preloaded(name: str) -> str:
+    """The path of a sanitizer's library, which has to come before all others."""
+    runtime = subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+    if not os.path.isabs(runtime):
+        pytest.skip(f"needs gcc's {name}")
+    return runtime
+
+
+def _planted(folder: Path, name: str, right: str, wrong: str) -> Path:
+    """A copy of the sources in which a file has something wrong in the place of what is right."""
+    planted = shutil.copytree(SOURCES, folder / "sources", ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
+    text = (planted / name).read_text()
+    assert right in text, "the bug must be planted somewhere"
+    (planted / name).write_text(text.replace(right, wrong))
+    return planted
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", SIZES)
 def test_under_sanitizers(isa, tmp_path):
     """Every width, compiled for this processor, under AddressSanitizer and UBSan."""
     flags = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-march=native"]
     library = _compile(tmp_path, SOURCES, *SIZES[isa], *flags)
-    runtime = subprocess.run(["gcc", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not os.path.isabs(runtime):
-        pytest.skip("needs gcc's libasan.so")
-    done = _drive(library, 0, 400, "plain", LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0")
+    done = _drive(library, 0, 400, "plain", LD_PRELOAD=_preloaded("libasan.so"), ASAN_OPTIONS="detect_leaks=0")
+    assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+
+
+# Threads that ThreadSanitizer sees begin and end: it knows nothing of libgomp's, and would find races in all that they share.
+THREADS = """
+#include <pthread.h>
+
+typedef struct {
+    void (*function)(void *);
+    void *argument;
+} Start;
+
+static void *begin(void *start)
+{
+    ((Start *)start)->function(((Start *)start)->argument);
+    return 0;
+}
+
+void threads_of_its_own(void (*function)(void *), void *argument, unsigned count, unsigned flags)
+{
+    pthread_t threads[8];
+    Start start = {function, argument};
+    (void)flags;
+    for (unsigned i = 1; i < count; i++)
+        pthread_create(&threads[i], 0, begin, &start);
+    function(argument);
+    for (unsigned i = 1; i < count; i++)
+        pthread_join(threads[i], 0);
+}
+"""
+SPINS, SLEEPS = "SPIN_NS = 200000", "SPIN_NS = 0"
+WAITS, HARDLY_WAITS = "done < layer->needs; done++", "done < layer->needs - 1; done++"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "right, wrong, exit_code",
+    ((SPINS, SPINS, 0), (SPINS, SLEEPS, 0), (WAITS, HARDLY_WAITS, 66)),
+    ids=("spins", "sleeps", "planted race"),
+)
+def test_under_thread_sanitizer(right, wrong, exit_code, tmp_path):
+    sources, flags = _planted(tmp_path, "program.c", right, wrong), ["-fsanitize=thread", "-march=native"]
+    (tmp_path / "threads.c").write_text(THREADS)
+    library = _compile(tmp_path, sources, 8, 6, *flags, str(tmp_path / "threads.c"))
+    options = {"TSAN_OPTIONS": "halt_on_error=1:exitcode=66", "OPENBLAS_NUM_THREADS": "1"}
+    done = _drive(library, 0, 400, "plain", LD_PRELOAD=_preloaded("libtsan.so"), **options)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("gcc's ThreadSanitizer can't run with this kernel's random addresses")
+    assert done.returncode == exit_code, f"{done.stdout}{done.stderr}"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="threads sleep on a futex")
+def test_nobody_woke_a_sleeping_thread(tmp_path):
+    sources = _planted(tmp_path, "program.c", SPINS, SLEEPS)
+    done = _drive(_compile(tmp_path, sources, 8, 6, "-march=native"), 0, 400)
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
 
@@ -91,6 +164,47 @@ BUGS = {
         "least(c->out_h, h0 + c->pool_kernel)",
         "least(c->out_h, h0 + c->pool_kernel - 1)",
     ),
+    "dropped ReLU of the last channels": ("pointwise.h", "out.relu ? relu_one(v) : v", "v"),
+    "dropped ReLU of whole vectors": ("pointwise.h", "out.relu ? relu(v) : v", "v"),
+    "scale and shift of the last channels": ("pointwise.h", "v *= out.scale[k]", "v += out.scale[k]"),
+    "lost NaN of the last channels": ("pointwise.h", "b > a || b != b ? b : a", "b > a ? b : a"),
+    "ReLU of NaN": ("vectors.h", "return v <= 0 ? 0 : v;", "return v > 0 ? v : 0;"),
+    "pixels of the next task": (
+        "pointwise.h",
+        "least(begin + c->block, c->batch * c->out_h * c->out_w)",
+        "begin + c->block",
+    ),
+    "padding was counted": (
+        "pointwise.h",
+        "(float)((at.h1 - at.h0) * (at.w1 - at.w0))",
+        "(float)(c->pool_kernel * c->pool_kernel)",
+    ),
+    "window over the lower edge": ("pointwise.h", "least(c->in_h, top + c->pool_kernel)", "top + c->pool_kernel"),
+    "window over the left edge": ("pointwise.h", "most(0, left)", "left"),
+    "pooled rows of the next image": ("pointwise.h", "least(c->pool_h, begin + c->block)", "begin + c->block"),
+    "pooled rows left out": (
+        "pointwise.h",
+        "per_image = blocks(c->pool_h, c->block)",
+        "per_image = most(1, c->pool_h / c->block)",
+    ),
+    "first pixel of a row was left out": ("pointwise.h", "int64_t j = at.w0; j", "int64_t j = at.w0 + (i > at.h0); j"),
+    "nobody waited": ("program.c", "for (; done < layer->needs; done++)", "for (; done < 0; done++)"),
+    "waited for all but the last": (
+        "program.c",
+        "for (; done < layer->needs; done++)",
+        "for (; done < layer->needs - 1; done++)",
+    ),
+    "taken was done": (
+        "program.c",
+        "atomic_load(&call->phases[layer].done) >= call",
+        "atomic_load(&call->phases[layer].taken) >= call",
+    ),
+    "counters of the last call": ("program.c", "atomic_store(&call->phases[i].taken, 0);", ""),
+    "tasks done in the last call": ("program.c", "atomic_store(&call->phases[i].done, 0);", ""),
+    "shared scratch memory": ("program.c", "atomic_fetch_add(&call->next_thread, 1) * call", "0 * call"),
+    "place within its memory": ("program.c", "call->bases[place.base] + place.at", "call->bases[place.base]"),
+    "a place that is none": ("program.c", "place.base < 0 ? NULL :", "place.base < -1 ? NULL :"),
+    "kernel of the first layer": ("program.c", "kinds[layer->kind].run", "kinds[call->layers[call->first].kind].run"),
     "dropped sign": ("winograd.h", "(p[4 + j] - p[8 + j]) - p[12 + j]", "(p[4 + j] - p[8 + j]) + p[12 + j]"),
 }
 
@@ -98,13 +212,7 @@ BUGS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("bug", BUGS)
 def test_catches_a_planted_bug(bug, tmp_path):
-    name, right, wrong = BUGS[bug]
-    planted = shutil.copytree(
-        SOURCES, tmp_path / "sources", ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__")
-    )
-    text = (planted / name).read_text()
-    assert right in text, "the bug must be planted somewhere"
-    (planted / name).write_text(text.replace(right, wrong))
+    planted = _planted(tmp_path, *BUGS[bug])
     library = _compile(tmp_path, planted, 8, 6, "-march=native")
     assert _drive(library, 0, 400).returncode != 0
 

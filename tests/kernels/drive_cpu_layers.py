@@ -1,0 +1,157 @@
+"""Random layers for drive_cpu_kernels.py: those that are no convolutions, and programs of several layers.
+
+Each example takes the driver and a random.Random, and returns its description if it is wrong.
+"""
+
+import ctypes
+import math
+
+import numpy as np
+
+DIRECT, ELEMENTWISE, MAX_POOL, AVERAGE_POOL = 0, 2, 3, 4
+CHANNELS = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70)
+
+
+def integers(draw, *shape, most=3):
+    return np.array([draw.randint(-most, most) for _ in range(math.prod(shape))], np.float32).reshape(shape)
+
+
+def is_equal(found, truth):
+    return np.array_equal(found.reshape(truth.shape), truth, equal_nan=True)
+
+
+def activated(x, scale, bias, residual, relu):
+    """relu(x * scale + bias + residual), where NaN stays."""
+    y = x if scale is None else x * scale
+    y = y if bias is None else y + bias
+    y = y if residual is None else y + residual
+    return np.maximum(y, 0) if relu else y
+
+
+def windows(x, kernel, stride, padding, size):
+    """For each pooled pixel of (N, H, W, C) in turn: its place, and the pixels inside the image below it."""
+    for h in range(size[0]):
+        for w in range(size[1]):
+            top, left = h * stride - padding[0], w * stride - padding[2]
+            yield (h, w), x[:, max(0, top) : top + kernel, max(0, left) : left + kernel]
+
+
+def elementwise(driver, draw):
+    """Images with NaN among them, which no ReLU may take away."""
+    n, height, width, channels = draw.randint(1, 3), draw.randint(1, 5), draw.randint(1, 5), draw.choice(CHANNELS)
+    x = integers(draw, n, height, width, channels)
+    x.ravel()[[draw.randrange(x.size) for _ in range(draw.randint(0, 3))]] = np.nan
+    scale, bias, residual = (
+        integers(draw, *shape) if draw.random() < 0.5 else None for shape in ((channels,), (channels,), x.shape)
+    )
+    sizes = dict(
+        batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 8),
+        relu=draw.random() < 0.5,
+    )  # fmt: skip
+    at_end = draw.random() < 0.7
+    buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(x.shape, np.nan), at_end)}
+    for name, values in (("scale", scale), ("bias", bias), ("residual", residual)):
+        if values is not None:
+            buffers[name] = driver.make(values, at_end)
+    if residual is not None and draw.random() < 0.5:
+        buffers["y"] = buffers["residual"]
+    driver.convolve(ELEMENTWISE, draw.choice((1, 2, 3)), buffers, **sizes)
+    truth = activated(x, scale, bias, residual, sizes["relu"])
+    return None if is_equal(buffers["y"].array, truth) else f"elementwise {[*buffers]} {sizes}"
+
+
+def pool(driver, draw):
+    """Windows over all four edges; no pixel outside counts."""
+    average, n, channels = draw.random() < 0.5, draw.randint(1, 3), draw.choice(CHANNELS)
+    height, width, kernel, stride = draw.randint(1, 9), draw.randint(1, 9), draw.randint(1, 4), draw.randint(1, 4)
+    # A window further outside would lie in the padding alone.
+    padding = tuple(draw.randint(0, kernel - 1) for _ in range(4))
+    size = [(height + sum(padding[:2]) - kernel) // stride + 1, (width + sum(padding[2:]) - kernel) // stride + 1]
+    if draw.random() < 0.2:
+        kernel, stride, padding, size = max(height, width), 1, (0, 0, 0, 0), [1, 1]
+    if min(size) < 1:
+        return None
+    x = integers(draw, n, height, width, channels, most=9)
+    if average:  # a multiple of each window's number of pixels
+        x *= math.lcm(*range(1, min(kernel, height) + 1)) * math.lcm(*range(1, min(kernel, width) + 1))
+    x.ravel()[[draw.randrange(x.size) for _ in range(draw.randint(0, 3))]] = np.nan
+    truth = np.empty((n, *size, channels), np.float32)
+    for (h, w), pixels in windows(x, kernel, stride, padding, size):
+        truth[:, h, w] = pixels.mean((1, 2), np.float64) if average else pixels.max((1, 2))
+    sizes = dict(
+        batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=draw.randint(1, 4),
+        pool_h=size[0], pool_w=size[1], pool_kernel=kernel, pool_stride=stride, pool_top=padding[0], pool_left=padding[2],
+    )  # fmt: skip
+    at_end = draw.random() < 0.7
+    buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(truth.shape, np.nan), at_end)}
+    driver.convolve(AVERAGE_POOL if average else MAX_POOL, draw.choice((1, 2, 3)), buffers, **sizes)
+    return None if is_equal(buffers["y"].array, truth) else f"average={average} {padding} {sizes}"
+
+
+def program(driver, draw):
+    """Layers over four slots of memory, each of which waits for those that use its operands' slots, and for no other one."""
+    structure = driver.structure
+    place = type("Place", (ctypes.Structure,), {"_fields_": [("base", ctypes.c_int64), ("at", ctypes.c_int64)]})
+    fields = [(name, ctypes.c_int64) for name in ("kind", "needs", "tasks")]
+    fields += [(name, place) for name in ("x", "residual", "y")] + [("convolution", structure)]
+    n, size, channels, count = draw.randint(1, 3), draw.randint(1, 6), draw.choice(CHANNELS), draw.randint(1, 12)
+    layers = (type("Layer", (ctypes.Structure,), {"_fields_": fields}) * count)()
+    shape = (n, size, size, channels)
+    floats, values = math.prod(shape), {-1: integers(draw, n, size, size, channels)}
+    used, written = {slot: 0 for slot in range(-1, 5)}, {slot: 0 for slot in range(-1, 5)}  # by how many first layers
+    scale = driver.make([-1.0] * channels, True)
+    order = draw.sample(range(channels), channels)
+    packed, _ = driver.pack(np.eye(channels, dtype=np.float32)[order].reshape(channels, channels, 1, 1), False)
+    bases = [driver.make(values[-1], True)]
+    bases += [driver.make(np.full(many, np.nan), True) for many in (4 * floats, floats)]
+    places = {slot: place(1, slot * floats) for slot in range(4)} | {
+        -1: place(0, 0),
+        4: place(2, 0),
+        None: place(-1, 0),
+    }
+    told, each = [], 0
+    for i, layer in enumerate(layers):
+        kind, x, relu = draw.choice((DIRECT, ELEMENTWISE, MAX_POOL)), draw.choice([*values]), draw.random() < 0.3
+        residual = draw.choice([None, *(slot for slot in values if slot != x)]) if kind == ELEMENTWISE else None
+        y = draw.choice([slot for slot in range(4) if slot != x and (slot != residual or draw.random() < 0.5)])
+        y = 4 if i + 1 == count else y
+        sizes = dict(
+            batch=n, c_in=channels, in_h=size, in_w=size, c_out=channels, out_h=size, out_w=size,
+            kernel_h=1, kernel_w=1, stride_h=1, stride_w=1, dilation_h=1, dilation_w=1,
+            block=draw.randint(1, 4), panels=1, relu=relu,
+        )  # fmt: skip
+        if kind == MAX_POOL:
+            sizes |= dict(pool_h=size, pool_w=size, pool_kernel=3, pool_stride=1, pool_top=1, pool_left=1)
+            value = np.empty(shape, np.float32)
+            for (h, w), pixels in windows(values[x], 3, 1, (1, 1, 1, 1), (size, size)):
+                value[:, h, w] = pixels.max((1, 2))
+        elif kind == ELEMENTWISE:
+            sizes["scale"] = scale.address
+            value = activated(-values[x], None, None, values.get(residual), relu)
+        else:
+            sizes["weight"] = packed.address
+            value = activated(values[x][..., order], None, None, None, relu)
+        layer.convolution = structure(**sizes)
+        layer.kind, layer.x, layer.residual, layer.y = kind, places[x], places[residual], places[y]
+        layer.tasks = driver.calls.rk_tasks(driver.number, kind, ctypes.byref(layer.convolution))
+        each = max(each, driver.calls.rk_scratch(driver.number, kind, ctypes.byref(layer.convolution)))
+        layer.needs = max(written[x], used[y], 0 if residual is None else written[residual])
+        for slot in (x, y, *([] if residual is None else [residual])):
+            used[slot] = i + 1
+        written[y], values[y] = i + 1, value
+        told.append((kind, x, residual, y, layer.needs, layer.tasks))
+    values[4] = value
+    threads, each = draw.choice((1, 2, 3)), each + each % 2
+    phases = driver.make(np.full(driver.calls.rk_phase() // 4 * count, np.nan), False)
+    scratch = driver.make(np.full(each * threads, np.nan), True)
+    driver.calls.rk_run(
+        driver.number, layers, 0, count, (ctypes.c_void_p * 3)(*(base.address for base in bases)), phases.address, threads,
+        driver.parallel, scratch.address, each,
+    )  # fmt: skip
+    # All slots count: a result may be right although somebody wrote too late.
+    found = {4: bases[2].array} | dict(enumerate(bases[1].array.reshape(4, floats)))
+    wrong = [slot for slot, value in values.items() if slot >= 0 and not is_equal(found[slot], value)]
+    return f"program on {threads} threads, {shape}: {told}: slots {wrong}" if wrong else None
+
+
+EXAMPLES = (elementwise, pool, program)
