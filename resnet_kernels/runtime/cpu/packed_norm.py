@@ -37,11 +37,6 @@ class PackedNorm:
         """The tensors that it was made from."""
         return self._watched
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that its vectors are in, whatever the computation's."""
-        return torch.float32
-
     def has_settings(self, conv: nn.Conv2d | None, bn: BatchNorm | None) -> bool:
         """Whether it was made from this BN, with its present eps; `conv` is None."""
         return conv is None and bn is self._bn and fusible.eps_of(self._bn) == self._eps
