@@ -177,7 +177,9 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
         ran = chains.run(module, state, chained[name], x) if name in chained else None
         if ran is not None:
             x, done = ran
-            known = BlockInput(owned=True, backend=(state.backend, "cpu"))
+            # Only a channels_last tensor may go to the next block without a check.
+            ours = isinstance(x, Tensor) and is_channels_last(x)
+            known = BlockInput(owned=True, backend=(state.backend, "cpu") if ours else None)
         elif (result := checked_calls.run_verified(child, x, known)) is not None:
             x, known = result
         elif name in state.plan.runs:

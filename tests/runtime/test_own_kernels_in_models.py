@@ -149,3 +149,23 @@ def _with_plain_bias(block):
     if block == "Residual":
         return randomise_batch_norms_(Residual(16, 24, True)).eval(), lambda net: net.conv3
     return nn.Sequential(nn.Conv2d(16, 24, 3, padding=1), nn.ReLU()).eval(), lambda net: net[0]
+
+
+@pytest.mark.parametrize("last", (nn.Conv2d(12, 4, 3, groups=2), nn.Tanh()))
+def test_another_run_of_a_container_ran_in_the_place_of_one(last):
+    """Two runs on images of one shape, in a container that is no chain as a whole."""
+    net = nn.Sequential(
+        nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Tanh(), nn.Conv2d(4, 12, 3, padding=1), nn.ReLU(), last
+    ).eval()
+    ours, x = rk.fuse(net), torch.randn(2, 4, 6, 6)
+    with torch.no_grad():
+        assert_runs_like_eager(net, ours, x)
+
+
+def test_a_run_behind_code_that_sees_layouts_had_its_own_layout():
+    net = nn.Sequential(
+        nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.ReLU()
+    ).eval()  # fmt: skip
+    ours, x = rk.fuse(net), torch.randn(2, 4, 9, 9)
+    with torch.no_grad():
+        assert ours(x.clone()).stride() == net(x.clone()).stride()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -354,7 +354,7 @@ def _settings(child: nn.Module) -> list[Any]:
 MOST_SHAPES = 4
 
 
-def key_of(name: str, x: Tensor) -> tuple[Any, ...]:
+def key_of(name: Hashable, x: Tensor) -> tuple[Any, ...]:
     """By what a program is kept: its name, and all that its kernels were chosen by."""
     layout = x.is_contiguous() and not is_channels_last(x)
     return name, x.shape, layout, torch.get_num_threads(), tuned_table.generation()
@@ -362,7 +362,7 @@ def key_of(name: str, x: Tensor) -> tuple[Any, ...]:
 
 def find(
     programs: dict[Any, CompiledProgram],
-    name: str,
+    name: Hashable,
     x: Tensor,
     sections: Sequence[Section],
     head: PackedLinear | None = None,

@@ -48,7 +48,7 @@ def run(
         pack_again(copies, state.holds, run.live.packed_parts, x.dtype)
     if x.dtype == torch.float32:
         section = compiled_program.Section(recipe, run.live, copies, state.path)
-        compiled = compiled_program.find(copies.compiled, "", x, [section])
+        compiled = compiled_program.find(copies.compiled, recipe.modules, x, [section])
         if compiled is not None:
             return compiled(x, checked_calls.memories_of(copies)), None
     program = copies.program(recipe, x) or copies.make_program(recipe, x)
