@@ -22,8 +22,10 @@ DRIVER = Path(__file__).with_name("drive_cpu_kernels.py")
 SIZES = {"portable": (4, 6), "avx2": (8, 6), "avx512": (16, 12), "neon": (4, 8)}
 
 
-def _drive(library: Path, number: int, examples: int, *more: str, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(DRIVER), str(library), str(number), str(examples), "0", *more]
+def _drive(
+    library: Path, number: int, examples: int, *more: str, seed: int = 0, **environment: str
+) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(DRIVER), str(library), str(number), str(examples), str(seed), *more]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, timeout=120)
 
 
@@ -48,7 +50,7 @@ def test_integers_are_exact_and_no_buffer_is_left(isa):
     number = ISAS.index(isa)
     if not found.calls.rk_panel(number):
         pytest.skip(f"this processor lacks {isa}")
-    done = _drive(found.path, number, 300, "huge")
+    done = _drive(found.path, number, 200, "huge")
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
 
 
@@ -214,7 +216,8 @@ BUGS = {
 def test_catches_a_planted_bug(bug, tmp_path):
     planted = _planted(tmp_path, *BUGS[bug])
     library = _compile(tmp_path, planted, 8, 6, "-march=native")
-    assert _drive(library, 0, 400).returncode != 0
+    # A thread that does not wait may be late by chance, above all on a busy machine.
+    assert any(_drive(library, 0, 400, seed=seed).returncode != 0 for seed in range(8))
 
 
 @pytest.mark.slow
