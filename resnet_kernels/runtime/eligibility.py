@@ -32,9 +32,15 @@ def say_runs_eager(reason: str) -> None:
 
 
 def is_ordinary(x: Any) -> bool:
-    """Whether x is a Tensor with numbers in it, and no tracer, transform or dispatch mode is at work."""
+    """Whether x is a Tensor with numbers in memory of its own, and no tracer, transform or dispatch mode is at work."""
     # Eager knows what to do with torch.fx proxies, fake tensors, DTensors and lists. Plain subclasses: subclasses.py.
-    return (type(x) is Tensor or type(x) is nn.Parameter) and not subclasses.is_traced()
+    return (
+        (type(x) is Tensor or type(x) is nn.Parameter)
+        # Sparse and oneDNN's own tensors, and zeros that autograd makes, have no memory to read.
+        and x.layout is torch.strided
+        and not x._is_zerotensor()
+        and not subclasses.is_traced()
+    )
 
 
 def why_not_ordinary(x: Any) -> str:

@@ -130,7 +130,13 @@ class Program:
             x: fp32, of the program's input shape, in the layout that its first layers were made for.
             memory: at least `floats` floats, contiguous; nobody else may use them meanwhile.
             around: gives a context for a layer's number, for profilers: then layers run in a call each.
+
+        Raises:
+            RuntimeError: x's storage was freed.
         """
+        # Native code would read there.
+        if (x_address := x.data_ptr()) == 0:
+            raise RuntimeError(f"x of shape {tuple(x.shape)} has no memory: its storage was freed")
         with torch._C.DisableTorchFunction():
             results = [
                 torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
@@ -138,7 +144,7 @@ class Program:
             ]
         start = memory.data_ptr()
         bases = (ctypes.c_void_p * (_RESULTS + len(results)))(
-            start + 4 * self._workspace_at, x.data_ptr(), *(result.data_ptr() for result in results)
+            start + 4 * self._workspace_at, x_address, *(result.data_ptr() for result in results)
         )
         if around is None:
             self._run(0, len(self.layers), bases, start)
