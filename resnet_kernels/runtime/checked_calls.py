@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..graph.recipe import Recipe
 from ..kernels.cpu.program import Memories
@@ -155,8 +156,12 @@ def apart() -> Iterator[None]:
 
 
 def as_eager(value: Any) -> Any:
-    """A tensor inside a container in the layout that it has in eager, for code that sees it; any other value as it is."""
-    return as_contiguous(value) if getattr(_call_state, "contiguous", None) else value
+    """A value inside a container with its tensors in the layout that they have in eager, for code that sees it."""
+    if not getattr(_call_state, "contiguous", None):
+        return value
+    # A detection backbone returns a dict of features.
+    is_structure = isinstance(value, (dict, list, tuple))
+    return pytree.tree_map_only(Tensor, as_contiguous, value) if is_structure else as_contiguous(value)
 
 
 def call_as_eager(run: Callable[[Any], Any], x: Any) -> Any:
