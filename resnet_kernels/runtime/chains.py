@@ -68,11 +68,6 @@ def run(
     if sections is None:
         return None
     copies, members = state.copies, chain.members
-    # Eager's convolution returns channels_last if its input or its weight is. At the entry the container sees to it.
-    restores = members[0] != state.plan.entry and not is_channels_last(x)
-    restores = restores and not any(
-        is_channels_last(conv.weight) for section in sections for conv in section.live.convs
-    )
     memories = checked_calls.memories_of(copies)
     if chain.head is not None:
         head = _head(container, state, chain.head)
@@ -86,7 +81,11 @@ def run(
     y = program(x, memories)
     if members[-1] in state.plan.seen:
         y = checked_calls.as_eager(y)
-    return (as_contiguous(y) if restores else y), frozenset(members)
+    # Eager's convolution returns channels_last if its input or its weight is. At the entry the container sees to it.
+    if members[0] != state.plan.entry and not is_channels_last(x):
+        weights = (conv.weight for section in sections for conv in section.live.convs)
+        y = y if any(map(is_channels_last, weights)) else as_contiguous(y)
+    return y, frozenset(members)
 
 
 def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain) -> list[Section] | None:

@@ -169,3 +169,12 @@ def test_a_run_behind_code_that_sees_layouts_had_its_own_layout():
     ours, x = rk.fuse(net), torch.randn(2, 4, 9, 9)
     with torch.no_grad():
         assert ours(x.clone()).stride() == net(x.clone()).stride()
+
+
+def test_a_pool_that_was_replaced_ran_on():
+    net = rk.models.ResNet(BasicBlock, [1, 1, 1, 1], num_classes=5).eval()
+    ours, x = rk.fuse(net), torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for pool in (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2), nn.MaxPool2d(3, 1, 1)):
+            net.maxpool, ours.maxpool = pool, copy.deepcopy(pool)
+            torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-5)

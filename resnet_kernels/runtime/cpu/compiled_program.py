@@ -42,6 +42,11 @@ class Section(NamedTuple):
     path: str
 
 
+def _sources(sections: Sequence[Section]) -> list[tuple[LiveModules, object]]:
+    """What programs rest on: replaced modules get other `LiveModules`, and packed weights another dict of programs."""
+    return [(section.live, section.copies.programs) for section in sections]
+
+
 class CompiledProgram:
     """Recipes as one program for inputs of one shape and layout.
 
@@ -50,7 +55,7 @@ class CompiledProgram:
 
     def __init__(self, sections: Sequence[Section], x: Tensor, head: PackedLinear | None = None):
         # Before they are read.
-        self._packs = [section.copies.programs for section in sections]
+        self._sources = _sources(sections)
         self._head = head
         self._program: Program | None = None
         self._contiguous = x.is_contiguous() and not is_channels_last(x)
@@ -97,13 +102,13 @@ class CompiledProgram:
         return self._program is not None
 
     def is_of(self, sections: Sequence[Section], head: PackedLinear | None) -> bool:
-        """Whether it was made of these very packed weights, and all pools are set as they were."""
+        """Whether it was made of these very modules and packed weights, and all pools are set as they were."""
+        then = self._sources
         return (
             head is self._head
-            and len(sections) == len(self._packs)
-            # A dict of programs is replaced with each packed weight.
-            and all(section.copies.programs is packs for section, packs in zip(sections, self._packs))
-            and all(_settings(child) == then for child, then in self._pools)
+            and len(sections) == len(then)
+            and all(a is c and b is d for (a, b), (c, d) in zip(_sources(sections), then))
+            and all(_settings(child) == found for child, found in self._pools)
         )
 
     def __call__(self, x: Tensor, memories: Memories) -> Tensor:
