@@ -66,7 +66,7 @@ class FusedContainer(Fused):
         value, version = (x, None) if as_it_is else counted(_converted, x)
         restore = not (is_channels_last(subclasses.as_plain(x)) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
-        packs = chains.may_run(value)
+        packs = chains.may_run(like)
         with checked_calls.one_call(found, restore, state.copies.memories), checked_calls.verified_below(survey, packs):
             y = (
                 _run_stage(self, state, value, UNKNOWN)

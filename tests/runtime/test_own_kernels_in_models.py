@@ -178,3 +178,13 @@ def test_a_pool_that_was_replaced_ran_on():
         for pool in (nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(2, 2), nn.MaxPool2d(3, 1, 1)):
             net.maxpool, ours.maxpool = pool, copy.deepcopy(pool)
             torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("threads", (1, 2, 8))
+def test_few_classes_were_no_part_of_a_chain(threads, calls_of_ours, threads_as_before):
+    net = rk.models.d2l_resnet18(1, 10, width=16, num_blocks=(1, 1)).eval()
+    ours, x = rk.fuse(net), torch.randn(1, 1, 64, 64)
+    torch.set_num_threads(threads)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), net(x), rtol=1e-4, atol=1e-5)
+        assert "average_pool" in calls_of_ours

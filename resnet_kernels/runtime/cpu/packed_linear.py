@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ...kernels.cpu import convolution, plans
+from ...kernels.cpu import convolution, library, plans
 from ...kernels.cpu.convolution import Bound
 from ...kernels.geometry import Geometry
 from .watched_tensors import WatchedTensors
@@ -51,7 +51,9 @@ class PackedLinear:
         if self._packed is None or channels != self._shape[1]:
             return None
         shapes, threads = plans.Shapes((batch, channels, 1, 1), self._shape, Geometry()), torch.get_num_threads()
-        if plans.why_not("direct", shapes, torch.float32, threads) is not None:
+        # Too few tasks for the threads are no reason here: a layer of few classes is done before another region begins.
+        found = library.library_or_none()
+        if found is None or (threads > 1 and found.parallel is None):
             return None
         return Bound("direct", shapes, self._packed, None, self._bias, threads)
 
