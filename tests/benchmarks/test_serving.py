@@ -108,6 +108,7 @@ def test_a_caller_that_fails_ends_the_round(folder):
 def test_the_command_names_who_is_absent_and_writes_all_figures(tmp_path, network, monkeypatch, capsys):
     monkeypatch.setitem(rk.models.BY_NAME, "tiny", lambda: network)
     monkeypatch.setattr(models.foreign.OnnxRuntime, "modules", ("no_such_module",))
+    monkeypatch.setattr(models.foreign.OpenVino, "modules", ("torch",))  # as if it were installed
     monkeypatch.setattr(models, "_write_openvino", lambda *_: 1 / 0)
     monkeypatch.setattr(serving.time, "sleep", lambda seconds: None)
     file = tmp_path / "new" / "serving.json"
