@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...graph import fusible
 from ...graph.recipe import Recipe
+from ...kernels.cpu import library
 from ...kernels.cpu.convolution import Activation, Bound
 from ...ops import onednn
 from .. import checked_calls, run_steps
@@ -46,7 +47,7 @@ def run(
     copies = state.copies
     if not run.verified or not copies.are_of(x.dtype, run.live.packed_parts):
         pack_again(copies, state.holds, run.live.packed_parts, x.dtype)
-    if x.dtype == torch.float32:
+    if x.dtype == torch.float32 and library.library_or_none() is not None:
         section = compiled_program.Section(recipe, run.live, copies, state.path)
         compiled = compiled_program.find(copies.compiled, recipe.modules, x, [section])
         if compiled is not None:
