@@ -109,7 +109,7 @@ def container_plan(
     chains = _chains(nodes, {**recipes, "": runs}, seen, apart, lambda last: _head(last, children, calls, shared))
     chains = tuple(
         chain._replace(
-            around=tuple((path, (*module.get_submodule(path)._modules,)) for path in sorted(chain.containers))
+            around=tuple((path, (*module.get_submodule(path)._modules,)) for path in _containers(chain.parts))
         )
         for chain in chains
     )
@@ -229,6 +229,12 @@ def _chain_parts(
         elif path not in rest:
             return None
     return tuple(parts) if len({node.target for node in nodes}) == len(nodes) else None
+
+
+def _containers(parts: Sequence[ChainPart]) -> list[str]:
+    """The paths of the nn.Sequentials around a chain's parts."""
+    around = {part.path for part in parts if part.run is not None and part.path}
+    return sorted(around.union(*(prefixes(part.path)[:-1] for part in parts)))
 
 
 def _follows(node: Node, reader: Node) -> bool:

@@ -143,23 +143,14 @@ class Chain(NamedTuple):
     """Modules that a container's forward calls one after the other, each on what only the one before it has made.
 
     members: the paths of what the forward calls. parts: all recipes in them, in order. head: the pool and the linear layer
-    behind them, which are members, too. around: the nn.Sequentials of `containers` with the names of their children: with
-    others, something else runs between its parts.
+    behind them, which are members, too. around: the nn.Sequentials around its parts, whose forwards don't run, with the
+    names of their children: with others, something else runs between its parts.
     """
 
     members: tuple[str, ...]
     parts: tuple[ChainPart, ...]
     head: Head | None = None
     around: tuple[tuple[str, tuple[str, ...]], ...] = ()
-
-    @property
-    def containers(self) -> set[str]:
-        """The paths of the nn.Sequentials around its parts, whose forwards don't run."""
-        around = {part.path for part in self.parts if part.run is not None and part.path}
-        for part in self.parts:
-            names = part.path.split(".")
-            around.update(".".join(names[:i]) for i in range(1, len(names)))
-        return around
 
 
 @dataclass(frozen=True)

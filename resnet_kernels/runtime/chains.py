@@ -24,12 +24,8 @@ from .cpu.compiled_program import Section
 from .cpu.packed_linear import PackedLinear
 from .fused_module import is_fused_as_is
 from .live_modules import child_at
+from .normalize_images import dtype_of
 from .state import FusedState, state_of
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype of a model's first floating-point parameter."""
-    return next(p.dtype for p in module.parameters() if p.is_floating_point())
 
 
 def may_run(x: Any) -> bool:

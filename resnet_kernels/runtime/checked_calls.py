@@ -19,6 +19,7 @@ from ..ops.layouts import as_contiguous, counted, write_back
 from . import subclasses
 from .cpu.packed_together import PackedTogether
 from .cpu.program import Copies, pack_again
+from .fused_module import is_fused_as_is
 from .live_modules import LiveModules, has_global_hooks, has_hooks, wire
 from .state import BlockInput, FusedState, state_of
 
@@ -245,7 +246,7 @@ def verified_below(survey: Survey | None, packs: bool = False) -> Iterator[None]
 def _has_other_code(owner: nn.Module, is_block: bool) -> bool:
     """Whether a call of a fused module runs other code than when it was fused: another class's, or set on the instance."""
     return (
-        "_rk_original_class" not in type(owner).__dict__
+        not is_fused_as_is(owner)
         or "forward" in owner.__dict__
         # A container is in its call already, or is called by itself.
         or (is_block and owner.__dict__.get("_compiled_call_impl") is not None)

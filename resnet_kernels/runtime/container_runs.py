@@ -14,8 +14,8 @@ from ..graph.layouts import prefixes
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
 from . import chains, checked_calls, eligibility, fused_block, inference, subclasses
-from .chains import dtype_of
 from .live_modules import child_at, has_global_hooks, has_hooks
+from .normalize_images import dtype_of
 from .state import UNKNOWN, BlockInput, Eager, FusedState
 
 CHANNELS_LAST = torch.channels_last

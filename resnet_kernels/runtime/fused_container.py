@@ -24,11 +24,12 @@ from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import as_contiguous, counted, is_channels_last, write_back
 from . import chains, checked_calls, eligibility, inference, subclasses
 from .checked_calls import Survey
-from .container_runs import CHANNELS_LAST, call_run, dtype_of, like_normalized, view_of
+from .container_runs import CHANNELS_LAST, call_run, like_normalized, view_of
 from .fused_block import FusedBlock
 from .fused_module import Fused
 from .gpu import plan
 from .live_modules import has_global_hooks, has_hooks
+from .normalize_images import dtype_of
 from .state import UNKNOWN, BlockInput, Eager, FusedRun, FusedState, state_of
 
 if TYPE_CHECKING:

@@ -192,7 +192,7 @@ def is_fused(module: nn.Module) -> TypeIs[Fused]:
 
 def is_fused_as_is(module: nn.Module) -> bool:
     """Whether a module's class is the one that fusing made, and not a user's over it."""
-    return "_rk_forward_of" in vars(type(module))
+    return "_rk_original_class" in vars(type(module))
 
 
 def swap(module: nn.Module, mixin: type[Fused], state: FusedState[Any]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -63,3 +63,8 @@ class Normalize:
 
     def __str__(self) -> str:
         return f"images normalized by mean {self.mean} and std {self.std}"
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype of a model's first floating-point parameter."""
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())

@@ -20,7 +20,7 @@ from .library import Library
 
 # Places: values inside a program, its input, and from here on its results.
 _WORKSPACE, _INPUT, _RESULTS = 0, 1, 2
-# Values and threads' scratch memory begin at pages of their own, in floats.
+# Values begin at pages of their own, in floats; so does each thread's scratch memory, whose size is one of whole pages.
 _PAGE = 1024
 
 
@@ -118,7 +118,7 @@ class Program:
                     place = _Place(value.base, value.at + part.first * value.size)
                 setattr(structure, "y" if name == "out" else name, place)
         # One buffer: phases, each thread's scratch memory, values.
-        each = -(-max(layer.kernel.scratch for layer in layers) // _PAGE) * _PAGE
+        each = max(layer.kernel.scratch for layer in layers)
         phases = -(-found.calls.rk_phase() * len(layers) // 4 // _PAGE) * _PAGE
         self._each, self._scratch_at, self._workspace_at = each, phases, phases + each * threads
         self.floats = self._workspace_at + workspace

@@ -22,11 +22,10 @@ from ...kernels.cpu.program import Layer, Memories, Program, Slice
 from ...ops import tuned_table
 from ...ops.layouts import is_channels_last
 from .. import profiler_ranges
-from ..parts import CallPart, ConvPart, NormPart, PackName, pack_name, plain_setting
+from ..parts import CallPart, ConvPart, NormPart, pack_name, plain_setting
 from . import neighbors
 from .packed_conv import PackedConv
 from .packed_linear import PackedLinear
-from .packed_norm import PackedNorm
 
 if TYPE_CHECKING:
     from ..live_modules import LiveModules
@@ -230,7 +229,9 @@ class _Layers:
                 continue
             residual = None if part.step.residual is None else numbers[part.step.residual]
             if isinstance(part, NormPart):
-                activation = self._norm(part, packs, shape[1])
+                activation = neighbors.activation_of(packs.get(pack_name(part)), part, shape[1])
+                if activation is None:
+                    raise _HasNoKernel
                 readers = [
                     packs.get(pack_name(p)) for p in parts if isinstance(p, ConvPart) and p.step.x == part.step.out
                 ]
@@ -267,12 +268,6 @@ class _Layers:
         self.layers.append(Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label))
         return out
 
-    def _norm(self, part: NormPart, packs: dict[PackName, Any], channels: int) -> Activation:
-        pack = packs.get(pack_name(part))
-        if not isinstance(pack, PackedNorm) or pack.activation is None or pack.activation.scale.numel() != channels:
-            raise _HasNoKernel
-        return pack.activation._replace(relu=part.step.relu)
-
     def _convolution(
         self,
         pack: Any,
@@ -287,8 +282,8 @@ class _Layers:
         bound = pack.own(size)
         if activation is not None:
             bound = pack.activated(size)
-        elif pool is not None and (window := neighbors.pool_of(pool, pack.out_shape(size)[2:])) is not None:
-            bound = pack.pooled(size, window) or bound
+        elif pool is not None:
+            bound = neighbors.pooled(pack, pool, size) or bound
         kernel: Kernel = bound.kernel(relu, activation)
         return kernel
 

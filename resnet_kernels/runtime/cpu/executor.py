@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...graph import fusible
 from ...graph.recipe import Recipe
 from ...kernels.cpu import library
-from ...kernels.cpu.convolution import Activation, Bound
+from ...kernels.cpu.convolution import Activation
 from ...ops import onednn
 from .. import checked_calls, run_steps
 from ..parts import CallPart, ConvPart, NormPart, Part, pack_name
@@ -23,7 +23,6 @@ from ..run_steps import Values
 from ..state import FusedRun, FusedState
 from . import compiled_program, neighbors
 from .packed_conv import PackedConv
-from .packed_norm import PackedNorm
 from .program import pack_again
 
 
@@ -68,13 +67,6 @@ def run(
             copies.pack(pack_name(part), pack)
         return pack
 
-    def activation_of(part: NormPart, x: Tensor) -> Activation | None:
-        pack = copies.packs.get(pack_name(part))
-        activation = pack.activation if isinstance(pack, PackedNorm) else None
-        if activation is None or activation.scale.numel() != x.shape[1]:
-            return None
-        return activation._replace(relu=part.step.relu)
-
     def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
         step, pack = part.step, pack_of(part, x)
         bound = math.inf
@@ -83,7 +75,7 @@ def run(
             activation = pending[step.x][1]
             own = pack.activated(x.shape)
             assert own is not None  # run_part has asked
-        elif step.out in pools and (own := _pooled(pack, pools[step.out], x)) is not None:
+        elif step.out in pools and (own := neighbors.pooled(pack, pools[step.out], x.shape)) is not None:
             done.add(step.out)
         elif pack.own(x.shape) is None:
             bound = pack.bound(onednn.bound(x, bounds[step.x]))
@@ -108,7 +100,7 @@ def run(
         bounds[part.step.out] = None
         if isinstance(part, NormPart) and fusible.is_frozen(part.bn):
             x = values[part.step.x]
-            activation = activation_of(part, x)
+            activation = neighbors.activation_of(copies.packs.get(pack_name(part)), part, x.shape[1])
             if activation is not None and part.step.out in on_load and x.dtype == torch.float32:
                 readers = [
                     reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out
@@ -131,11 +123,3 @@ def run(
     values = {0: x}
     del x
     return run_steps.run_steps(parts, values, recipe.result, state.path, run_part), bounds[recipe.result]
-
-
-def _pooled(pack: PackedConv, child: nn.MaxPool2d, x: Tensor) -> Bound | None:
-    """A convolution with the max-pool behind it in one pass; None where no kernel of ours does that."""
-    if pack.own(x.shape) is None:
-        return None
-    pool = neighbors.pool_of(child, pack.out_shape(x.shape)[2:])
-    return None if pool is None else pack.pooled(x.shape, pool)

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 
+from ...kernels.cpu.convolution import Activation, Bound
 from ...kernels.cpu.plans import Pool
 from ...models.same_padding import MaxPool2dSame
 from ..parts import CallPart, ConvPart, NormPart, Part, window_of
+from .packed_conv import PackedConv
+from .packed_norm import PackedNorm
 
 
 def norms_on_load(parts: Sequence[Part], result: int) -> set[int]:
@@ -41,6 +45,28 @@ def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
             if not more and isinstance(reader, CallPart) and isinstance(reader.child, nn.MaxPool2d):
                 found[part.step.out] = reader.child
     return found
+
+
+def activation_of(pack: object, part: NormPart, channels: int) -> Activation | None:
+    """Returns what a BN before a convolution does to its input; None if its vectors don't fit, where eager has an error.
+
+    Args:
+        pack: the BN's, if there is one.
+        part: the BN's step.
+        channels: of the input.
+    """
+    activation = pack.activation if isinstance(pack, PackedNorm) else None
+    if activation is None or activation.scale.numel() != channels:
+        return None
+    return activation._replace(relu=part.step.relu)
+
+
+def pooled(pack: PackedConv, child: nn.MaxPool2d, x_shape: torch.Size) -> Bound | None:
+    """Returns a convolution with the max-pool behind it in one pass; None where no kernel of ours does that."""
+    if pack.own(x_shape) is None:
+        return None
+    pool = pool_of(child, pack.out_shape(x_shape)[2:])
+    return None if pool is None else pack.pooled(x_shape, pool)
 
 
 def pool_of(child: nn.MaxPool2d, size: Sequence[int]) -> Pool | None:
