@@ -13,6 +13,7 @@ from ..ops import tuned_table
 from ..ops.backends import ENVIRONMENT_VARIABLE
 from .freezing import FrozenCopies, frozen_states
 from .live_modules import has_global_hooks
+from .object_watch import ObjectWatch
 
 
 class Watch:
@@ -34,6 +35,7 @@ class Watch:
         self._registries = [registry for registry in registries if registry]
         self._empty: list[dict[Any, Any]] = [registry for registry in registries if not registry]
         self._empty += [hooks for m in self._modules for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._writes = ObjectWatch(self._modules, [*self._attributes, *self._registries, *self._empty])
         self._members = [*chain.from_iterable(map(dict.values, self._registries))]
         self._ids = [*map(id, self._members)]
         self._tensors = [member for member in self._members if isinstance(member, Tensor)]
@@ -44,7 +46,21 @@ class Watch:
         self._settings = _settings()
 
     def is_current(self) -> bool:
-        """Whether nothing has changed. The check takes the host as long as a small network takes a GPU."""
+        """Whether nothing has changed."""
+        if not self._writes.are_unchanged():
+            self._writes.renew()
+            if not self._has_same_members():
+                self._writes.forget()
+                return False
+        return (
+            [*map(Tensor.data_ptr, self._tensors)] == self._addresses
+            and self._frozen.hold()
+            and _settings() == self._settings
+            and not has_global_hooks()
+        )
+
+    def _has_same_members(self) -> bool:
+        """Whether all modules have the attributes and members that they had. It takes as long as a small network on a GPU."""
         try:
             same_attributes = self._attributes == self._attributes_then
         except (RuntimeError, ValueError):
@@ -54,10 +70,6 @@ class Watch:
             and not any(self._empty)
             and [*map(type, self._modules)] == self._classes
             and [*map(id, chain.from_iterable(map(dict.values, self._registries)))] == self._ids
-            and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
-            and self._frozen.hold()
-            and _settings() == self._settings
-            and not has_global_hooks()
         )
 
 
@@ -66,8 +78,9 @@ def _settings() -> tuple[object, ...]:
     return (
         os.environ.get(ENVIRONMENT_VARIABLE),
         tuned_table.generation(),
-        torch.backends.cudnn.enabled,
-        torch.backends.cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # PyTorch's stubs lack it
-        torch.backends.cuda.matmul.fp32_precision,
+        # What torch.backends' attributes read, with several calls of Python around it.
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_fp32_precision_getter("cuda", "conv"),
+        torch._C._get_fp32_precision_getter("cuda", "matmul"),
         torch.are_deterministic_algorithms_enabled(),
     )

@@ -20,7 +20,7 @@ import torch
 ISA_VARIABLE = "RESNET_KERNELS_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 # run.c, rk_interface: a library that an older version of this package left behind can't be called.
-_INTERFACE = 4
+_INTERFACE = 5
 _NAME = "_convolution"
 
 
@@ -127,6 +127,9 @@ def _declare(calls: ctypes.CDLL) -> None:
         ("rk_phase", [], size),
         ("rk_run", [size, pointer, size, size, pointer, pointer, size, pointer, pointer, size], None),
         ("rk_is_same", [size, pointer, pointer, pointer, pointer, pointer], size),
+        ("rk_read_words", [size, pointer, pointer], None),
+        ("rk_are_words", [size, pointer, pointer], size),
+        ("rk_dict_writes", [], pointer),
         ("rk_peak", [size, size, size, pointer], size),
         ("rk_pack", [size, size, pointer, pointer, pointer, pointer, size, pointer], size),
     ):

@@ -1,4 +1,4 @@
-/* What Python calls beside program.c: which instruction set runs here, packed weights, the processor's peak. */
+/* What Python calls beside program.c: which instruction set runs here, changes in memory, packed weights, the processor's peak. */
 #include <math.h>
 #include <stdatomic.h>
 #include <stddef.h>
@@ -27,7 +27,7 @@ const Kernels *rk_kernels(int64_t number)
 }
 
 /* The version of this interface. Python refuses any other. */
-EXPORT int64_t rk_interface(void) { return 4; }
+EXPORT int64_t rk_interface(void) { return 5; }
 
 /* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
 EXPORT int64_t rk_panel(int64_t number)
@@ -85,6 +85,35 @@ EXPORT int64_t rk_is_same(int64_t count, const char *const *live, const char *co
     }
     return 1;
 }
+
+/* Copies 64-bit words from where they are. */
+EXPORT void rk_read_words(int64_t count, const uint64_t *const *live, uint64_t *to)
+{
+    for (int64_t i = 0; i < count; i++)
+        to[i] = *live[i];
+}
+
+/* Whether 64-bit words still hold what they did (object_watch.py). Each is a cache miss of its own, but none waits for another. */
+EXPORT int64_t rk_are_words(int64_t count, const uint64_t *const *live, const uint64_t *then)
+{
+    uint64_t differing = 0;
+    for (int64_t i = 0; i < count; i++)
+        differing |= *live[i] ^ then[i];
+    return differing == 0;
+}
+
+static uint64_t dict_writes;
+
+/* Python calls this, its lock held, at each write to a dict that object_watch.py has told it of: PyDict_AddWatcher. */
+EXPORT int rk_dict_written(int event, void *dict, void *key, void *value)
+{
+    (void)event, (void)dict, (void)key, (void)value;
+    dict_writes++;
+    return 0;
+}
+
+/* The address of the number of these writes. */
+EXPORT const uint64_t *rk_dict_writes(void) { return &dict_writes; }
 
 typedef struct {
     Job job;
