@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends, reference, tuned_table
-from .library import LIBRARY
+from .library import LIBRARY, is_watched
 
 LIBRARY.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
@@ -61,7 +61,11 @@ def untuned(problem: NormProblem, dtype: torch.dtype, device: torch.device) -> s
 
 
 def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
-    backend = backends.resolve(backend, x.device, x.dtype)
+    return _runs_ours(x, residual, relu, backends.resolve(backend, x.device, x.dtype), learns)
+
+
+def _runs_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
+    """Whether a resolved backend means our kernels."""
     if backend == "tuned" and all(type(size) is int for size in x.shape):
         # While torch.compile traces, sizes may be symbols, which no table has: PyTorch runs those.
         batch, channels, height, width = x.shape
@@ -105,31 +109,63 @@ class _Function(torch.autograd.Function):
                 x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend
             )
         ctx.mark_non_differentiable(mean, rstd)
-        ctx.set_materialize_grads(False)
-        ctx.settings = (training, eps, relu)
-        ctx.bias_dtype = None if bias is None else bias.dtype
         statistics = (mean, rstd) if training else (running_mean, running_var)
-        # Save only what backward reads: autograd forbids in-place changes to saved tensors.
-        kept_bias = bias if relu and residual is None else None
-        ctx.save_for_backward(x, y if relu and residual is not None else None, weight, kept_bias, *statistics)
+        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, relu))
         return y, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        if dy is None:
-            return (None,) * 11
-        training, eps, relu = ctx.settings
-        needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-        needs = (needs_x, needs_residual and relu, needs_weight, needs_bias)
-        gradients = torch.ops.resnet_kernels.batch_norm_act_backward.default(
-            dy, *ctx.saved_tensors, training, eps, relu, needs
+        return *_gradients(ctx, dy, torch.ops.resnet_kernels.batch_norm_act_backward.default), *(None,) * 7
+
+
+class _Direct(torch.autograd.Function):
+    """`_Function` for `undispatched`: y alone, without the dispatcher's way into Python and back."""
+
+    @staticmethod
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu):
+        from ..kernels import batch_norm_act as kernel
+
+        y, mean, rstd = kernel.launch(
+            x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu
         )
-        dx, dresidual, dweight, dbias = (g if needed else None for g, needed in zip(gradients, needs))
-        if needs_residual and not relu:
-            dresidual = dy
-        dbias = None if dbias is None else dbias.to(ctx.bias_dtype)
-        return dx, dresidual, dweight, dbias, *(None,) * 7
+        statistics = (mean, rstd) if training else (running_mean, running_var)
+        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, relu))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        from ..kernels import batch_norm_act_backward as kernel
+
+        op = torch.ops.resnet_kernels.batch_norm_act_backward.default
+        return *_gradients(ctx, dy, op if is_watched() else kernel.launch), *(None,) * 6
+
+
+def _keep(ctx, x, residual, weight, bias, y, statistics, settings) -> None:
+    """Saves what backward reads and nothing else: autograd forbids in-place changes to saved tensors."""
+    *_, relu = settings
+    ctx.set_materialize_grads(False)
+    ctx.settings = settings
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    kept_bias = bias if relu and residual is None else None
+    ctx.save_for_backward(x, y if relu and residual is not None else None, weight, kept_bias, *statistics)
+
+
+def _gradients(ctx, dy, backward) -> tuple[Tensor | None, ...]:
+    """The gradients of x, residual, weight and bias. backward: our kernels', by the op or by themselves."""
+    if dy is None:
+        return (None,) * 4
+    training, eps, relu = ctx.settings
+    needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    needs = (needs_x, needs_residual and relu, needs_weight, needs_bias)
+    gradients = backward(dy, *ctx.saved_tensors, training, eps, relu, needs)
+    dx, dresidual, dweight, dbias = (g if needed else None for g, needed in zip(gradients, needs))
+    if needs_residual and not relu:
+        dresidual = dy
+    if dbias is not None and dbias.dtype != ctx.bias_dtype:
+        dbias = dbias.to(ctx.bias_dtype)
+    return dx, dresidual, dweight, dbias
 
 
 def _backward(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs):
@@ -155,6 +191,31 @@ def _autograd(*arguments):
         return _Function.apply(*arguments[:-1], "triton")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.resnet_kernels.batch_norm_act.default(*arguments)
+
+
+def undispatched(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    relu: bool,
+    backend: str,
+) -> Tensor:
+    """The op's y for a caller who has checked the operands and resolved the backend.
+
+    In training our kernels are called past PyTorch's dispatcher, unless somebody would see the operation there: on its way
+    through Python and back a BN's forward and backward take the host a third longer.
+    """
+    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
+    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])  # type: ignore[attr-defined]
+    if learns and not is_watched() and type(x) is Tensor and _runs_ours(x, residual, relu, backend, learns=True):
+        return _Direct.apply(*arguments)
+    return torch.ops.resnet_kernels.batch_norm_act.default(*arguments, backend)[0]
 
 
 LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeExplicitAutograd")
@@ -209,9 +270,10 @@ def batch_norm_act(
     """
     backends.check_name(backend)
     _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
-    return torch.ops.resnet_kernels.batch_norm_act.default(
-        x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, bool(relu), backend
-    )[0]
+    arguments = (x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, bool(relu))
+    if is_watched():
+        return torch.ops.resnet_kernels.batch_norm_act.default(*arguments, backend)[0]
+    return undispatched(*arguments, backends.resolve(backend, x.device, x.dtype))
 
 
 def _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps) -> None:

@@ -11,6 +11,26 @@ from torch import Tensor
 LIBRARY = torch.library.Library("resnet_kernels", "DEF")
 
 
+def is_traced() -> bool:
+    """Whether a tracer, a transform or a dispatch mode is at work."""
+    return (
+        torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def is_watched() -> bool:
+    """Whether somebody would see an operation of ours in the dispatcher: a compiler, a tracer, a mode, a profiler."""
+    return (
+        torch.compiler.is_compiling()
+        or is_traced()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def is_dense(x: Tensor) -> bool:
     """Whether x's elements fill its memory without gaps or overlaps, in any order of dimensions."""
     expected = 1

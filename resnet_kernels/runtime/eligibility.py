@@ -17,6 +17,7 @@ from ..graph import reader as graph_reader
 from ..graph.recipe import CallStep, CannotRead, ContainerPlan, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
+from ..ops.library import is_traced
 from . import subclasses
 from .checked_calls import resolve, verified_modules
 from .live_modules import LiveModules, child_at, has_global_hooks, live_reads, why_changed, wire
@@ -39,13 +40,13 @@ def is_ordinary(x: Any) -> bool:
         # Sparse and oneDNN's own tensors, and zeros that autograd makes, have no memory to read.
         and x.layout is torch.strided
         and not x._is_zerotensor()
-        and not subclasses.is_traced()
+        and not is_traced()
     )
 
 
 def why_not_ordinary(x: Any) -> str:
     """The reason of ours why x runs eager; "" where it does not, or where that goes without saying."""
-    return "" if subclasses.is_traced() else subclasses.why_not(x)
+    return "" if is_traced() else subclasses.why_not(x)
 
 
 def read_again(module: nn.Module, state: FusedState[Any]) -> None:

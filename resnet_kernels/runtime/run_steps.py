@@ -15,6 +15,7 @@ from ..graph import fusible
 from ..graph.fusible import BatchNorm
 from ..kernels.geometry import Geometry
 from ..ops import add_relu, backends
+from ..ops.batch_norm_act import undispatched
 from . import profiler_ranges
 from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
 
@@ -125,9 +126,9 @@ def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, bac
     momentum = 0.0 if frozen else _count_batch(bn)
 
     def run(residual: Tensor | None, relu: bool) -> Tensor:
-        return torch.ops.resnet_kernels.batch_norm_act.default(
+        return undispatched(
             x, residual, weight, bias, mean, var, not frozen, momentum, fusible.eps_of(bn), relu, backend
-        )[0]
+        )
 
     return with_residual(run, lambda: x.shape, x.dtype, residual, relu, backend)
 

@@ -17,19 +17,10 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops import backends
+from ..ops.library import is_traced
 
 # Tracers by class: eager goes without saying.
 _TRACERS = (FakeTensor, FunctionalTensor)
-
-
-def is_traced() -> bool:
-    """Whether a tracer, a transform or a dispatch mode is at work."""
-    return (
-        torch.jit.is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd.forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def is_plain_subclass(x: Any) -> bool:

@@ -1,15 +1,20 @@
 """batch_norm_act: values, every gradient and the running statistics against fp64, within eager's own error."""
 
+import importlib
 import itertools
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import resnet_kernels as rk
 from helpers.batch_norms import SETTINGS, compare, on_triton, results, vectors
 from helpers.oracle import DTYPES, error, skip_unless_runnable
 from resnet_kernels.ops import batch_norm_act, reference
+from resnet_kernels.ops.batch_norm_act import undispatched
+
+module = importlib.import_module("resnet_kernels.ops.batch_norm_act")  # the package has the function under this name
 
 SHAPES = (
     (2, 16, 5, 7),
@@ -347,3 +352,73 @@ GOOD = dict(
 def test_bad_input(wrong, kind, message):
     with pytest.raises(kind, match=message):
         rk.ops.batch_norm_act(**(GOOD | wrong))
+
+
+def _step(run, device, training=True, residual=True):
+    """Everything that a call changes or returns, with tensors drawn anew but the same each time."""
+    torch.manual_seed(0)
+    x, r, upstream = (torch.randn(2, 24, 5, 7).to(device, memory_format=torch.channels_last) for _ in range(3))
+    given = vectors(24, device)
+    wanted = [t.requires_grad_() for t in (x, r, given["weight"], given["bias"])]
+    y = run(x, r if residual else None, *given.values(), training, 0.3, 1e-4, True)
+    gradients = torch.autograd.grad(y, wanted if residual else [x, *wanted[2:]], upstream)
+    statistics = [given["running_mean"], given["running_var"]]
+    return [y, *gradients, *statistics], [t._version for t in statistics]
+
+
+@pytest.mark.parametrize("training", (True, False), ids=("training", "eval"))
+@pytest.mark.parametrize("residual", (True, False), ids=("residual", "alone"))
+def test_past_the_dispatcher_it_is_the_op(residual, training, device, monkeypatch):
+    skip_unless_runnable("triton", device, torch.float32)
+    op = torch.ops.resnet_kernels.batch_norm_act.default
+    expected, versions = _step(lambda *given: op(*given, "triton")[0], device, training, residual)
+    monkeypatch.setattr(module, "_Function", None)  # the op's autograd
+    found, found_versions = _step(lambda *given: undispatched(*given, "triton"), device, training, residual)
+    assert all(map(torch.equal, found, expected)) and len(found) == len(expected) and found_versions == versions
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+class _SeenFunctions(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(getattr(func, "__name__", ""))
+        return func(*args, **(kwargs or {}))
+
+
+def test_whoever_watches_operations_sees_ours(device):
+    skip_unless_runnable("triton", device, torch.float32)
+
+    def run(*given):
+        return undispatched(*given, "triton")
+
+    with _Seen() as seen:
+        _step(run, device)
+    assert {"batch_norm_act.default", "batch_norm_act_backward.default"} <= {*seen.names}
+    with _SeenFunctions() as seen:
+        _step(run, device)
+    assert "batch_norm_act.default" in seen.names
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        _step(run, device)
+    names = {event.key for event in profiler.key_averages()}
+    assert {"resnet_kernels::batch_norm_act", "resnet_kernels::batch_norm_act_backward"} <= names
+
+
+def test_a_backward_is_seen_though_the_forward_was_not(device):
+    skip_unless_runnable("triton", device, torch.float32)
+    x = torch.randn(2, 8, 5, 5, device=device, requires_grad=True)
+    y = on_triton(x, None, *vectors(8, device).values(), training=True, **SETTINGS)
+    with _Seen() as seen:
+        y.sum().backward()
+    assert "batch_norm_act_backward.default" in seen.names
