@@ -127,6 +127,7 @@ def _conv_bias_act_kernel(
     WHOLE_CHUNKS: tl.constexpr,  # BLOCK_K divides c_in
     RELU: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    ROUND_TO_TF32: tl.constexpr,
     UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -188,6 +189,9 @@ def _conv_bias_act_kernel(
         if UPCAST:
             x = x.to(tl.float32)
             weight = weight.to(tl.float32)
+        if ROUND_TO_TF32:
+            x = elementwise.to_tf32(x)
+            weight = elementwise.to_tf32(weight)
         acc = tl.dot(x, weight, acc, input_precision=INPUT_PRECISION)
 
     offs_c = group * c_out + offs_n
@@ -287,6 +291,7 @@ def constexprs(
         WHOLE_CHUNKS=weight_shape[1] % config.block_k == 0,
         RELU=relu,
         INPUT_PRECISION="tf32" if target.allows_tf32(dtype) else "ieee",
+        ROUND_TO_TF32=target.allows_tf32(dtype) and not target.is_interpreted(),  # the interpreter multiplies in fp32
         UPCAST=target.dot_needs_fp32(dtype),
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,

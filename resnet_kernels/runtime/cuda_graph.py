@@ -21,6 +21,7 @@ Source: PyTorch's notes on CUDA graphs; torch.cuda.graph, make_graphed_callables
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -213,6 +214,11 @@ class _Recorder:
                     graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
                 )
                 y = _explained(context, call)
+            except RuntimeError:
+                torch.cuda.set_stream(before)
+                with contextlib.suppress(RuntimeError):  # the one that is under way says more
+                    _let_draw(torch.cuda.default_generators[self._device.index], self._device)
+                raise
             finally:
                 # torch.cuda.graph leaves its own stream behind when a capture fails.
                 torch.cuda.set_stream(before)
@@ -232,6 +238,20 @@ class _Recorder:
     def finish(self) -> None:
         """Waits until no recorded graph runs any more."""
         torch.cuda.synchronize(self._device)
+
+
+def _let_draw(generator: torch.Generator, device: torch.device) -> None:
+    """Lets a generator draw again after a capture that failed.
+
+    Up to PyTorch 2.11 it goes on believing in the capture, and whatever draws from it raises ("Offset increment outside graph
+    capture encountered unexpectedly": CUDAGraph::capture_end). A copy of its state does not believe that.
+    """
+    offset = generator.get_offset()
+    try:
+        torch.empty(1, device=device).uniform_(generator=generator)
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    generator.set_offset(offset)
 
 
 def _explained(context: Any, call: Callable[[], Any]) -> Any:

@@ -68,7 +68,10 @@ class ObjectWatch:
 
 
 class _Sight(NamedTuple):
-    """How writes to dicts are seen. calls: the compiled library. watcher: Python's number of it; None for PEP 509's numbers."""
+    """How writes to dicts are seen.
+
+    calls: the compiled library. watcher: Python's number of it; None where dicts have numbers.
+    """
 
     calls: ctypes.CDLL
     watcher: int | None
@@ -146,7 +149,7 @@ def _sees(sight: _Sight) -> bool:
         run()
         return not sight.calls.rk_are_words(len(words), words, then)
 
-    writes = [
+    writes: list[Callable[[], Any]] = [
         lambda: setattr(value, "a", 1),
         lambda: setattr(value, "a", 2),
         lambda: delattr(value, "a"),

@@ -24,6 +24,7 @@ class Kernel:
 
     def __init__(self, compiled=lambda kernel: Compiled(kernel)):
         self.compiled, self.asked, self.launched, self.called = compiled, [], [], []
+        self.fn = object()  # the Python function
 
     def __getitem__(self, grid):
         def run(**arguments):

@@ -356,3 +356,37 @@ def test_threads_take_turns(recorder):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+class _Believes:
+    """A generator as PyTorch 2.11 leaves it after a capture that failed."""
+
+    def __init__(self, believes):
+        self.believes, self.offset, self.states = believes, 8, 0
+
+    def get_offset(self):
+        return self.offset
+
+    def set_offset(self, offset):
+        self.offset = offset
+
+    def clone_state(self):
+        return _Believes(False)
+
+    def graphsafe_set_state(self, other):
+        self.believes, self.states = other.believes, self.states + 1
+
+
+@pytest.mark.parametrize("believes", (True, False))
+def test_a_generator_draws_again_after_a_capture_that_failed(believes, monkeypatch):
+    generator = _Believes(believes)
+
+    class Drawn:
+        def uniform_(self, generator):
+            if generator.believes:
+                raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+            generator.offset += 4
+
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: Drawn())
+    capture._let_draw(generator, torch.device("cpu"))
+    assert not generator.believes and generator.offset == 8 and generator.states == believes

@@ -18,7 +18,9 @@ from resnet_kernels.runtime.object_watch import ObjectWatch
 @pytest.fixture
 def sight():
     if object_watch._sight() is None:
-        pytest.skip("writes to dicts can't be seen here: no compiled library, or another Python than CPython with its lock")
+        pytest.skip(
+            "writes to dicts can't be seen here: no compiled library, or another Python than CPython with its lock"
+        )
 
 
 def renewed(objects=(), dicts=()):
