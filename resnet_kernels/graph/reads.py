@@ -251,6 +251,16 @@ class LiveReads:
         for name, then in self._own:
             if own.get(name, MISSING) is not then:
                 return self._differs(own, self._fast + self._slow)
+        return self.changed_outside(module)
+
+    @property
+    def looks_outside(self) -> bool:
+        """Whether `changed_outside` has anything to look at."""
+        return bool(self._others or self._slow)
+
+    def changed_outside(self, module: nn.Module) -> str | None:
+        """As `changed`, for a module in whose __dict__ nothing was replaced."""
+        own = module.__dict__
         for get, name, then in self._others:
             if get(name, MISSING) is not then:
                 return self._differs(own, self._fast + self._slow)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from ..graph.reads import LiveReads
 from ..graph.recipe import Recipe
 from ..kernels.cpu.program import Memories
 from ..ops import backends
@@ -21,6 +22,7 @@ from .cpu.packed_together import PackedTogether
 from .cpu.program import Copies, pack_again
 from .fused_module import is_fused_as_is
 from .live_modules import LiveModules, has_global_hooks, has_hooks, wire
+from .object_watch import ObjectWatch
 from .state import BlockInput, FusedState, state_of
 
 # Set while a call of the outermost fused module runs, in its thread; see `one_call`.
@@ -35,14 +37,57 @@ class Verified(NamedTuple):
     """A recipe whose modules are as they were.
 
     copies: of the module that it is of, before they are checked. packed: whether it runs on the CPU, with packed weights.
+    It does not hold the module's state, which may hold it.
     """
 
     owner: int
     recipe: Recipe
-    state: FusedState[Any]
     copies: Copies
     live: LiveModules
     packed: bool
+
+
+# By owner and members.
+Recipes = dict[tuple[int, tuple[str, ...]], Verified]
+
+
+class _Known(NamedTuple):
+    """What a call has found out. It holds until somebody writes to what is watched, and while all else here is the same.
+
+    watch: the modules, their dicts, and the states of the fused ones among them.
+    packs: as `verified_below` was asked.
+    requested: backends that were asked for, and those that were meant.
+    reads: what forwards read outside of their modules, and whose forward it is.
+    weights: the first one of each recipe. devices: where they were.
+    together: packed weights that are compared with their sources; None for none.
+    verified: the recipes, by owner and members.
+    """
+
+    watch: ObjectWatch
+    packs: bool
+    requested: dict[str, str]
+    reads: list[tuple[LiveReads, weakref.ref[nn.Module]]]
+    weights: list[Tensor]
+    devices: list[torch.device]
+    together: PackedTogether | None
+    verified: Recipes
+
+    def holds(self, packs: bool) -> bool:
+        """Whether a call may rely on it."""
+        return (
+            packs == self.packs
+            and self.watch.are_unchanged()
+            and all(backends.requested(asked) == found for asked, found in self.requested.items())
+            and all(
+                (owner := to_owner()) is not None and reads.changed_outside(owner) is None
+                for reads, to_owner in self.reads
+            )
+            and [*map(_device, self.weights)] == self.devices
+            and (self.together is None or self.together.have_same_values())
+        )
+
+
+_device = Tensor.device.__get__  # type: ignore[attr-defined]  # a property of C
 
 
 class Survey:
@@ -59,9 +104,10 @@ class Survey:
         hookable = [*outside, *(owner for owner, _, recipes in owners if recipes[0].whole)]
         self._hookable = [*map(weakref.ref, hookable)]
         self._together: PackedTogether | None = None
+        self._known: _Known | None = None
 
     @property
-    def owners(self) -> list[tuple[nn.Module, FusedState[Any], list[Recipe]]]:
+    def _live_owners(self) -> list[tuple[nn.Module, FusedState[Any], list[Recipe]]]:
         """The fused modules that are still fused as they were, with their recipes."""
         return [
             (owner, state, recipes)
@@ -69,44 +115,119 @@ class Survey:
             if (owner := to_owner()) is not None and (state := state_of(owner)) is not None and state is to_state()
         ]
 
-    @property
-    def hookable(self) -> list[nn.Module]:
-        """The modules whose hooks could change anything in the middle of a call."""
-        return [module for reference in self._hookable if (module := reference()) is not None]
+    def _has_hooks(self) -> bool:
+        """Whether a hook is registered that could change anything in the middle of a call."""
+        return any(has_hooks(module) for reference in self._hookable if (module := reference()) is not None)
 
     def is_current(self, module: nn.Module) -> bool:
         """Whether it is of this very module, and every child is in its place."""
         # A copy.copy of a module shares its state.
-        return self._module() is module and all(
-            [*registry.values()] == children for registry, children in self.registries
+        return self._module() is module and (
+            (self._known is not None and self._known.watch.are_unchanged())
+            or all([*registry.values()] == children for registry, children in self.registries)
         )
 
-    def unchanged(self, packed: list[Verified], packs: bool) -> Iterator[Verified]:
-        """The recipes whose packed weights stand for their modules as they are now.
+    def verified(self, packs: bool) -> Recipes | None:
+        """The recipes that may run without a check of their own in this call; None if a hook is registered.
+
+        The survey has to be current. packs: whether weights that aren't packed are packed now, for fp32.
+        """
+        known = self._known  # another thread may put its own there
+        if known is None or not known.holds(packs):
+            known = self._known = None if self._has_hooks() else self._found(packs)
+        return None if known is None else known.verified
+
+    def _found(self, packs: bool) -> _Known:
+        watch = self._watch()
+        watch.renew()
+        others: list[Verified] = []
+        packed: list[tuple[Verified, FusedState[Any]]] = []
+        requested: dict[str, str] = {}
+        reads, weights = [], []
+        for owner, state, recipes in self._live_owners:
+            if (
+                owner.training
+                or _has_other_code(owner, recipes[0].whole)
+                or (not recipes[0].whole and tuple(owner._modules) != state.plan.names)
+            ):
+                continue
+            for recipe in recipes:
+                live = state.live.get(recipe.modules)
+                if live is None or not live.is_of(owner) or not live.is_current(owner):
+                    found = wire(owner, recipe) if packs else ""
+                    if isinstance(found, str):
+                        continue
+                    live = state.live[recipe.modules] = found
+                if live.why_not_now() is not None or live.runs_other_code(recipe):
+                    continue
+                conv = live.convs[0]
+                # Half the time of the attribute, in which a pruned convolution has its weight.
+                weight: Tensor | None = conv._parameters.get("weight")
+                if weight is None:
+                    weight = conv.weight
+                if weight is None:
+                    continue
+                if live.reads is not None and live.reads.looks_outside:
+                    reads.append((live.reads, weakref.ref(owner)))
+                weights.append(weight)
+                backend = requested.get(state.backend)
+                if backend is None:
+                    backend = requested[state.backend] = backends.requested(state.backend)
+                # Only oneDNN needs packed weights.
+                if weight.device.type == "cpu" and backend in ("auto", "cpu"):
+                    packed.append((Verified(id(owner), recipe, state.copies, live, True), state))
+                elif subclasses.are_known(live.convs):
+                    others.append(Verified(id(owner), recipe, state.copies, live, False))
+        unchanged, together = self._unchanged(packed, packs)
+        recipes_now = {(v.owner, v.recipe.modules): v for v in (*others, *unchanged)}
+        return _Known(watch, packs, requested, reads, weights, [*map(_device, weights)], together, recipes_now)
+
+    def _watch(self) -> ObjectWatch:
+        """A watch of all that `_found` reads, but for values and what lies outside of the modules."""
+        module = self._module()
+        assert module is not None, "the survey is current"
+        modules = [m for m in module.modules() if m is not module]
+        states = [state for _, state, _ in self._live_owners]
+        tensors = [t for m in (module, *modules) for t in m._parameters.values() if t is not None]
+        dicts: list[dict[Any, Any]] = [vars(m) for m in modules]
+        for m in (module, *modules):
+            dicts += [m._parameters, m._buffers, m._modules]
+            dicts += [m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks]
+        dicts += [state.copies.packs for state in states]
+        own = state_of(module)
+        dicts += [vars(state) for state in states if state is not own]
+        return ObjectWatch([*modules, *tensors], dicts, [module] if own is None else [module, own])
+
+    def _unchanged(
+        self, packed: list[tuple[Verified, FusedState[Any]]], packs: bool
+    ) -> tuple[list[Verified], PackedTogether | None]:
+        """The recipes whose packed weights stand for their modules as they are now, and what to compare for that again.
 
         Args:
-            packed: all that run on packed weights.
+            packed: all that run on packed weights, with their modules' states.
             packs: whether weights that don't are packed now, for fp32.
         """
         of_recipes = []
-        for recipe in packed:
+        for recipe, _ in packed:
             kept = recipe.copies.packs
             of_recipes.append([(kept.get(path), conv, bn) for path, conv, bn in recipe.live.packed_parts])
         # One check of all tensors of a network takes half the time of one for each convolution.
-        values = [part for recipe, parts in zip(packed, of_recipes) if not recipe.state.frozen for part in parts]
+        values = [part for (_, state), parts in zip(packed, of_recipes) if not state.frozen for part in parts]
         together = self._together  # another thread may put its own there
         if together is None or not together.are_of(values):
             together = self._together = PackedTogether(values)
         unchanged = bool(values) and (not packs or together.dtypes == {torch.float32}) and together.are_unchanged()
-        for recipe, parts in zip(packed, of_recipes):
-            if (unchanged and not recipe.state.frozen) or all(
-                pack is not None and (not packs or pack.dtype == torch.float32) and recipe.state.holds(pack, conv, bn)
+        found = []
+        for (recipe, state), parts in zip(packed, of_recipes):
+            if (unchanged and not state.frozen) or all(
+                pack is not None and (not packs or pack.dtype == torch.float32) and state.holds(pack, conv, bn)
                 for pack, conv, bn in parts
             ):
-                yield recipe
+                found.append(recipe)
             elif packs and _can_be_packed(recipe.live):
-                pack_again(recipe.copies, recipe.state.holds, recipe.live.packed_parts, torch.float32)
-                yield recipe
+                pack_again(recipe.copies, state.holds, recipe.live.packed_parts, torch.float32)
+                found.append(recipe)
+        return found, together if values else None
 
 
 def _can_be_packed(live: LiveModules) -> bool:
@@ -196,47 +317,11 @@ def verified_below(survey: Survey | None, packs: bool = False) -> Iterator[None]
     The ones that pass count as verified until the module's call ends. Nothing is verified if a hook is registered on a block
     or a container, because a hook could change anything in between.
     """
-    if survey is None or is_inside_verified() or any(map(has_hooks, survey.hookable)) or has_global_hooks():
+    recipes = None if survey is None or is_inside_verified() or has_global_hooks() else survey.verified(packs)
+    if recipes is None:
         yield
         return
-    verified: list[Verified] = []
-    packed: list[Verified] = []
-    requested: dict[str, str] = {}
-    for owner, state, recipes in survey.owners:
-        if (
-            owner.training
-            or _has_other_code(owner, recipes[0].whole)
-            or (not recipes[0].whole and tuple(owner._modules) != state.plan.names)
-        ):
-            continue
-        for recipe in recipes:
-            live = state.live.get(recipe.modules)
-            if live is None or not live.is_of(owner) or not live.is_current(owner):
-                found = wire(owner, recipe) if packs else ""
-                if isinstance(found, str):
-                    continue
-                live = state.live[recipe.modules] = found
-            if live.why_not_now() is not None:
-                continue
-            if live.runs_other_code(recipe):
-                continue
-            conv = live.convs[0]
-            # Half the time of the attribute, in which a pruned convolution has its weight.
-            weight: Tensor | None = conv._parameters.get("weight")
-            if weight is None:
-                weight = conv.weight
-            if weight is None:
-                continue
-            backend = requested.get(state.backend)
-            if backend is None:
-                backend = requested[state.backend] = backends.requested(state.backend)
-            # Only oneDNN needs packed weights.
-            if weight.device.type == "cpu" and backend in ("auto", "cpu"):
-                packed.append(Verified(id(owner), recipe, state, state.copies, live, True))
-            elif subclasses.are_known(live.convs):
-                verified.append(Verified(id(owner), recipe, state, state.copies, live, False))
-    verified += survey.unchanged(packed, packs)
-    _call_state.verified = {(v.owner, v.recipe.modules): v for v in verified}
+    _call_state.verified = recipes
     try:
         yield
     finally:

@@ -33,15 +33,18 @@ class ObjectWatch:
     What lies deeper is not seen: an element of a list in a dict, the values of a tensor.
 
     Args:
-        objects: of classes written in Python.
+        objects: of any class.
         dicts: dicts and OrderedDicts.
+        around: objects that are watched with their __dict__, but not kept: whoever asks has them, and they may hold the watch.
     """
 
-    __slots__ = ("_kept", "_sight", "_then", "_words")
+    __slots__ = ("_around", "_kept", "_sight", "_then", "_words")
 
-    def __init__(self, objects: Iterable[object], dicts: Iterable[dict[Any, Any]]):
+    def __init__(self, objects: Iterable[object], dicts: Iterable[dict[Any, Any]], around: Iterable[object] = ()):
         # Kept, so that no other object gets one of their addresses.
         self._kept = [*objects], [*dicts]
+        outer = [*around]
+        self._around = [*map(id, outer)], [id(vars(o)) for o in outer]
         self._sight: _Sight | None = None
         self._words = self._then = (ctypes.c_uint64 * 0)()
 
@@ -51,8 +54,9 @@ class ObjectWatch:
             self._sight = _sight()
             if self._sight is None:
                 return
-            objects, dicts = self._kept
-            self._words = _array([*_classes_of(objects), *self._sight.words_of(dicts)])
+            (objects, dicts), (outer, outer_dicts) = self._kept, self._around
+            classes = [address + _CLASS for address in (*map(id, objects), *outer)]
+            self._words = _array([*classes, *self._sight.words_of([*map(id, dicts), *outer_dicts])])
             self._then = _array([0] * len(self._words))
         self._sight.calls.rk_read_words(len(self._words), self._words, self._then)
 
@@ -76,21 +80,18 @@ class _Sight(NamedTuple):
     calls: ctypes.CDLL
     watcher: int | None
 
-    def words_of(self, dicts: Iterable[dict[Any, Any]]) -> list[int]:
-        """Addresses of words one of which changes when somebody writes to one of these dicts."""
+    def words_of(self, dicts: list[int]) -> list[int]:
+        """Addresses of words one of which changes when somebody writes to one of the dicts at these addresses."""
         if self.watcher is None:
-            return [id(d) + _VERSION for d in dicts]
-        for d in dicts:
-            _python_function("PyDict_Watch", ctypes.c_int, ctypes.py_object)(self.watcher, d)
+            return [address + _VERSION for address in dicts]
+        watch = _python_function("PyDict_Watch", ctypes.c_int, ctypes.c_void_p)
+        for address in dicts:
+            watch(self.watcher, address)
         return [self.calls.rk_dict_writes()]
 
 
 def _array(values: list[int]) -> ctypes.Array[ctypes.c_uint64]:
     return (ctypes.c_uint64 * len(values))(*values)
-
-
-def _classes_of(objects: Iterable[object]) -> list[int]:
-    return [id(o) + _CLASS for o in objects]
 
 
 def _python_function(name: str, *arguments: type) -> Any:
@@ -139,7 +140,7 @@ def _sees(sight: _Sight) -> bool:
     """Whether writes are seen in this very Python, and nothing else is: its structures may differ from the ones above."""
     value = _Object()
     kept: list[dict[Any, Any]] = [value.__dict__, {}, OrderedDict()]
-    words = _array([*_classes_of([value]), *sight.words_of(kept)])
+    words = _array([id(value) + _CLASS, *sight.words_of([*map(id, kept)])])
     then = _array([0] * len(words))
     if sys.getsizeof({}) < _VERSION + 8 or ctypes.c_uint64.from_address(words[0]).value != id(_Object):
         return False

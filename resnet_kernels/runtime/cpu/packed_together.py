@@ -50,6 +50,14 @@ class PackedTogether:
             and self._sources.are_unchanged()
         )
 
+    def have_same_values(self) -> bool:
+        """As `are_unchanged`, where nobody has written to the modules' dicts."""
+        return (
+            self._sources is not None
+            and (self._identity_tells or self._have_settings())
+            and self._sources.have_same_values()
+        )
+
     def _are_as_they_were(self) -> bool:
         return self._identity_tells and all(
             map(operator.is_, map(dict.get, self._registries, self._names), self._settings)

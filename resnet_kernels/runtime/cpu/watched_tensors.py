@@ -112,9 +112,12 @@ class WatchedTensors:
 
     def are_unchanged(self) -> bool:
         """Whether the modules have the same tensors with the same values. False for tensors whose memory can't be read."""
+        return self._readable and self.are_same() and self.have_same_values()
+
+    def have_same_values(self) -> bool:
+        """Whether the tensors of the snapshot have the values that they had; False where their memory can't be read."""
         return (
             self._readable
-            and self.are_same()
             and [*map(Tensor.data_ptr, self._tensors)] == self._addresses
             and [*map(Tensor.numel, self._tensors)] == self._numels
             and [*map(Tensor.stride, self._tensors)] == self._strides
