@@ -60,8 +60,12 @@ def run(
         x = state.normalize(x, dtype_of(container))
     if not may_run(x):
         return None
-    sections = _sections(container, state, chain)
-    if sections is None:
+    # By the container, too: a chain of another one in this call may be equal to this one.
+    key = id(container), chain.members
+    sections, asked = checked_calls.derived(key, lambda: _sections(container, state, chain))
+    if sections is None or any(
+        checked_calls.resolve(backend, torch.device("cpu"), torch.float32) != "cpu" for backend in asked
+    ):
         return None
     copies, members = state.copies, chain.members
     memories = checked_calls.memories_of(copies)
@@ -84,8 +88,13 @@ def run(
     return y, frozenset(members)
 
 
-def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain) -> list[Section] | None:
-    """A chain's recipes, if all of them are verified and run on packed weights."""
+_NOTHING: tuple[None, frozenset[str]] = (None, frozenset())
+
+
+def _sections(
+    container: nn.Module, state: FusedState[ContainerPlan], chain: Chain
+) -> tuple[list[Section] | None, frozenset[str]]:
+    """A chain's recipes, if all of them are verified and run on packed weights; and the backends that they ask for."""
     for path, names in chain.around:
         around = child_at(container, path)
         if (
@@ -94,23 +103,22 @@ def _sections(container: nn.Module, state: FusedState[ContainerPlan], chain: Cha
             or not fusible.is_plain_sequential(around)
             or around.__dict__.get("_compiled_call_impl") is not None
         ):
-            return None
+            return _NOTHING
         if type(around).forward is not nn.Sequential.forward and not is_fused_as_is(around):
-            return None  # a user's class over a fused one
-    sections = []
+            return _NOTHING  # a user's class over a fused one
+    sections, asked = [], set()
     for path, name in chain.parts:
         owner = child_at(container, path) if path else container
         own = None if owner is None else state_of(owner)
         if own is None or owner is None:
-            return None
+            return _NOTHING
         recipe = own.plan if name is None else own.plan.runs.get(name)
         verified = checked_calls.verified_recipe(owner, recipe) if isinstance(recipe, Recipe) else None
         if verified is None or not verified.packed:
-            return None
-        if checked_calls.resolve(own.backend, torch.device("cpu"), torch.float32) != "cpu":
-            return None
+            return _NOTHING
+        asked.add(own.backend)
         sections.append(Section(verified.recipe, verified.live, verified.copies, own.path))
-    return sections
+    return sections, frozenset(asked)
 
 
 def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) -> PackedLinear | None:

@@ -47,10 +47,6 @@ class Verified(NamedTuple):
     packed: bool
 
 
-# By owner and members.
-Recipes = dict[tuple[int, tuple[str, ...]], Verified]
-
-
 class _Known(NamedTuple):
     """What a call has found out. It holds until somebody writes to what is watched, and while all else here is the same.
 
@@ -60,7 +56,8 @@ class _Known(NamedTuple):
     reads: what forwards read outside of their modules, and whose forward it is.
     weights: the first one of each recipe. devices: where they were.
     together: packed weights that are compared with their sources; None for none.
-    verified: the recipes, by owner and members.
+    verified: the recipes that may run without a check of their own, by owner and members.
+    derived: for others to keep what follows from all this; it must not hold a module's state.
     """
 
     watch: ObjectWatch
@@ -70,7 +67,8 @@ class _Known(NamedTuple):
     weights: list[Tensor]
     devices: list[torch.device]
     together: PackedTogether | None
-    verified: Recipes
+    verified: dict[tuple[int, tuple[str, ...]], Verified]
+    derived: dict[Any, Any]
 
     def holds(self, packs: bool) -> bool:
         """Whether a call may rely on it."""
@@ -127,15 +125,15 @@ class Survey:
             or all([*registry.values()] == children for registry, children in self.registries)
         )
 
-    def verified(self, packs: bool) -> Recipes | None:
-        """The recipes that may run without a check of their own in this call; None if a hook is registered.
+    def known(self, packs: bool) -> _Known | None:
+        """What a call may rely on, looked up anew if need be; None if a hook is registered.
 
         The survey has to be current. packs: whether weights that aren't packed are packed now, for fp32.
         """
         known = self._known  # another thread may put its own there
         if known is None or not known.holds(packs):
             known = self._known = None if self._has_hooks() else self._found(packs)
-        return None if known is None else known.verified
+        return known
 
     def _found(self, packs: bool) -> _Known:
         watch = self._watch()
@@ -180,7 +178,7 @@ class Survey:
                     others.append(Verified(id(owner), recipe, state.copies, live, False))
         unchanged, together = self._unchanged(packed, packs)
         recipes_now = {(v.owner, v.recipe.modules): v for v in (*others, *unchanged)}
-        return _Known(watch, packs, requested, reads, weights, [*map(_device, weights)], together, recipes_now)
+        return _Known(watch, packs, requested, reads, weights, [*map(_device, weights)], together, recipes_now, {})
 
     def _watch(self) -> ObjectWatch:
         """A watch of all that `_found` reads, but for values and what lies outside of the modules."""
@@ -317,15 +315,20 @@ def verified_below(survey: Survey | None, packs: bool = False) -> Iterator[None]
     The ones that pass count as verified until the module's call ends. Nothing is verified if a hook is registered on a block
     or a container, because a hook could change anything in between.
     """
-    recipes = None if survey is None or is_inside_verified() or has_global_hooks() else survey.verified(packs)
-    if recipes is None:
+    known = None if survey is None or is_inside_verified() or has_global_hooks() else survey.known(packs)
+    if known is None:
         yield
         return
-    _call_state.verified = recipes
+    _call_state.known = known
     try:
         yield
     finally:
-        _call_state.verified = None
+        _call_state.known = None
+
+
+def _verified() -> dict[tuple[int, tuple[str, ...]], Verified]:
+    known: _Known | None = getattr(_call_state, "known", None)
+    return {} if known is None else known.verified
 
 
 def _has_other_code(owner: nn.Module, is_block: bool) -> bool:
@@ -340,7 +343,7 @@ def _has_other_code(owner: nn.Module, is_block: bool) -> bool:
 
 def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor, BlockInput] | None:
     """Runs a verified block on the previous block's output without any check; None if something is left to check."""
-    verified = getattr(_call_state, "verified", None)
+    verified = _verified()
     state = state_of(block)  # None if another thread has unfused it during this call
     if not verified or state is None or known.backend is None or known.backend[1] != "cpu" or torch.is_grad_enabled():
         return None
@@ -352,12 +355,12 @@ def run_verified(block: nn.Module, x: Tensor, known: BlockInput) -> tuple[Tensor
 
 def is_inside_verified() -> bool:
     """Whether an outer module of this very call has verified everything below it."""
-    return not torch.compiler.is_compiling() and getattr(_call_state, "verified", None) is not None
+    return not torch.compiler.is_compiling() and getattr(_call_state, "known", None) is not None
 
 
 def runs_packed() -> bool:
     """Whether a recipe that the outermost module of this call has verified runs on the CPU, with packed weights."""
-    return any(found.packed for found in (getattr(_call_state, "verified", None) or {}).values())
+    return any(found.packed for found in _verified().values())
 
 
 def verified_modules(module: nn.Module, recipe: Recipe) -> LiveModules | None:
@@ -368,5 +371,14 @@ def verified_modules(module: nn.Module, recipe: Recipe) -> LiveModules | None:
 
 def verified_recipe(module: nn.Module, recipe: Recipe) -> Verified | None:
     """A module's recipe, if the outermost module of this call has verified it."""
-    verified: dict[Any, Verified] | None = getattr(_call_state, "verified", None)
-    return None if verified is None else verified.get((id(module), recipe.modules))
+    return _verified().get((id(module), recipe.modules))
+
+
+def derived(key: Any, make: Callable[[], Any]) -> Any:
+    """make(), or what it gave in an earlier call if nothing was written to any module since."""
+    known: _Known | None = getattr(_call_state, "known", None)
+    if known is None or not known.watch.are_unchanged():
+        return make()
+    if key not in known.derived:
+        known.derived[key] = make()
+    return known.derived[key]
