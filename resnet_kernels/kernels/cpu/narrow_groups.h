@@ -29,7 +29,7 @@ static void JOIN(narrow_groups_, GROUP)(const float *const *pixels, int64_t coun
 #define LOAD(i, _) Vector v##i = load(x##i + offset);
             EACH(LOAD, _)
 #define MULTIPLY(i, r) s##i##_##r += v##i * w##r;
-#define MULTIPLY_ALL(_, r) Vector w##r = load(w + r * PANEL); EACH(MULTIPLY, r)
+#define MULTIPLY_ALL(_, r) Vector w##r = load(w + r * PANEL); IN_REGISTER(w##r) EACH(MULTIPLY, r)
             EACH_SUM(MULTIPLY_ALL, _)
         }
 #define FINISH(i, _) \
