@@ -96,14 +96,14 @@ static void copy_rows(const Convolution *c, int64_t image, int64_t begin, int64_
                       int64_t step, float *copy)
 {
     int64_t width = copied_width(c), height = copied_height(c, end - begin), top = begin * c->stride_h - c->pad_top;
-    int64_t left = least(width, c->pad_left), right = most(left, least(width, c->in_w + c->pad_left));
+    int64_t left = most(0, least(width, c->pad_left)), right = most(left, least(width, c->in_w + c->pad_left));
     for (int64_t i = 0; i < height; i++, copy += width * step) {
         int inside = top + i >= 0 && top + i < c->in_h;
         if (!inside || channels < step)
             memset(copy, 0, sizeof(float) * width * step);
         if (!inside)
             continue;
-        const float *x = c->x + image * c->x_image + (top + i) * c->x_row;
+        const float *x = c->x + image * c->x_image + (top + i) * c->x_row + (left - c->pad_left) * c->x_column;
         memset(copy, 0, sizeof(float) * left * step);
         copy_pixels(c, x, right - left, first, channels, step, copy + left * step);
         memset(copy + right * step, 0, sizeof(float) * (width - right) * step);

@@ -25,8 +25,10 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
 #define POINT(i) const float *row##i = rows[i] + first_k;
         EACH(POINT)
         for (int64_t k = 0; k < depth; k++, w += PANEL) {
-            __builtin_prefetch(next, 0, 3);
-            next = (const float *)((const char *)next + next_step);
+            if (!SECOND) { /* groups have few weights for each row: there it costs 5% */
+                __builtin_prefetch(next, 0, 3);
+                next = (const float *)((const char *)next + next_step);
+            }
             Vector w0 = load(w), w1 = load(w + WIDTH);
 #define MULTIPLY(i) a##i += row##i[k] * w0, b##i += row##i[k + SECOND] * w1;
             EACH(MULTIPLY)
