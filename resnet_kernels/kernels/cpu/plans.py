@@ -247,7 +247,7 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
     if shapes.copies:
         cost = task(block * out_w, panels)
         if name == "grouped":
-            cost += _copying(shapes, block) * panels * costs.copies + block * out_w * panels * costs.ends
+            cost += _copied_pixels(shapes, block) * panels * costs.copies + block * out_w * panels * costs.ends
         return cost, cost * n * out_h / block * all_panels / panels, n * -(-out_h // block) * across
     full, rest = divmod(units, block)
     of_all = sum(
@@ -257,7 +257,7 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
     return task(block, panels), of_all, (full + (rest > 0)) * across
 
 
-def _copying(shapes: Shapes, rows: int) -> int:
+def _copied_pixels(shapes: Shapes, rows: int) -> int:
     """Pixels of x below so many rows of the output."""
     stride, _, dilation, _ = shapes.geometry
     out, kernel = (rows, shapes.out[3]), shapes.weight[2:]
