@@ -53,7 +53,9 @@ def _net(name: str) -> nn.Module:
         net = rk.models.d2l_resnet18(3, 20, width=8, num_blocks=(1, 2))
         net(torch.randn(1, 3, 32, 32))  # it is lazy
     elif name == "grouped v2":
-        net = nn.Sequential(nn.Conv2d(3, 24, 3, padding=1), PreActivation(24, 6), PreActivation(24, 3), PreActivation(24, 12))
+        net = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1), PreActivation(24, 6), PreActivation(24, 3), PreActivation(24, 12)
+        )
     elif name == "resnext":
         from torchvision.models import resnet
 

@@ -246,7 +246,12 @@ def huge(driver):
     pixels = pixels.reshape(height, width, c_in)
     last = pixels[:, -4:]
     last[...] = np.array([draw.randint(-1, 1) for _ in range(last.size)]).reshape(last.shape)
-    for kind, copies, c_out, groups in ((WINOGRAD, 0, 9, 1), (DIRECT, 0, 9, 1), (DIRECT, 1, 9, 1), (GROUPED, 1, c_in, 65)):
+    for kind, copies, c_out, groups in (
+        (WINOGRAD, 0, 9, 1),
+        (DIRECT, 0, 9, 1),
+        (DIRECT, 1, 9, 1),
+        (GROUPED, 1, c_in, 65),
+    ):
         shape = c_out, c_in // groups, 3, 3
         weight = np.array([4 * draw.randint(-1, 1) for _ in range(int(np.prod(shape)))], np.float32).reshape(shape)
         packed, _ = driver.pack(weight, kind)

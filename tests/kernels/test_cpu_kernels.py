@@ -212,9 +212,17 @@ BUGS = {
     "weights of another channel": ("run.c", "task * panel + (narrow ? i ^ c : i)", "task * panel + i"),
     "pixels that are none were written": ("narrow_groups.h", "if (row + i < count) \\", "if (1) \\"),
     "channels behind the last group": ("grouped.h", "least(step, c->c_in - channel)", "step"),
-    "copied rows of another panel": ("grouped.h", "copy_rows(c, image, begin, end, channel,", "copy_rows(c, image, begin, end, 0,"),
+    "copied rows of another panel": (
+        "grouped.h",
+        "copy_rows(c, image, begin, end, channel,",
+        "copy_rows(c, image, begin, end, 0,",
+    ),
     "dropped ReLU of narrow groups": ("grouped.h", "out->relu ? relu(v) : v", "v"),
-    "lost padding on the right": ("direct.h", "memset(copy + right * step, 0, sizeof(float) * (width - right) * step);", ""),
+    "lost padding on the right": (
+        "direct.h",
+        "memset(copy + right * step, 0, sizeof(float) * (width - right) * step);",
+        "",
+    ),
     "dropped sign": ("winograd.h", "(p[4 + j] - p[8 + j]) - p[12 + j]", "(p[4 + j] - p[8 + j]) + p[12 + j]"),
 }
 

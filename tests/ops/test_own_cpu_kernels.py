@@ -56,7 +56,7 @@ def test_any_geometry_is_exact_on_integers(
     if min(shape) < 1:
         assert plans.why_not(name, Shapes((n, c_in, *size), (c_out, width, *kernel), geometry), torch.float32, 1)
         return
-    copies = name == "grouped" or name == "direct" and (activates or pools or planar or seed % 2 == 1)
+    copies = name == "grouped" or (name == "direct" and (activates or pools or planar or seed % 2 == 1))
     pools = pools and min(shape[2:]) > 2
     draw = lambda *shape: integers(shape, -2, 2, torch.float32, "cpu")  # noqa: E731
     # Winograd's transform of the weight divides by four.
@@ -309,7 +309,9 @@ def test_the_op_ran_something_else(case, inference):
             y = rk.ops.conv_bias_act(
                 x, weight, bias, residual, scale=scale, padding=1, groups=case.groups, backend="cpu"
             )
-        ours = [event.key for event in profiled.key_averages() if event.key.startswith("resnet_kernels::conv_bias_act.")]
+        ours = [
+            event.key for event in profiled.key_averages() if event.key.startswith("resnet_kernels::conv_bias_act.")
+        ]
         assert len(ours) == 1 and ours[0].endswith(".grouped") == (case.groups > 1)
         assert torch.equal(y.double(), expected)
 

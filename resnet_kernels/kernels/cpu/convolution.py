@@ -5,8 +5,9 @@
     direct     every other geometry without groups, as rows of pixels times panels of weights (direct.h); a 1x1 convolution is
                its simplest case, and a stem's max-pool can follow in the same pass
 
-Cost of `direct`: 2 * pixels * C_in * kernel_h * kernel_w * C_out FLOPs (`grouped`: C_in of a group), each of x, weight, residual and y from and to memory
-once while they fit into the caches. `winograd` does 4/9 of the multiplications, and reads weights of 16/9 the size.
+Cost of `direct`: 2 * pixels * C_in * kernel_h * kernel_w * C_out FLOPs, each of x, weight, residual and y from and to memory
+once while they fit into the caches. `winograd` does 4/9 of the multiplications, and reads weights of 16/9 the size. For
+`grouped` C_in is a group's; it writes and reads a copy of x, which stays in the L1 or L2 cache.
 """
 
 from __future__ import annotations
@@ -100,8 +101,8 @@ def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None
 
     Args:
         name: of `plans.KERNELS`.
-        weight: (C_out, C_in / groups, kernel_h, kernel_w), fp32, on the CPU, any strides. Values that are not finite can't be taken,
-            nor those whose transform overflows.
+        weight: (C_out, C_in / groups, kernel_h, kernel_w), fp32, on the CPU, any strides. Values that are not finite can't
+            be taken, nor those whose transform overflows.
         for_gradient: packs the weight of the convolution that computes x's gradient from y's at stride 1: rotated by 180
             degrees, with C_out and C_in exchanged.
     """

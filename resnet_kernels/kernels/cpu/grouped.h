@@ -104,6 +104,12 @@ static int64_t grouped_tasks(const Convolution *c)
     return c->batch * blocks(c->out_h, c->block) * blocks(panels_of(c, PANEL), c->panels);
 }
 
+/* Floats of a copy from a pixel's first tap to another one. */
+static int64_t offset_of_tap(const Convolution *c, int64_t tap, int64_t step)
+{
+    return (tap / c->kernel_w * c->dilation_h * copied_width(c) + tap % c->kernel_w * c->dilation_w) * step;
+}
+
 /* The copy, sums, pointers to each pixel's taps, offsets of taps. */
 static int64_t grouped_scratch(const Convolution *c)
 {
@@ -112,8 +118,8 @@ static int64_t grouped_scratch(const Convolution *c)
     return (copied_height(c, c->block) * copied_width(c) + count) * step + 2 * pointers;
 }
 
-/* Computes `count` pixels of panels `panel` to `last`, which read the same channels. rows: pointers to their taps; offsets: see
- * narrow_groups.h. */
+/* Computes `count` pixels of panels `panel` to `last`, which read the same channels. rows: pointers to their taps, the first
+ * one alone for narrow groups. offsets: of their taps. */
 static void convolve_groups(const Convolution *c, const float *const *rows, int64_t count, const int64_t *offsets,
                             int64_t panel, int64_t last, float *total, const Output *out)
 {
@@ -152,8 +158,7 @@ static void grouped_run(const Convolution *c, int64_t task, float *scratch)
     const float **rows = (const float **)(total + c->block * c->out_w * step);
     int64_t *offsets = (int64_t *)(rows + count + MOST_PIXELS); /* of narrow groups alone, which have one pointer a pixel */
     for (int64_t tap = 0; tap < (is_narrow ? 1 : taps); tap++) {
-        int64_t offset = (tap / c->kernel_w * c->dilation_h * width + tap % c->kernel_w * c->dilation_w) * step;
-        const float **to = rows + tap * count, *row = scratch + offset;
+        const float **to = rows + tap * count, *row = scratch + offset_of_tap(c, tap, step);
         for (int64_t h = 0; h < end - begin; h++, row += c->stride_h * width * step)
             for (int64_t w = 0; w < c->out_w; w++)
                 *to++ = row + w * c->stride_w * step;
@@ -162,7 +167,7 @@ static void grouped_run(const Convolution *c, int64_t task, float *scratch)
         for (int64_t i = 0; i < MOST_PIXELS; i++)
             rows[count + i] = rows[0];
         for (int64_t tap = 0; tap < taps; tap++)
-            offsets[tap] = (tap / c->kernel_w * c->dilation_h * width + tap % c->kernel_w * c->dilation_w) * step;
+            offsets[tap] = offset_of_tap(c, tap, step);
     }
     Output out = output_of(c, (image * c->out_h + begin) * c->out_w);
     for (int64_t panel = first; panel < last; panel += together) {

@@ -1,9 +1,9 @@
 /* The micro-kernel for groups of fewer channels than a vector has, which is GROUP, given by the includer: M pixels times one
  * vector of output channels, whole groups.
  *
- * A vector of x and one of y cover the same groups, but each channel of y needs all channels of its group. So x is not moved,
- * but multiplied GROUP times: sum r in the lane of channel k of x is a share of output channel k ^ r, and the sums are moved to their
- * channels at the end, once for all taps. Each value of x is loaded once for GROUP products.
+ * A vector of x and one of y cover the same groups, but each channel of y needs all channels of its group. A vector of x is
+ * multiplied GROUP times as it is: the lane of channel k has a share of output channel k ^ r in sum r. The sums are moved to
+ * their channels at the end, once for all taps.
  */
 #define EACH JOIN(PIXELS_, M)
 #define EACH_SUM JOIN(SUMS_, GROUP)
@@ -12,7 +12,7 @@
 /* y (count rows, channels `channel` to channel + WIDTH) = sum over taps of pixels[row] + offsets[tap], finished.
  *
  * pixels: a multiple of M pointers to the first tap, those from `count` on to memory that can be read. w: (taps, GROUP, PANEL),
- * of which a vector is read.
+ * of which a vector is read. first_k: the vector's place in a copied pixel.
  */
 static void JOIN(narrow_groups_, GROUP)(const float *const *pixels, int64_t count, const int64_t *offsets, int64_t taps,
                                         const float *first_w, const Output *out, int64_t channel, int64_t first_k)
