@@ -29,7 +29,14 @@ from resnet_kernels.perf import ceilings, timing
 from resnet_kernels.perf.environment import environment
 from resnet_kernels.perf.tuning import autotuner, problems
 
-NETWORKS = {"resnet18": 224, "resnet50": 224, "resnet_v2_50": 224, "d2l_resnet18": 96, "d2l_resnet18_keras": 28}
+NETWORKS = {
+    "resnet18": 224,
+    "resnet50": 224,
+    "resnet_v2_50": 224,
+    "resnext50_32x4d": 224,
+    "d2l_resnet18": 96,
+    "d2l_resnet18_keras": 28,
+}
 BATCHES = (1, 8)
 CPU = torch.device("cpu")
 

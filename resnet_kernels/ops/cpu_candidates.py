@@ -1,7 +1,7 @@
 """The ways to run a convolution on the CPU: our own kernels (kernels/cpu) and oneDNN's fused operation.
 
-    winograd, direct    kernels/cpu/convolution.py
-    onednn              onednn.py
+    winograd, direct, grouped    kernels/cpu/convolution.py
+    onednn                       onednn.py
 
 A fused module packs weights once and asks `for_packed`, so that a table or the rule decides for each layer and size. The op
 packs in each call, and asks the rule.
@@ -32,7 +32,7 @@ def own_shapes(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry
 
 
 # Steps of the micro-kernel in which a weight is packed, per element: a call of the op packs anew, a fused module does not.
-_PACKING = {"winograd": 20.0, "direct": 0.6}
+_PACKING = {"winograd": 20.0, "direct": 0.6, "grouped": 0.6}
 
 
 def for_packed(
@@ -40,8 +40,8 @@ def for_packed(
 ) -> list[str]:
     """Returns our CPU kernels that are the choice for a packed weight, the best first; none where oneDNN is.
 
-    A table's winner comes first. Without a table our kernels run all convolutions without groups on AVX2 and AVX-512,
-    whichever of the two costs less: where a layer alone is level with oneDNN's, a network of ours still is one program.
+    A table's winner comes first. Without a table our kernels run all convolutions that they take on AVX2 and AVX-512,
+    whichever costs less: where a layer alone is level with oneDNN's, a network of ours still is one program.
     With SSE or NEON alone they run only if the environment asks for them: nothing was measured there.
     """
     problem = packed_problem(weight_shape, geometry, x_shape)

@@ -29,6 +29,20 @@ def programs(monkeypatch) -> list[int]:
     return seen
 
 
+class PreActivation(nn.Module):
+    """A pre-activation unit whose first convolution has groups."""
+
+    def __init__(self, channels: int, groups: int):
+        super().__init__()
+        self.bn1, self.bn2 = nn.BatchNorm2d(channels), nn.BatchNorm2d(channels)
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(torch.relu(self.bn1(x)))
+        return self.conv2(torch.relu(self.bn2(y))) + x
+
+
 @functools.cache
 def _net(name: str) -> nn.Module:
     torch.manual_seed(0)
@@ -38,6 +52,14 @@ def _net(name: str) -> nn.Module:
     elif name == "d2l":
         net = rk.models.d2l_resnet18(3, 20, width=8, num_blocks=(1, 2))
         net(torch.randn(1, 3, 32, 32))  # it is lazy
+    elif name == "grouped v2":
+        net = nn.Sequential(
+            nn.Conv2d(3, 24, 3, padding=1), PreActivation(24, 6), PreActivation(24, 3), PreActivation(24, 12)
+        )
+    elif name == "resnext":
+        from torchvision.models import resnet
+
+        net = resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], num_classes=20, groups=8, width_per_group=4)
     else:
         from torchvision.models import resnet
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from resnet_kernels.kernels.cpu import convolution
+from resnet_kernels.kernels.cpu import convolution, plans
 from resnet_kernels.kernels.cpu.convolution import Activation, Kernel
 from resnet_kernels.kernels.cpu.plans import Pool, Shapes
 from resnet_kernels.kernels.cpu.program import Layer, Program, Slice
@@ -117,10 +117,14 @@ class _Maker:
         """A kernel on a value, with what it adds, and the result on all images."""
         value = self.truth[x]
         shape = (images, *value.shape[1:])
-        kind = self.draw.choice(("winograd", "winograd", "direct", "direct", "elementwise", "elementwise", "pool"))
+        kind = self.draw.choice(
+            ("winograd", "winograd", "direct", "direct", "grouped", "grouped", "elementwise", "elementwise", "pool")
+        )
         if kind == "pool" and (min(shape[2:]) < 2 or self.draw.random() < 0.2):
             return convolution.global_average(shape), None, value.sum((2, 3), keepdim=True) / value[0, 0].numel()
-        if kind in ("winograd", "direct"):
+        if kind == "grouped" and shape[1] % 4:
+            kind = "direct"
+        if kind in plans.KERNELS:
             return self.convolution(kind, value, shape, inner)
         if kind == "elementwise":
             scale, shift = self.maybe(self.signs(shape[1])), self.maybe(self.integers(shape[1]))
@@ -135,29 +139,33 @@ class _Maker:
         self, name: str, value: Tensor, shape: tuple[int, ...], inner: set[int]
     ) -> tuple[Kernel, int | None, Tensor]:
         winograd, c_in = name == "winograd", shape[1]
+        groups = 1
+        if name == "grouped":
+            groups = self.draw.choice([c_in // size for size in (2, 4) if c_in > size])
         size, stride = (3, 1) if winograd else self.draw.choice(((1, 1), (3, 1), (1, 1), (3, 1), (3, 2), (1, 2)))
-        c_out = self.draw.choice((c_in, c_in, c_in, 8, 20, 70))
+        c_out = c_in if name == "grouped" else self.draw.choice((c_in, c_in, c_in, 8, 20, 70))
         # Few taps, or values would grow beyond what is exact. Winograd's transform divides by four.
-        weight = torch.zeros(c_out, c_in * size**2, dtype=torch.float64)
+        weight = torch.zeros(c_out, c_in // groups * size**2, dtype=torch.float64)
         for row in weight:
             row[self.draw.randrange(row.numel())] = self.draw.choice((-1, 1))
             row[self.draw.randrange(row.numel())] = self.draw.choice((-1, 1))
-        weight = weight.view(c_out, c_in, size, size) * (4 if winograd else 1)
+        weight = weight.view(c_out, c_in // groups, size, size) * (4 if winograd else 1)
         scale = self.signs(c_out, 0.25) if winograd else self.maybe(self.signs(c_out))
         bias, relu = self.maybe(self.integers(c_out)), self.draw.random() < 0.5
-        copies = not winograd and self.draw.random() < 0.5
+        copies = name == "grouped" or (name == "direct" and self.draw.random() < 0.5)
         activation = None
         if (winograd or copies) and self.draw.random() < 0.3:
             activation = Activation(self.signs(c_in), self.integers(c_in), self.draw.random() < 0.5)
             value = self.finished(value, activation.scale, activation.shift, None, activation.relu)
             activation = activation._replace(scale=activation.scale.float(), shift=activation.shift.float())
-        made = F.conv2d(value, weight, stride=stride, padding=size // 2)
-        pool = self.draw.choice(POOLS) if copies and min(made.shape[2:]) > 1 and self.draw.random() < 0.4 else None
+        made = F.conv2d(value, weight, stride=stride, padding=size // 2, groups=groups)
+        pools = name == "direct" and copies and min(made.shape[2:]) > 1 and self.draw.random() < 0.4
+        pool = self.draw.choice(POOLS) if pools else None
         residual = self.residual(inner, tuple(made.shape)) if pool is None else None
         made = self.finished(made, scale, bias, residual, relu)
         packed = convolution.pack(name, weight.float())
         assert packed is not None
-        shapes = Shapes(shape, tuple(weight.shape), normalize(stride, size // 2, 1, 1), copies, pool)
+        shapes = Shapes(shape, tuple(weight.shape), normalize(stride, size // 2, 1, groups), copies, pool)
         bound = convolution.Bound(name, shapes, packed, _fp32(scale), _fp32(bias), self.threads)
         return bound.kernel(relu, activation), residual, made if pool is None else _pooled(made, pool, False)
 

@@ -32,6 +32,12 @@ def onednn_alone(monkeypatch):
     monkeypatch.setattr(cpu_candidates, "_own_by_rule", lambda *arguments, **options: [])
 
 
+def group_sizes() -> list[int]:
+    """Channels of groups that our kernels take, of each kind that they know: several in a vector, one, whole panels."""
+    vector = skip_unless_compiled().panel // 2
+    return [*(size for size in (2, 4, 8, 16) if size <= vector), 2 * vector, 4 * vector]
+
+
 def is_fused_convolution(event: str) -> bool:
     """Whether a profiler's event is a convolution on the CPU with all that follows it: oneDNN's, or a kernel of ours."""
     return "mkldnn::_convolution_pointwise" in event or event.startswith("resnet_kernels::conv_bias_act.")
@@ -70,7 +76,7 @@ def bind(
 ) -> Callable[..., Tensor]:
     """A kernel for these operands, on PyTorch's threads; few tasks are no reason against it."""
     if copies is None:
-        copies = name == "direct" and plans.copies(x.shape, weight.shape)
+        copies = name != "winograd" and plans.copies(x.shape, weight.shape)
     shapes, threads = Shapes(tuple(x.shape), tuple(weight.shape), geometry, copies, pool), torch.get_num_threads()
     assert "too few tasks" in (plans.why_not(name, shapes, x.dtype, threads) or "too few tasks")
     packed = convolution.pack(name, weight)

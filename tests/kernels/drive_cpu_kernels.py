@@ -40,6 +40,7 @@ def _structure():
 
 
 Convolution = _structure()
+DIRECT, WINOGRAD, GROUPED = range(3)
 
 
 class Buffer:
@@ -70,7 +71,7 @@ class Plain:
 
 
 def reference(x, weight, stride, dilation, padding, scale, bias, residual, relu, activation, pool):
-    """The convolution in int64; x is (N, H, W, C), weight (O, C, kernel_h, kernel_w)."""
+    """The convolution in int64; x is (N, H, W, C), weight (O, C of a group, kernel_h, kernel_w)."""
     x = x.astype(np.int64)
     if activation is not None:
         x = x * activation[0].astype(np.int64) + activation[1].astype(np.int64)
@@ -87,7 +88,9 @@ def reference(x, weight, stride, dilation, padding, scale, bias, residual, relu,
             rows = x[
                 :, h : h + (out_h - 1) * stride[0] + 1 : stride[0], w : w + (out_w - 1) * stride[1] + 1 : stride[1]
             ]
-            y += rows @ weight[:, :, i, j].astype(np.int64).T
+            groups = x.shape[3] // weight.shape[1]
+            parts = zip(np.split(rows, groups, 3), np.split(weight[:, :, i, j].astype(np.int64), groups))
+            y += np.concatenate([values @ taps.T for values, taps in parts], 3)
     y = y if scale is None else y * scale.astype(np.int64)
     y = y if bias is None else y + bias.astype(np.int64)
     y = y if residual is None else y + residual.astype(np.int64)
@@ -130,20 +133,20 @@ class Driver:
             except (OSError, AttributeError):
                 continue
 
-    def pack(self, weight, winograd, at_end=True):
+    def pack(self, weight, kind, at_end=True):
         """The packed weight in a buffer, and whether it was refused."""
-        planes = 16 if winograd else weight.shape[2] * weight.shape[3]
+        planes = 16 if kind == WINOGRAD else weight.shape[2] * weight.shape[3]
         size = planes * -(-weight.shape[0] // self.panel) * weight.shape[1] * self.panel
         source, packed = self.make(weight, at_end), self.make(np.full(size, np.nan), at_end)
         four = ctypes.c_int64 * 4
         strides = four(*(stride // weight.itemsize for stride in np.ascontiguousarray(weight).strides))
         refused = self.calls.rk_pack(
-            self.number, winograd, source.address, four(*weight.shape), strides, packed.address, 1, None
+            self.number, kind, source.address, four(*weight.shape), strides, packed.address, 1, None
         )
         return packed, refused
 
     def convolve(self, kind, threads, buffers, **sizes):
-        """Runs a layer; kind: 0 direct, 1 Winograd, ...; buffers by the names of the structure's pointers."""
+        """Runs a layer; kind: its number in convolution.h; buffers by the names of the structure's pointers."""
         arguments = Convolution(**sizes, **{name: buffer.address for name, buffer in buffers.items()})
         each = self.calls.rk_scratch(self.number, kind, ctypes.byref(arguments))
         each += each % 2  # pointers are at its beginning
@@ -159,10 +162,17 @@ def example(driver, draw):
     def integers(*shape, most=3):
         return np.array([draw.randint(-most, most) for _ in range(int(np.prod(shape)))], np.float32).reshape(shape)
 
-    winograd = draw.random() < 0.5
-    copies = not winograd and draw.random() < 0.5
+    kind = draw.choice((DIRECT, DIRECT, WINOGRAD, WINOGRAD, GROUPED))
+    winograd = kind == WINOGRAD
+    copies = kind == GROUPED or (kind == DIRECT and draw.random() < 0.5)
     n, c_in = draw.choice((1, 2, 3)), draw.choice((1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 300))
     c_out = draw.choice((1, 5, 8, 15, 16, 17, 31, 32, 33, 40, 70))
+    groups, together = 1, 1
+    if kind == GROUPED:
+        vector = driver.panel // 2
+        width = draw.choice([*(size for size in (2, 4, 8, 16) if size <= vector), driver.panel, 2 * driver.panel])
+        groups, together = draw.randint(1, 9 if width <= vector else 3), max(1, width // driver.panel)
+        c_in = c_out = width * groups
     height, width = draw.randint(1, 9), draw.randint(1, 9)
     kernel, stride, dilation = (3, 3), (1, 1), (1, 1)
     if not winograd:
@@ -178,7 +188,7 @@ def example(driver, draw):
     most = 1 if c_in == 300 else 2
     x = integers(n, height, width, c_in, most=most)
     # The transform divides by four.
-    weight = integers(c_out, c_in, *kernel, most=most) * (4 if winograd else 1)
+    weight = integers(c_out, c_in // groups, *kernel, most=most) * (4 if winograd else 1)
     scale, bias, residual = (
         integers(*shape) if draw.random() < 0.5 else None for shape in ((c_out,), (c_out,), (n, out_h, out_w, c_out))
     )
@@ -190,10 +200,10 @@ def example(driver, draw):
         batch=n, c_in=c_in, in_h=height, in_w=width, c_out=c_out, out_h=out_h, out_w=out_w,
         kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
         dilation_h=dilation[0], dilation_w=dilation[1], pad_top=padding[0], pad_left=padding[2],
-        block=draw.randint(1, 14), panels=draw.randint(1, 5), copies=copies, relu=relu,
-        pre_relu=activation is not None and activation[2],
+        block=draw.randint(1, 14), panels=draw.randint(1, 5) * together, copies=copies, relu=relu,
+        pre_relu=activation is not None and activation[2], groups=groups,
     )  # fmt: skip
-    if copies and residual is None and min(out_h, out_w) > 2 and draw.random() < 0.5:
+    if copies and kind == DIRECT and residual is None and min(out_h, out_w) > 2 and draw.random() < 0.5:
         pool = draw.choice(((2, 1, 0), (2, 2, 1), (3, 2, 1), (3, 1, 1)))
         pooled = [(size + 2 * pool[2] - pool[0]) // pool[1] + 1 for size in (out_h, out_w)]
         sizes.update(
@@ -201,7 +211,7 @@ def example(driver, draw):
         )  # fmt: skip
         shape = (n, *pooled, c_out)
     at_end = draw.random() < 0.7
-    packed, refused = driver.pack(weight, winograd, at_end)
+    packed, refused = driver.pack(weight, kind, at_end)
     assert not refused, "a weight of small integers was refused"
     # An image that is copied may be NCHW.
     planar = copies and draw.random() < 0.5
@@ -216,16 +226,16 @@ def example(driver, draw):
         buffers["y"] = buffers["residual"]
     if activation is not None:
         buffers["pre_scale"], buffers["pre_shift"] = (driver.make(v, at_end) for v in activation[:2])
-    driver.convolve(winograd, draw.choice((1, 1, 2, 3)), buffers, **sizes)
+    driver.convolve(kind, draw.choice((1, 1, 2, 3)), buffers, **sizes)
     truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, relu, activation, pool)
     if np.array_equal(buffers["y"].array.reshape(shape), truth):
         return None
-    return f"winograd={winograd} pool={pool} activation={activation is not None} {sizes}"
+    return f"kind={kind} pool={pool} activation={activation is not None} {sizes}"
 
 
 def huge(driver):
     """Convolutions of the last pixels of an image of more than 2**31 elements, of which only a few pages exist."""
-    height, width, c_in, c_out = 4, 2**20, 520, 9
+    height, width, c_in = 4, 2**20, 520
     size = 4 * height * width * c_in
     base = LIBC.mmap(None, size, READ_WRITE, ANONYMOUS | NO_RESERVE, -1, 0)
     if base in (None, 2**64 - 1):
@@ -236,19 +246,26 @@ def huge(driver):
     pixels = pixels.reshape(height, width, c_in)
     last = pixels[:, -4:]
     last[...] = np.array([draw.randint(-1, 1) for _ in range(last.size)]).reshape(last.shape)
-    weight = np.array([4 * draw.randint(-1, 1) for _ in range(c_out * c_in * 9)], np.float32).reshape(c_out, c_in, 3, 3)
-    for winograd, copies in ((1, 0), (0, 0), (0, 1)):
-        packed, _ = driver.pack(weight, winograd)
+    for kind, copies, c_out, groups in (
+        (WINOGRAD, 0, 9, 1),
+        (DIRECT, 0, 9, 1),
+        (DIRECT, 1, 9, 1),
+        (GROUPED, 1, c_in, 65),
+    ):
+        shape = c_out, c_in // groups, 3, 3
+        weight = np.array([4 * draw.randint(-1, 1) for _ in range(int(np.prod(shape)))], np.float32).reshape(shape)
+        packed, _ = driver.pack(weight, kind)
         y = driver.make(np.full((2, 2, c_out), np.nan), True)
         x = type("Address", (), {"address": base})
         driver.convolve(
-            winograd, 1, {"x": x, "weight": packed, "y": y},
+            kind, 1, {"x": x, "weight": packed, "y": y},
             batch=1, c_in=c_in, in_h=height, in_w=width, c_out=c_out, out_h=2, out_w=2, kernel_h=3, kernel_w=3,
             stride_h=1, stride_w=1, dilation_h=1, dilation_w=1, pad_top=0, pad_left=4 - width, block=2, panels=1,
             copies=copies, x_image=height * width * c_in, x_channel=1, x_row=width * c_in, x_column=c_in,
+            groups=groups,
         )  # fmt: skip
         truth = reference(last[None], weight, (1, 1), (1, 1), (0, 0, 0, 0), None, None, None, False, None, None)
-        assert np.array_equal(y.array.reshape(truth.shape), truth), f"huge: winograd={winograd} copies={copies}"
+        assert np.array_equal(y.array.reshape(truth.shape), truth), f"huge: kind={kind} copies={copies}"
     LIBC.munmap(base, size)
 
 

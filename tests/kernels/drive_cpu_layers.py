@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-DIRECT, ELEMENTWISE, MAX_POOL, AVERAGE_POOL = 0, 2, 3, 4
+DIRECT, ELEMENTWISE, MAX_POOL, AVERAGE_POOL = 0, 3, 4, 5
 CHANNELS = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70)
 
 
@@ -101,7 +101,7 @@ def program(driver, draw):
     used, written = {slot: 0 for slot in range(-1, 5)}, {slot: 0 for slot in range(-1, 5)}  # by how many first layers
     scale = driver.make([-1.0] * channels, True)
     order = draw.sample(range(channels), channels)
-    packed, _ = driver.pack(np.eye(channels, dtype=np.float32)[order].reshape(channels, channels, 1, 1), False)
+    packed, _ = driver.pack(np.eye(channels, dtype=np.float32)[order].reshape(channels, channels, 1, 1), DIRECT)
     bases = [driver.make(values[-1], True)]
     bases += [driver.make(np.full(many, np.nan), True) for many in (4 * floats, floats)]
     places = {slot: place(1, slot * floats) for slot in range(4)} | {

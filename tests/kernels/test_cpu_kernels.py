@@ -207,6 +207,22 @@ BUGS = {
     "place within its memory": ("program.c", "call->bases[place.base] + place.at", "call->bases[place.base]"),
     "a place that is none": ("program.c", "place.base < 0 ? NULL :", "place.base < -1 ? NULL :"),
     "kernel of the first layer": ("program.c", "kinds[layer->kind].run", "kinds[call->layers[call->first].kind].run"),
+    "channels of the next group": ("micro_kernel.h", "b##i += row##i[k + SECOND] * w1", "b##i += row##i[k] * w1"),
+    "sum of another channel": ("grouped.h", "EXCHANGED(2, PAIR(i, 2, 3))", "EXCHANGED(1, PAIR(i, 2, 3))"),
+    "weights of another channel": ("run.c", "task * panel + (narrow ? i ^ c : i)", "task * panel + i"),
+    "pixels that are none were written": ("narrow_groups.h", "if (row + i < count) \\", "if (1) \\"),
+    "channels behind the last group": ("grouped.h", "least(step, c->c_in - channel)", "step"),
+    "copied rows of another panel": (
+        "grouped.h",
+        "copy_rows(c, image, begin, end, channel,",
+        "copy_rows(c, image, begin, end, 0,",
+    ),
+    "dropped ReLU of narrow groups": ("grouped.h", "out->relu ? relu(v) : v", "v"),
+    "lost padding on the right": (
+        "direct.h",
+        "memset(copy + right * step, 0, sizeof(float) * (width - right) * step);",
+        "",
+    ),
     "dropped sign": ("winograd.h", "(p[4 + j] - p[8 + j]) - p[12 + j]", "(p[4 + j] - p[8 + j]) + p[12 + j]"),
 }
 

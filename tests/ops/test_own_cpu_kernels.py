@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import resnet_kernels as rk
 from helpers.convolutions import Case, integers, operands, truth
 from helpers.oracle import assert_within_budget
-from helpers.own_kernels import assert_like_eager, bind, skip_unless_compiled
+from helpers.own_kernels import assert_like_eager, bind, group_sizes, skip_unless_compiled
 from resnet_kernels.kernels.cpu import convolution, library, plans
 from resnet_kernels.kernels.cpu.plans import KERNELS, Pool, Shapes
 from resnet_kernels.kernels.geometry import Geometry, normalize
@@ -37,7 +37,7 @@ CHANNELS = st.sampled_from((1, 3, 4, 8, 15, 16, 17, 33, 70))
     padding=st.tuples(SIDE, SIDE, SIDE, SIDE),
     uses=st.tuples(*[st.booleans()] * 8), pool=st.sampled_from(((2, 1, 0), (2, 2, 1), (3, 2, 1))), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=225, deadline=None, derandomize=True)
 def test_any_geometry_is_exact_on_integers(
     name, n, c_in, c_out, size, kernel, stride, dilation, padding, uses, pool, seed
 ):
@@ -46,16 +46,21 @@ def test_any_geometry_is_exact_on_integers(
     has_scale, has_bias, has_residual, overwrites, relu, activates, pools, planar = uses
     if name == "winograd":
         kernel, stride, dilation, pools, planar = (3, 3), (1, 1), (1, 1), False, False
-    geometry = Geometry(stride, padding, dilation, 1)
+    groups, width = 1, c_in
+    if name == "grouped":
+        sizes, pools = group_sizes(), False
+        groups, width = 2 + c_in % 4, sizes[c_out % len(sizes)]
+        c_in = c_out = groups * width
+    geometry = Geometry(stride, padding, dilation, groups)
     shape = (n, c_out, *geometry.out_size(size, kernel))
     if min(shape) < 1:
-        assert plans.why_not(name, Shapes((n, c_in, *size), (c_out, c_in, *kernel), geometry), torch.float32, 1)
+        assert plans.why_not(name, Shapes((n, c_in, *size), (c_out, width, *kernel), geometry), torch.float32, 1)
         return
-    copies = name == "direct" and (activates or pools or planar or seed % 2 == 1)
+    copies = name == "grouped" or (name == "direct" and (activates or pools or planar or seed % 2 == 1))
     pools = pools and min(shape[2:]) > 2
     draw = lambda *shape: integers(shape, -2, 2, torch.float32, "cpu")  # noqa: E731
     # Winograd's transform of the weight divides by four.
-    x, weight = draw(n, c_in, *size), draw(c_out, c_in, *kernel) * (4 if name == "winograd" else 1)
+    x, weight = draw(n, c_in, *size), draw(c_out, width, *kernel) * (4 if name == "winograd" else 1)
     scale, bias = draw(c_out) if has_scale else None, draw(c_out) if has_bias else None
     residual = draw(*shape) if has_residual and not pools else None
     activation = (draw(c_in), draw(c_in), relu) if activates else None
@@ -64,7 +69,7 @@ def test_any_geometry_is_exact_on_integers(
     if activation is not None:
         y = y * activation[0].double()[:, None, None] + activation[1].double()[:, None, None]
         y = y.relu() if relu else y
-    y = F.conv2d(F.pad(y, (left, right, top, bottom)), weight.double(), None, stride, 0, dilation)
+    y = F.conv2d(F.pad(y, (left, right, top, bottom)), weight.double(), None, stride, 0, dilation, groups)
     y = y if scale is None else y * scale.double()[:, None, None]
     y = y if bias is None else y + bias.double()[:, None, None]
     y = y if residual is None else y + residual.double()
@@ -93,6 +98,13 @@ LAYERS = (
     Case("stage 4 3x3", 1, 512, 7, 7, 256),
     Case("stage 4 3x3, batch 4", 4, 512, 7, 7, 64),
     Case("shortcut", 1, 256, 28, 28, 512, (1, 1), 2, 0),
+    Case("32 groups of 4", 1, 128, 56, 56, 128, groups=32),
+    Case("32 groups of 8, stride 2", 1, 256, 56, 56, 256, stride=2, groups=32),
+    Case("32 groups of 16", 1, 512, 14, 14, 512, groups=32),
+    Case("32 groups of 32", 1, 1024, 7, 7, 1024, groups=32),
+    Case("8 groups of 64", 1, 512, 7, 7, 512, groups=8),
+    Case("2 groups of 512, 1x1", 1, 1024, 7, 7, 1024, (1, 1), padding=0, groups=2),
+    Case("16x16 taps of groups of 4", 1, 32, 24, 24, 32, (16, 16), padding=8, groups=8),
 )
 
 
@@ -102,10 +114,10 @@ def test_sums_are_as_accurate_as_eagers(case, threads):
     """Eager's error depends on the threads: on one it takes a GEMM for some 1x1 convolutions."""
     torch.set_num_threads(threads)
     x, weight, *_ = operands(case, torch.float32, "cpu", real=True)
-    x, geometry = x.contiguous(memory_format=CHANNELS_LAST), normalize(case.stride, case.padding, 1, 1)
-    eager = F.conv2d(x, weight, None, case.stride, case.padding)
-    for name in KERNELS:
-        if name == "direct" or (case.kernel == (3, 3) and case.stride == 1):
+    x, geometry = x.contiguous(memory_format=CHANNELS_LAST), normalize(case.stride, case.padding, 1, case.groups)
+    eager = F.conv2d(x, weight, None, case.stride, case.padding, 1, case.groups)
+    for name in ("winograd", "direct") if case.groups == 1 else ("grouped",):
+        if name != "winograd" or (case.kernel == (3, 3) and case.stride == 1):
             y = bind(name, x, weight, geometry)(x, relu=False)
             assert_within_budget(y, eager, truth(case, x, weight, None, None, None, False), name)
 
@@ -132,7 +144,7 @@ def _assert_like_eager_next_to(value, weight):
     for pixel in range(30):
         x[pixel, pixel % 17, pixel // 6, pixel % 6] = value
     expected = [F.conv2d(x.to(dtype), weight.to(dtype), padding=1) for dtype in (torch.float32, torch.float64)]
-    for name in KERNELS:
+    for name in ("winograd", "direct"):
         run = bind(name, x, weight, SAME_3X3)
         assert_like_eager(run(x, relu=False), *expected, name)
         assert_like_eager(run(x), *map(torch.relu, expected), f"{name} with ReLU")
@@ -155,6 +167,21 @@ def test_a_value_that_is_not_finite_spread_or_got_lost(value, kind):
 def test_a_large_value_overflowed(kind):
     """2e38, which overflows in Winograd's transform alone."""
     assert _assert_like_eager_next_to(2e38, _weights(kind, 24, 17) * 1e-3).isfinite().all()
+
+
+@pytest.mark.parametrize("value", (float("inf"), -float("inf"), float("nan"), 2e38), ids=str)
+@pytest.mark.parametrize("kind", ("normal", "half zeros"))
+def test_a_value_left_its_group(value, kind):
+    """The last group has lanes without channels beside it, or other groups."""
+    for width in group_sizes():
+        weight, x = _weights(kind, 3 * width, width) * 1e-3, torch.randn(30, 3 * width, 5, 6)
+        for pixel in range(30):
+            x[pixel, pixel * 7 % (3 * width), pixel // 6, pixel % 6] = value
+        x = x.contiguous(memory_format=CHANNELS_LAST)
+        expected = [F.conv2d(x.to(d), weight.to(d), padding=1, groups=3) for d in (torch.float32, torch.float64)]
+        y = bind("grouped", x, weight, normalize(1, 1, 1, 3))(x, relu=False)
+        assert_like_eager(y, *expected, f"groups of {width}")
+        assert y.isfinite().view(30, 3, width, 5, 6).all((2, 3, 4)).sum() == (90 if value == 2e38 else 60)
 
 
 @pytest.mark.parametrize("size", (1.0, 1e-3, 1e-38, 1e-41, 1e37))
@@ -195,7 +222,7 @@ def test_a_weight_for_the_gradient_is_that_of_the_rotated_taps(shape, layout):
     weight[torch.rand_like(weight) < 0.2] = 0
     rotated = weight.flip(2, 3).transpose(0, 1).contiguous()
     weight = weight.contiguous(memory_format=layout)
-    for name in KERNELS if shape[2:] == (3, 3) else ("direct",):
+    for name in ("winograd", "direct") if shape[2:] == (3, 3) else ("direct",):
         assert torch.equal(convolution.pack(name, weight, for_gradient=True), convolution.pack(name, rotated))
 
 
@@ -203,8 +230,10 @@ def test_a_weight_for_the_gradient_is_that_of_the_rotated_taps(shape, layout):
 def test_denormals_were_lost(name):
     """Multiples of four of the smallest one: also Winograd's products of them are exact."""
     x = integers((2, 16, 7, 7), -20000, 20000, torch.float32, "cpu").contiguous(memory_format=CHANNELS_LAST) * 2**-147
-    weight = integers((16, 16, 3, 3), -1, 1, torch.float32, "cpu")
-    run, expected = bind(name, x, weight, SAME_3X3), F.conv2d(x.double(), weight.double(), padding=1)
+    groups = 4 if name == "grouped" else 1
+    weight = integers((16, 16 // groups, 3, 3), -1, 1, torch.float32, "cpu")
+    run = bind(name, x, weight, normalize(1, 1, 1, groups))
+    expected = F.conv2d(x.double(), weight.double(), padding=1, groups=groups)
     assert 0 < expected.abs().max() < torch.finfo(torch.float32).tiny
     assert torch.equal(run(x, relu=False).double(), expected)
     if not torch.set_flush_denormal(True):
@@ -228,13 +257,47 @@ def test_a_weight_came_back_changed(shape):
         assert back.shape == shape and (back.double() - weight).norm() <= 2**-22 * weight.double().norm()
 
 
+def test_a_weight_of_groups_came_back_changed():
+    for width in group_sizes():
+        weight = torch.randn(5 * width, width, 3, 2)
+        for copy in (weight, weight.contiguous(memory_format=CHANNELS_LAST)):
+            packed = convolution.pack("grouped", copy)
+            assert torch.equal(convolution.unpack("grouped", packed, tuple(weight.shape)), weight), width
+        weight[-1, -1, 2, 1] = float("nan")
+        assert convolution.pack("grouped", weight) is None
+
+
+SIZED = Shapes((2, 24, 9, 8), (24, 4, 3, 3), normalize(1, 1, 1, 6), True)
+REFUSED = {
+    "without groups": (SIZED._replace(weight=(24, 24, 3, 3), geometry=SAME_3X3), "with groups, got groups=1"),
+    "more outputs": (SIZED._replace(weight=(48, 4, 3, 3)), "as many input channels as output channels"),
+    "depthwise": (SIZED._replace(weight=(24, 1, 3, 3), geometry=normalize(1, 1, 1, 24)), "channels, or of a multiple of"),
+    "three channels": (SIZED._replace(weight=(24, 3, 3, 3), geometry=normalize(1, 1, 1, 8)), "got 3"),
+    "a pool": (SIZED._replace(pool=Pool(2, 2, (0, 0, 0, 0))), "has no pool behind it"),
+    "x as it is": (SIZED._replace(copies=False), "copies rows"),
+    "many taps": (
+        Shapes((1, 8, 40, 40), (8, 2, 17, 16), normalize(1, 0, 1, 4), True), "adds up at most 256 taps"
+    ),
+    "no pixels": (SIZED._replace(x=(2, 24, 9, 0)), "sizes of at least 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_groups_that_are_refused(what):
+    shapes, reason = REFUSED[what]
+    assert reason in plans.why_not("grouped", shapes, torch.float32, 1)
+    assert plans.why_not("grouped", SIZED, torch.float32, 1) is None
+    assert "without groups, got groups=6" in plans.why_not("direct", SIZED, torch.float32, 1)
+    assert "float32, got torch.bfloat16" in plans.why_not("grouped", SIZED, torch.bfloat16, 1)
+
+
 @pytest.mark.parametrize("inference", (False, True))
-def test_the_op_ran_something_else(inference):
+@pytest.mark.parametrize("case", (Case("", 2, 24, 9, 8, 40), Case("groups", 2, 40, 9, 8, 40, groups=10)), ids=str)
+def test_the_op_ran_something_else(case, inference):
     """Also on layouts that our kernels don't read as they are."""
-    case = Case("", 2, 24, 9, 8, 40)
     x, weight, bias, residual, scale = operands(case, torch.float32, "cpu")
     expected = truth(case, x, weight, bias, residual, scale, True)
-    wide, rows = torch.randn(2, 24, 9, 16), torch.randn(40, 2)
+    wide, rows = torch.randn(2, case.c_in, 9, 16), torch.randn(40, 2)
     wide[..., ::2], rows[:, 0] = x, bias
     layouts = (
         (x, weight, bias, residual),
@@ -243,8 +306,13 @@ def test_the_op_ran_something_else(inference):
     for x, weight, bias, residual in layouts:
         residual = residual if residual.shape == expected.shape else residual.contiguous().transpose(2, 3)
         with torch.inference_mode(inference), torch.profiler.profile() as profiled:
-            y = rk.ops.conv_bias_act(x, weight, bias, residual, scale=scale, padding=1, backend="cpu")
-        assert any(event.key.startswith("resnet_kernels::conv_bias_act.") for event in profiled.key_averages())
+            y = rk.ops.conv_bias_act(
+                x, weight, bias, residual, scale=scale, padding=1, groups=case.groups, backend="cpu"
+            )
+        ours = [
+            event.key for event in profiled.key_averages() if event.key.startswith("resnet_kernels::conv_bias_act.")
+        ]
+        assert len(ours) == 1 and ours[0].endswith(".grouped") == (case.groups > 1)
         assert torch.equal(y.double(), expected)
 
 

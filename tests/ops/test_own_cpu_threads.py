@@ -35,11 +35,14 @@ def _wherever_they_can(threads_as_before, monkeypatch):
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("shape", ((1, 40, 14, 14), (3, 300, 7, 7), (2, 3, 33, 20)), ids=str)
 def test_a_result_depended_on_the_number_of_threads(name, shape):
-    x, weight = torch.randn(shape).contiguous(memory_format=CHANNELS_LAST), torch.randn(70, shape[1], 3, 3)
-    results = []
+    weight, geometry = torch.randn(70, shape[1], 3, 3), SAME_3X3
+    if name == "grouped":
+        weight, geometry = torch.randn(4 * shape[1], 4, 3, 3), normalize(1, 1, 1, shape[1])
+        shape = (shape[0], 4 * shape[1], *shape[2:])
+    x, results = torch.randn(shape).contiguous(memory_format=CHANNELS_LAST), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(bind(name, x, weight, SAME_3X3)(x, relu=False))
+        results.append(bind(name, x, weight, geometry)(x, relu=False))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
@@ -68,14 +71,14 @@ def test_set_num_threads_was_not_obeyed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def layers():
-    """Each distinct convolution of ResNet-18 and ResNet-50 on 224x224: x's shape, weight's shape, geometry."""
+    """Each distinct convolution of ResNet-18, ResNet-50 and ResNeXt-50 on 224x224: x's shape, weight's shape, geometry."""
     found = {}
 
     def note(conv, inputs):
         shape = tuple(inputs[0].shape)
         found[shape, tuple(conv.weight.shape), Geometry.of_module(conv, shape[2:])] = None
 
-    for make in (rk.models.resnet18, rk.models.resnet50):
+    for make in (rk.models.resnet18, rk.models.resnet50, rk.models.resnext50_32x4d):
         with torch.device("meta"):
             net = make()
             for conv in net.modules():
@@ -101,7 +104,16 @@ def _busiest(name, shapes, threads):
     pixels = 0 if name == "winograd" else costs.pointers
     groups = {rows: -(-rows // found.rows) for rows in blocks}
     each_row = {rows: most if costs.whole_steps else max(rows / found.rows, most / 2) for rows, most in groups.items()}
-    steps = [(each_row[rows] + costs.weights) * each + pixels * rows for rows in blocks for each in columns]
+    depth = shapes.weight[1] * shapes.weight[2] * shapes.weight[3]
+
+    def of_copies(rows):
+        if name != "grouped":
+            return 0
+        return (plans._copied_pixels(shapes, rows // out_w) * costs.copies + rows * costs.ends) / depth
+
+    steps = [
+        (each_row[rows] + costs.weights + of_copies(rows)) * each + pixels * rows for rows in blocks for each in columns
+    ]
     arguments = convolution._sized(name, shapes, threads)[1].arguments
     counted = found.calls.rk_tasks(found.number, convolution.KINDS.index(name), ctypes.byref(arguments))
     assert len(steps) == plan.tasks == counted
@@ -123,8 +135,13 @@ def test_threads_were_left_without_work(batch, layers):
                 reason = plans.why_not(name, shapes, torch.float32, threads)
                 if reason is None:
                     assert _busiest(name, shapes, threads) < 1.25 + 1e-9, (name, shapes, threads)
-                served[threads] += name == "direct" and reason is None
-                assert reason is None or "too few tasks" in reason or (name == "winograd" and "3x3" in reason)
+                served[threads] += name != "winograd" and reason is None
+                expected = {
+                    "winograd": ("3x3", "without groups"),
+                    "direct": ("without groups",),
+                    "grouped": ("with groups",),
+                }
+                assert reason is None or any(text in reason for text in ("too few tasks", *expected[name])), reason
     assert served[1] == served[2] == len(layers), served
 
 

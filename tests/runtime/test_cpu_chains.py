@@ -15,6 +15,7 @@ import resnet_kernels as rk
 from helpers.cpu_chains import assert_next_call_like_eager, net_and_ours, result, same
 from helpers.own_kernels import skip_unless_compiled
 from resnet_kernels.kernels.cpu import library
+from resnet_kernels.kernels.cpu.program import Program
 
 # Edits that end a chain are said to; and CSR tensors are in beta.
 pytestmark = pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning", "ignore:Sparse CSR:UserWarning")
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning", 
 # Layers of the small torchvision network as one program, with the global average and the linear layer; and without.
 WHOLE, HEADLESS = [16], [14]
 # Of the others.
-D2L, V2 = [10], [16]
+D2L, V2, RESNEXT = [10], [16], [22]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +44,7 @@ def _members(model):
 
 
 def test_small_networks_run_as_one_program_from_the_first_call_on(programs, x):
-    for name, layers in (("torchvision", WHOLE), ("d2l", D2L), ("v2", V2)):
+    for name, layers in (("torchvision", WHOLE), ("d2l", D2L), ("v2", V2), ("resnext", RESNEXT)):
         net, ours = net_and_ours(name)
         assert len(_members(ours)) == 1
         programs.clear()
@@ -65,6 +66,8 @@ def test_chains_of_models_of_others(programs):
     cases = {
         "torchvision": (models.resnet18(), [("conv1", *stages, "avgpool", "fc")]),
         "v2": (rk.models.resnet_v2_50(), [("conv1", "block1", "block2", "block3", "block4")]),
+        "resnext": (models.resnext50_32x4d(), [("conv1", *stages, "avgpool", "fc")]),
+        "timm resnext": (timm.create_model("resnext50_32x4d"), [("conv1", *stages)]),
         "timm": (timm.create_model("resnet18"), [("conv1", *stages)]),
         "timm d": (timm.create_model("resnet50d"), [("conv1",), stages]),
         "detection": (
@@ -294,6 +297,41 @@ def test_the_next_call_sees_an_edit_of_a_preactivation(programs, x):
         programs.clear()
         assert not torch.equal(assert_next_call_like_eager(net, ours, x), before)
         assert programs == V2
+
+
+def _regroup(model):
+    conv = model.layer2[0].conv2
+    conv.groups, conv.weight = 4, nn.Parameter(torch.cat((conv.weight, conv.weight), 1))
+
+
+def test_the_next_call_sees_an_edit_of_a_grouped_convolution(programs, x):
+    net, ours = net_and_ours("resnext")
+    for change in (
+        lambda m: m.layer1[0].conv2.weight.data.mul_(2),
+        lambda m: m.layer2[1].bn2.running_var.mul_(3),
+        _set("layer4.0.conv2.weight", _parameter(lambda w: w * 2)),
+        _regroup,
+        _set("layer2.1.conv2.padding", (2, 2)),
+    ):
+        before = result(ours, x)
+        with torch.no_grad():
+            change(net), change(ours)
+        programs.clear()
+        y = assert_next_call_like_eager(net, ours, x)
+        assert isinstance(y, Exception) or (programs == RESNEXT and not torch.equal(y, before))
+
+
+def test_the_input_of_grouped_convolutions_is_activated_on_the_way(monkeypatch, x):
+    """A BN and ReLU before a grouped convolution are no layers of their own."""
+    net, ours = net_and_ours("grouped v2")
+    layers = []
+    original = Program.__init__
+    monkeypatch.setattr(
+        Program, "__init__", lambda self, made, *rest: layers.append(made) or original(self, made, *rest)
+    )
+    assert_next_call_like_eager(net, ours, x)
+    kinds = [(layer.kernel.kind, bool(layer.kernel.arguments.pre_scale)) for made in layers for layer in made]
+    assert kinds.count(("grouped", True)) == 3 and not any(kind == "elementwise" for kind, _ in kinds)
 
 
 def test_the_next_call_sees_a_module_beside_nested_blocks(x):

@@ -4,6 +4,7 @@ library        the compiled library: where it is, its instruction set, PyTorch's
 plans          which convolutions they take; tasks
 convolution    packed weights, launcher
 run.c          what Python calls; threads take tasks from one counter
-direct.h, winograd.h    the two kernels, on one micro-kernel (micro_kernel.h, vectors.h)
+direct.h, winograd.h, grouped.h    the three kernels, on one micro-kernel (micro_kernel.h, vectors.h); groups narrower than a
+               vector have another one (narrow_groups.h)
 portable.c, avx2.c, avx512.c    the same kernels for each instruction set
 """

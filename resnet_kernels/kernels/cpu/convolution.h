@@ -22,7 +22,8 @@ typedef struct {
     int64_t pool_h, pool_w;                      /* output of the max-pool behind the convolution; 0 without one */
     int64_t pool_kernel, pool_stride, pool_top, pool_left;
     int64_t relu, pre_relu;
-    const float *x, *weight; /* weight: packed by pack_direct or pack_winograd */
+    int64_t groups;
+    const float *x, *weight; /* weight: packed by pack_direct, pack_groups or pack_winograd */
     const float *scale, *bias, *residual;
     const float *pre_scale, *pre_shift; /* (c_in), both or none */
     float *y;                           /* may be residual's memory */
@@ -36,7 +37,7 @@ typedef struct {
 
 /* convolution.py, KINDS. The last three are no convolutions: relu(x * scale + bias + residual), and pools without padded
  * windows of nothing but padding; they use the fields of a convolution that they have. */
-enum { DIRECT, WINOGRAD, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
+enum { DIRECT, WINOGRAD, GROUPED, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
 
 /* The kernels of one instruction set. */
 typedef struct {

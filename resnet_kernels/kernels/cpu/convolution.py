@@ -1,11 +1,13 @@
 """Our own fp32 convolutions on the CPU: relu(conv(act(x)) * scale + bias + residual).
 
     winograd   3x3 at stride 1 with 16 products for 2x2 outputs instead of 36 (winograd.h)
+    grouped    groups of as many input channels as output channels, whose rows are copied first (grouped.h)
     direct     every other geometry without groups, as rows of pixels times panels of weights (direct.h); a 1x1 convolution is
                its simplest case, and a stem's max-pool can follow in the same pass
 
 Cost of `direct`: 2 * pixels * C_in * kernel_h * kernel_w * C_out FLOPs, each of x, weight, residual and y from and to memory
-once while they fit into the caches. `winograd` does 4/9 of the multiplications, and reads weights of 16/9 the size.
+once while they fit into the caches. `winograd` does 4/9 of the multiplications, and reads weights of 16/9 the size. For
+`grouped` C_in is a group's; it writes and reads a copy of x, which stays in the L1 or L2 cache.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ _SIZES = (
     "block", "panels", "copies",
     "pool_h", "pool_w", "pool_kernel", "pool_stride", "pool_top", "pool_left",
     "relu", "pre_relu",
+    "groups",
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
-KINDS = ("direct", "winograd", "elementwise", "max_pool", "average_pool")
+KINDS = ("direct", "winograd", "grouped", "elementwise", "max_pool", "average_pool")
 _POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "y")
 
 # Prepared calls that are kept.
@@ -68,10 +71,10 @@ class Kernel(NamedTuple):
 
     @property
     def flops(self) -> int:
-        """A direct convolution's FLOPs; few for other kernels."""
+        """A convolution's FLOPs, as if it were direct; few for other kernels."""
         sizes = self.arguments
         pixels = sizes.batch * sizes.out_h * sizes.out_w
-        return int(2 * pixels * sizes.c_out * sizes.c_in * sizes.kernel_h * sizes.kernel_w)
+        return int(2 * pixels * sizes.c_out * (sizes.c_in // max(1, sizes.groups)) * sizes.kernel_h * sizes.kernel_w)
 
 
 class Activation(NamedTuple):
@@ -98,8 +101,8 @@ def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None
 
     Args:
         name: of `plans.KERNELS`.
-        weight: (C_out, C_in, kernel_h, kernel_w), fp32, on the CPU, any strides. Values that are not finite can't be taken,
-            nor those whose transform overflows.
+        weight: (C_out, C_in / groups, kernel_h, kernel_w), fp32, on the CPU, any strides. Values that are not finite can't
+            be taken, nor those whose transform overflows.
         for_gradient: packs the weight of the convolution that computes x's gradient from y's at stride 1: rotated by 180
             degrees, with C_out and C_in exchanged.
     """
@@ -118,19 +121,25 @@ def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None
     with torch._C.DisableTorchFunction():
         packed = torch.empty(weight_elements(name, shape, found.panel), dtype=torch.float32, device="cpu")
     refused = found.calls.rk_pack(
-        found.number, name == "winograd", first, four(*shape), four(*strides), packed.data_ptr(), found.threads(),
+        found.number, KINDS.index(name), first, four(*shape), four(*strides), packed.data_ptr(), found.threads(),
         found.parallel,
     )  # fmt: skip
     return None if refused else packed
 
 
 def unpack(name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Returns the weight from a packed copy: the very values from `direct`'s, within rounding from `winograd`'s."""
+    """Returns the weight from a packed copy: the very values, but within rounding from `winograd`'s."""
     found = library.find()
     assert isinstance(found, Library), "why_not has seen the library"
     c_out, c_in, kernel_h, kernel_w = shape
     panels = -(-c_out // found.panel)
-    if name == "direct":
+    if name == "grouped" and c_in < found.panel // 2:
+        # Output channel o of a group has its weight of input channel k in row o ^ k, lane k (narrow_groups.h).
+        lanes = torch.arange(found.panel)[:, None]
+        k = torch.arange(c_in)
+        taps = packed.view(panels, -1, c_in, found.panel)[:, :, lanes % c_in ^ k, lanes - lanes % c_in + k]
+        return taps.permute(0, 2, 3, 1).reshape(-1, c_in, kernel_h, kernel_w)[:c_out].contiguous()
+    if name != "winograd":
         taps = packed.view(panels, kernel_h * kernel_w, c_in, found.panel).permute(0, 3, 2, 1)
         return taps.reshape(-1, c_in, kernel_h, kernel_w)[:c_out].contiguous()
     u = packed.view(4, 4, panels, c_in, found.panel)
@@ -161,9 +170,9 @@ def _sized(name: str, shapes: Shapes, threads: int) -> tuple[Library, Kernel]:
     plan = plan_for(name, shapes, threads)
     n, c_out, out_h, out_w = shapes.out
     sizes = dict(zip(_SIZES, (n, shapes.x[1], *shapes.x[2:], c_out, out_h, out_w)))
-    stride, padding, dilation, _ = shapes.geometry
+    stride, padding, dilation, groups = shapes.geometry
     sizes |= dict(zip(_SIZES[7:15], (*shapes.weight[2:], *stride, *dilation, padding[0], padding[2])))
-    sizes |= {"block": plan.block, "panels": plan.panels, "copies": shapes.copies}
+    sizes |= {"block": plan.block, "panels": plan.panels, "copies": shapes.copies, "groups": groups}
     out_shape = (n, c_out, out_h, out_w)
     if (pool := shapes.pool) is not None:
         size = pool.out_size(out_h, out_w)

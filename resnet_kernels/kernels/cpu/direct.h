@@ -56,39 +56,57 @@ static int64_t copied_scratch(const Convolution *c, int64_t rows, int64_t panels
     return 2 * taps * count + copied_height(c, rows) * copied_width(c) * c->c_in + count * panels * PANEL;
 }
 
-/* Copies the rows of x below output rows `begin` to `end` of an image: (rows, copied_width, c_in). */
-static void copy_rows(const Convolution *c, int64_t image, int64_t begin, int64_t end, float *copy)
+/* Copies `channels` channels of pixels of x from channel `first` on; the next pixel of x is x_column floats further, that of the
+ * copy `step`. */
+static void copy_pixels(const Convolution *c, const float *x, int64_t pixels, int64_t first, int64_t channels, int64_t step,
+                        float *to)
 {
-    int64_t c_in = c->c_in, width = copied_width(c);
-    int64_t top = begin * c->stride_h - c->pad_top;
-    int64_t height = copied_height(c, end - begin);
-    memset(copy, 0, sizeof(float) * height * width * c_in);
-    for (int64_t i = most(0, -top); i < least(height, c->in_h - top); i++) {
-        const float *x = c->x + image * c->x_image + (top + i) * c->x_row;
-        int64_t begin_w = most(0, c->pad_left), end_w = least(width, c->in_w + c->pad_left);
-        float *to = copy + i * width * c_in;
-        x -= c->pad_left * c->x_column;
-        if (end_w <= begin_w)
-            continue;
-        if (c->x_channel == 1 && c->x_column == c_in && !c->pre_scale) {
-            memcpy(to + begin_w * c_in, x + begin_w * c_in, sizeof(float) * (end_w - begin_w) * c_in);
-        } else if (c->x_channel == 1 && c->pre_scale) {
-            for (int64_t j = begin_w; j < end_w; j++) {
-                const float *from = x + j * c->x_column;
-                float *pixel = to + j * c_in;
-                int64_t k = 0;
-                for (; k + WIDTH <= c_in; k += WIDTH)
-                    store(pixel + k, activate(c, k, load(from + k)));
-                for (; k < c_in; k++)
-                    pixel[k] = activate_one(c, k, from[k]);
+    int64_t whole = channels / WIDTH * WIDTH;
+    if (c->x_channel != 1) {
+        for (int64_t k = 0; k < channels; k++)
+            for (int64_t j = 0; j < pixels; j++) {
+                float v = x[(first + k) * c->x_channel + j * c->x_column];
+                to[j * step + k] = c->pre_scale ? activate_one(c, first + k, v) : v;
             }
+        return;
+    }
+    x += first;
+    if (!c->pre_scale && channels == step && c->x_column == step) {
+        memcpy(to, x, sizeof(float) * pixels * step);
+        return;
+    }
+    for (int64_t j = 0; j < pixels; j++, x += c->x_column, to += step) {
+        if (c->pre_scale) {
+            for (int64_t k = 0; k < whole; k += WIDTH)
+                store(to + k, activate(c, first + k, load(x + k)));
+            for (int64_t k = whole; k < channels; k++)
+                to[k] = activate_one(c, first + k, x[k]);
         } else {
-            for (int64_t k = 0; k < c_in; k++)
-                for (int64_t j = begin_w; j < end_w; j++) {
-                    float v = x[k * c->x_channel + j * c->x_column];
-                    to[j * c_in + k] = c->pre_scale ? activate_one(c, k, v) : v;
-                }
+            for (int64_t k = 0; k < whole; k += WIDTH)
+                store(to + k, load(x + k));
+            for (int64_t k = whole; k < channels; k++)
+                to[k] = x[k];
         }
+    }
+}
+
+/* Copies `channels` channels, from channel `first` on, of the rows of x below output rows `begin` to `end` of an image: (rows,
+ * copied_width, step), with zeros in the padding and behind the channels. */
+static void copy_rows(const Convolution *c, int64_t image, int64_t begin, int64_t end, int64_t first, int64_t channels,
+                      int64_t step, float *copy)
+{
+    int64_t width = copied_width(c), height = copied_height(c, end - begin), top = begin * c->stride_h - c->pad_top;
+    int64_t left = most(0, least(width, c->pad_left)), right = most(left, least(width, c->in_w + c->pad_left));
+    for (int64_t i = 0; i < height; i++, copy += width * step) {
+        int inside = top + i >= 0 && top + i < c->in_h;
+        if (!inside || channels < step)
+            memset(copy, 0, sizeof(float) * width * step);
+        if (!inside)
+            continue;
+        const float *x = c->x + image * c->x_image + (top + i) * c->x_row + (left - c->pad_left) * c->x_column;
+        memset(copy, 0, sizeof(float) * left * step);
+        copy_pixels(c, x, right - left, first, channels, step, copy + left * step);
+        memset(copy + right * step, 0, sizeof(float) * (width - right) * step);
     }
 }
 
@@ -101,14 +119,14 @@ static void convolve_copied(const Convolution *c, int64_t image, int64_t begin, 
     int64_t taps = c->kernel_h * across, depth = run * c_in;
     const float **rows = (const float **)scratch;
     float *copy = scratch + 2 * taps * count, *total = copy + height * width * c_in;
-    copy_rows(c, image, begin, end, copy);
+    copy_rows(c, image, begin, end, 0, c_in, c_in, copy);
     for (int64_t tap = 0; tap < taps; tap++)
         for (int64_t r = 0; r < count; r++) {
             int64_t h = r / c->out_w * c->stride_h + tap / across * c->dilation_h;
             int64_t w = r % c->out_w * c->stride_w + tap % across * c->dilation_w;
             rows[tap * count + r] = copy + (h * width + w) * c_in;
         }
-    multiply(rows, count, taps, depth, count, c->weight, first, last, total, (last - first) * PANEL, out, 0,
+    multiply(micro_kernels, rows, count, taps, depth, count, c->weight, first, last, total, (last - first) * PANEL, out, 0,
              c->weight, NULL);
 }
 
@@ -186,8 +204,8 @@ static void direct_run(const Convolution *c, int64_t task, float *scratch)
     memset(zeros, 0, sizeof(float) * c->c_in);
     point_to_pixels(c, begin, end, zeros, rows);
     Output out = output_of(c, begin);
-    multiply(rows, end - begin, taps, c->c_in, end - begin, c->weight, first, last, total, (last - first) * PANEL, &out, 0,
-             c->weight, zeros);
+    multiply(micro_kernels, rows, end - begin, taps, c->c_in, end - begin, c->weight, first, last, total,
+             (last - first) * PANEL, &out, 0, c->weight, zeros);
 }
 
 static int64_t direct_tasks(const Convolution *c)

@@ -1,4 +1,7 @@
-/* The micro-kernel: M rows times one panel, M given by the includer; included once for each M.
+/* The micro-kernel: M rows times one panel; included once for each M.
+ *
+ * The includer gives M, the beginning of its NAME, and SECOND: where the second vector of the panel finds its values of a row,
+ * from those of the first. It is 0, or a group's channels if each vector is a group of its own.
  *
  * Rows are found by pointer, so that a row may be a pixel of an image, a row of zeros in its padding, or one of Winograd's
  * transformed tiles. Its loops over rows are unrolled by the preprocessor: accumulators in an array that the compiler does
@@ -12,7 +15,7 @@
  * next, next_step: memory to bring closer, some bytes with each k: the panel that is read next.
  * total: the sum of earlier blocks if `adds`; takes the new sum if `out` is NULL, or if the panel is not full.
  */
-static void JOIN(micro_kernel_, M)(const float *const *rows, int64_t rows_step, int64_t taps, int64_t first_k, int64_t depth,
+static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t taps, int64_t first_k, int64_t depth,
                                    const float *w, float *total, int64_t total_step, int adds, const Output *out,
                                    int64_t row, int64_t panel, const float *next, int64_t next_step)
 {
@@ -22,10 +25,12 @@ static void JOIN(micro_kernel_, M)(const float *const *rows, int64_t rows_step, 
 #define POINT(i) const float *row##i = rows[i] + first_k;
         EACH(POINT)
         for (int64_t k = 0; k < depth; k++, w += PANEL) {
-            __builtin_prefetch(next, 0, 3);
-            next = (const float *)((const char *)next + next_step);
+            if (!SECOND) { /* groups have few weights for each row: there it costs 5% */
+                __builtin_prefetch(next, 0, 3);
+                next = (const float *)((const char *)next + next_step);
+            }
             Vector w0 = load(w), w1 = load(w + WIDTH);
-#define MULTIPLY(i) a##i += row##i[k] * w0, b##i += row##i[k] * w1;
+#define MULTIPLY(i) a##i += row##i[k] * w0, b##i += row##i[k + SECOND] * w1;
             EACH(MULTIPLY)
         }
     }
@@ -37,7 +42,7 @@ static void JOIN(micro_kernel_, M)(const float *const *rows, int64_t rows_step, 
 #define STORE(i) store(total + i * total_step, a##i), store(total + i * total_step + WIDTH, b##i);
         EACH(STORE)
         if (out)
-            finish_last_panel(out, row, M, panel, total, total_step);
+            finish_channels(out, row, M, panel * PANEL, total, total_step);
         return;
     }
     int64_t channel = panel * PANEL, at = row * out->step + channel;

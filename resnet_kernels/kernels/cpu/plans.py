@@ -15,7 +15,7 @@ from ..geometry import Geometry
 from . import library
 from .library import Library, Missing
 
-KERNELS = ("winograd", "direct")
+KERNELS = ("winograd", "direct", "grouped")
 
 # Plans kept: a net has some 25 layers that differ, times a few sizes of batch and image.
 _CACHED = 4096
@@ -25,6 +25,8 @@ _MOST_UNEVEN = 1.25
 _WAITING = 0.25
 # Fewer channels than this are copied into runs of a kernel's row: a tap alone would be shorter than a loop's overhead.
 _FEW_CHANNELS = 16
+# Most taps that are added up in one chain (convolution.h, SUM_BLOCK).
+_SUM_BLOCK = 256
 
 
 class Pool(NamedTuple):
@@ -54,10 +56,10 @@ class Shapes(NamedTuple):
 
     Attributes:
         x: (N, C_in, H, W).
-        weight: (C_out, C_in, kernel_h, kernel_w).
+        weight: (C_out, C_in / groups, kernel_h, kernel_w).
         geometry: of the convolution.
         copies: whether rows of x are copied before they are read: x is not channels_last, or is activated on the way to
-            `direct`, or has few channels.
+            `direct`, or has few channels, or there are groups.
         pool: behind the convolution.
     """
 
@@ -106,14 +108,16 @@ def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str 
     if dtype != torch.float32:
         return f"runs float32, got {dtype}"
     stride, _, dilation, groups = shapes.geometry
-    if groups != 1:
-        return f"runs convolutions without groups, got groups={groups}"
+    if (name == "grouped") != (groups != 1):
+        return f"runs convolutions {'with' if name == 'grouped' else 'without'} groups, got groups={groups}"
     if min(*shapes.x, *shapes.weight, *shapes.out) < 1:
         return f"needs sizes of at least 1, got {shapes.x} and {shapes.weight}"
     if name == "winograd" and (shapes.weight[2:], stride, dilation) != ((3, 3), (1, 1), (1, 1)):
         return "runs 3x3 convolutions of stride and dilation 1"
     if name == "winograd" and (shapes.copies or shapes.pool):
         return "reads channels_last images, and has no pool behind it"
+    if name == "grouped" and (reason := _why_not_grouped(shapes, found)) is not None:
+        return reason
     if threads > 1 and found.parallel is None:
         return f"found no OpenMP runtime of PyTorch's to run {threads} threads on"
     plan = plan_for(name, shapes, threads)
@@ -122,13 +126,34 @@ def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str 
     return None
 
 
+def _why_not_grouped(shapes: Shapes, found: Library) -> str | None:
+    c_out, width, kernel_h, kernel_w = shapes.weight
+    vector, c_in = found.panel // 2, width * shapes.geometry.groups
+    if (shapes.x[1], c_out) != (c_in, c_in):
+        return f"runs groups with as many input channels as output channels, got {shapes.x} and {shapes.weight}"
+    # For groups of one channel oneDNN has a kernel of its own, which was up to twice as fast as one like ours for two.
+    if width % found.panel and (width == 1 or width > vector or vector % width):
+        return f"runs groups of 2, 4, ... {vector} channels, or of a multiple of {found.panel}, got {width}"
+    if width < vector and kernel_h * kernel_w > _SUM_BLOCK:
+        return f"adds up at most {_SUM_BLOCK} taps of such narrow groups, got {kernel_h}x{kernel_w}"
+    if shapes.pool or not shapes.copies:
+        return "copies rows, and has no pool behind it"
+    return None
+
+
+def panels_together(shapes: Shapes, panel: int) -> int:
+    """Returns how many panels of output channels read the same channels of a group; 1 without groups."""
+    return 1 if shapes.geometry.groups == 1 else max(1, shapes.weight[1] // panel)
+
+
 @functools.lru_cache(_CACHED)
 def plan_for(name: str, shapes: Shapes, threads: int) -> Plan:
     """Returns the tasks of a convolution: those whose busiest thread has the least to do."""
     found = library.find()
     assert isinstance(found, Library), "why_not has seen the library"
     panels = -(-shapes.weight[0] // found.panel)
-    splits = sorted({min(panels, 2**i) for i in range(8)} | {panels})
+    together = panels_together(shapes, found.panel)
+    splits = sorted({min(panels, together * 2**i) for i in range(8)} | {panels})
     plans = []
     for block in _blocks(name, shapes, found.rows):
         for each in [panels] if shapes.pool else splits:
@@ -165,6 +190,7 @@ class _Costs(NamedTuple):
         weights: a panel's weights on their way from the L2 cache or beyond, for each k.
         transform_in: of a channel of a tile. transform_out: of a panel of a tile, back.
         pointers: of a pixel's taps, each k.
+        copies: a pixel of a panel to the copy for `grouped`. ends: of its sums for a pixel of a panel.
         l2: bytes of a thread's tiles and products that stay in the L2 cache.
         bytes: from beyond it in the time of a step.
         whole_steps: whether fewer rows than the micro-kernel has take as long as all; else half of them at least.
@@ -174,15 +200,17 @@ class _Costs(NamedTuple):
     transform_in: float
     transform_out: float
     pointers: float
+    copies: float
+    ends: float
     l2: int
     bytes: int
     whole_steps: bool
 
 
-_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 200_000, 24, True)
+_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 0.9, 1.0, 200_000, 24, True)
 # A step is four times AVX2's on processors that run AVX-512 at half width. Of the cuts that were measured for 14 layers at
 # batch 1 and 8 it chooses one that takes 5% longer than the best on average (AMD EPYC, Zen 4, two cores, 2026-11).
-_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 250_000, 96, False)}
+_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 250_000, 96, False)}
 
 
 def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) -> tuple[float, float, int]:
@@ -218,6 +246,8 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
         return cost, cost * n * height / block, tasks
     if shapes.copies:
         cost = task(block * out_w, panels)
+        if name == "grouped":
+            cost += _copied_pixels(shapes, block) * panels * costs.copies + block * out_w * panels * costs.ends
         return cost, cost * n * out_h / block * all_panels / panels, n * -(-out_h // block) * across
     full, rest = divmod(units, block)
     of_all = sum(
@@ -227,6 +257,17 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
     return task(block, panels), of_all, (full + (rest > 0)) * across
 
 
+def _copied_pixels(shapes: Shapes, rows: int) -> int:
+    """Pixels of x below so many rows of the output."""
+    stride, _, dilation, _ = shapes.geometry
+    out, kernel = (rows, shapes.out[3]), shapes.weight[2:]
+    height, width = ((o - 1) * s + (k - 1) * d + 1 for o, s, k, d in zip(out, stride, kernel, dilation))
+    return height * width
+
+
 def copies(x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
-    """Whether rows of a channels_last x are copied for `direct`: it has few channels, and the kernel several taps in a row."""
-    return x_shape[1] < _FEW_CHANNELS and weight_shape[3] > 1
+    """Whether rows of a channels_last x are copied.
+
+    `grouped` always does, `direct` where x has few channels and the kernel several taps in a row.
+    """
+    return x_shape[1] != weight_shape[1] or (x_shape[1] < _FEW_CHANNELS and weight_shape[3] > 1)

@@ -27,7 +27,7 @@ const Kernels *rk_kernels(int64_t number)
 }
 
 /* The version of this interface. Python refuses any other. */
-EXPORT int64_t rk_interface(void) { return 5; }
+EXPORT int64_t rk_interface(void) { return 6; }
 
 /* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
 EXPORT int64_t rk_panel(int64_t number)
@@ -154,24 +154,38 @@ static float weight_at(const Pack *pack, int64_t o, int64_t c, int64_t h, int64_
     return pack->weight[o * pack->stride_o + c * pack->stride_c + h * pack->stride_h + w * pack->stride_w];
 }
 
-/* (panels, taps, c_in, panel) */
-static void pack_direct(void *job, int64_t task, int64_t thread)
+/* (panels, taps, c_in, panel). `narrow` groups have fewer channels than a vector: lane i of row r has the weight of output
+ * channel i ^ r and of the input channel whose lane i is (narrow_groups.h). */
+static void pack_rows(Pack *pack, int64_t task, int narrow)
 {
-    Pack *pack = job;
     int64_t panel = pack->kernels->panel;
     float *to = pack->packed + task * pack->kernel_h * pack->kernel_w * pack->c_in * panel;
     float strange = 0;
-    (void)thread;
     for (int64_t h = 0; h < pack->kernel_h; h++)
         for (int64_t w = 0; w < pack->kernel_w; w++)
             for (int64_t c = 0; c < pack->c_in; c++)
                 for (int64_t i = 0; i < panel; i++) {
-                    float value = weight_at(pack, task * panel + i, c, h, w);
+                    int64_t o = task * panel + (narrow ? i ^ c : i), k = narrow ? i % pack->c_in : c;
+                    float value = weight_at(pack, o, k, h, w);
                     strange += value * 0;
                     *to++ = value;
                 }
     if (strange != 0)
         atomic_store(&pack->refused, 1);
+}
+
+static void pack_direct(void *job, int64_t task, int64_t thread)
+{
+    (void)thread;
+    pack_rows(job, task, 0);
+}
+
+/* The weight of a grouped convolution, whose c_in is a group's. */
+static void pack_groups(void *job, int64_t task, int64_t thread)
+{
+    Pack *pack = job;
+    (void)thread;
+    pack_rows(pack, task, pack->c_in < pack->kernels->panel / 2);
 }
 
 static int sign(float value) { return (value > 0) - (value < 0); }
@@ -270,13 +284,16 @@ static void pack_winograd(void *job, int64_t task, int64_t thread)
 }
 
 /* Packs a weight of (c_out, c_in, kernel_h, kernel_w) with any strides. Returns 0, or 1 if the kernels can't take it: a value
- * is not finite, or keep_signs failed. packed: pack_direct and pack_winograd give its shape. */
-EXPORT int64_t rk_pack(int64_t number, int64_t winograd, const float *weight, const int64_t *sizes, const int64_t *strides,
+ * is not finite, or keep_signs failed. kind: of a convolution. packed: pack_rows and pack_winograd give its shape. */
+EXPORT int64_t rk_pack(int64_t number, int64_t kind, const float *weight, const int64_t *sizes, const int64_t *strides,
                        float *packed, int64_t threads, Parallel *parallel)
 {
+    void (*const pack_kind[])(void *, int64_t, int64_t) = {
+        [DIRECT] = pack_direct, [WINOGRAD] = pack_winograd, [GROUPED] = pack_groups,
+    };
     const Kernels *of = rk_kernels(number);
     Pack pack = {
-        {winograd ? pack_winograd : pack_direct, blocks(sizes[0], of->panel), 0, 0},
+        {pack_kind[kind], blocks(sizes[0], of->panel), 0, 0},
         weight, sizes[0], sizes[1], sizes[2], sizes[3],
         strides[0], strides[1], strides[2], strides[3],
         of, packed, 0,

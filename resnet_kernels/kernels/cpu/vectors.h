@@ -30,13 +30,13 @@ typedef struct {
     int relu;
 } Output;
 
-/* Finishes rows of sums of the last panel, of which only the channels below c_out exist. */
-static void finish_last_panel(const Output *out, int64_t row, int64_t count, int64_t panel, const float *sums, int64_t step)
+/* Finishes rows of sums of the last channels, from `first` on. */
+static void finish_channels(const Output *out, int64_t row, int64_t count, int64_t first, const float *sums, int64_t step)
 {
     for (int64_t r = 0; r < count; r++, row++, sums += step)
-        for (int64_t k = panel * PANEL; k < out->c_out; k++) {
+        for (int64_t k = first; k < out->c_out; k++) {
             int64_t at = row * out->step + k;
-            float sum = sums[k - panel * PANEL];
+            float sum = sums[k - first];
             if (out->scale)
                 sum *= out->scale[k];
             if (out->bias)
@@ -60,47 +60,20 @@ static void finish_last_panel(const Output *out, int64_t row, int64_t count, int
 #define REPEAT_11(F) REPEAT_10(F) F(10)
 #define REPEAT_12(F) REPEAT_11(F) F(11)
 
-#define M 1
-#include "micro_kernel.h"
-#define M 2
-#include "micro_kernel.h"
-#define M 3
-#include "micro_kernel.h"
-#define M 4
-#include "micro_kernel.h"
-#define M 5
-#include "micro_kernel.h"
-#define M 6
-#include "micro_kernel.h"
-#if ROWS > 6
-#define M 7
-#include "micro_kernel.h"
-#define M 8
-#include "micro_kernel.h"
-#endif
-#if ROWS > 8
-#define M 9
-#include "micro_kernel.h"
-#define M 10
-#include "micro_kernel.h"
-#define M 11
-#include "micro_kernel.h"
-#define M 12
-#include "micro_kernel.h"
-#endif
-
 typedef void MicroKernel(const float *const *rows, int64_t rows_step, int64_t taps, int64_t first_k, int64_t depth,
                          const float *w, float *total, int64_t total_step, int adds, const Output *out, int64_t row,
                          int64_t panel, const float *next, int64_t next_step);
-static MicroKernel *const micro_kernels[] = {
-    micro_kernel_1, micro_kernel_2, micro_kernel_3, micro_kernel_4, micro_kernel_5, micro_kernel_6,
-#if ROWS > 6
-    micro_kernel_7, micro_kernel_8,
-#endif
-#if ROWS > 8
-    micro_kernel_9, micro_kernel_10, micro_kernel_11, micro_kernel_12,
-#endif
-};
+
+#define NAME micro_kernel_
+#define SECOND 0
+#define TABLE micro_kernels
+#include "micro_kernels.h"
+
+/* For groups of WIDTH channels: a panel is two groups. */
+#define NAME two_groups_
+#define SECOND WIDTH
+#define TABLE two_groups
+#include "micro_kernels.h"
 
 /* Whether all rows of some taps lie in the padding, as 8 of 9 taps of a 1x1 image do. */
 static int are_zeros(const float *const *rows, int64_t rows_step, int64_t taps, int64_t count, const float *zeros)
@@ -114,13 +87,14 @@ static int are_zeros(const float *const *rows, int64_t rows_step, int64_t taps, 
 
 /* Rows times panels: `count` rows of `taps` x `depth` values, found by rows[tap * rows_step + row].
  *
- * w: panels `first` to `last` of (panel, taps, depth, PANEL), from panel 0 on. total: (count, last - first, PANEL), for
- * unfinished sums; the result itself if `out` is NULL. total_step: from row to row. large: whether the weights exceed the
- * caches. after: weights that are read next. zeros: the row of taps in the padding, or NULL.
+ * kernels: micro_kernels or two_groups. w: panels `first` to `last` of (panel, taps, depth, PANEL), from panel 0 on.
+ * total: (count, last - first, PANEL), for unfinished sums; the result itself if `out` is NULL. total_step: from row to row.
+ * large: whether the weights exceed the caches. after: weights that are read next. zeros: the row of taps in the padding, or
+ * NULL.
  */
-static void multiply(const float *const *rows, int64_t rows_step, int64_t taps, int64_t depth, int64_t count, const float *w,
-                     int64_t first, int64_t last, float *total, int64_t total_step, const Output *out, int large,
-                     const float *after, const float *zeros)
+static void multiply(MicroKernel *const *kernels, const float *const *rows, int64_t rows_step, int64_t taps, int64_t depth,
+                     int64_t count, const float *w, int64_t first, int64_t last, float *total, int64_t total_step,
+                     const Output *out, int large, const float *after, const float *zeros)
 {
     int64_t pieces = blocks(depth, SUM_BLOCK), piece = blocks(depth, pieces); /* of a tap */
     int64_t together = most(1, SUM_BLOCK / depth);                            /* taps */
@@ -151,9 +125,9 @@ static void multiply(const float *const *rows, int64_t rows_step, int64_t taps, 
                     if (fetches_rows && group + 1 < groups)
                         soon = rows[tap * rows_step + row + size] + k;
                     int64_t soon_step = fetches_rows ? 64 : 64 / groups;
-                    micro_kernels[size - 1](rows + tap * rows_step + row, rows_step, taps_now, k, depth_now, w_now,
-                                            total + row * total_step + (panel - first) * PANEL, total_step, summed > 0,
-                                            ends ? out : NULL, row, panel, soon, soon_step);
+                    kernels[size - 1](rows + tap * rows_step + row, rows_step, taps_now, k, depth_now, w_now,
+                                      total + row * total_step + (panel - first) * PANEL, total_step, summed > 0,
+                                      ends ? out : NULL, row, panel, soon, soon_step);
                     row += size;
                 }
             }

@@ -132,7 +132,7 @@ static int transform_out(const Convolution *c, const float *m, int64_t plane, Ti
             if ((panel + 1) * PANEL > c->c_out) {
                 float rest[PANEL];
                 store(rest, sums[0]), store(rest + WIDTH, sums[1]);
-                finish_last_panel(&out, 0, 1, panel, rest, 0);
+                finish_channels(&out, 0, 1, panel * PANEL, rest, 0);
                 continue;
             }
             for (int half = 0; half < 2; half++) {
@@ -185,8 +185,8 @@ static void tile_directly(const Convolution *c, Tile tile, int64_t panel, const 
                 rows[tap] = patch + ((i + tap / 3) * 4 + j + tap % 3) * c->c_in;
             Output out = output_of(c, (tile.image * c->out_h + tile.top + i) * c->out_w + tile.left + j);
             /* The taps are those of this panel alone. */
-            multiply(rows, 1, 9, c->c_in, 1, taps - panel * 9 * c->c_in * PANEL, panel, panel + 1, total, PANEL, &out, 0,
-                     taps, NULL);
+            multiply(micro_kernels, rows, 1, 9, c->c_in, 1, taps - panel * 9 * c->c_in * PANEL, panel, panel + 1, total,
+                     PANEL, &out, 0, taps, NULL);
         }
 }
 
@@ -209,8 +209,8 @@ static void winograd_run(const Convolution *c, int64_t task, float *scratch)
         int64_t chunk_end = least(last, chunk + CHUNK);
         for (int i = 0; i < 16; i++) {
             const float *w = c->weight + i * panels * c->c_in * PANEL;
-            multiply(rows + i * c->block, 0, 1, c->c_in, count, w, chunk, chunk_end, m + i * plane, CHUNK * PANEL, NULL, large,
-                     w + (panels + chunk) * c->c_in * PANEL, NULL);
+            multiply(micro_kernels, rows + i * c->block, 0, 1, c->c_in, count, w, chunk, chunk_end, m + i * plane,
+                     CHUNK * PANEL, NULL, large, w + (panels + chunk) * c->c_in * PANEL, NULL);
         }
         for (int64_t panel = chunk; panel < chunk_end; panel++) {
             int has_taps = 0;

@@ -124,8 +124,8 @@ class PackedConv:
 
     @property
     def channels(self) -> int:
-        """Channels of its input, if there are no groups."""
-        return self._conv.weight.shape[1]
+        """Channels of its input."""
+        return self._conv.weight.shape[1] * self._conv.groups
 
     def own(self, shape: torch.Size) -> convolution.Bound | None:
         """The kernel of ours that runs inputs of this shape, which it `fits`; None where oneDNN does."""
@@ -179,7 +179,7 @@ class PackedConv:
         own = self._at(shape).own
         if own is None:
             return None
-        if pool is None and own.name == "winograd":
+        if pool is None and own.name in ("winograd", "grouped"):
             return own
         shapes = own.shapes._replace(copies=True, pool=pool)
         threads = torch.get_num_threads()
