@@ -200,8 +200,11 @@ MODELS = (
 # Image sizes of the systems' own texts.
 FULL_MODELS = (
     Model("resnet18", 224),
+    Model("resnet34", 224),
     Model("resnet50", 224),
+    Model("resnet101", 224),
     Model("resnet152", 224),
+    Model("resnext50_32x4d", 224),
     Model("resnet_v2_50", 224, system=SLIM),
     Model("d2l_resnet18", 96, c_in=1, system=D2L),
     Model("d2l_resnet18_keras", 28, c_in=1, system=D2L_KERAS),
