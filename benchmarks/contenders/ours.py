@@ -44,7 +44,7 @@ class Fused(Contender):
         if self.freeze and not (full and case.level == "model" and not case.backward):
             return False
         # "auto" uses none of the Triton kernels until a table shows that they win.
-        return (self.backend == "auto" and not self.freeze) or case.device == "cuda"
+        return self.backend == "auto" or case.device == "cuda"
 
     def prepare(self, workload):
         return ModuleRunner(fused_module(workload, self.backend, self.freeze), workload.case.backward)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -35,7 +36,7 @@ class ObjectWatch:
     Args:
         objects: of any class.
         dicts: dicts and OrderedDicts.
-        around: objects that are watched with their __dict__, but not kept: whoever asks has them, and they may hold the watch.
+        around: objects that are watched with their __dict__, but not kept, since they may hold the watch.
     """
 
     __slots__ = ("_around", "_kept", "_sight", "_then", "_words")
@@ -43,8 +44,7 @@ class ObjectWatch:
     def __init__(self, objects: Iterable[object], dicts: Iterable[dict[Any, Any]], around: Iterable[object] = ()):
         # Kept, so that no other object gets one of their addresses.
         self._kept = [*objects], [*dicts]
-        outer = [*around]
-        self._around = [*map(id, outer)], [id(vars(o)) for o in outer]
+        self._around = [(weakref.ref(o), id(o), id(vars(o))) for o in around]
         self._sight: _Sight | None = None
         self._words = self._then = (ctypes.c_uint64 * 0)()
 
@@ -54,16 +54,21 @@ class ObjectWatch:
             self._sight = _sight()
             if self._sight is None:
                 return
-            (objects, dicts), (outer, outer_dicts) = self._kept, self._around
-            classes = [address + _CLASS for address in (*map(id, objects), *outer)]
-            self._words = _array([*classes, *self._sight.words_of([*map(id, dicts), *outer_dicts])])
+            objects, dicts = ([*map(id, kept)] for kept in self._kept)
+            objects += [address for _, address, _ in self._around]
+            dicts += [address for _, _, address in self._around]
+            self._words = _array([*(address + _CLASS for address in objects), *self._sight.words_of(dicts)])
             self._then = _array([0] * len(self._words))
         self._sight.calls.rk_read_words(len(self._words), self._words, self._then)
 
     def are_unchanged(self) -> bool:
         """Whether nobody has written since `renew`; False if that can't be seen, before `renew`, and after `forget`."""
-        return self._sight is not None and bool(
-            self._sight.calls.rk_are_words(len(self._words), self._words, self._then)
+        return (
+            self._sight is not None
+            and all(
+                (o := to_object()) is not None and id(vars(o)) == its_dict for to_object, _, its_dict in self._around
+            )
+            and bool(self._sight.calls.rk_are_words(len(self._words), self._words, self._then))
         )
 
     def forget(self) -> None:
@@ -74,10 +79,11 @@ class ObjectWatch:
 class _Sight(NamedTuple):
     """How writes to dicts are seen.
 
-    calls: the compiled library. watcher: Python's number of it; None where dicts have numbers.
+    calls: the compiled library, called without letting other threads run: they could wait longer than a call takes.
+    watcher: Python's number of it; None where dicts have numbers.
     """
 
-    calls: ctypes.CDLL
+    calls: ctypes.PyDLL
     watcher: int | None
 
     def words_of(self, dicts: list[int]) -> list[int]:
@@ -105,15 +111,15 @@ def _sight() -> _Sight | None:
     has_lock = getattr(sys, "_is_gil_enabled", lambda: True)()
     if found is None or sys.implementation.name != "cpython" or not has_lock or sys.maxsize < 2**32:
         return None
-    watcher = None
+    calls, watcher = ctypes.PyDLL(str(found.path)), None
+    calls.rk_dict_writes.restype = ctypes.c_void_p
     if sys.version_info >= (3, 12):
         try:
-            watcher = _python_function("PyDict_AddWatcher", ctypes.c_void_p)(
-                ctypes.cast(found.calls.rk_dict_written, ctypes.c_void_p)
-            )
+            add = _python_function("PyDict_AddWatcher", ctypes.c_void_p)
+            watcher = add(ctypes.cast(calls.rk_dict_written, ctypes.c_void_p))
         except (RuntimeError, AttributeError):
             return None  # others have taken all of them
-    sight = _Sight(found.calls, watcher)
+    sight = _Sight(calls, watcher)
     return sight if _sees(sight) else None
 
 

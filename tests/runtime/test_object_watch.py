@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import weakref
 from collections import OrderedDict
 
 import pytest
@@ -139,3 +140,27 @@ def test_a_snapshot_compares_members_only_after_a_write(sight, monkeypatch):
     assert snapshot.is_current() and snapshot.is_current() and len(compared) == 2
     model[1].eps = 1.0
     assert not snapshot.is_current() and not snapshot.is_current() and len(compared) == 4
+
+
+class _Holder:
+    def __init__(self):
+        self.watch = ObjectWatch([], [], [self])
+
+
+def test_who_holds_a_watch_around_itself_dies_with_its_last_reference(sight):
+    gc.collect()
+    gc.disable()
+    try:
+        holder = _Holder()
+        holder.watch.renew()
+        assert holder.watch.are_unchanged()
+        holder.more = 1
+        assert not holder.watch.are_unchanged()
+        holder.watch.renew()
+        watch, reference = holder.watch, weakref.ref(holder)
+        holder.__dict__ = dict(holder.__dict__)
+        assert not watch.are_unchanged()
+        del holder
+        assert reference() is None and not watch.are_unchanged()
+    finally:
+        gc.enable()

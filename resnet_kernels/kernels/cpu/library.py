@@ -127,9 +127,6 @@ def _declare(calls: ctypes.CDLL) -> None:
         ("rk_phase", [], size),
         ("rk_run", [size, pointer, size, size, pointer, pointer, size, pointer, pointer, size], None),
         ("rk_is_same", [size, pointer, pointer, pointer, pointer, pointer], size),
-        ("rk_read_words", [size, pointer, pointer], None),
-        ("rk_are_words", [size, pointer, pointer], size),
-        ("rk_dict_writes", [], pointer),
         ("rk_peak", [size, size, size, pointer], size),
         ("rk_pack", [size, size, pointer, pointer, pointer, pointer, size, pointer], size),
     ):

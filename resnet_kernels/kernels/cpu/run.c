@@ -87,17 +87,17 @@ EXPORT int64_t rk_is_same(int64_t count, const char *const *live, const char *co
 }
 
 /* Copies 64-bit words from where they are. */
-EXPORT void rk_read_words(int64_t count, const uint64_t *const *live, uint64_t *to)
+EXPORT void rk_read_words(int count, const uint64_t *const *live, uint64_t *to)
 {
-    for (int64_t i = 0; i < count; i++)
+    for (int i = 0; i < count; i++)
         to[i] = *live[i];
 }
 
 /* Whether 64-bit words still hold what they did (object_watch.py). Each is a cache miss of its own, but none waits for another. */
-EXPORT int64_t rk_are_words(int64_t count, const uint64_t *const *live, const uint64_t *then)
+EXPORT int rk_are_words(int count, const uint64_t *const *live, const uint64_t *then)
 {
     uint64_t differing = 0;
-    for (int64_t i = 0; i < count; i++)
+    for (int i = 0; i < count; i++)
         differing |= *live[i] ^ then[i];
     return differing == 0;
 }
