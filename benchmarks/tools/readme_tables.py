@@ -1,7 +1,7 @@
 """python -m benchmarks.tools.readme_tables [--write README.md]: makes README's tables from all files in benchmarks/results.
 
 It prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. A table shows networks in
-inference, at their largest image size, at their smallest and largest batch; the outcomes of all cases are counted below it.
+inference, at their largest image size; the outcomes of all cases are counted below it.
 `python -m resnet_kernels report` shows all of a file.
 """
 
@@ -23,6 +23,7 @@ _HEAD = (
     "batch",
     "eager ms",
     "fused ms",
+    "frozen ms",
     "captured ms",
     "captured, frozen ms",
     "times eager's speed",
@@ -31,7 +32,7 @@ _HEAD = (
     "faster of ours, times its speed",
     "error / budget",
 )
-_CAPTURED = ("fused-graph", "frozen-graph")
+_OTHERS = ("frozen", "fused-graph", "frozen-graph")  # of ours
 _DIRECTIONS = {"forward": "inference", "forward-backward": "training step"}
 _COSTS = {
     "import_s": ("`import resnet_kernels` after `import torch`", "s"),
@@ -82,32 +83,28 @@ def results_table(measured: Results) -> str:
 
 
 def _is_shown(case: CaseResults, measured: Results) -> bool:
-    def alike(attributes: str) -> list[CaseResults]:
-        names = attributes.split()
-        return [
-            other
-            for other in measured.cases.values()
-            if all(getattr(other, name) == getattr(case, name) for name in ("level", "subject", "platform", *names))
-        ]
-
     if (case.level, case.direction) != ("model", "forward") or not {"eager", "fused"} <= case.contenders.keys():
         return False
-    batches = [other.batch for other in alike("direction dtype size")]
-    return case.size == max(other.size for other in alike("")) and case.batch in (min(batches), max(batches))
+    alike = [
+        other.size
+        for other in measured.cases.values()
+        if (other.level, other.subject, other.platform) == (case.level, case.subject, case.platform)
+    ]
+    return case.size == max(alike)
 
 
 def _row(case: CaseResults) -> tuple[str, ...]:
     fused, peer = case.contenders["fused"], case.best_peer()
     assert peer is not None, "a case that is shown has eager"
     # With rk.capture, the fused model's CUDA graph is compared with peers that are graphs, too.
-    ours = [name for name in ("fused", "frozen", *_CAPTURED) if name in case.contenders]
+    ours = [name for name in ("fused", *_OTHERS) if name in case.contenders]
     best = min(ours, key=lambda name: case.contenders[name].median)
     return (
         f"{case.subject} {case.size}px {case.dtype}",
         str(case.batch),
         _ms(case, "eager"),
         _ms(case, "fused"),
-        *(_ms(case, name) if name in case.contenders else "" for name in _CAPTURED),
+        *(_ms(case, name) if name in case.contenders else "" for name in _OTHERS),
         f"{case.speed('fused', 'eager'):.2f}",
         peer + (" (over the error budget)" if case.contenders[peer].parity_failure else ""),
         _ms(case, peer),

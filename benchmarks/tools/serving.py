@@ -201,6 +201,12 @@ def as_table(rows: Sequence[Row]) -> str:
     return table((*head, "p50 ms", "p99 ms", "images/s", "times eager's"), cells)
 
 
+def _kernels() -> str:
+    """Which CPU kernels serve, without the library's path, which is this machine's."""
+    found = library.library_or_none()
+    return library.describe().removesuffix("" if found is None else f": {found.path}")
+
+
 def write_plot(file: Path, rows: Sequence[Row], title: str) -> None:
     """Draws the sections with several callers."""
     from resnet_kernels.cli.report.plot_style import save
@@ -284,7 +290,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "size": options.size,
             "seconds": options.seconds,
             "cores": options.threads,
-            "kernels": library.describe(),
+            "kernels": _kernels(),
             "busy_before": busy,
             "absent": absent,
             "measured": environment(torch.device("cpu")),

@@ -227,7 +227,8 @@ class LiveReads:
         self._slow: list[_Bound] = []
         self._fast: list[_Bound] = []
         self._own: list[tuple[str, Any]] = []
-        self._others: list[tuple[Any, str, Any]] = []
+        # How to get what is not in the module's own __dict__, under which name, and what it was.
+        self.outside: list[tuple[Any, str, Any]] = []
         for entry in bound:
             mapping, name, value, _ = entry
             now = (module.__dict__ if mapping is None else mapping).get(name, MISSING)
@@ -239,7 +240,7 @@ class LiveReads:
             if mapping is None:
                 self._own.append((name, now))
             else:
-                self._others.append((mapping.get, name, now))
+                self.outside.append((mapping.get, name, now))
 
     def is_of(self, module: nn.Module) -> bool:
         """Whether they are bound to this very module."""
@@ -253,18 +254,18 @@ class LiveReads:
                 return self._differs(own, self._fast + self._slow)
         return self.changed_outside(module)
 
-    @property
-    def looks_outside(self) -> bool:
-        """Whether `changed_outside` has anything to look at."""
-        return bool(self._others or self._slow)
-
     def changed_outside(self, module: nn.Module) -> str | None:
         """As `changed`, for a module in whose __dict__ nothing was replaced."""
         own = module.__dict__
-        for get, name, then in self._others:
+        for get, name, then in self.outside:
             if get(name, MISSING) is not then:
                 return self._differs(own, self._fast + self._slow)
         return self._differs(own, self._slow) if self._slow else None
+
+    @property
+    def identity_tells(self) -> bool:
+        """Whether `changed_outside` can only be None where all `outside` are the objects that they were."""
+        return not self._slow
 
     def _differs(self, own: dict[str, Any], bound: list[_Bound]) -> str | None:
         for mapping, name, value, label in bound:

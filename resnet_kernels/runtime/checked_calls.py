@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..graph.reads import LiveReads
+from ..graph.reads import MISSING, LiveReads
 from ..graph.recipe import Recipe
 from ..kernels.cpu.program import Memories
 from ..ops import backends
@@ -53,7 +53,8 @@ class _Known(NamedTuple):
     watch: the modules, their dicts, and the states of the fused ones among them.
     packs: as `verified_below` was asked.
     requested: backends that were asked for, and those that were meant.
-    reads: what forwards read outside of their modules, and whose forward it is.
+    outside: what forwards read outside of their modules: how to get it, under which name, and what it was. reads: of those
+        whose objects may change inside, and whose forward it is.
     weights: the first one of each recipe. devices: where they were.
     together: packed weights that are compared with their sources; None for none.
     verified: the recipes that may run without a check of their own, by owner and members.
@@ -63,6 +64,7 @@ class _Known(NamedTuple):
     watch: ObjectWatch
     packs: bool
     requested: dict[str, str]
+    outside: list[tuple[Any, str, Any]]
     reads: list[tuple[LiveReads, weakref.ref[nn.Module]]]
     weights: list[Tensor]
     devices: list[torch.device]
@@ -76,6 +78,7 @@ class _Known(NamedTuple):
             packs == self.packs
             and self.watch.are_unchanged()
             and all(backends.requested(asked) == found for asked, found in self.requested.items())
+            and all(get(name, MISSING) is then for get, name, then in self.outside)
             and all(
                 (owner := to_owner()) is not None and reads.changed_outside(owner) is None
                 for reads, to_owner in self.reads
@@ -142,6 +145,7 @@ class Survey:
         packed: list[tuple[Verified, FusedState[Any]]] = []
         requested: dict[str, str] = {}
         reads, weights = [], []
+        outside: dict[tuple[int, str], tuple[Any, str, Any]] = {}
         for owner, state, recipes in self._live_owners:
             if (
                 owner.training
@@ -165,8 +169,14 @@ class Survey:
                     weight = conv.weight
                 if weight is None:
                     continue
-                if live.reads is not None and live.reads.looks_outside:
-                    reads.append((live.reads, weakref.ref(owner)))
+                if live.reads is not None:
+                    # Blocks of one class read the same globals.
+                    outside.update(
+                        ((id(getattr(get, "__self__", get)), name), (get, name, then))
+                        for get, name, then in live.reads.outside
+                    )
+                    if not live.reads.identity_tells:
+                        reads.append((live.reads, weakref.ref(owner)))
                 weights.append(weight)
                 backend = requested.get(state.backend)
                 if backend is None:
@@ -178,7 +188,18 @@ class Survey:
                     others.append(Verified(id(owner), recipe, state.copies, live, False))
         unchanged, together = self._unchanged(packed, packs)
         recipes_now = {(v.owner, v.recipe.modules): v for v in (*others, *unchanged)}
-        return _Known(watch, packs, requested, reads, weights, [*map(_device, weights)], together, recipes_now, {})
+        return _Known(
+            watch,
+            packs,
+            requested,
+            [*outside.values()],
+            reads,
+            weights,
+            [*map(_device, weights)],
+            together,
+            recipes_now,
+            {},
+        )
 
     def _watch(self) -> ObjectWatch:
         """A watch of all that `_found` reads, but for values and what lies outside of the modules."""
