@@ -35,7 +35,7 @@ class ObjectWatch:
 
     Args:
         objects: of any class.
-        dicts: dicts and OrderedDicts.
+        dicts: dicts and OrderedDicts. Where one is a mapping of another kind, as in TorchScript's modules, nothing is seen.
         around: objects that are watched with their __dict__, but not kept, since they may hold the watch.
     """
 
@@ -51,7 +51,7 @@ class ObjectWatch:
     def renew(self) -> None:
         """Begins anew. Call it before reading what is watched, so that no write falls in between."""
         if self._sight is None:
-            self._sight = _sight()
+            self._sight = _sight() if all(isinstance(d, dict) for d in self._kept[1]) else None
             if self._sight is None:
                 return
             objects, dicts = ([*map(id, kept)] for kept in self._kept)

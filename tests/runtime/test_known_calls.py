@@ -202,3 +202,11 @@ def test_threads_that_call_and_write(looks):
     stop.set()
     writer.join()
     assert not wrong
+
+
+def test_a_module_of_torchscript_inside(looks):
+    model = network()
+    model.relu = torch.jit.script(nn.ReLU())
+    rk.fuse_(model)
+    for _ in range(3):
+        is_right(model)

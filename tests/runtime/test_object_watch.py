@@ -164,3 +164,10 @@ def test_who_holds_a_watch_around_itself_dies_with_its_last_reference(sight):
         assert reference() is None and not watch.are_unchanged()
     finally:
         gc.enable()
+
+
+def test_a_mapping_of_another_kind_is_no_dict(sight):
+    script = torch.jit.script(nn.Sequential(nn.ReLU()))
+    watch = ObjectWatch([script], dicts_of(script))
+    watch.renew()
+    assert not isinstance(script._parameters, dict) and not watch.are_unchanged()
