@@ -60,7 +60,7 @@ def check_milliseconds() -> float:
             state = state_of(model)
             assert state is not None and state.survey is not None
             start = time.perf_counter()
-            with checked_calls.verified_below(state.survey):
+            with checked_calls.verified_below(state.survey, packs=True):  # as a call does
                 samples.append(time.perf_counter() - start)
     return 1e3 * statistics.median(samples)
 
