@@ -182,9 +182,13 @@ def _backward_fake(dy, x, y, weight, bias, mean, rstd, training, eps, relu, need
     return tuple(value if needed else _nothing(x) for value, needed in zip(whole, needs))
 
 
+def _wants_gradients(arguments) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+
+
 def _autograd(*arguments):
     x, residual, *_, relu, backend = arguments
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+    if _wants_gradients(arguments):
         if not _is_ours(x, residual, relu, backend, learns=True):
             return _by_pytorch(*arguments[:-1])
         # By name: below autograd the op can't see that gradients are wanted, and would decide anew.
@@ -212,8 +216,8 @@ def undispatched(
     through Python and back a BN's forward and backward take the host a third longer.
     """
     arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
-    learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in arguments[:4])  # type: ignore[attr-defined]
-    if learns and not is_watched() and type(x) is Tensor and _runs_ours(x, residual, relu, backend, learns=True):
+    direct = _wants_gradients(arguments) and not is_watched() and type(x) is Tensor
+    if direct and _runs_ours(x, residual, relu, backend, learns=True):
         return _Direct.apply(*arguments)
     return torch.ops.resnet_kernels.batch_norm_act.default(*arguments, backend)[0]
 

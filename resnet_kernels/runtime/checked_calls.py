@@ -187,18 +187,17 @@ class Survey:
                 elif subclasses.are_known(live.convs):
                     others.append(Verified(id(owner), recipe, state.copies, live, False))
         unchanged, together = self._unchanged(packed, packs)
-        recipes_now = {(v.owner, v.recipe.modules): v for v in (*others, *unchanged)}
         return _Known(
-            watch,
-            packs,
-            requested,
-            [*outside.values()],
-            reads,
-            weights,
-            [*map(_device, weights)],
-            together,
-            recipes_now,
-            {},
+            watch=watch,
+            packs=packs,
+            requested=requested,
+            outside=[*outside.values()],
+            reads=reads,
+            weights=weights,
+            devices=[*map(_device, weights)],
+            together=together,
+            verified={(v.owner, v.recipe.modules): v for v in (*others, *unchanged)},
+            derived={},
         )
 
     def _watch(self) -> ObjectWatch:

@@ -58,7 +58,7 @@ class ObjectWatch:
             objects += [address for _, address, _ in self._around]
             dicts += [address for _, _, address in self._around]
             self._words = _array([*(address + _CLASS for address in objects), *self._sight.words_of(dicts)])
-            self._then = _array([0] * len(self._words))
+            self._then = type(self._words)()
         self._sight.calls.rk_read_words(len(self._words), self._words, self._then)
 
     def are_unchanged(self) -> bool:
@@ -147,7 +147,7 @@ def _sees(sight: _Sight) -> bool:
     value = _Object()
     kept: list[dict[Any, Any]] = [value.__dict__, {}, OrderedDict()]
     words = _array([id(value) + _CLASS, *sight.words_of([*map(id, kept)])])
-    then = _array([0] * len(words))
+    then = type(words)()
     if sys.getsizeof({}) < _VERSION + 8 or ctypes.c_uint64.from_address(words[0]).value != id(_Object):
         return False
 
