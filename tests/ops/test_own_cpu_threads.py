@@ -88,6 +88,13 @@ def layers():
     return [*found]
 
 
+@pytest.mark.parametrize("threads", (2, 4))
+def test_a_stems_tasks_are_shared_evenly(threads):
+    skip_unless_compiled()
+    stem = plans.Shapes((1, 3, 224, 224), (64, 3, 7, 7), normalize(2, 3, 1, 1), True, plans.Pool(3, 2, (1, 1, 1, 1)))
+    assert plans.plan_for("direct", stem, threads).tasks % threads == 0
+
+
 def _busiest(name, shapes, threads):
     """The largest share of a thread over the mean, if threads take tasks one by one; in steps of the micro-kernel."""
     found, plan = library.find(), plans.plan_for(name, shapes, threads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -152,6 +153,23 @@ def test_memory_does_not_grow_with_the_number_of_shapes(name):
         if (state := module.__dict__.get("_rk_state")) is not None:
             names = [key[0] for key in state.copies.compiled]
             assert all(names.count(one) <= 4 for one in names)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's /proc")
+def test_memory_does_not_grow_with_edits_of_a_weight():
+    net = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU()).eval()
+    ours, x = rk.fuse(net), torch.randn(1, 128, 6, 6)
+    weight = ours[0].weight
+    for edit in range(120):
+        if edit == 20:
+            before = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+        with torch.no_grad():
+            weight.mul_(0.99)
+        result(ours, x)
+    # Each packed weight has 1 MB.
+    assert int(Path("/proc/self/statm").read_text().split()[0]) * 4096 - before < 32 * 2**20
+    net[0].weight.data.copy_(weight)
+    torch.testing.assert_close(result(ours, x), result(net, x), rtol=1e-4, atol=1e-4)
 
 
 # ---- outputs

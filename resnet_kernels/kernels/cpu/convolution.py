@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import library
+from . import large_pages, library
 from .library import Library
 from .plans import Pool, Shapes, plan_for
 
@@ -96,7 +96,7 @@ def weight_elements(name: str, shape: tuple[int, ...], panel: int) -> int:
     return (16 if name == "winograd" else kernel_h * kernel_w) * -(-c_out // panel) * panel * c_in
 
 
-def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None:
+def pack(name: str, weight: Tensor, for_gradient: bool = False, is_kept: bool = False) -> Tensor | None:
     """Returns a copy of a weight in a kernel's order; None if the kernel can't take its values.
 
     Args:
@@ -105,6 +105,7 @@ def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None
             be taken, nor those whose transform overflows.
         for_gradient: packs the weight of the convolution that computes x's gradient from y's at stride 1: rotated by 180
             degrees, with C_out and C_in exchanged.
+        is_kept: whether many calls will read the copy: then it lies in large pages.
     """
     found = library.find()
     assert isinstance(found, Library), "why_not has seen the library"
@@ -118,8 +119,12 @@ def pack(name: str, weight: Tensor, for_gradient: bool = False) -> Tensor | None
         # A rotation is a walk backwards from the last tap.
         first += weight.itemsize * sum((size - 1) * step for size, step in zip(shape[2:], strides[2:]))
         shape, strides = (shape[1], shape[0], *shape[2:]), (strides[1], strides[0], -strides[2], -strides[3])
-    with torch._C.DisableTorchFunction():
-        packed = torch.empty(weight_elements(name, shape, found.panel), dtype=torch.float32, device="cpu")
+    elements = weight_elements(name, shape, found.panel)
+    if is_kept:
+        packed = large_pages.shared(elements)
+    else:
+        with torch._C.DisableTorchFunction():
+            packed = torch.empty(elements, dtype=torch.float32, device="cpu")
     refused = found.calls.rk_pack(
         found.number, KINDS.index(name), first, four(*shape), four(*strides), packed.data_ptr(), found.threads(),
         found.parallel,
@@ -155,13 +160,12 @@ _MOST_KEPT = 2**24
 
 def _scratch_of(elements: int) -> Tensor:
     """Memory of at least this many floats."""
-    memory: Tensor | None = getattr(_scratch, "memory", None)
-    if memory is None or memory.numel() < elements:
-        with torch.inference_mode(False):
-            memory = torch.empty(elements, dtype=torch.float32, device="cpu")
+    kept: Tensor | None = getattr(_scratch, "kept", None)
+    if kept is None or kept.numel() < elements:
+        kept = large_pages.own(elements)
         if elements <= _MOST_KEPT:
-            _scratch.memory = memory
-    return memory
+            _scratch.kept = kept
+    return kept
 
 
 @functools.lru_cache(_CACHED)

@@ -26,7 +26,9 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
         EACH(POINT)
         for (int64_t k = 0; k < depth; k++, w += PANEL) {
             if (!SECOND) { /* groups have few weights for each row: there it costs 5% */
-                __builtin_prefetch(next, 0, 3);
+                fetch(next);
+                if (next_step > LINE)
+                    fetch(next + LINE / 4);
                 next = (const float *)((const char *)next + next_step);
             }
             Vector w0 = load(w), w1 = load(w + WIDTH);

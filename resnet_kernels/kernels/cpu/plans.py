@@ -161,8 +161,9 @@ def plan_for(name: str, shapes: Shapes, threads: int) -> Plan:
             share = cost * -(-tasks // threads)
             # Threads that are not equally fast wait for a part of the last task, so smaller ones are worth something.
             waiting = 0.0 if threads == 1 else _WAITING * cost
-            total = max(cost, cost_of_all / threads) + waiting
-            plans.append(Plan(block, each, tasks, total, share * threads / cost_of_all))
+            # In front of a pool there are few tasks, all alike, so the busiest thread has whole ones.
+            busiest = share if shapes.pool else max(cost, cost_of_all / threads)
+            plans.append(Plan(block, each, tasks, busiest + waiting, share * threads / cost_of_all))
     return min(plans, key=lambda plan: (plan.unevenness > _MOST_UNEVEN, plan.cost))
 
 

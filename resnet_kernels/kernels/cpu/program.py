@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import library
+from . import large_pages, library
 from .convolution import KINDS, Arguments, Kernel
 from .library import Library
 
@@ -245,6 +245,5 @@ class Memories(threading.local):
         """Memory of at least so many floats, for one call of the thread that asks."""
         if self.kept is None or self.kept.numel() < floats:
             self.kept = None  # its pages go before new ones come
-            with torch.inference_mode(False):
-                self.kept = torch.empty(floats, dtype=torch.float32, device="cpu")
+            self.kept = large_pages.own(floats)
         return self.kept

@@ -67,7 +67,7 @@ def _runner(name: str, asked: PackedProblem) -> Callable[[Tensor, Tensor, Tensor
 def _prepare(name: str, asked: PackedProblem, x: Tensor, weight: Tensor, bias: Tensor) -> Callable[[Tensor], Tensor]:
     geometry = asked.conv.geometry
     if name != "onednn":
-        packed = convolution.pack(name, weight)
+        packed = convolution.pack(name, weight, is_kept=True)
         if packed is None:
             raise RuntimeError(f"{name} can't take this weight")
         shapes = cpu_candidates.own_shapes(tuple(x.shape), asked.conv.weight_shape, geometry)

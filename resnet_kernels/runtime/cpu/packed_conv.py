@@ -187,7 +187,7 @@ class PackedConv:
             return None
         weight = self._weights.get("direct")
         if weight is None:
-            weight = convolution.pack("direct", self._folded_as_packed())
+            weight = convolution.pack("direct", self._folded_as_packed(), is_kept=True)
         if weight is None:
             return None
         self._weights["direct"] = weight
@@ -202,7 +202,7 @@ class PackedConv:
                 if len(self._weights) >= _MOST_LAYOUTS:
                     return None
                 folded = self._folded_as_packed() if folded is None else folded
-                weight = convolution.pack(name, folded)
+                weight = convolution.pack(name, folded, is_kept=True)
             if weight is not None:
                 self._weights[name] = weight
                 shapes = cpu_candidates.own_shapes(tuple(shape), weight_shape, geometry)

@@ -29,7 +29,7 @@ class PackedLinear:
         self._bias = self._packed = None
         # PyTorch broadcasts a bias of another shape, and knows other kinds of tensors.
         if _is_plain(weight, 2) and (bias is None or (_is_plain(bias, 1) and len(bias) == len(weight))):
-            self._packed = convolution.pack("direct", weight[:, :, None, None])
+            self._packed = convolution.pack("direct", weight[:, :, None, None], is_kept=True)
             # Not the user's own memory: our kernels keep an address.
             self._bias = None if bias is None else bias.detach().clone().contiguous()
 

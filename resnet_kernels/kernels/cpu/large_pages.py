@@ -1,0 +1,74 @@
+"""Memory in pages of 2 MB, for what many calls read: packed weights, and the workspace of programs.
+
+A processor keeps the addresses of a few thousand pages at most (its TLB). In pages of 4 KB the packed weights of a ResNet are
+20,000 to 50,000 of them, and Winograd reads 16 planes of weights at once. On Linux a process may ask for large pages where
+/sys/kernel/mm/transparent_hugepage/enabled says "always" or "madvise". Elsewhere this is memory like any other.
+"""
+
+from __future__ import annotations
+
+import mmap
+import threading
+
+import torch
+from torch import Tensor
+
+_LARGE_PAGE = 2 << 20
+_CHUNK = 2 * _LARGE_PAGE
+_CACHE_LINE = 64
+
+
+def own(floats: int) -> Tensor:
+    """Returns (floats,) in fp32 on the CPU, of any values, in memory of its own: as many large pages as it fills."""
+    size = 4 * floats
+    if size < _LARGE_PAGE or not _has_large_pages():
+        with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+            return torch.empty(floats, dtype=torch.float32, device="cpu")
+    mapped, begin = _map(size)
+    return _floats(mapped, begin, floats)
+
+
+def shared(floats: int) -> Tensor:
+    """Like `own`; small pieces of a thread share large pages, which are freed with the last piece in them."""
+    size = -(-4 * floats // _CACHE_LINE) * _CACHE_LINE
+    if size > _CHUNK // 2 or not _has_large_pages():
+        return own(floats)
+    if _chunk.mapped is None or _chunk.used + size > _chunk.end:
+        _chunk.mapped, _chunk.used = _map(_CHUNK)
+        _chunk.end = _chunk.used + _CHUNK
+    begin = _chunk.used
+    _chunk.used += size
+    return _floats(_chunk.mapped, begin, floats)
+
+
+class _Chunk(threading.local):
+    """What `shared` cuts its next piece from; one of each thread needs no lock, which a fork could leave locked."""
+
+    def __init__(self) -> None:
+        self.mapped: mmap.mmap | None = None
+        self.used = self.end = 0
+
+
+_chunk = _Chunk()
+
+
+def _has_large_pages() -> bool:
+    return hasattr(mmap, "MADV_HUGEPAGE")
+
+
+def _map(size: int) -> tuple[mmap.mmap, int]:
+    """Maps so many bytes, and says where they begin: at a large page. The mapping ends with its last tensor."""
+    # Longer, so that a large page can begin in it. What is never touched takes no memory.
+    mapped = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    begin = -_floats(mapped, 0, 1).data_ptr() % _LARGE_PAGE
+    try:
+        # Whole pages alone: the rest would take up to 2 MB more than it fills.
+        mapped.madvise(mmap.MADV_HUGEPAGE, begin, size // _LARGE_PAGE * _LARGE_PAGE)
+    except OSError:
+        pass  # this kernel has none
+    return mapped, begin
+
+
+def _floats(mapped: mmap.mmap, begin: int, floats: int) -> Tensor:
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False):
+        return torch.frombuffer(mapped, dtype=torch.float32, count=floats, offset=begin)
