@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 import torch.fx
+import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
 from .fusible import (
     has_act,
     is_batch_norm,
+    is_frozen,
     is_known,
     is_plain_max_pool,
     original_class,
@@ -163,30 +165,75 @@ def _chains(
 def _with_head(chain: Chain, head: Head | None, seen: Collection[str]) -> Chain:
     if head is None or chain.members[-1] in seen:
         return chain
-    return Chain((*chain.members, head.pool, head.linear), chain.parts, head)
+    first = head.norm if head.pool is None else head.pool
+    assert first is not None
+    return Chain((*chain.members, first, head.linear), chain.parts, head)
 
 
 def _head(
     last: Node, children: Mapping[str, nn.Module], calls: Mapping[Any, int], shared: Collection[str]
 ) -> Head | None:
     """The head behind a node; None if something else is there."""
+    head = _modules_of_head(last, children) or _norm_of_head(last, children)
+    members = [] if head is None else [path for path in head if path is not None]
+    return None if any(calls[path] != 1 or path in shared for path in members) else head
+
+
+def _modules_of_head(last: Node, children: Mapping[str, nn.Module]) -> Head | None:
+    """A head as torchvision has it: a pool, flattening, a linear layer."""
     pool = _only_reader(last)
     flatten = None if pool is None else _only_reader(pool)
     linear = None if flatten is None else _only_reader(flatten)
     if pool is None or flatten is None or linear is None:
         return None
-    paths = [str(node.target) for node in (pool, flatten, linear) if node.op == "call_module"]
-    if any(calls[path] != 1 or path in shared for path in paths):
-        return None
     if not (_calls(pool, last, children, nn.AdaptiveAvgPool2d) and _calls(linear, flatten, children, nn.Linear)):
         return None
     if _calls(flatten, pool, children, nn.Flatten):
-        return Head(*paths)
-    is_function = flatten.op == "call_function" and flatten.target is torch.flatten
-    is_method = flatten.op == "call_method" and flatten.target == "flatten"
-    if (is_function or is_method) and (flatten.args, flatten.kwargs) in (((pool, 1), {}), ((pool,), {"start_dim": 1})):
-        return Head(paths[0], None, paths[1])
-    return None
+        return Head(str(pool.target), str(flatten.target), str(linear.target))
+    return Head(str(pool.target), None, str(linear.target)) if _flattens(flatten, pool) else None
+
+
+def _norm_of_head(last: Node, children: Mapping[str, nn.Module]) -> Head | None:
+    """A head as slim's ResNet v2 has it: conv(relu(bn(x)).mean((2, 3), keepdim=True)).flatten(1)."""
+    nodes = [last]
+    for _ in range(5):
+        reader = _only_reader(nodes[-1])
+        if reader is None:
+            return None
+        nodes.append(reader)
+    _, norm, act, mean, conv, flatten = nodes
+    bn = (
+        children.get(str(norm.target))
+        if norm.op == "call_module" and (norm.args, norm.kwargs) == ((last,), {})
+        else None
+    )
+    if bn is None or not is_batch_norm(bn) or has_act(bn) or why_not_bn(bn) is not None:
+        return None
+    is_relu = act.op == "call_function" and act.target in (F.relu, torch.relu) and not act.kwargs.get("inplace")
+    if not (is_relu and act.args == (norm,) and _averages(mean, act) and _calls(conv, mean, children, nn.Conv2d)):
+        return None
+    return Head(None, None, str(conv.target), str(norm.target)) if _flattens(flatten, conv) else None
+
+
+def _does(node: Node, name: str) -> bool:
+    """Whether a node calls torch's function, or a tensor's method, of a name."""
+    is_function = node.op == "call_function" and node.target is getattr(torch, name)
+    return is_function or (node.op == "call_method" and node.target == name)
+
+
+def _flattens(node: Node, x: Node) -> bool:
+    """Whether a node flattens x from the channels on."""
+    return _does(node, "flatten") and (node.args, node.kwargs) in (((x, 1), {}), ((x,), {"start_dim": 1}))
+
+
+def _averages(node: Node, x: Node) -> bool:
+    """Whether a node averages x over an image's pixels, and keeps both dimensions."""
+    if not _does(node, "mean"):
+        return False
+    given = dict(zip(("x", "dim", "keepdim"), node.args)) | node.kwargs
+    dims = given.pop("dim", None)
+    axes = sorted(d % 4 for d in dims) if isinstance(dims, (tuple, list)) and all(type(d) is int for d in dims) else []
+    return axes == [2, 3] and given == {"x": x, "keepdim": True}
 
 
 def _calls(node: Node, x: Node, children: Mapping[str, nn.Module], cls: type[nn.Module]) -> bool:
@@ -204,6 +251,20 @@ def head_is_as_read(pool: Any, flatten: Any, linear: Any) -> bool:
         and (flatten is None or (type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)))
         and type(linear) is nn.Linear
         and all(why_not_patched(child) is None for child in (pool, flatten, linear) if child is not None)
+    )
+
+
+def norm_head_is_as_read(norm: Any, conv: Any) -> bool:
+    """Whether a head's modules are what they have to be: a BN with its own statistics, a product of one pixel's channels."""
+    return (
+        is_batch_norm(norm)
+        and not has_act(norm)
+        and why_not_bn(norm) is None
+        and is_frozen(norm)
+        and type(conv) is nn.Conv2d
+        and why_not_conv(conv) is None
+        and (conv.kernel_size, conv.stride, conv.groups) == ((1, 1), (1, 1), 1)
+        and conv.padding in (0, (0, 0))
     )
 
 

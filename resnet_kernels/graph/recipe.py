@@ -129,21 +129,24 @@ class ChainPart(NamedTuple):
 
 
 class Head(NamedTuple):
-    """What follows the last block of a classifier: the paths of the global average pool, nn.Flatten and nn.Linear.
+    """What follows the last block of a classifier: a global average, and a linear layer.
 
-    flatten: None where the forward flattens by itself.
+    pool, flatten: the paths of nn.AdaptiveAvgPool2d and nn.Flatten; None where the forward does it by itself.
+    linear: the path of nn.Linear, or of a 1x1 convolution that reads the averages.
+    norm: the path of a BN, with a ReLU behind it, before the average of a forward that computes both by itself.
     """
 
-    pool: str
+    pool: str | None
     flatten: str | None
     linear: str
+    norm: str | None = None
 
 
 class Chain(NamedTuple):
     """Modules that a container's forward calls one after the other, each on what only the one before it has made.
 
-    members: the paths of what the forward calls. parts: all recipes in them, in order. head: the pool and the linear layer
-    behind them, which are members, too. around: the nn.Sequentials around its parts, whose forwards don't run, with the
+    members: the paths of what the forward calls. parts: all recipes in them, in order. head: what follows them; its pool or BN,
+    and its linear layer, are members, too. around: the nn.Sequentials around its parts, whose forwards don't run, with the
     names of their children: with others, something else runs between its parts.
     """
 

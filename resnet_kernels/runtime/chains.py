@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..graph import fusible
-from ..graph.container_plan import head_is_as_read
+from ..graph.container_plan import head_is_as_read, norm_head_is_as_read
 from ..graph.recipe import Chain, ContainerPlan, Head, Recipe
 from ..kernels.cpu import library
 from ..ops.dtypes import autocast_dtype
@@ -42,9 +42,19 @@ def may_run(x: Any) -> bool:
     )
 
 
-def run(
-    container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x: Any
-) -> tuple[Tensor, frozenset[str]] | None:
+class Ran(NamedTuple):
+    """What a chain has made.
+
+    y: what each of its members returns, but for `last`. members: those that it stands for. last: what the linear layer of a
+    head with a BN returns. The forward computes ReLU and average by itself, here once more, of y: they change it no more.
+    """
+
+    y: Tensor
+    members: frozenset[str]
+    last: Tensor | None = None
+
+
+def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x: Any) -> Ran | None:
     """Runs a chain on x as one program; None if that can't be, and its members have to run one by one.
 
     Args:
@@ -52,9 +62,6 @@ def run(
         state: of the container.
         chain: of its plan.
         x: what the first member gets.
-
-    Returns:
-        The output, and the members that it stands for.
     """
     if state.normalize is not None and chain.members[0] == state.plan.entry:
         x = state.normalize(x, dtype_of(container))
@@ -73,19 +80,20 @@ def run(
         head = _head(container, state, chain.head)
         program = compiled_program.find(copies.compiled, members[0], x, sections, head) if head else None
         if program is not None:
-            return program(x, memories), frozenset(members)
+            y, *last = program(x, memories)
+            return Ran(y, frozenset(members), *last)
         members = members[:-2]
     program = compiled_program.find(copies.compiled, f"{members[0]} without its head", x, sections)
     if program is None:
         return None
-    y = program(x, memories)
+    (y,) = program(x, memories)
     if members[-1] in state.plan.seen:
         y = checked_calls.as_eager(y)
     # Eager's convolution returns channels_last if its input or its weight is. At the entry the container sees to it.
     if members[0] != state.plan.entry and not is_channels_last(x):
         weights = (conv.weight for section in sections for conv in section.live.convs)
         y = y if any(map(is_channels_last, weights)) else as_contiguous(y)
-    return y, frozenset(members)
+    return Ran(y, frozenset(members))
 
 
 _NOTHING: tuple[None, frozenset[str]] = (None, frozenset())
@@ -123,18 +131,27 @@ def _sections(
 
 def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) -> PackedLinear | None:
     """The packed linear layer of a head, packed now if it has changed; None if PyTorch has to run it as it is by now."""
-    pool, linear = child_at(container, head.pool), child_at(container, head.linear)
-    flatten = None if head.flatten is None else child_at(container, head.flatten)
-    if (head.flatten is not None and flatten is None) or not head_is_as_read(pool, flatten, linear):
+    linear = child_at(container, head.linear)
+    modules = [(head.linear, linear)]
+    bn = None
+    if head.norm is not None:
+        bn = child_at(container, head.norm)
+        if not fusible.is_batch_norm(bn) or not norm_head_is_as_read(bn, linear):
+            return None
+        modules.append((head.norm, bn))
+    else:
+        pool = child_at(container, head.pool or "")
+        flatten = None if head.flatten is None else child_at(container, head.flatten)
+        if (head.flatten is not None and flatten is None) or not head_is_as_read(pool, flatten, linear):
+            return None
+    if not isinstance(linear, (nn.Linear, nn.Conv2d)) or not isinstance(linear.weight, Tensor):
         return None
-    if not isinstance(linear, nn.Linear) or not isinstance(linear.weight, Tensor):
-        return None
-    if subclasses.why_not_weights([(head.linear, linear)]) is not None:
+    if subclasses.why_not_weights([(path, child) for path, child in modules if child is not None]) is not None:
         return None
     linears = state.copies.linears
     packed = linears.get(head.linear)
-    if packed is None or not (packed.is_of(linear) if state.frozen else packed.is_unchanged(linear)):
-        packed = linears[head.linear] = PackedLinear(linear, head.linear, head.pool)
+    if packed is None or not (packed.is_of(linear, bn) if state.frozen else packed.is_unchanged(linear, bn)):
+        packed = linears[head.linear] = PackedLinear(linear, head.linear, head.norm or head.pool or "", bn)
     return packed if packed.can_run else None
 
 
@@ -149,7 +166,7 @@ def stand_ins(
         calls: what stands in for a member that runs by itself, by path; the child itself for all others.
     """
     for chain in state.plan.chains:
-        done: set[str] = set()  # the members that ran already, in this call
+        done: list[Ran] = []  # what ran already, in this call
         for member in chain.members:
             alone = calls.get(member) or child_at(container, member)
             if alone is not None:
@@ -160,17 +177,18 @@ def _call(
     container: nn.Module,
     state: FusedState[ContainerPlan],
     chain: Chain,
-    done: set[str],
+    done: list[Ran],
     member: str,
     alone: Callable[..., Any],
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    if member in done:
-        return args[0]
+    if done and member in done[0].members:
+        is_last = done[0].last is not None and member == chain.members[-1]
+        return done[0].last if is_last else args[0]
     if member == chain.members[0] and len(args) == 1 and not kwargs:
         ran = run(container, state, chain, args[0])
         if ran is not None:
-            done.update(ran[1])
-            return ran[0]
+            done[:] = [ran]
+            return ran.y
     return alone(*args, **kwargs)

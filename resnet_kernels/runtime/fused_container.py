@@ -177,7 +177,7 @@ def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, k
             continue
         ran = chains.run(module, state, chained[name], x) if name in chained else None
         if ran is not None:
-            x, done = ran
+            x, done = ran.y, ran.members
             # Only a channels_last tensor may go to the next block without a check.
             ours = isinstance(x, Tensor) and is_channels_last(x)
             known = BlockInput(owned=True, backend=(state.backend, "cpu") if ours else None)

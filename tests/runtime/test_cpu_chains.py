@@ -16,6 +16,7 @@ from helpers.cpu_chains import assert_next_call_like_eager, net_and_ours, result
 from helpers.own_kernels import skip_unless_compiled
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.kernels.cpu.program import Program
+from resnet_kernels.models.random_weights import randomise_batch_norms_
 
 # Edits that end a chain are said to; and CSR tensors are in beta.
 pytestmark = pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning", "ignore:Sparse CSR:UserWarning")
@@ -23,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning", 
 # Layers of the small torchvision network as one program, with the global average and the linear layer; and without.
 WHOLE, HEADLESS = [16], [14]
 # Of the others.
-D2L, V2, RESNEXT = [10], [16], [22]
+D2L, V2, V2_HEADLESS, RESNEXT = [10], [19], [16], [22]
 
 
 @pytest.fixture(autouse=True)
@@ -297,6 +298,152 @@ def test_the_next_call_sees_an_edit_of_a_preactivation(programs, x):
         programs.clear()
         assert not torch.equal(assert_next_call_like_eager(net, ours, x), before)
         assert programs == V2
+
+
+def _without_bias(model):
+    model.logits.weight.data.mul_(2)
+    model.logits.bias = None
+
+
+def _another(path, make):
+    def edit(model):
+        torch.manual_seed(7)
+        model.register_module(path, make().eval())
+
+    return edit
+
+
+# How each makes the next call run. The forward itself computes a ReLU and a mean between these modules.
+HEAD_EDITS = {
+    "weight": (lambda m: m.logits.weight.data.mul_(2), V2),
+    "bias": (lambda m: m.logits.bias.data.add_(1), V2),
+    "no bias": (_without_bias, V2),
+    "gamma": (lambda m: m.postnorm.weight.data.mul_(-1), V2),
+    "beta": (lambda m: m.postnorm.bias.data.sub_(1), V2),
+    "mean": (lambda m: m.postnorm.running_mean.add_(1), V2),
+    "var": (lambda m: m.postnorm.running_var.mul_(3), V2),
+    "eps": (lambda m: setattr(m.postnorm, "eps", 0.5), V2),
+    "all below zero": (lambda m: m.postnorm.bias.data.fill_(-1e4), V2),
+    "nan": (lambda m: m.postnorm.bias.data.__setitem__(3, float("nan")), V2),
+    "inf": (lambda m: m.logits.weight.data.__setitem__((3, 0), float("inf")), V2_HEADLESS),
+    "another BN": (_another("postnorm", lambda: randomise_batch_norms_(nn.BatchNorm2d(64))), V2),
+    "another convolution": (_another("logits", lambda: nn.Conv2d(64, 20, 1)), V2),
+    "more classes": (_another("logits", lambda: nn.Conv2d(64, 33, 1)), V2),
+    "3x3": (_another("logits", lambda: nn.Conv2d(64, 20, 3, padding=1)), V2_HEADLESS),
+    "padding": (_another("logits", lambda: nn.Conv2d(64, 20, 1, padding=1)), V2_HEADLESS),
+    "stride": (_another("logits", lambda: nn.Conv2d(64, 20, 1, stride=2)), V2_HEADLESS),
+    "groups": (_another("logits", lambda: nn.Conv2d(64, 20, 1, groups=4)), V2_HEADLESS),
+    "GroupNorm": (_another("postnorm", lambda: nn.GroupNorm(4, 64)), V2_HEADLESS),
+    "fewer channels": (_another("postnorm", lambda: nn.BatchNorm2d(32)), V2_HEADLESS),
+    "BN's forward": (lambda m: setattr(m.postnorm, "forward", torch.sigmoid), V2_HEADLESS),
+    "convolution's forward": (lambda m: setattr(m.logits, "forward", lambda x: x * 2), V2_HEADLESS),
+    "parametrized": (lambda m: parametrize.register_parametrization(m.logits, "weight", _Halved()), V2_HEADLESS),
+    "bf16": (lambda m: m.logits.bfloat16(), V2_HEADLESS),
+}
+
+
+@pytest.mark.parametrize("edit", HEAD_EDITS, ids=[name.replace(" ", "_") for name in HEAD_EDITS])
+def test_the_next_call_sees_an_edit_of_a_preactivation_nets_head(edit, programs, x):
+    change, expected = HEAD_EDITS[edit]
+    net, ours = net_and_ours("v2")
+    before = result(ours, x)
+    with torch.no_grad():
+        change(net), change(ours)
+    programs.clear()
+    y = assert_next_call_like_eager(net, ours, x, edit)
+    assert programs == expected
+    assert isinstance(y, Exception) or not torch.equal(y, before)
+
+
+def test_batch_statistics_of_a_preactivation_nets_head_are_pytorchs(programs, x):
+    net, ours = net_and_ours("v2")
+    for model in (net, ours):
+        model.postnorm.train()
+    torch.testing.assert_close(result(ours, x), result(net, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours.postnorm.running_mean, net.postnorm.running_mean)
+    assert programs == V2_HEADLESS
+
+
+@pytest.mark.parametrize("path", ("postnorm", "logits"))
+def test_a_hook_of_a_preactivation_nets_head_fires_on_what_eager_has_there(path, programs, x):
+    net, ours = net_and_ours("v2")
+    first = result(ours, x)
+    seen = {}
+    for model in (net, ours):
+        values = seen[model] = []
+        handle = model.get_submodule(path).register_forward_hook(
+            lambda module, arguments, y, values=values: values.extend(v.clone() for v in (*arguments, y))
+        )
+        programs.clear()
+        torch.testing.assert_close(result(model, x), first, rtol=1e-4, atol=1e-4)
+        handle.remove()
+    assert len(seen[net]) == len(seen[ours]) == 2 and programs != V2
+    for one, of_eager in zip(seen[ours], seen[net]):
+        assert one.stride() == of_eager.stride()
+        torch.testing.assert_close(one, of_eager, rtol=1e-3, atol=1e-3)
+    programs.clear()
+    assert torch.equal(result(ours, x), first) and programs == V2
+
+
+class _Head(nn.Module):
+    """A block, and what heads are made of."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.bn = rk.models.resnet_v1.BasicBlock(8, 8), nn.BatchNorm2d(8)
+        self.conv = nn.Conv2d(8, 5, 1)
+
+
+def _twice_read(m, x):
+    y = F.relu(m.bn(m.block(x))).mean((2, 3), keepdim=True)
+    return torch.flatten(m.conv(y), 1) + y.flatten(1)[:, :5]
+
+
+ENDS = {
+    "method": (True, lambda m, x: m.conv(F.relu(m.bn(m.block(x))).mean((2, 3), keepdim=True)).flatten(1)),
+    "function": (
+        True,
+        lambda m, x: torch.flatten(m.conv(torch.mean(F.relu(m.bn(m.block(x))), [-1, -2], True)), start_dim=1),
+    ),
+    "named": (
+        True,
+        lambda m, x: m.conv(torch.relu(m.bn(m.block(x))).mean(dim=(3, 2), keepdim=True)).flatten(start_dim=1),
+    ),
+    "height alone": (False, lambda m, x: m.conv(F.relu(m.bn(m.block(x))).mean((2,), keepdim=True)).flatten(1)),
+    "channels": (
+        False,
+        lambda m, x: m.conv(F.relu(m.bn(m.block(x))).mean((1, 3), keepdim=True).expand(-1, 8, -1, -1)).flatten(1),
+    ),
+    "no ReLU": (False, lambda m, x: m.conv(m.bn(m.block(x)).mean((2, 3), keepdim=True)).flatten(1)),
+    "another activation": (False, lambda m, x: m.conv(F.elu(m.bn(m.block(x))).mean((2, 3), keepdim=True)).flatten(1)),
+    "in place": (
+        False,
+        lambda m, x: m.conv(F.relu(m.bn(m.block(x)), inplace=True).mean((2, 3), keepdim=True)).flatten(1),
+    ),
+    "sum": (False, lambda m, x: m.conv(F.relu(m.bn(m.block(x))).sum((2, 3), keepdim=True)).flatten(1)),
+    "maximum": (False, lambda m, x: m.conv(F.relu(m.bn(m.block(x))).amax((2, 3), keepdim=True)).flatten(1)),
+    "a dtype": (
+        False,
+        lambda m, x: m.conv(F.relu(m.bn(m.block(x))).mean((2, 3), keepdim=True, dtype=x.dtype)).flatten(1),
+    ),
+    "flat from the batch on": (
+        False,
+        lambda m, x: m.conv(F.relu(m.bn(m.block(x))).mean((2, 3), keepdim=True)).flatten(0),
+    ),
+    "not flat": (False, lambda m, x: m.conv(F.relu(m.bn(m.block(x))).mean((2, 3), keepdim=True))),
+    "read twice": (False, _twice_read),
+}
+
+
+@pytest.mark.parametrize("name", ENDS, ids=[name.replace(" ", "_") for name in ENDS])
+def test_a_head_is_what_computes_as_slims_does(name):
+    is_head, forward = ENDS[name]
+    net = randomise_batch_norms_(type("Net", (_Head,), {"forward": forward})()).eval()
+    ours, x = rk.fuse(net), torch.randn(2, 8, 9, 9)
+    heads = [chain.head is not None for chain in ours._rk_state.plan.chains] if hasattr(ours, "_rk_state") else []
+    assert any(heads) == is_head
+    for _ in range(2):
+        assert_next_call_like_eager(net, ours, x, name)
 
 
 def _regroup(model):

@@ -55,7 +55,8 @@ static Window window_of(const Convolution *c, int64_t h, int64_t w)
     return (Window){most(0, top), least(c->in_h, top + c->pool_kernel), most(0, left), least(c->in_w, left + c->pool_kernel)};
 }
 
-/* One task: `block` pooled rows of an image. `average` is known at compile time. */
+/* One task: `block` pooled rows of an image. `average` is known at compile time. An average adds up rows, and then their sums:
+ * one chain over all pixels would err more than torch.mean does. */
 INLINE void pool_run(const Convolution *c, int64_t task, int average)
 {
     int64_t per_image = blocks(c->pool_h, c->block), image = task / per_image, channels = c->c_in;
@@ -70,20 +71,26 @@ INLINE void pool_run(const Convolution *c, int64_t task, int average)
             int64_t k = 0;
             for (; k + WIDTH <= channels; k += WIDTH) {
                 Vector v = average ? (Vector){0} : load(first + k);
-                for (int64_t i = at.h0; i < at.h1; i++)
+                for (int64_t i = at.h0; i < at.h1; i++) {
+                    Vector row = average ? (Vector){0} : v;
                     for (int64_t j = at.w0; j < at.w1; j++) {
                         Vector pixel = load(x + (i * c->in_w + j) * channels + k);
-                        v = average ? v + pixel : larger(v, pixel);
+                        row = average ? row + pixel : larger(row, pixel);
                     }
+                    v = average ? v + row : row;
+                }
                 store(y + k, average ? v / count : v);
             }
             for (; k < channels; k++) {
                 float v = average ? 0 : first[k];
-                for (int64_t i = at.h0; i < at.h1; i++)
+                for (int64_t i = at.h0; i < at.h1; i++) {
+                    float row = average ? 0 : v;
                     for (int64_t j = at.w0; j < at.w1; j++) {
                         float pixel = x[(i * c->in_w + j) * channels + k];
-                        v = average ? v + pixel : larger_one(v, pixel);
+                        row = average ? row + pixel : larger_one(row, pixel);
                     }
+                    v = average ? v + row : row;
+                }
                 y[k] = average ? v / count : v;
             }
         }

@@ -80,6 +80,7 @@ class CompiledProgram:
             parts.append(_Layers((x_shape[0], *shape[1:]), [], self._head))
         numbers = itertools.count(1)
         layers: list[Layer] = []
+        results: dict[int, tuple[int, ...]] = {}
         value = 0
         for part in parts:
             x, value = value, next(numbers)
@@ -93,7 +94,10 @@ class CompiledProgram:
                     layers.append(
                         layer._replace(x=values[layer.x.value], residual=residual, out=values[layer.out.value])
                     )
-        return Program(layers, x_shape, {value: (x_shape[0], *parts[-1].out_shape[1:])}, torch.get_num_threads())
+                if part.average is not None:
+                    results[values[part.average].value] = part.shape_of(part.average)
+        results[value] = (x_shape[0], *parts[-1].out_shape[1:])
+        return Program(layers, x_shape, results, torch.get_num_threads())
 
     @property
     def runs(self) -> bool:
@@ -110,8 +114,8 @@ class CompiledProgram:
             and all(_settings(child) == found for child, found in self._pools)
         )
 
-    def __call__(self, x: Tensor, memories: Memories) -> Tensor:
-        """Returns the output, channels_last: memory of its own.
+    def __call__(self, x: Tensor, memories: Memories) -> list[Tensor]:
+        """Returns the output, channels_last: memory of its own. Behind a head with a BN the averages come before it.
 
         Args:
             x: fp32, of the shape that it was made for, in any layout.
@@ -123,7 +127,7 @@ class CompiledProgram:
                 x = x.contiguous(memory_format=torch.channels_last)
             assert self._program is not None
             around = self._range if torch.autograd._profiler_enabled() else None
-            return self._program(x, memories.of(self._program.floats), around)[0]
+            return self._program(x, memories.of(self._program.floats), around)
 
     def _range(self, number: int) -> AbstractContextManager[Any]:
         """What profilers show of a layer: a range with the step's path, and in it an operation."""
@@ -152,13 +156,14 @@ class _Layers:
 
     Attributes:
         layers: in order. pools: the pool modules among them, with their settings.
-        images: their number. result: the number of the output.
+        images: their number. result: the number of the output. average: that of a head's averages, if the forward gets them.
     """
 
     def __init__(self, x_shape: tuple[int, ...], sections: Sequence[Section], head: PackedLinear | None = None):
         self.layers: list[Layer] = []
         self.pools: list[tuple[nn.Module, list[Any]]] = []
         self.images, self.result = x_shape[0], 0
+        self.average: int | None = None
         self._shapes = {0: x_shape}
         self._threads = torch.get_num_threads()
         # Of each section: how many layers there are at its end.
@@ -174,7 +179,11 @@ class _Layers:
     @property
     def out_shape(self) -> tuple[int, ...]:
         """The shape of the output."""
-        return self._shapes[self.result]
+        return self.shape_of(self.result)
+
+    def shape_of(self, number: int) -> tuple[int, ...]:
+        """The shape of a value."""
+        return self._shapes[number]
 
     def can_read_contiguous(self) -> bool:
         """Whether all that read the input read it by its strides."""
@@ -253,7 +262,16 @@ class _Layers:
         self.result = numbers[recipe.result]
 
     def _add_head(self, linear: PackedLinear) -> None:
-        pooled = self._layer(convolution.global_average(self.out_shape), self.result, None, linear.pool_path)
+        value, shape = self.result, self.out_shape
+        if linear.norm is not None:
+            activation = linear.norm.activation
+            if activation is None or len(activation.scale) != shape[1]:
+                raise _HasNoKernel
+            kernel = convolution.elementwise(shape, activation.scale, activation.shift, True, self._threads)
+            value = self._layer(kernel, value, None, linear.pool_path)
+        pooled = self._layer(convolution.global_average(shape), value, None, linear.pool_path)
+        if linear.norm is not None:
+            self.average = pooled
         bound = linear.bound(*self._shapes[pooled][:2])
         if bound is None:
             raise _HasNoKernel

@@ -50,7 +50,7 @@ def run(
         section = compiled_program.Section(recipe, run.live, copies, state.path)
         compiled = compiled_program.find(copies.compiled, recipe.modules, x, [section])
         if compiled is not None:
-            return compiled(x, checked_calls.memories_of(copies)), None
+            return compiled(x, checked_calls.memories_of(copies))[0], None
     program = copies.program(recipe, x) or copies.make_program(recipe, x)
     if program is not None and (result := program.run_if_safe(x, x_bound, owned, state.path)) is not None:
         return result

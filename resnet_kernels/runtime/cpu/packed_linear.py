@@ -1,32 +1,39 @@
-"""A linear layer's packed weight, for the head of a chain."""
+"""A linear layer's packed weight, and a BN's before it, for the head of a chain."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from ...graph.fusible import BatchNorm
 from ...kernels.cpu import convolution, library, plans
 from ...kernels.cpu.convolution import Bound
 from ...kernels.geometry import Geometry
+from .packed_norm import PackedNorm
 from .watched_tensors import WatchedTensors
 
 
 class PackedLinear:
-    """An nn.Linear as a 1x1 convolution of images of one pixel, on a kernel of ours.
+    """A linear layer as a 1x1 convolution of images of one pixel, on a kernel of ours.
 
-    Attributes:
-        path: of the layer, for profilers. pool_path: of the pool before it.
+    Args:
+        linear: nn.Linear, or a 1x1 convolution.
+        path: of the layer, for profilers. pool_path: of the pool before it, or of the BN.
+        bn: whose result goes through a ReLU and the pool; in eval mode. None for none.
     """
 
-    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_watched", "path", "pool_path")
+    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_watched", "norm", "path", "pool_path")
 
-    def __init__(self, linear: nn.Linear, path: str, pool_path: str):
+    def __init__(self, linear: nn.Linear | nn.Conv2d, path: str, pool_path: str, bn: BatchNorm | None = None):
         self._linear, self.path, self.pool_path = linear, path, pool_path
+        self.norm = None if bn is None else PackedNorm(bn)
         # Before they are read: what another thread changes meanwhile is noticed.
         self._watched = WatchedTensors([linear])
         weight, bias = linear.weight.detach(), linear.bias
-        self._shape = (*weight.shape, 1, 1)
         self._bias = self._packed = None
+        if weight.dim() == 4 and weight.shape[2:] == (1, 1):
+            weight = weight[:, :, 0, 0]
+        self._shape = (*weight.shape, 1, 1)
         # PyTorch broadcasts a bias of another shape, and knows other kinds of tensors.
         if _is_plain(weight, 2) and (bias is None or (_is_plain(bias, 1) and len(bias) == len(weight))):
             self._packed = convolution.pack("direct", weight[:, :, None, None], is_kept=True)
@@ -35,16 +42,18 @@ class PackedLinear:
 
     @property
     def can_run(self) -> bool:
-        """Whether the weight and the bias are ones that our kernels take."""
-        return self._packed is not None
+        """Whether the weight, the bias and the BN's vectors are ones that our kernels take."""
+        return self._packed is not None and (self.norm is None or self.norm.activation is not None)
 
-    def is_of(self, linear: nn.Linear) -> bool:
-        """Whether it was made from this layer and its tensors, whatever the values."""
-        return linear is self._linear and self._watched.are_same()
+    def is_of(self, linear: nn.Module, bn: BatchNorm | None = None) -> bool:
+        """Whether it was made from this layer, this BN and their tensors, whatever the values."""
+        norm = bn is None if self.norm is None else self.norm.is_of(None, bn)
+        return norm and linear is self._linear and self._watched.are_same()
 
-    def is_unchanged(self, linear: nn.Linear) -> bool:
-        """Whether it still matches its layer."""
-        return linear is self._linear and self._watched.are_unchanged()
+    def is_unchanged(self, linear: nn.Module, bn: BatchNorm | None = None) -> bool:
+        """Whether it still matches its layer and its BN."""
+        norm = bn is None if self.norm is None else self.norm.is_unchanged(None, bn)
+        return norm and linear is self._linear and self._watched.are_unchanged()
 
     def bound(self, batch: int, channels: int) -> Bound | None:
         """The kernel for a batch; None if the weights can't be packed, or don't fit."""
