@@ -145,8 +145,8 @@ class Head(NamedTuple):
 class Chain(NamedTuple):
     """Modules that a container's forward calls one after the other, each on what only the one before it has made.
 
-    members: the paths of what the forward calls. parts: all recipes in them, in order. head: what follows them; its pool or BN,
-    and its linear layer, are members, too. around: the nn.Sequentials around its parts, whose forwards don't run, with the
+    members: the paths of what the forward calls. parts: all recipes in them, in order. head: what follows them; its pool or
+    BN, and its linear layer, are members, too. around: the nn.Sequentials around its parts, whose forwards don't run, with the
     names of their children: with others, something else runs between its parts.
     """
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.container_plan import head_is_as_read, norm_head_is_as_read
+from ..graph.fusible import BatchNorm
 from ..graph.recipe import Chain, ContainerPlan, Head, Recipe
 from ..kernels.cpu import library
 from ..ops.dtypes import autocast_dtype
@@ -133,12 +134,12 @@ def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) ->
     """The packed linear layer of a head, packed now if it has changed; None if PyTorch has to run it as it is by now."""
     linear = child_at(container, head.linear)
     modules = [(head.linear, linear)]
-    bn = None
+    bn: BatchNorm | None = None
     if head.norm is not None:
-        bn = child_at(container, head.norm)
-        if not fusible.is_batch_norm(bn) or not norm_head_is_as_read(bn, linear):
+        norm = child_at(container, head.norm)
+        if not fusible.is_batch_norm(norm) or not norm_head_is_as_read(norm, linear):
             return None
-        modules.append((head.norm, bn))
+        modules.append((head.norm, bn := norm))
     else:
         pool = child_at(container, head.pool or "")
         flatten = None if head.flatten is None else child_at(container, head.flatten)
