@@ -64,6 +64,18 @@ def test_a_kernel_that_refuses_them_is_no_error(monkeypatch):
     assert large_pages.own(3 * MIB).fill_(1).sum() == 3 * MIB
 
 
+@pytest.mark.parametrize("make", [large_pages.own, large_pages.shared])
+def test_memory_that_cant_be_mapped_is_asked_of_pytorch(make, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(large_pages, "_chunk", large_pages._Chunk())
+    monkeypatch.setattr(large_pages.mmap, "mmap", refuse)
+    assert make(MIB // 2).fill_(1).sum() == MIB // 2 and make(3 * MIB).fill_(1).sum() == 3 * MIB
+    with pytest.raises(RuntimeError, match="allocate"):
+        large_pages.own(2**50)
+
+
 def _flags_at(address: int) -> list[str]:
     """The flags of the mapping that holds an address, as Linux names them: "hg" where large pages were asked for."""
     inside = False

@@ -339,6 +339,8 @@ HEAD_EDITS = {
     "convolution's forward": (lambda m: setattr(m.logits, "forward", lambda x: x * 2), V2_HEADLESS),
     "parametrized": (lambda m: parametrize.register_parametrization(m.logits, "weight", _Halved()), V2_HEADLESS),
     "bf16": (lambda m: m.logits.bfloat16(), V2_HEADLESS),
+    "BN in bf16": (lambda m: m.postnorm.bfloat16(), V2_HEADLESS),
+    "BN in fp64": (lambda m: m.postnorm.double(), V2_HEADLESS),
 }
 
 

@@ -20,21 +20,23 @@ _CACHE_LINE = 64
 
 def own(floats: int) -> Tensor:
     """Returns (floats,) in fp32 on the CPU, of any values, in memory of its own: as many large pages as it fills."""
-    size = 4 * floats
-    if size < _LARGE_PAGE or not _has_large_pages():
+    found = _map(4 * floats) if 4 * floats >= _LARGE_PAGE else None
+    if found is None:
         with torch._C.DisableTorchFunction(), torch.inference_mode(False):
             return torch.empty(floats, dtype=torch.float32, device="cpu")
-    mapped, begin = _map(size)
-    return _floats(mapped, begin, floats)
+    return _floats(*found, floats)
 
 
 def shared(floats: int) -> Tensor:
     """Like `own`; small pieces of a thread share large pages, which are freed with the last piece in them."""
     size = -(-4 * floats // _CACHE_LINE) * _CACHE_LINE
-    if size > _CHUNK // 2 or not _has_large_pages():
+    if size > _CHUNK // 2:
         return own(floats)
     if _chunk.mapped is None or _chunk.used + size > _chunk.end:
-        _chunk.mapped, _chunk.used = _map(_CHUNK)
+        found = _map(_CHUNK)
+        if found is None:
+            return own(floats)
+        _chunk.mapped, _chunk.used = found
         _chunk.end = _chunk.used + _CHUNK
     begin = _chunk.used
     _chunk.used += size
@@ -52,14 +54,18 @@ class _Chunk(threading.local):
 _chunk = _Chunk()
 
 
-def _has_large_pages() -> bool:
-    return hasattr(mmap, "MADV_HUGEPAGE")
+def _map(size: int) -> tuple[mmap.mmap, int] | None:
+    """Maps so many bytes, and says where they begin: at a large page. The mapping ends with its last tensor.
 
-
-def _map(size: int) -> tuple[mmap.mmap, int]:
-    """Maps so many bytes, and says where they begin: at a large page. The mapping ends with its last tensor."""
-    # Longer, so that a large page can begin in it. What is never touched takes no memory.
-    mapped = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    None where the system has no large pages, or no such memory: PyTorch's own error says that better.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return None
+    try:
+        # Longer, so that a large page can begin in it. What is never touched takes no memory.
+        mapped = mmap.mmap(-1, size + _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:
+        return None
     begin = -_floats(mapped, 0, 1).data_ptr() % _LARGE_PAGE
     try:
         # Whole pages alone: the rest would take up to 2 MB more than it fills.

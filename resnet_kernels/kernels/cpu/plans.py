@@ -210,8 +210,9 @@ class _Costs(NamedTuple):
 
 _COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 0.9, 1.0, 200_000, 24, True)
 # A step is four times AVX2's on processors that run AVX-512 at half width. Of the cuts that were measured for 14 layers at
-# batch 1 and 8 it chooses one that takes 5% longer than the best on average (AMD EPYC, Zen 4, two cores, 2026-11).
-_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 250_000, 96, False)}
+# batch 1 and 8 it chooses one that takes 5% longer than the best on average. What lies beyond the L2 cache costs half as much
+# since it is in large pages: that, and the cache's size, were chosen by whole networks (AMD EPYC, Zen 4, two cores, 2026-11).
+_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 420_000, 192, False)}
 
 
 def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) -> tuple[float, float, int]:

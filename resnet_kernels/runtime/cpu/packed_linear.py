@@ -9,6 +9,7 @@ from ...graph.fusible import BatchNorm
 from ...kernels.cpu import convolution, library, plans
 from ...kernels.cpu.convolution import Bound
 from ...kernels.geometry import Geometry
+from ..parts import bn_tensors
 from .packed_norm import PackedNorm
 from .watched_tensors import WatchedTensors
 
@@ -22,11 +23,15 @@ class PackedLinear:
         bn: whose result goes through a ReLU and the pool; in eval mode. None for none.
     """
 
-    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_watched", "norm", "path", "pool_path")
+    __slots__ = ("_bias", "_linear", "_packed", "_shape", "_takes_norm", "_watched", "norm", "path", "pool_path")
 
     def __init__(self, linear: nn.Linear | nn.Conv2d, path: str, pool_path: str, bn: BatchNorm | None = None):
         self._linear, self.path, self.pool_path = linear, path, pool_path
         self.norm = None if bn is None else PackedNorm(bn)
+        # Eager refuses to mix dtypes. A frozen BN has no affine=False.
+        vectors = bn_tensors(bn)
+        is_lax = bn is None or isinstance(bn, nn.modules.batchnorm._BatchNorm)
+        self._takes_norm = all(_is_plain(vector, 1) if vector is not None else is_lax for vector in vectors)
         # Before they are read: what another thread changes meanwhile is noticed.
         self._watched = WatchedTensors([linear])
         weight, bias = linear.weight.detach(), linear.bias
@@ -43,7 +48,7 @@ class PackedLinear:
     @property
     def can_run(self) -> bool:
         """Whether the weight, the bias and the BN's vectors are ones that our kernels take."""
-        return self._packed is not None and (self.norm is None or self.norm.activation is not None)
+        return self._packed is not None and self._takes_norm
 
     def is_of(self, linear: nn.Module, bn: BatchNorm | None = None) -> bool:
         """Whether it was made from this layer, this BN and their tensors, whatever the values."""
