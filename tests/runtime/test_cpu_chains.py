@@ -66,7 +66,7 @@ def test_chains_of_models_of_others(programs):
     stages = ("layer1", "layer2", "layer3", "layer4")
     cases = {
         "torchvision": (models.resnet18(), [("conv1", *stages, "avgpool", "fc")]),
-        "v2": (rk.models.resnet_v2_50(), [("conv1", "block1", "block2", "block3", "block4")]),
+        "v2": (rk.models.resnet_v2_50(), [("conv1", "block1", "block2", "block3", "block4", "postnorm", "logits")]),
         "resnext": (models.resnext50_32x4d(), [("conv1", *stages, "avgpool", "fc")]),
         "timm resnext": (timm.create_model("resnext50_32x4d"), [("conv1", *stages)]),
         "timm": (timm.create_model("resnet18"), [("conv1", *stages)]),
