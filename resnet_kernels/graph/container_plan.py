@@ -165,9 +165,7 @@ def _chains(
 def _with_head(chain: Chain, head: Head | None, seen: Collection[str]) -> Chain:
     if head is None or chain.members[-1] in seen:
         return chain
-    first = head.norm if head.pool is None else head.pool
-    assert first is not None
-    return Chain((*chain.members, first, head.linear), chain.parts, head)
+    return Chain((*chain.members, head.first, head.linear), chain.parts, head)
 
 
 def _head(
@@ -175,8 +173,8 @@ def _head(
 ) -> Head | None:
     """The head behind a node; None if something else is there."""
     head = _modules_of_head(last, children) or _norm_of_head(last, children)
-    members = [] if head is None else [path for path in head if path is not None]
-    return None if any(calls[path] != 1 or path in shared for path in members) else head
+    paths = () if head is None else (head.first, head.flatten, head.linear)
+    return None if any(path is not None and (calls[path] != 1 or path in shared) for path in paths) else head
 
 
 def _modules_of_head(last: Node, children: Mapping[str, nn.Module]) -> Head | None:
@@ -212,7 +210,7 @@ def _norm_of_head(last: Node, children: Mapping[str, nn.Module]) -> Head | None:
     is_relu = act.op == "call_function" and act.target in (F.relu, torch.relu) and not act.kwargs.get("inplace")
     if not (is_relu and act.args == (norm,) and _averages(mean, act) and _calls(conv, mean, children, nn.Conv2d)):
         return None
-    return Head(None, None, str(conv.target), str(norm.target)) if _flattens(flatten, conv) else None
+    return Head(str(norm.target), None, str(conv.target), is_norm=True) if _flattens(flatten, conv) else None
 
 
 def _does(node: Node, name: str) -> bool:

@@ -131,15 +131,15 @@ class ChainPart(NamedTuple):
 class Head(NamedTuple):
     """What follows the last block of a classifier: a global average, and a linear layer.
 
-    pool, flatten: the paths of nn.AdaptiveAvgPool2d and nn.Flatten; None where the forward does it by itself.
-    linear: the path of nn.Linear, or of a 1x1 convolution that reads the averages.
-    norm: the path of a BN, with a ReLU behind it, before the average of a forward that computes both by itself.
+    first: the path of nn.AdaptiveAvgPool2d, or, if `is_norm`, of a BN whose ReLU and average the forward computes by itself.
+    flatten: the path of nn.Flatten; None where the forward flattens by itself.
+    linear: the path of nn.Linear, or, if `is_norm`, of a 1x1 convolution.
     """
 
-    pool: str | None
+    first: str
     flatten: str | None
     linear: str
-    norm: str | None = None
+    is_norm: bool = False
 
 
 class Chain(NamedTuple):

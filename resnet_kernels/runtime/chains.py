@@ -132,27 +132,25 @@ def _sections(
 
 def _head(container: nn.Module, state: FusedState[ContainerPlan], head: Head) -> PackedLinear | None:
     """The packed linear layer of a head, packed now if it has changed; None if PyTorch has to run it as it is by now."""
-    linear = child_at(container, head.linear)
-    modules = [(head.linear, linear)]
+    first, linear = child_at(container, head.first), child_at(container, head.linear)
     bn: BatchNorm | None = None
-    if head.norm is not None:
-        norm = child_at(container, head.norm)
-        if not fusible.is_batch_norm(norm) or not norm_head_is_as_read(norm, linear):
+    if head.is_norm:
+        if not fusible.is_batch_norm(first) or not norm_head_is_as_read(first, linear):
             return None
-        modules.append((head.norm, bn := norm))
+        bn = first
     else:
-        pool = child_at(container, head.pool or "")
         flatten = None if head.flatten is None else child_at(container, head.flatten)
-        if (head.flatten is not None and flatten is None) or not head_is_as_read(pool, flatten, linear):
+        if (head.flatten is not None and flatten is None) or not head_is_as_read(first, flatten, linear):
             return None
     if not isinstance(linear, (nn.Linear, nn.Conv2d)) or not isinstance(linear.weight, Tensor):
         return None
-    if subclasses.why_not_weights([(path, child) for path, child in modules if child is not None]) is not None:
+    modules = [(head.linear, linear)] if bn is None else [(head.linear, linear), (head.first, bn)]
+    if subclasses.why_not_weights(modules) is not None:
         return None
     linears = state.copies.linears
     packed = linears.get(head.linear)
     if packed is None or not (packed.is_of(linear, bn) if state.frozen else packed.is_unchanged(linear, bn)):
-        packed = linears[head.linear] = PackedLinear(linear, head.linear, head.norm or head.pool or "", bn)
+        packed = linears[head.linear] = PackedLinear(linear, head.linear, head.first, bn)
     return packed if packed.can_run else None
 
 

@@ -129,26 +129,27 @@ def test_a_small_number_of_programs_is_kept_for_many_shapes(programs):
     assert len(programs) == 3 * len(shapes)
 
 
+def _memory(field):
+    """Bytes that are mapped (0), or resident (1)."""
+    return int(Path("/proc/self/statm").read_text().split()[field]) * 4096
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NETS)
 def test_memory_does_not_grow_with_the_number_of_shapes(name):
     net, ours = net_and_ours(name)
     generator = np.random.default_rng(0)
 
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
-
     after_warm_up = 0
     for call in range(400):
         n, h, w = int(generator.integers(1, 5)), *map(int, generator.integers(32, 97, 2))
         x = torch.randn(n, 3, h, w)
         if call == 200:
-            after_warm_up = resident()
+            after_warm_up = _memory(1)
         y = result(ours, x)
         if call % 20 == 0:
             torch.testing.assert_close(y, result(net, x), rtol=1e-3, atol=1e-3)
-    assert resident() - after_warm_up < 64 * 2**20
+    assert _memory(1) - after_warm_up < 64 * 2**20
     for module in ours.modules():
         if (state := module.__dict__.get("_rk_state")) is not None:
             names = [key[0] for key in state.copies.compiled]
@@ -160,14 +161,15 @@ def test_memory_does_not_grow_with_edits_of_a_weight():
     net = nn.Sequential(nn.Conv2d(128, 128, 3, padding=1), nn.BatchNorm2d(128), nn.ReLU()).eval()
     ours, x = rk.fuse(net), torch.randn(1, 128, 6, 6)
     weight = ours[0].weight
+    before = 0
     for edit in range(120):
         if edit == 20:
-            before = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
+            before = _memory(0)
         with torch.no_grad():
             weight.mul_(0.99)
         result(ours, x)
     # Each packed weight has 1 MB.
-    assert int(Path("/proc/self/statm").read_text().split()[0]) * 4096 - before < 32 * 2**20
+    assert _memory(0) - before < 32 * 2**20
     net[0].weight.data.copy_(weight)
     torch.testing.assert_close(result(ours, x), result(net, x), rtol=1e-4, atol=1e-4)
 
