@@ -56,9 +56,21 @@ def fuse(
             the model's channels, or the model's forward can't be read (explain tells why).
     """
     _check(model, backend, freeze)
-    fused = copy.deepcopy(model)
+    fused = _copied(model)
     fuse_(fused, backend=backend, normalize=normalize, freeze=freeze)
     return fused
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """A deep copy in the same mode: torch.fx forgets the mode of a GraphModule, and those of the modules in it."""
+    copied = copy.deepcopy(model)
+    if copied.training != model.training:
+        copied.train(model.training)
+    for path, module in copied.named_modules():
+        training = model.get_submodule(path).training
+        if module.training != training:
+            module.training = training
+    return copied
 
 
 def fuse_(
@@ -87,7 +99,7 @@ def fuse_(
         ValueError: see `fuse`.
     """
     _check(model, backend, freeze)
-    findings = find_blocks(model)
+    findings, left = find_blocks(model)
     wanted = _normalize_of(model) if normalize is None else Normalize.of(normalize)
     if wanted is not None:
         _check_normalize(model, findings, wanted)
@@ -112,7 +124,8 @@ def fuse_(
             if before is not None:
                 module.__dict__["_rk_state"] = before
         raise
-    return FuseReport(_rows_now(findings), backend, wanted, freeze and any(finding.plan for finding in findings))
+    frozen = freeze and any(finding.plan for finding in findings)
+    return FuseReport(_rows_now(findings), backend, wanted, frozen, _count(model), left)
 
 
 def unfuse_(model: nn.Module) -> nn.Module:
@@ -155,11 +168,17 @@ def explain(model: nn.Module, *, backend: str = "auto") -> FuseReport:
     _check(model, backend)
     states = states_in(model)
     if not states:
-        return FuseReport(tuple(row for finding in find_blocks(model) for row in finding.rows), backend)
+        findings, left = find_blocks(model)
+        rows = tuple(row for finding in findings for row in finding.rows)
+        return FuseReport(rows, backend, convolutions=_count(model), unfused=left)
     frozen = any(state.frozen for state in states)
-    findings = find_blocks(model)
+    findings, left = find_blocks(model)
     rows = _rows_now(findings, tables=True) + _rows_of_lost_blocks(model, findings)
-    return FuseReport(rows, states[0].backend, _normalize_of(model), frozen)
+    return FuseReport(rows, states[0].backend, _normalize_of(model), frozen, _count(model), left)
+
+
+def _count(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.modules.conv._ConvNd) for module in model.modules())
 
 
 def _normalize_of(model: nn.Module) -> Normalize | None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ..runtime.normalize_images import Normalize
+from .unfused import Unfused
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,16 @@ class FuseReport:
         backend: the backend that was asked for.
         normalize: mean and std of the images, if the model was fused with `normalize`.
         frozen: whether the model was fused with freeze=True.
+        convolutions: how many the model has.
+        unfused: those that are in no fused kernel, by what they lack.
     """
 
     rows: tuple[Row, ...]
     backend: str
     normalize: Normalize | None = None
     frozen: bool = False
+    convolutions: int = 0
+    unfused: tuple[Unfused, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -77,13 +82,16 @@ class FuseReport:
             "backend": self.backend,
             "normalize": None if self.normalize is None else asdict(self.normalize),
             "frozen": self.frozen,
+            "convolutions": self.convolutions,
             "rows": [asdict(row) for row in self.rows],
+            "unfused": [asdict(row) for row in self.unfused],
         }
         return json.dumps(values, **options)
 
     def __str__(self) -> str:
+        counts = self._counts()
         if not self.rows:
-            return "nothing to fuse: no block of Conv2d and BatchNorm2d was found"
+            return f"nothing to fuse: no block of Conv2d and BatchNorm2d was found{counts}"
         cells = [
             (row.path or "(model)", row.kind, "fused" if row.fused else "skipped", _explanation(row))
             for row in self.rows
@@ -91,7 +99,18 @@ class FuseReport:
         summary = f'{len(self.fused)} fused, {len(self.skipped)} skipped, backend="{self.backend}"'
         summary += "" if self.normalize is None else f", {self.normalize}"
         summary += ", frozen" if self.frozen else ""
-        return f"{table(('module', 'kind', '', 'kernels, or why not'), cells)}\n{summary}"
+        return f"{table(('module', 'kind', '', 'kernels, or why not'), cells)}\n{summary}{counts}"
+
+    def _counts(self) -> str:
+        """Lines on the convolutions in fused kernels, and on what the others lack."""
+        left = sum(row.convolutions for row in self.unfused)
+        if not left:
+            return ""
+        lines = [f"\n{self.convolutions - left} of {self.convolutions} convolutions are in fused kernels. The others:"]
+        for row in self.unfused:
+            lines.append(f"  {row.convolutions:3}  {row.reason} (such as {row.example})")
+            lines += [f"       -> {row.hint}"] if row.hint else []
+        return "\n".join(lines)
 
 
 def _explanation(row: Row) -> str:

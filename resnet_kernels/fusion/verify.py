@@ -35,8 +35,8 @@ from .report import Parity, VerifyResult
 _FEWEST_VALUES = 64
 
 _Forward = Callable[[Tensor], Tensor]
-# Arguments: path, steps, input, eager's output, the fused forward, the reference as an fp64 module.
-_Compare = Callable[[str, str, Tensor, Tensor, _Forward, nn.Module], None]
+# Arguments: path, steps, input, eager's output, the fused forward, the reference's in fp64.
+_Compare = Callable[[str, str, Tensor, Tensor, _Forward, _Forward], None]
 
 
 def unsearched() -> contextlib.AbstractContextManager[None]:
@@ -67,7 +67,7 @@ def verify(
     results: list[Parity] = []
     x = x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
-    def compare(path: str, steps: str, source: Tensor, eager: Tensor, run_fused: _Forward, oracle: nn.Module) -> None:
+    def compare(path: str, steps: str, source: Tensor, eager: Tensor, run_fused: _Forward, oracle: _Forward) -> None:
         fused_output = run_fused(source.clone())
         with unsearched():
             truth = oracle(_wide(source))
@@ -83,7 +83,7 @@ def verify(
         eager_output = model(x)
         hooks.close()
         fused_output = fused(x)
-        oracle = copy.deepcopy(model).to(_oracle_device(x), torch.float64)
+        oracle = copy.deepcopy(model).eval().to(_oracle_device(x), torch.float64)
         with unsearched():
             outputs = [(fused_output, eager_output, oracle(_wide(x)))]
         for scaled in _scaled(x, sum(leaf.numel() for leaf in _tensors(eager_output))):
@@ -131,6 +131,12 @@ def _tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def _joined(output: Any) -> Tensor:
+    """The values of all tensors that a module returns."""
+    leaves = _tensors(output)
+    return leaves[0] if len(leaves) == 1 else torch.cat([leaf.flatten() for leaf in leaves])
+
+
 def _watch(model: nn.Module, path: str, module: nn.Module, compare: _Compare) -> Iterator[RemovableHandle]:
     """Yields hooks on the reference that compare a fused module as soon as its twin in the reference has run."""
     state = state_of(module)
@@ -143,18 +149,24 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: _Compare) ->
         except AttributeError:
             raise ValueError(f"fused must be a fused copy of model, but model has no module {wanted!r}") from None
     twin = model.get_submodule(path)
-    if isinstance(state.plan, ContainerPlan):
+    if isinstance(state.plan, ContainerPlan) and not state.plan.instructions:
         for name, recipe in runs.items():
             run = functools.partial(container_runs.call_run, module, name, state)
             yield from _watch_run(twin, f"{path}.{name}".lstrip("."), recipe, run, compare)
         return
 
-    def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    steps = " | ".join(map(str, runs.values())) if runs else str(state.plan)
+
+    def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
         oracle = copy.deepcopy(twin)
         oracle._forward_hooks.clear()
-        compare(
-            path, str(state.plan), inputs[0], output, module.forward, oracle.to(_oracle_device(output), torch.float64)
-        )
+        # A copy of a torch.fx.GraphModule is in train() mode.
+        oracle.eval().to(_oracle_device(inputs[0]), torch.float64)
+
+        def run_fused(x: Tensor) -> Tensor:
+            return _joined(module.forward(x))
+
+        compare(path, steps, inputs[0], _joined(output), run_fused, lambda x: _joined(oracle(x)))
 
     yield twin.register_forward_hook(after_block)
 

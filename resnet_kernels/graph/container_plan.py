@@ -25,17 +25,10 @@ from .fusible import (
     why_not_patched,
 )
 from .layouts import boundaries, layouts, prefixes
-from .reads import NOTHING, Read, Reads, described
+from .operations import reads_of_child, small_convolutions
+from .reads import NOTHING, Reads
 from .recipe import CallStep, CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Head, Recipe, Step
 from .tracing import trace
-
-
-def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:
-    """The settings of a convolution or a pool without which it could not be fused as it was."""
-    names = (
-        ("padding_mode",) if isinstance(child, nn.Conv2d) else ("return_indices",) if is_plain_max_pool(child) else ()
-    )
-    return tuple(Read(path, name, described(getattr(child, name), frozenset())) for name in names)
 
 
 def container_plan(
@@ -69,9 +62,10 @@ def container_plan(
 
     runs: dict[str, Recipe] = {}
     absorbed: list[str] = []
+    small = small_convolutions(graph, children)
     for node in graph.nodes:
         conv = member(node, lambda m: why_not_conv(m) is None)
-        if conv is None:
+        if conv is None or conv in small:
             continue
         last = node
         bn = member(_only_reader(last), lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None)
@@ -318,7 +312,7 @@ def changes_nothing(plan: ContainerPlan, children: Mapping[str, nn.Module], fuse
 def _computes_only(module: nn.Module) -> bool:
     """Whether a module's forward, and those of all modules that it calls, do nothing but compute."""
     try:
-        graph = trace(module, False, False).graph
+        graph = trace(module, False).graph
     except CannotRead:
         return False
     children = dict(module.named_modules())

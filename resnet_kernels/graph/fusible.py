@@ -7,6 +7,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from ..models.same_padding import Conv2dSame, MaxPool2dSame
 
@@ -146,9 +147,15 @@ def why_not_patched(module: nn.Module) -> str | None:
     for name in ("forward", "_conv_forward", "_compiled_call_impl"):
         if module.__dict__.get(name) is not None:
             return f"has a {name} of its own, set on the instance"
-    if type(module).__call__ is not nn.Module.__call__:
-        return "has a __call__ of its own"
-    return None
+    return "has a __call__ of its own" if has_own_call(type(module)) else None
+
+
+def has_own_call(cls: type[nn.Module]) -> bool:
+    """Whether a class's __call__ may do more than nn.Module's. A torch.fx.GraphModule's only words errors."""
+    if cls.__call__ is nn.Module.__call__:
+        return False
+    of_fx = getattr(cls.__call__, "__module__", None) == GraphModule.__module__
+    return not (of_fx and issubclass(cls, GraphModule))
 
 
 def is_known(module: nn.Module) -> bool:

@@ -17,13 +17,14 @@ from .recipe import CallStep, CannotRead, ConvStep, NormStep, Step
 
 @dataclass(frozen=True)
 class ConvGroup:
-    """The operations of a ConvStep, with nodes in the place of numbered values."""
+    """The operations of a ConvStep, with nodes in the place of numbered values. sum: the node that adds the residual."""
 
     conv: str
     x: Node
     bn: str | None = None
     relu: bool = False
     residual: Node | None = None
+    sum: Node | None = None
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -33,12 +34,13 @@ class ConvGroup:
 
 @dataclass(frozen=True)
 class NormGroup:
-    """The operations of a NormStep."""
+    """The operations of a NormStep. sum: the node that adds the residual."""
 
     bn: str
     x: Node
     relu: bool
     residual: Node | None = None
+    sum: Node | None = None
 
     @property
     def inputs(self) -> tuple[Node, ...]:
@@ -63,13 +65,14 @@ class Operation:
     """A node that computes something.
 
     kind: "conv", "bn", "relu", "add" or "call". path: the module's, "" for a function. relu: a BN ends in a ReLU of its
-    own (timm's BatchNormAct2d).
+    own (timm's BatchNormAct2d). alone: an add that joins no convolution and no BN.
     """
 
     kind: str
     path: str
     inputs: tuple[Node, ...]
     relu: bool = False
+    alone: bool = False
 
 
 def group(operations: Mapping[Node, Operation], readers: Mapping[Node, int]) -> dict[Node, Group]:
@@ -82,7 +85,7 @@ def group(operations: Mapping[Node, Operation], readers: Mapping[Node, int]) -> 
     order = {node: i for i, node in enumerate(operations)}
     groups: dict[Node, Group] = {}
     for node, operation in operations.items():
-        groups[node] = _join(operation, groups, readers, order) or _alone(operation)
+        groups[node] = _join(node, operation, groups, readers, order) or _alone(operation)
     return groups
 
 
@@ -96,11 +99,11 @@ def _alone(operation: Operation) -> Group:
 
 
 def _join(
-    operation: Operation, groups: dict[Node, Group], readers: Mapping[Node, int], order: Mapping[Node, int]
+    node: Node, operation: Operation, groups: dict[Node, Group], readers: Mapping[Node, int], order: Mapping[Node, int]
 ) -> Group | None:
     """Takes the group that an operation joins out of `groups`, and returns it with the operation in it."""
     sources = operation.inputs
-    if operation.kind == "add" and sources[0] is sources[1]:
+    if operation.kind == "add" and (operation.alone or sources[0] is sources[1]):
         return None
     able = [s for s in sources if s in groups and readers[s] == 1 and _accepts(groups[s], operation.kind)]
     if not able:
@@ -111,7 +114,7 @@ def _join(
     if isinstance(joined, CallGroup):
         return replace(joined, what="add_relu")
     if operation.kind == "add":
-        return replace(joined, residual=next(s for s in sources if s is not source))
+        return replace(joined, residual=next(s for s in sources if s is not source), sum=node)
     if operation.kind == "relu":
         return replace(joined, relu=True)
     assert isinstance(joined, ConvGroup)

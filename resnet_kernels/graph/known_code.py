@@ -85,6 +85,48 @@ def is_stateful(file: str) -> bool:
     return file.startswith(_STATEFUL)
 
 
+# Instructions that an argument of isinstance is made of, and by how much they change the number of arguments.
+_PUSHES = frozenset(
+    {"LOAD_FAST", "LOAD_FAST_BORROW", "LOAD_FAST_CHECK", "LOAD_DEREF", "LOAD_CONST", "LOAD_SMALL_INT", *GLOBALS}
+)
+_CALLS = frozenset({"CALL", "CALL_FUNCTION"})
+_plain_asks: weakref.WeakKeyDictionary[types.CodeType, dict[int, int]] = weakref.WeakKeyDictionary()
+
+
+def plain_asks_of(code: types.CodeType) -> dict[int, int]:
+    """The calls isinstance(x, C) in a code object: where a class of tensors is loaded, by offset, and the offset of the call.
+
+    x and C are names, or attributes or elements of such; C may be a tuple of them.
+    """
+    if (found := _plain_asks.get(code)) is None:
+        instructions = [i for i in dis.get_instructions(code) if i.opname != "CACHE"]
+        found = _plain_asks[code] = {}
+        for start, first in enumerate(instructions):
+            if first.opname in GLOBALS and first.argval == "isinstance":
+                found.update(_loads_of_call(instructions[start + 1 :]))
+    return found
+
+
+def _loads_of_call(instructions: list[dis.Instruction]) -> dict[int, int]:
+    arguments = 0
+    loads: list[int] = []
+    for instruction in instructions:
+        name, value = instruction.opname, instruction.argval
+        if name in _CALLS:
+            return dict.fromkeys(loads, instruction.offset) if arguments == value == 2 else {}
+        if name in _PUSHES:
+            arguments += 1
+        elif name == "BUILD_TUPLE":
+            arguments += 1 - value
+        elif name == "BINARY_SUBSCR":
+            arguments -= 1
+        elif name not in ("LOAD_ATTR", "PRECALL"):
+            return {}
+        if value in TENSOR_CLASSES:
+            loads.append(instruction.offset)
+    return {}
+
+
 def instructions_of(code: types.CodeType) -> dict[int, tuple[str, Any]]:
     """The instructions of a code object that an observer looks at, by offset."""
     if (found := _instructions.get(code)) is None:

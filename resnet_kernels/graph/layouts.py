@@ -16,8 +16,9 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
-from .recipe import ContainerPlan, Recipe
-from .tracing import mutates
+from .reads import NOTHING, Reads
+from .recipe import CannotRead, ContainerPlan, Recipe
+from .tracing import mutates, trace
 
 # Their output has no layout: it has fewer dimensions, or is no tensor.
 _LAST_FUNCTIONS = frozenset({torch.flatten, torch.mean, torch.sum, torch.numel, F.linear})
@@ -61,7 +62,7 @@ def layouts(
         fused: the plans of the fused modules in it, by path.
         members: paths of the children that belong to its runs.
     """
-    readers = _Readers(children, fused, members)
+    readers = LayoutView(children, fused, members)
     seen: list[str] = []
     apart: list[str] = []
     ours: set[Node] = set()
@@ -69,7 +70,7 @@ def layouts(
         is_ours = any(value in ours for value in node.all_input_nodes)
         if node.op == "placeholder":
             # Code may see that a tensor is the caller's own, so only modules may get a converted one.
-            if all(r.op == "call_module" and readers.is_blind(r) and not mutates(r, children) for r in node.users):
+            if all(r.op == "call_module" and readers.reads_blind(r) and not mutates(r, children) for r in node.users):
                 ours.add(node)
             else:
                 seen.append("")
@@ -82,7 +83,7 @@ def layouts(
                 apart.append(path)
             elif isinstance(plan, ContainerPlan) and not all(plan.outputs):
                 pass  # its own code has made the output
-            elif all(map(readers.is_blind, outside)):
+            elif all(map(readers.reads_blind, outside)):
                 ours.add(node)
             else:
                 seen.append(path)
@@ -93,18 +94,30 @@ def layouts(
     return Layouts(tuple(dict.fromkeys(seen)), tuple(dict.fromkeys(apart)), outputs)
 
 
-class _Readers:
-    """What the nodes of a forward see of the layout of their inputs."""
+class LayoutView:
+    """What the nodes of a forward see of the layout of their inputs.
+
+    Args:
+        children: the module's children by path.
+        fused: the plans of the fused modules in it, by path.
+        members: paths of the children that belong to its runs.
+        into: whether to look into users' modules, too. `looked_into` then has the paths of those that see no layouts, and
+            `reads` what their forwards read.
+    """
 
     def __init__(
         self,
         children: Mapping[str, nn.Module],
         fused: Mapping[str, Recipe | ContainerPlan],
-        members: Collection[str],
+        members: Collection[str] = (),
+        into: bool = False,
     ):
-        self._children, self._fused, self._members = children, fused, members
-        self._blind: dict[Node, bool] = {}
+        self._children, self._fused, self._members, self._into = children, fused, members, into
+        self._reads_blind: dict[Node, bool] = {}
+        self._modules: dict[str, tuple[bool, bool]] = {}
         self.boundary = boundaries(fused)
+        self.looked_into: set[str] = set()
+        self.reads = Reads((), NOTHING)
 
     def is_fused(self, node: Node) -> bool:
         """Whether a node calls a fused module, or a child of a run."""
@@ -113,28 +126,63 @@ class _Readers:
 
     def passes_on(self, node: Node) -> bool:
         """Whether a node computes the same from either layout, and gives its output the layout of its input."""
-        if node.op == "call_module":
-            child = self._children[str(node.target)]
-            last = (nn.Flatten, nn.Linear, *_DRAWS)
-            return type(child).__module__.startswith("torch.nn.") and not isinstance(child, last)
-        return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
+        if node.op != "call_module":
+            return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
+        child = self._children[str(node.target)]
+        if type(child).__module__.startswith("torch.nn."):
+            return not isinstance(child, (nn.Flatten, nn.Linear, *_DRAWS))
+        return self._seen_by(str(node.target))[1]
 
     def is_blind(self, node: Node) -> bool:
-        """Whether a node computes the same from either layout, and so do all that read its output."""
+        """Whether a node computes the same from either layout."""
         if node.op == "output":
             return True  # the container gives its output eager's layout
         if self.is_fused(node):
             plan = self._fused.get(self.boundary(str(node.target)))
             return not (isinstance(plan, ContainerPlan) and "" in plan.seen)
         if self.passes_on(node):
-            if node not in self._blind:
-                self._blind[node] = all(map(self.is_blind, node.users))
-            return self._blind[node]
+            return True
         if node.op == "call_module":
-            return isinstance(self._children[str(node.target)], (nn.Flatten, nn.Linear))
+            child = self._children[str(node.target)]
+            return isinstance(child, (nn.Flatten, nn.Linear)) or self._seen_by(str(node.target))[0]
         if node.op == "call_function" and node.target is getattr:
             return node.args[1] in _ATTRIBUTES
         return node.target in (_LAST_FUNCTIONS if node.op == "call_function" else _LAST_METHODS)
+
+    def reads_blind(self, node: Node) -> bool:
+        """Whether a node, and all that read what it passes on, compute the same from either layout."""
+        if self.is_fused(node) or not self.passes_on(node):
+            return self.is_blind(node)
+        if node not in self._reads_blind:
+            self._reads_blind[node] = all(map(self.reads_blind, node.users))
+        return self._reads_blind[node]
+
+    def _seen_by(self, path: str) -> tuple[bool, bool]:
+        """Whether a user's module computes the same from either layout, and whether its output has that of its input."""
+        if path not in self._modules:
+            self._modules[path] = self._look_into(path) if self._into else (False, False)
+        return self._modules[path]
+
+    def _look_into(self, path: str) -> tuple[bool, bool]:
+        module = self._children[path]
+        try:
+            graph, reads, _ = trace(module, False)
+        except CannotRead:
+            return False, False
+        view = LayoutView(dict(module.named_modules()), {}, into=True)
+        passed: set[Node] = set()
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                passed.add(node)
+            elif node.op not in ("output", "get_attr"):
+                if not view.is_blind(node):
+                    return False, False
+                if view.passes_on(node) and not passed.isdisjoint(node.all_input_nodes):
+                    passed.add(node)
+        self.looked_into.add(path)
+        self.reads += (reads + view.reads).below(path)
+        result = next(reversed(graph.nodes)).args[0]
+        return True, isinstance(result, Node) and result in passed
 
 
 def boundaries(fused: Collection[str]) -> Callable[[str], str]:

@@ -35,6 +35,7 @@ from .known_code import (
     is_stateful,
     is_torch,
     origin_of,
+    plain_asks_of,
 )
 from .reads import (
     INTERNAL,
@@ -88,6 +89,8 @@ class Observer:
         self._globals: dict[tuple[int, str], tuple[Any, str]] = {}
         self._cells: dict[int, tuple[Cell, str]] = {}
         self._holders: dict[int, Any] = {}  # Python modules and classes that code got as globals
+        # The frame that is about to call isinstance with a class of tensors, and where.
+        self._asking: tuple[types.FrameType, int] | None = None
         self._entered: set[types.CodeType] = set()
         self._functions: dict[types.CodeType, types.FunctionType] = {}
         for state in self._states:
@@ -219,7 +222,14 @@ class Observer:
             for cell in value.__closure__ or ():
                 self._note_function(Cell(cell).get("", None))
 
+    def on_class_asked(self) -> None:
+        """Refuses isinstance(x, Tensor) of a value of the trace, which is none; of lists and the like the answer is right."""
+        if self._asking is not None:
+            self.refuse(ASKS_FOR_TENSORS)
+
     def _on_instruction(self, frame: types.FrameType, event: str, argument: Any) -> Any:
+        if self._asking is not None and (self._asking[0] is not frame or frame.f_lasti > self._asking[1]):
+            self._asking = None
         if event == "opcode" and (found := instructions_of(frame.f_code).get(frame.f_lasti)) is not None:
             self._check(frame, *found)
         return self._on_instruction
@@ -228,7 +238,10 @@ class Observer:
         if operation in ATTRIBUTES or operation in GLOBALS:
             # A torch.fx.Proxy is no Tensor, and can't claim to be one: PyTorch's C++ code would take it for one.
             asks = argument in TENSOR_CLASSES and not {"isinstance", "type"}.isdisjoint(frame.f_code.co_names)
-            if asks or argument == "is_tensor":
+            call = plain_asks_of(frame.f_code).get(frame.f_lasti) if asks else None
+            if call is not None and "type" not in frame.f_code.co_names:
+                self._asking = frame, call
+            elif asks or argument == "is_tensor":
                 self.refuse(ASKS_FOR_TENSORS)
         if operation in ATTRIBUTES:
             self._attribute(argument)

@@ -7,7 +7,8 @@ the author wrote: the stride on the 1x1, biases, a pooled shortcut, other names.
                         conv1+bn1+relu -> conv2+bn2+relu -> downsample.0+downsample.1 -> conv3+bn3+add+relu
     ContainerPlan   any other module, such as the network itself: only runs of conv+bn+relu among its own children, each
                     called once and read by nobody else (the stem), with the max-pool that may follow. The rest of its
-                    forward stays Python.
+                    forward stays Python. Or, for a block with other operations in it, the whole forward as instructions
+                    (mixed_plan.py).
 """
 
 from __future__ import annotations
@@ -19,35 +20,23 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Node
 
-from .container_plan import changes_nothing, container_plan, reads_of_child
-from .fusible import (
-    NOT_MATERIALIZED,
-    POOLS,
-    has_relu,
-    is_batch_norm,
-    is_known,
-    is_not_materialized,
-    is_quiet,
-    is_wrapper,
-    signature,
-    why_not_bn,
-    why_not_conv,
-    why_not_patched,
-)
+from .container_plan import changes_nothing, container_plan
+from .fusible import is_wrapper, signature
 from .group_steps import Operation, group, schedule
-from .reads import NOTHING, Read, Reads, described
+from .mixed_plan import Forward, mixed_plan
+from .operations import check_mutation, is_of_own_conv, operation_of
+from .reads import NOT_NARROWED, NOTHING, Reads
 from .recipe import CannotRead, ContainerPlan, Recipe
-from .strangers import role_of
-from .tracing import is_add, is_relu_function, mutates, trace
+from .tracing import Into, is_add, is_own_conv, mutates, trace
 
 
 class Reader:
     """A module, and its forward as a graph."""
 
-    def __init__(self, module: nn.Module, training: bool = False, into_wrappers: bool = False):
+    def __init__(self, module: nn.Module, training: bool = False, into: Into = Into()):
         self.module = module
         self.training = training
-        self.graph, self.reads = trace(module, training, into_wrappers)
+        self.graph, self.reads, self.ran_into = trace(module, training, into)
         self.children = dict(module.named_modules())
 
     def is_residual(self) -> bool:
@@ -57,7 +46,8 @@ class Reader:
     def has_own_conv(self) -> bool:
         """Whether the forward itself calls a convolution."""
         return any(
-            node.op == "call_module" and isinstance(self.children[node.target], nn.modules.conv._ConvNd)
+            is_own_conv(node)
+            or (node.op == "call_module" and isinstance(self.children[str(node.target)], nn.modules.conv._ConvNd))
             for node in self.graph.nodes
         )
 
@@ -72,10 +62,10 @@ class Reader:
             CannotRead: if a part of the forward is none of our steps.
         """
         # Only what is seen as a whole is sure to be a block: the network itself keeps its wrappers.
-        into_wrappers = self.has_wrappers()
-        recipe = _recipe(Reader(self.module, into_wrappers=True) if into_wrappers else self)
+        into = Into(wrappers=self.has_wrappers())
+        recipe = _recipe(Reader(self.module, into=into) if into.wrappers else self)
         try:
-            training = _recipe(Reader(self.module, True, into_wrappers))
+            training = _recipe(Reader(self.module, True, into))
         except CannotRead:
             return replace(recipe, trains=False)
         assert recipe.reads is not None and training.reads is not None
@@ -98,6 +88,29 @@ class Reader:
         other = container_plan(self.module, training.graph, self.children, training.reads, fused)
         return replace(plan, trains=other == plan, quiet=quiet, reads=self.reads + training.reads)
 
+    def mixed_plan(self, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]] = ()) -> ContainerPlan:
+        """The module's whole forward as instructions: runs, and other operations in between.
+
+        Args:
+            fused: the fused modules in it, with their plans.
+
+        Raises:
+            CannotRead: an operation is not known to do nothing but compute, or nothing can be fused.
+        """
+        into = Into(wrappers=True, lists=True)
+        plan = mixed_plan(Reader(self.module, into=into).forward(), fused)
+        quiet = changes_nothing(plan, self.children, [module for module, _ in fused])
+        try:
+            training = mixed_plan(Reader(self.module, True, into).forward(), fused)
+        except CannotRead:
+            return replace(plan, trains=False, quiet=quiet)
+        assert plan.reads is not None and training.reads is not None
+        return replace(plan, trains=training == plan, quiet=quiet, reads=plan.reads + training.reads)
+
+    def forward(self) -> Forward:
+        """The forward, for `mixed_plan`."""
+        return Forward(self.module, self.graph, self.children, self.reads, self.ran_into, self.training)
+
 
 def _recipe(reader: Reader) -> Recipe:
     nodes = list(reader.graph.nodes)
@@ -112,100 +125,25 @@ def _recipe(reader: Reader) -> Recipe:
     reads = reader.reads
     for node in nodes:
         source[node] = node
-        if node.op in ("placeholder", "output"):
+        if node.op in ("placeholder", "output") or is_of_own_conv(node):
             continue
-        kind, seen = _kind(node, reader)
+        operation, seen = operation_of(node, reader.children, source, reader.training)
         reads += seen
-        inputs = _inputs(node, kind, source)
-        if kind == "identity":
-            source[node] = inputs[0]
+        if operation.kind == "identity":
+            source[node] = operation.inputs[0]
             continue
-        path = str(node.target) if node.op == "call_module" else ""
-        relu = kind == "bn" and has_relu(reader.children[path])
-        operations[node] = Operation(kind, path, inputs, relu)
-    reads += Reads(_check_mutation(nodes, x, source, reader.children), NOTHING)
+        operations[node] = operation
+    reads += Reads(check_mutation(nodes, x, source, reader.children), NOTHING)
+    sums = [node for node, operation in operations.items() if operation.kind == "add" and x in operation.inputs]
+    if not all(mutates(node, reader.children) for node in sums):
+        reads = replace(reads, assumes=reads.assumes | {NOT_NARROWED})
     readers = Counter(argument for operation in operations.values() for argument in operation.inputs)
     readers[source[result]] += 1  # the caller
     steps, number = schedule(group(operations, readers), x, source[result])
-    modules = sorted({str(node.target) for node in nodes if node.op == "call_module"})
-    around = sorted({".".join(path.split(".")[:i]) for path in modules for i in range(1, path.count(".") + 1)})
-    return Recipe(steps, number, (*modules, *around), signature(reader.module), reads=reads)
-
-
-def _kind(node: Node, reader: Reader) -> tuple[str, Reads]:
-    """The kind of a node's operation, and what it rests on: "conv", "bn", "relu", "add", "call" or "identity"."""
-    nothing = Reads((), NOTHING)
-    if node.op == "call_module":
-        return _kind_of_module(node, reader)
-    if is_relu_function(node):
-        return "relu", nothing
-    if is_add(node):
-        if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
-            raise CannotRead(f"its add has other arguments than two tensors ({node.format_node()})")
-        return "add", nothing
-    if node.op == "get_attr":
-        raise CannotRead(f"its forward reads the attribute {node.target}")
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-    raise CannotRead(f"its forward calls {name}")
-
-
-def _kind_of_module(node: Node, reader: Reader) -> tuple[str, Reads]:
-    path = str(node.target)
-    child = reader.children[path]
-    if len(node.args) != 1 or node.kwargs:
-        raise CannotRead(f"{path} is called with more than one argument")
-    is_conv = isinstance(child, nn.modules.conv._ConvNd)
-    is_bn = not is_conv and is_batch_norm(child)
-    reason = why_not_conv(child) if is_conv else why_not_bn(child) if is_bn else why_not_patched(child)
-    if reason:
-        raise CannotRead(f"{path} {reason}")
-    seen = Reads(reads_of_child(path, child), NOTHING)
-    if is_conv:
-        return "conv", seen
-    if is_known(child):
-        kind = "bn" if is_bn else "relu" if type(child) is nn.ReLU else "identity" if is_quiet(child) else None
-    else:
-        kind, more = role_of(child, reader.training)
-        seen += more.below(path)
-    if kind is not None:
-        return kind, seen
-    if type(child) in POOLS:
-        return "call", seen
-    if is_not_materialized(child):
-        raise CannotRead(f"{path} {NOT_MATERIALIZED}")
-    what = "norm" if "norm" in type(child).__name__.lower() else "module"
-    raise CannotRead(f"{path} is a {type(child).__name__}, a {what} that is not fused")
-
-
-def _inputs(node: Node, kind: str, source: dict[Node, Node]) -> tuple[Node, ...]:
-    arguments = node.args[: 2 if kind == "add" else 1]
-    nodes = tuple(source[argument] for argument in arguments if isinstance(argument, Node))
-    if len(nodes) < len(arguments):
-        raise CannotRead(f"its forward computes with a constant ({node.format_node()})")
-    return nodes
-
-
-def _check_mutation(
-    nodes: list[Node], x: Node, source: dict[Node, Node], children: dict[str, nn.Module]
-) -> tuple[Read, ...]:
-    """Refuses in-place operations on values that something else reads: a recipe has no aliasing.
-
-    Returns:
-        The `inplace` of the modules that could do so, if they were switched.
-    """
-    readers = Counter(source[i] for node in nodes if source[node] is node for i in node.all_input_nodes)
-    switches = []
-    for node in nodes:
-        if node.op not in ("call_module", "call_function", "call_method") or not node.args:
-            continue
-        target = node.args[0]
-        if isinstance(target, Node) and (source[target] is x or readers[source[target]] > 1):
-            if mutates(node, children):
-                raise CannotRead(f"{node.target} writes over a value that is used elsewhere")
-            if node.op == "call_module" and hasattr(children[str(node.target)], "inplace"):
-                inplace = children[str(node.target)].inplace
-                switches.append(Read(str(node.target), "inplace", described(inplace, frozenset())))
-    return tuple(switches)
+    called = {str(node.target) for node in nodes if node.op == "call_module"}
+    modules = sorted(called | {operation.path for operation in operations.values() if operation.path})
+    around = {".".join(path.split(".")[:i]) for path in modules for i in range(1, path.count(".") + 1)}
+    return Recipe(steps, number, (*modules, *sorted(around.difference(modules))), signature(reader.module), reads=reads)
 
 
 def read(module: nn.Module) -> Reader:

@@ -13,7 +13,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ _PLAIN = (
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.MethodWrapperType)
 _METHODS_OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType, types.BuiltinFunctionType)
 _CONTAINERS = (list, tuple, set, frozenset, deque, dict, types.MappingProxyType)
+# Assumptions about calls: the forward asked whether its input wants gradients, or whether it is empty; or it adds its input to
+# something, by an add that promotes dtypes, so that autocast may not narrow the input.
+WITHOUT_GRADIENTS, NOT_EMPTY, NOT_NARROWED = "without gradients", "not empty", "not narrowed"
 # Elements of a container, and containers inside of each other, that are compared in each call at most.
 _MOST_ELEMENTS, _MOST_LEVELS = 256, 5
 
@@ -190,21 +193,23 @@ class Reads:
     """All that a forward reads besides its input and its modules.
 
     names: of all attributes that the traced code reads, for `described`.
+    assumes: what a call has to be like, besides: WITHOUT_GRADIENTS, NOT_EMPTY, NOT_NARROWED.
     """
 
     inside: tuple[Read, ...] = ()
     outside: Outside = UNREAD
     names: frozenset[str] = frozenset()
+    assumes: frozenset[str] = frozenset()
 
     def __add__(self, other: Reads) -> Reads:
         inside = dict.fromkeys((*self.inside, *other.inside))
         outside = Outside((*self.outside.reads, *other.outside.reads))
-        return Reads(tuple(inside), outside, self.names | other.names)
+        return Reads(tuple(inside), outside, self.names | other.names, self.assumes | other.assumes)
 
     def below(self, path: str) -> Reads:
         """The same reads, seen from a module that has this one at `path`."""
         inside = tuple(Read(f"{path}.{read.path}".rstrip("."), read.name, read.value) for read in self.inside)
-        return Reads(inside, self.outside, self.names)
+        return replace(self, inside=inside)
 
 
 # What holds a value (None for the module itself), its name, what it was, and its name in messages.

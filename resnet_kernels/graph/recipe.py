@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from .reads import Reads
 
 
@@ -39,7 +41,8 @@ class ConvStep:
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def __str__(self) -> str:
-        return _joined(self.conv, self.bn, self.residual is not None and "add", self.relu and "relu")
+        # A convolution with code of its own may be the module that is fused.
+        return _joined(self.conv or "conv", self.bn, self.residual is not None and "add", self.relu and "relu")
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,11 @@ class Recipe:
         return " -> ".join(str(step) for step in self.steps)
 
     @property
+    def convolutions(self) -> int:
+        """The number of its convolutions."""
+        return sum(isinstance(step, ConvStep) for step in self.steps)
+
+    @property
     def fuses(self) -> bool:
         """Whether a step does more than one of eager's own calls does."""
         return any(
@@ -156,6 +164,45 @@ class Chain(NamedTuple):
     around: tuple[tuple[str, tuple[str, ...]], ...] = ()
 
 
+class Slot(NamedTuple):
+    """A value of a container's forward, by its number, among an instruction's arguments."""
+
+    value: int
+
+
+class Instruction(NamedTuple):
+    """An operation of a container's forward.
+
+    kind: "run" (a run of the plan), "module", "function", "method", "attribute" (a parameter or a buffer) or "add" (the sum of
+    two values, with or without a ReLU behind it).
+    target: the run's name, the module's path, the name of a function (mixed_plan.FUNCTIONS) or a method, the attribute's path,
+    "add" or "add_relu".
+    args, kwargs: with a Slot for each value; tuples, lists, dicts and slices may hold them.
+    out: the number of the value that it makes.
+    sees_layout: it may compute something else, or fail, if its input lies in memory in another order than in eager.
+    frees: the values that no later instruction reads.
+    apart: of a run, its operations one by one.
+    """
+
+    kind: str
+    target: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    out: int
+    sees_layout: bool = False
+    frees: tuple[int, ...] = ()
+    apart: tuple[Instruction, ...] = ()
+
+
+class Watched(NamedTuple):
+    """A module that was looked into. cls, signature: as they were. inlined: its forward does not run, and no hook fires."""
+
+    path: str
+    cls: type[nn.Module]
+    signature: tuple[Any, ...]
+    inlined: bool
+
+
 @dataclass(frozen=True)
 class ContainerPlan:
     """What can be fused in a container.
@@ -169,6 +216,8 @@ class ContainerPlan:
     that it returns, whether it has our layout (see layouts.py).
     quiet: nothing that the forward runs can change a fused block, so that all may be checked before it runs.
     chains: the fused modules and runs that may run as one.
+    instructions: the whole forward, which runs in its place; empty where the forward's Python code runs. Value 0 is the input,
+    and `result` is what it returns, with a Slot for each value. watched: the modules whose forwards the instructions rest on.
     """
 
     runs: dict[str, Recipe]
@@ -183,3 +232,11 @@ class ContainerPlan:
     quiet: bool = False
     chains: tuple[Chain, ...] = ()
     reads: Reads | None = field(default=None, compare=False)
+    instructions: tuple[Instruction, ...] = ()
+    result: Any = None
+    watched: tuple[Watched, ...] = ()
+
+    @property
+    def convolutions(self) -> int:
+        """The number of convolutions in its runs."""
+        return sum(recipe.convolutions for recipe in self.runs.values())

@@ -40,7 +40,7 @@ class Role(NamedTuple):
 def role_of(module: nn.Module, training: bool) -> Role:
     """Reads a stranger's forward, in eval or train() mode. A frozen BN's class is noted in fusible.py."""
     try:
-        graph, reads = trace(module, training, False)
+        graph, reads, _ = trace(module, training)
     except CannotRead:
         return Role(None, Reads())
     nodes = list(graph.nodes)

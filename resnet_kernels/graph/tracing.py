@@ -12,21 +12,24 @@ import functools
 import inspect
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.fx.proxy import GraphAppendingTracer
 
-from .fusible import is_plain_sequential, is_wrapper, original_class
+from .fusible import has_own_call, is_known, is_plain_sequential, is_wrapper, original_class
 from .observer import Observer
-from .reads import INTERNAL, Reads, is_plain
+from .reads import INTERNAL, NOT_EMPTY, WITHOUT_GRADIENTS, Reads, is_plain
 from .recipe import CannotRead
 
 _RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -35,19 +38,61 @@ _NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class Traced(NamedTuple):
-    """A forward as a graph, and what it read besides its input and its modules."""
+    """A forward as a graph, and what it read besides its input and its modules.
+
+    ran_into: the paths of the modules whose own forward ran; "" is the traced one.
+    """
 
     graph: torch.fx.Graph
     reads: Reads
+    ran_into: frozenset[str]
 
 
 class _Value(torch.fx.Proxy):
     """A tensor of a trace. Attributes of a real tensor that forward would set (requires_grad) can't be fused."""
 
+    tracer: _Tracer
+
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in ("tracer", "node"):
             raise CannotRead(f"its forward sets the attribute {name} of a tensor")
         super().__setattr__(name, value)
+
+    @property  # type: ignore[misc]  # in the place of an attribute
+    def __class__(self) -> type[_Value]:
+        # isinstance asks here before it says no.
+        if self.tracer.observer is not None:
+            self.tracer.observer.on_class_asked()
+        return _Value
+
+    @property
+    def requires_grad(self) -> bool:
+        """False: checkpointed blocks ask. A call with gradients runs the module's own code."""
+        self.tracer.assume(WITHOUT_GRADIENTS)
+        return False
+
+    def numel(self) -> _Numel:
+        """The number of elements, which may be compared with zero."""
+        return _Numel(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
+
+
+class _Numel(_Value):
+    """The number of elements of a tensor: not zero. A call with an empty tensor runs the module's own code."""
+
+    def __eq__(self, other: object) -> Any:
+        if type(other) is not int or other != 0:
+            return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+        self.tracer.assume(NOT_EMPTY)
+        return False
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def __gt__(self, other: object) -> Any:
+        if type(other) is not int or other != 0:
+            return self.tracer.create_proxy("call_function", operator.gt, (self, other), {})
+        self.tracer.assume(NOT_EMPTY)
+        return True
 
 
 def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -88,14 +133,27 @@ class _Tensors(dict[str, Any]):
 
 
 class _Tracer(GraphAppendingTracer):
-    """Records calls of modules and functions. Looks into plain Sequentials, and into wrappers if asked to."""
+    """Records calls of modules and functions.
 
-    def __init__(self, into_wrappers: bool):
+    It looks into plain Sequentials and convolutions with code of their own, and if asked to into wrappers and into modules
+    that are called with anything but one tensor.
+
+    Args:
+        into: what else to look into.
+        convs: paths of convolutions with code of their own that can be read.
+    """
+
+    def __init__(self, into: Into, convs: Collection[str]):
         super().__init__(torch.fx.Graph())
-        self.into_wrappers = into_wrappers
+        self._into, self._convs = into, convs
         self.observer: Observer | None = None
+        self.assumptions: set[str] = set()
 
-    def proxy(self, node: torch.fx.Node) -> torch.fx.Proxy:
+    def assume(self, what: str) -> None:
+        """Notes what a call has to be like for the trace to stand for it."""
+        self.assumptions.add(what)
+
+    def proxy(self, node: Node) -> torch.fx.Proxy:
         """The value of a node."""
         return _Value(node, self)
 
@@ -113,12 +171,18 @@ class _Tracer(GraphAppendingTracer):
         """A call of a module by the forward."""
         if not path:
             raise CannotRead("its forward calls itself")
-        if is_plain_sequential(clone) or (self.into_wrappers and is_wrapper(clone)):
+        if is_plain_sequential(clone) or path in self._convs or self._looks_into(clone, args, kwargs):
             if self.observer is not None:
                 self.observer.ran_into.add(path)
             # Without its hooks: they are the user's, and would see proxies.
             return type(clone).forward(clone, *args, **kwargs)
         return self.create_proxy("call_module", path, args, kwargs)
+
+    def _looks_into(self, clone: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        if self._into.wrappers and is_wrapper(clone):
+            return True
+        takes_one = len(args) == 1 and not kwargs and isinstance(args[0], torch.fx.Proxy)
+        return self._into.lists and not takes_one and not is_known(clone) and "forward" not in clone.__dict__
 
     def clone(self, module: nn.Module, training: bool) -> dict[str, nn.Module]:
         """Copies of a module and of all modules in it, by path; the module's own is at ""."""
@@ -162,7 +226,14 @@ def _rebound(value: Any, clones: Mapping[int, nn.Module]) -> Any:
     return value
 
 
-def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
+class Into(NamedTuple):
+    """Modules that a trace looks into. wrappers: see fusible.is_wrapper. lists: those called with anything but one tensor."""
+
+    wrappers: bool = False
+    lists: bool = False
+
+
+def trace(module: nn.Module, training: bool, into: Into = Into()) -> Traced:
     """The graph of module.forward(x) in eval or train() mode, with all other arguments at their defaults.
 
     Neither the module nor anything else that its code can reach changes.
@@ -175,10 +246,11 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
         raise CannotRead("its forward was set on the instance")
     if isinstance(module, torch.jit.ScriptModule):
         raise CannotRead("it is compiled by TorchScript")
-    if cls.__call__ is not nn.Module.__call__:
+    if has_own_call(cls):
         raise CannotRead(f"{cls.__name__} has a __call__ of its own")
     name = _input_name(cls.forward)
-    tracer = _Tracer(into_wrappers)
+    convs = [path for path, child in module.named_modules() if path and is_readable_conv(child, training)]
+    tracer = _Tracer(into, convs)
     clones: dict[str, nn.Module] = {}
     x = tracer.create_proxy("placeholder", name, (), {})
     try:
@@ -188,7 +260,8 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
             result = cls.forward(clones[""], x)
         tracer.create_node("output", "output", (tracer.create_arg(result),), {})
         _check_written(tracer.graph, clones)
-        return Traced(tracer.graph, observer.reads())
+        reads = replace(observer.reads(), assumes=frozenset(tracer.assumptions))
+        return Traced(tracer.graph, reads, frozenset(observer.ran_into))
     except CannotRead:
         raise
     except Exception as error:  # forward is the user's code: it may raise anything
@@ -201,12 +274,53 @@ def trace(module: nn.Module, training: bool, into_wrappers: bool) -> Traced:
             clone.__dict__.clear()
 
 
+def is_readable_conv(module: nn.Module, training: bool) -> bool:
+    """Whether a module is a Conv2d of a user's class that can be read: its own convolution, and what it calls behind it."""
+    if not isinstance(module, nn.Conv2d) or is_known(module) or "forward" in module.__dict__:
+        return False
+    try:
+        graph = trace(module, training).graph
+    except CannotRead:
+        return False
+    convs = [node for node in graph.nodes if is_own_conv(node)]
+    return len(convs) == 1 and own_conv_path(convs[0], {"": module}) == ""
+
+
+def is_own_conv(node: Node) -> bool:
+    """Whether a node is torch.conv2d, as a Conv2d's own code calls it."""
+    return node.op == "call_function" and node.target in (F.conv2d, torch.conv2d)
+
+
+def own_conv_path(node: Node, modules: Mapping[str, nn.Module]) -> str | None:
+    """The path of the Conv2d of which a node of torch.conv2d is the whole computation; None if it is another one's."""
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    given = dict(zip(names, node.args)) | node.kwargs
+    weight = given.get("weight")
+    if not isinstance(weight, Node) or weight.op != "get_attr" or not str(weight.target).endswith("weight"):
+        return None
+    path = str(weight.target).removesuffix("weight").removesuffix(".")
+    conv = modules.get(path)
+    if not isinstance(conv, nn.Conv2d) or conv._parameters.get("weight") is None or conv.padding_mode != "zeros":
+        return None
+    bias = given.get("bias")
+    has_bias = isinstance(bias, Node) and bias.op == "get_attr" and bias.target == f"{path}.bias".lstrip(".")
+    if has_bias != (conv._parameters.get("bias") is not None) or not (has_bias or bias is None):
+        return None
+    settings = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    same = all(_pair(given.get(name, default)) == _pair(getattr(conv, name)) for name, default in settings.items())
+    return path if same else None
+
+
+def _pair(value: Any) -> Any:
+    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
+
+
 def _check_written(graph: torch.fx.Graph, clones: dict[str, nn.Module]) -> None:
-    """Refuses a forward that writes to parameters or buffers, and drops those from the graph that it only looked at."""
+    """Refuses a forward that writes to parameters or buffers, and drops what it only looked at from the graph."""
     for node in reversed(graph.nodes):
         if mutates(node, clones) and (written := _attribute_behind(node.args[0])) is not None:
             raise CannotRead(f"its forward writes to {written}")
-        if node.op == "get_attr" and not node.users:
+        if (node.op == "get_attr" or node.target == "numel") and not node.users:
             graph.erase_node(node)
 
 
@@ -226,12 +340,12 @@ def _input_name(forward: Callable[..., Any]) -> str:
 
 def _attribute_behind(value: Any) -> str | None:
     """The parameter or buffer that a value is, or is a view of; None if it is another value."""
-    while isinstance(value, torch.fx.Node) and value.op in ("call_method", "call_function") and value.args:
+    while isinstance(value, Node) and value.op in ("call_method", "call_function") and value.args:
         value = value.args[0]
-    return str(value.target) if isinstance(value, torch.fx.Node) and value.op == "get_attr" else None
+    return str(value.target) if isinstance(value, Node) and value.op == "get_attr" else None
 
 
-def mutates(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def mutates(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node writes over its first input."""
     if not node.args:
         return False
@@ -250,16 +364,26 @@ def mutates(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def is_relu_function(node: torch.fx.Node) -> bool:
+def is_relu_function(node: Node) -> bool:
     """Whether a node calls a ReLU that is no module."""
     if node.op == "call_function":
         return node.target in _RELU_FUNCTIONS
     return node.op == "call_method" and node.target in ("relu", "relu_")
 
 
-def is_add(node: torch.fx.Node) -> bool:
+def is_identity(node: Node) -> bool:
+    """Whether a node gives its input's values: a clone, or dropout that is off."""
+    if node.op == "call_method" or node.target is torch.clone:
+        return str(node.target) == "clone" or node.target is torch.clone
+    if node.op != "call_function" or node.target not in _DROPOUTS:
+        return False
+    given = dict(zip(("input", "p", "training"), node.args)) | node.kwargs
+    return given.get("training", True) is False
+
+
+def is_add(node: Node) -> bool:
     """Whether a node adds two tensors."""
     if node.op == "call_function":
-        tensors = sum(isinstance(a, torch.fx.Node) for a in node.args)
+        tensors = sum(isinstance(a, Node) for a in node.args)
         return node.target in _ADD_FUNCTIONS and tensors == 2
     return node.op == "call_method" and node.target in ("add", "add_") and len(node.args) == 2

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph import reader as graph_reader
+from ..graph.reads import NOT_EMPTY, NOT_NARROWED, WITHOUT_GRADIENTS, Reads
 from ..graph.recipe import CallStep, CannotRead, ContainerPlan, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
@@ -44,6 +45,16 @@ def is_ordinary(x: Any) -> bool:
     )
 
 
+def is_as_assumed(reads: Reads | None, x: Tensor) -> bool:
+    """Whether a call is as reading a forward has assumed of all calls; see graph/reads.py."""
+    assumes = () if reads is None else reads.assumes
+    return not assumes or not (
+        (NOT_EMPTY in assumes and not x.numel())
+        or (WITHOUT_GRADIENTS in assumes and torch.is_grad_enabled())
+        or (NOT_NARROWED in assumes and autocast_dtype(x) not in (None, x.dtype))
+    )
+
+
 def why_not_ordinary(x: Any) -> str:
     """The reason of ours why x runs eager; "" where it does not, or where that goes without saying."""
     return "" if is_traced() else subclasses.why_not(x)
@@ -56,7 +67,10 @@ def read_again(module: nn.Module, state: FusedState[Any]) -> None:
         reader = graph_reader.read(module)
         below = [(child, state_of(child)) for child in module.modules() if child is not module]
         fused = [(child, own.plan) for child, own in below if own is not None]
-        state.plan = reader.recipe() if isinstance(state.plan, Recipe) else reader.container_plan(fused)
+        if isinstance(state.plan, Recipe):
+            state.plan = reader.recipe()
+        else:
+            state.plan = reader.mixed_plan(fused) if state.plan.instructions else reader.container_plan(fused)
     except CannotRead as error:
         state.why_not = f"it can't be read any more: {error}"
 
@@ -140,6 +154,8 @@ def decide(
     if weight is None or x.device != weight.device or (dtype is None and live.is_refused(x.dtype)):
         return Eager()  # its own error, or its own meaning
     backend = resolve(state.backend, x.device, dtype or x.dtype)
+    if not is_as_assumed(recipe.reads, x):
+        return Eager()
     if backend == "eager":
         return Eager(backends.why_eager(state.backend, x.device, dtype or x.dtype))
     gradients = gradients and (x.requires_grad or live.needs_gradients())

@@ -22,13 +22,13 @@ from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import as_contiguous, counted, is_channels_last, write_back
-from . import chains, checked_calls, eligibility, inference, subclasses
+from . import chains, checked_calls, eligibility, inference, mixed_forward, subclasses
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, like_normalized, view_of
 from .fused_block import FusedBlock
 from .fused_module import Fused
 from .gpu import plan
-from .live_modules import has_global_hooks, has_hooks
+from .live_modules import child_at, has_global_hooks, has_hooks
 from .normalize_images import dtype_of
 from .state import UNKNOWN, BlockInput, Eager, FusedRun, FusedState, state_of
 
@@ -69,16 +69,20 @@ class FusedContainer(Fused):
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
         packs = chains.may_run(like)
         with checked_calls.one_call(found, restore, state.copies.memories), checked_calls.verified_below(survey, packs):
-            y = (
-                _run_stage(self, state, value, UNKNOWN)
-                if _is_stage(self, state)
-                else original(view_of(self, state), value)
-            )
+            y = _forward(self, state, original, value)
         write_back(x, value, version)
         if value is not x:
             # Returned by a module that came later, as it is.
             y = x if y is value else y if isinstance(y, Tensor) else _replaced(y, value, x)
         return _restored(y, state.plan.outputs) if restore else y
+
+
+def _forward(self: nn.Module, state: FusedState[ContainerPlan], original: Callable[..., Any], x: Tensor) -> Any:
+    if state.plan.instructions:
+        if mixed_forward.may_run(self, state.plan):
+            return mixed_forward.run(self, state, x)
+        return checked_calls.call_as_eager(lambda x: original(self, x), x)
+    return _run_stage(self, state, x, UNKNOWN) if _is_stage(self, state) else original(view_of(self, state), x)
 
 
 def _converted(x: Tensor) -> Tensor:
@@ -127,7 +131,7 @@ def _plain_call(
         return None
     if module.training and not (state.plan.trains and eligibility.trains_on(state.backend, x)):
         return None
-    if x.dim() != 4 or not x.is_floating_point():
+    if x.dim() != 4 or not x.is_floating_point() or not eligibility.is_as_assumed(state.plan.reads, x):
         return None
     if tuple(module._modules) != state.plan.names:
         eligibility.say_runs_eager(
@@ -136,7 +140,7 @@ def _plain_call(
         return None
     # A forward may ask for the classes of its modules, and see what a run does at once.
     if any(
-        (child := module._modules[name]) is None or fusible.original_class(child) is not cls
+        (child := child_at(module, name)) is None or fusible.original_class(child) is not cls
         for recipe in state.plan.runs.values()
         for name, cls in recipe.signature
     ):
@@ -156,12 +160,14 @@ def _has_channels_last_weights(module: nn.Module) -> bool:
     # The first one whose strides tell stands for all. Asking a parametrized module for its weight would compute one.
     convs = (m for m in module.modules() if isinstance(m, nn.Conv2d))
     weights = (m._parameters.get("weight", m.__dict__.get("weight")) for m in convs)
-    weight = next((weight for weight in weights if weight is not None and weight.shape[1:].numel() > 1), None)
+    known = (weight for weight in weights if weight is not None and not nn.parameter.is_lazy(weight))
+    weight = next((weight for weight in known if weight.shape[1:].numel() > 1), None)
     return weight is not None and is_channels_last(weight)
 
 
 def _is_stage(module: nn.Module, state: FusedState[ContainerPlan]) -> bool:
-    return fusible.is_plain_sequential(module) and not any("." in path for path in state.plan.called)
+    nested = any("." in path for path in state.plan.called)
+    return fusible.is_plain_sequential(module) and not nested and not state.plan.instructions
 
 
 def _run_stage(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor, known: BlockInput) -> Any:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from torch.fx import GraphModule
 
 from .state import FusedState, state_of
 
@@ -75,7 +76,10 @@ class Fused(_Base):
     def __reduce_ex__(self, protocol: Any) -> str | tuple[Any, ...]:
         """Follows the class's own way of pickling, with the class as it was before, and adds what fusing added."""
         cls, original, state = type(self), _unfused(type(self)), state_of(self)
-        reduced = super().__reduce_ex__(protocol)
+        if isinstance(self, GraphModule):
+            reduced = _without_fusing(self).__reduce_ex__(protocol)
+        else:
+            reduced = super().__reduce_ex__(protocol)
         if isinstance(reduced, str):
             return reduced
         make, args, *rest = reduced
@@ -133,6 +137,8 @@ def _make_class(original: type[nn.Module], mixin: type[Fused]) -> type[Fused]:
     }
     if hasattr(original, "__deepcopy__"):
         names["__deepcopy__"] = _deepcopy
+    if issubclass(original, GraphModule):
+        names["recompile"] = _recompile
     return type(original.__name__, (mixin, original), names)
 
 
@@ -162,10 +168,34 @@ def _unfused(cls: type[Any]) -> type[Any]:
 def _deepcopy(self: Fused, memo: dict[int, Any]) -> Any:
     """Follows the class's own __deepcopy__; the copy is fused, too."""
     state, original = state_of(self), _unfused(type(self))
-    copied = original.__deepcopy__(self, memo)
-    if state is not None and type(copied) in (type(self), original) and state_of(copied) is None:
+    of_fx = isinstance(self, GraphModule)
+    copied = original.__deepcopy__(_without_fusing(self) if of_fx else self, memo)
+    memo[id(self)] = copied
+    # Each GraphModule has a class of its own.
+    is_same = type(copied) in (type(self), original) or of_fx
+    if state is not None and is_same and state_of(copied) is None:
         swap(copied, type(self)._rk_mixin, copy.deepcopy(state, memo))
     return copied
+
+
+def _without_fusing(module: nn.Module) -> nn.Module:
+    """The module as it was before it was fused, with the same children and tensors. torch.fx looks at its class's bases."""
+    plain: nn.Module = object.__new__(_unfused(type(module)))
+    plain.__dict__.update((name, value) for name, value in module.__dict__.items() if name != "_rk_state")
+    return plain
+
+
+def _recompile(self: Any) -> Any:
+    """Follows torch.fx, which sets another forward on the class; the next call reads it."""
+    state, mixin = state_of(self), type(self)._rk_mixin
+    if state is None:
+        return super(type(self), self).recompile()
+    swap_back(self)
+    try:
+        return self.recompile()
+    finally:
+        state.read_later()
+        swap(self, mixin, state)
 
 
 def _restore(

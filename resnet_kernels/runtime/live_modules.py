@@ -10,15 +10,16 @@ from torch.nn.modules import module as nn_module
 
 from ..graph import fusible
 from ..graph.fusible import BatchNorm
+from ..graph.layouts import prefixes
 from ..graph.reads import LiveReads, Reads
 from ..graph.recipe import CallStep, ConvStep, Recipe, Step
 from .parts import CallPart, ConvPart, NormPart, PackName, Part, bn_tensors, pack_name
 
 
 def child_at(module: nn.Module, path: str) -> nn.Module | None:
-    """The submodule at a dotted path; None if it is gone."""
+    """The submodule at a dotted path, the module itself at ""; None if it is gone."""
     found: nn.Module | None = module
-    for name in path.split("."):
+    for name in path.split(".") if path else ():
         found = None if found is None else found._modules.get(name)
     return found
 
@@ -62,7 +63,10 @@ class LiveModules:
         members = _members(module, recipe)
         self.names = [name for name, _ in members]
         self.children = [child for _, child in members]
+        above = {path for name in recipe.modules for path in prefixes(name)[:-1]} if not recipe.whole else ()
+        around = (child_at(module, path) for path in sorted(above))
         owners = [module, *(child for child in self.children if recipe.whole and child._modules)]
+        owners += [owner for owner in around if owner is not None]
         self.registries = [(owner._modules, [*owner._modules.values()]) for owner in owners]
         self.classes = [*map(type, self.children)]
         self.dicts = [child.__dict__ for child in self.children]
@@ -203,7 +207,7 @@ def _reader(part: ConvPart | NormPart) -> tuple[dict[str, Any], str, int, nn.Con
 def _members(module: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module]]:
     """(name, child) of everything that a recipe depends on: all of a block, but only its members for a run."""
     if not recipe.whole:
-        return [(name, child) for name in recipe.modules if (child := module._modules[name]) is not None]
+        return [(name, child) for name in recipe.modules if (child := child_at(module, name)) is not None]
     members = []
     for name, child in module._modules.items():
         if child is not None:
@@ -231,7 +235,7 @@ def wire(module: nn.Module, recipe: Recipe) -> LiveModules | str:
     if recipe.whole:
         same = fusible.signature(module) == recipe.signature
     else:
-        children = [(name, module._modules.get(name)) for name in recipe.modules]
+        children = [(name, child_at(module, name)) for name in recipe.modules]
         same = recipe.signature == tuple(
             (name, type(None) if child is None else fusible.original_class(child)) for name, child in children
         )

@@ -100,6 +100,11 @@ class FusedState(Generic[Fusible]):
         self.why_not: str | None = None
         self.reads: LiveReads | None = None
 
+    def read_later(self) -> None:
+        """Has the forward read again in the next call, because it may be another one."""
+        self._forget()
+        self.unread = True
+
     def drop_copies(self) -> None:
         """Forgets all copies of weights; the next call makes them anew."""
         self.copies = Copies()

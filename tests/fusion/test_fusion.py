@@ -279,8 +279,8 @@ def test_structure_changed_after_fusing(model, x):
         m.layer2[0].downsample = nn.Sequential(m.layer2[0].downsample, nn.Tanh())
     with torch.no_grad(), pytest.warns(RuntimeWarning, match="changed after it was fused"):
         close(fused(x), plain(x))
-    rows = {row.path: row for row in rk.fuse_(fused)}
-    assert "bn1 is a GroupNorm" in rows["layer1.0"].reason and "relu is a Hardswish" in rows["layer1.1"].reason
+    skipped = {row.path: row for row in rk.fuse_(fused).skipped}
+    assert "bn1 is a GroupNorm" in skipped["layer1.0"].reason and "relu is a Hardswish" in skipped["layer1.1"].reason
     with torch.no_grad():
         close(fused(x), plain(x))
 
@@ -310,7 +310,7 @@ def test_a_block_used_twice_and_shared_convolutions():
         close(fused(x), plain(x))
 
 
-def test_a_stem_module_used_twice_is_left_alone():
+def test_a_norm_used_twice():
     class Net(nn.Module):
         def __init__(self):
             super().__init__()
@@ -322,7 +322,7 @@ def test_a_stem_module_used_twice_is_left_alone():
 
     plain = randomise_batch_norms_(Net()).eval()
     fused, x = rk.fuse(plain), torch.randn(1, 3, 8, 8)
-    assert [row.steps for row in rk.explain(fused)] == ["conv1+bn1+relu -> conv2+bn2+add+relu"]
+    assert [row.steps for row in rk.explain(fused)] == ["conv+bn+relu", "conv1+bn1+relu -> conv2+bn2+add+relu"]
     with torch.no_grad():
         close(fused(x), plain(x))
 
@@ -330,10 +330,14 @@ def test_a_stem_module_used_twice_is_left_alone():
 def test_lazy_modules_are_skipped_until_materialized():
     net = nn.Sequential(PlainResidual(8))
     net[0].conv1 = nn.LazyConv2d(8, 3, padding=1)
-    (row,) = rk.fuse_(net)
-    assert not row.fused and "lazy and not materialized" in row.reason
-    net.eval()(torch.randn(1, 8, 4, 4))
-    assert rk.fuse_(net).fused
+    report = rk.fuse_(net)
+    (row,), (left,) = report.skipped, report.unfused
+    assert "lazy and not materialized" in row.reason
+    assert (left.convolutions, left.example) == (1, "0.conv1") and "run the model once" in left.hint
+    with torch.no_grad():
+        net.eval()(torch.randn(1, 8, 4, 4))
+    report = rk.fuse_(net)
+    assert report.fused and not report.skipped
 
 
 def test_notebook_block_pickles_and_keeps_its_class():

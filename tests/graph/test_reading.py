@@ -109,7 +109,7 @@ def test_forms_of_forward(forward, expected):
         (variant(Block.forward, conv1=nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), "padding_mode='reflect'"),
         (variant(Block.forward, conv1=nn.Conv3d(8, 8, 3)), "conv1 is a Conv3d, only Conv2d is fused"),
         (variant(Block.forward, conv1=nn.LazyConv2d(8, 3)), "conv1 is lazy and not materialized"),
-        (variant(lambda self, x: F.dropout(self.conv1(x), 0.5, self.training)), "calls dropout"),
+        (variant(lambda self, x: F.dropout(self.conv1(x), 0.5)), "calls dropout"),
         (variant(lambda self, x, y: self.conv1(x) + y), "more than one argument"),
         (variant(lambda self, *xs: self.conv1(xs[0])), "no positional argument"),
         (variant(lambda self, x: (self.conv1(x), x)), "more than one tensor"),

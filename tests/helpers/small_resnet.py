@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
+from resnet_kernels.graph.recipe import ConvStep
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime import chains, checked_calls, inference
+from resnet_kernels.runtime.state import state_of
 
 
 class PlainResidual(nn.Module):
@@ -63,6 +65,42 @@ def ran_fused(module, x):
     finally:
         inference.run_recipes, chains.run, checked_calls.run_verified = original, run_chain, run_verified
     return len(seen)
+
+
+def convolutions_that_ran(module, x):
+    """The paths of the convolutions that run in fused kernels in this call."""
+    seen = set()
+    original, run_chain, run_verified = inference.run_recipes, chains.run, checked_calls.run_verified
+
+    def note(state, recipe):
+        steps = (step for step in recipe.steps if isinstance(step, ConvStep))
+        seen.update(f"{state.path}.{step.conv}".strip(".") for step in steps)
+
+    def spy(blocks, *rest):
+        for recipe, state, _ in blocks:
+            note(state, recipe)
+        return original(blocks, *rest)
+
+    def spy_on_chain(container, state, chain, x):
+        ran = run_chain(container, state, chain, x)
+        for part in chain.parts if ran is not None else ():
+            own = state_of(container.get_submodule(part.path))
+            note(own, own.plan if part.run is None else own.plan.runs[part.run])
+        return ran
+
+    def spy_on_verified(block, *rest):
+        ran = run_verified(block, *rest)
+        if ran is not None:
+            note(state_of(block), state_of(block).plan)
+        return ran
+
+    inference.run_recipes, chains.run, checked_calls.run_verified = spy, spy_on_chain, spy_on_verified
+    try:
+        with torch.no_grad():
+            module(x)
+    finally:
+        inference.run_recipes, chains.run, checked_calls.run_verified = original, run_chain, run_verified
+    return seen
 
 
 def close(a, b):

@@ -1,0 +1,490 @@
+"""Forwards that are neither a block nor a container of blocks: runs of our steps, with other operations in between.
+
+A block with squeeze-and-excitation, a dense block, or a network as a torch.fx.GraphModule has convolutions, BNs, ReLUs and
+adds that can be fused, and operations that cannot. Its forward becomes a list of instructions: runs, each a recipe with one
+input and one output, and all other operations, which PyTorch runs as in eager. Python's code does not run.
+
+A run is as long as possible. It ends where another operation reads a value in it. An add of two values that no one run has
+stays an operation of its own, and a ReLU behind it is a part of that.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx import Graph, Node
+
+from .fusible import is_known, original_class, shared_children, signature
+from .group_steps import CallGroup, ConvGroup, Group, Operation, group, schedule
+from .layouts import LayoutView, boundaries
+from .operations import check_mutation, is_of_own_conv, operation_of, small_convolutions
+from .reads import NOTHING, Reads
+from .recipe import CannotRead, ContainerPlan, ConvStep, Instruction, Recipe, Slot, Watched
+from .tracing import mutates, trace
+
+# Functions and methods without side effects, by the names under which instructions keep them.
+_OPERATORS = "add sub mul truediv floordiv mod neg pow getitem iadd imul isub eq ne lt le gt ge"
+_TORCH = (
+    "abs add addcmul amax amin cat chunk clamp div einsum exp flatten logsumexp matmul max mean min mul narrow permute pow "
+    "relu relu_ reshape rsqrt sigmoid softmax split sqrt squeeze stack std sub sum tanh transpose unbind unsqueeze var"
+)
+_FUNCTIONAL = (
+    "adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d conv2d elu gelu glu group_norm hardsigmoid hardswish hardtanh "
+    "interpolate layer_norm leaky_relu linear log_softmax max_pool2d mish normalize pad pixel_shuffle prelu relu relu6 relu_ "
+    "selu sigmoid silu softmax softplus tanh unfold"
+)
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
+    **{f"torch.{name}": getattr(torch, name) for name in _TORCH.split()},
+    **{f"F.{name}": getattr(F, name) for name in _FUNCTIONAL.split()},
+    "getattr": getattr,
+}
+METHODS = frozenset(
+    "abs add add_ amax amin chunk clamp contiguous dim div div_ exp expand expand_as flatten float max mean min mul mul_ "
+    "narrow permute pow relu relu_ repeat reshape sigmoid sigmoid_ size softmax split sqrt squeeze std sub sub_ sum tanh "
+    "transpose type_as unbind unflatten unsqueeze var view view_as".split()
+)
+_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
+# What makes a tensor of its own, so that another operation may write over it.
+_MAKES_NEW = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div, torch.cat,
+     torch.stack, torch.mean, torch.relu, torch.sigmoid, torch.softmax, F.relu, F.interpolate, F.max_pool2d, F.avg_pool2d,
+     F.silu, F.gelu, F.leaky_relu}
+)  # fmt: skip
+_METHODS_THAT_MAKE = frozenset({"add", "sub", "mul", "div", "mean", "sum", "relu", "sigmoid", "softmax", "tanh"})
+_MAKERS = (
+    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.Sigmoid
+)  # fmt: skip
+_ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+
+
+class _Runs:
+    """The groups of a forward, and the run that each belongs to.
+
+    Args:
+        operations: those of ours, by node, in order.
+        readers: how many operations read each node's value.
+        apart: adds that join no convolution.
+    """
+
+    def __init__(self, operations: Mapping[Node, Operation], readers: Mapping[Node, int], apart: set[Node]):
+        marked = {
+            node: replace(operation, alone=node in apart) for node, operation in operations.items()
+        }  # fmt: skip
+        self.order = {node: i for i, node in enumerate(operations)}
+        self.groups = group(marked, readers)
+        self._readers = readers
+
+    def find(self) -> tuple[dict[Node, list[Node]], set[Node]]:
+        """The runs.
+
+        Returns:
+            The nodes of each run's groups in order, by its last one; and the adds that have to stay apart, if any: then the
+            groups have to be made anew.
+        """
+        nodes = sorted(self.groups, key=self.order.__getitem__)
+        runs: list[tuple[Node, list[Node]]] = []
+        found: dict[Node, list[Node]] = {}
+        apart: set[Node] = set()
+        todo: list[Sequence[Node]] = [nodes]
+        while todo:
+            for x, members in self._gathered(todo.pop(), apart):
+                parts = self._parted(x, members)
+                if len(parts) == 1:
+                    runs.append((x, parts[0]))
+                else:
+                    todo += parts
+        for _, members in runs:
+            if any(isinstance(self.groups[node], ConvGroup) for node in members):
+                found[members[-1]] = members
+        return found, apart
+
+    def _gathered(self, nodes: Sequence[Node], apart: set[Node]) -> list[tuple[Node, list[Node]]]:
+        """Groups by the one value that they all come from."""
+        gathered: list[tuple[Node, list[Node]]] = []
+        run_of: dict[Node, int] = {}
+        for node in nodes:
+            found = self.groups[node]
+            main, *others = found.inputs
+            at = run_of.get(main)
+            if at is None:
+                at = next((i for i, (x, _) in enumerate(gathered) if x is main), None)
+            if at is None:
+                at = len(gathered)
+                gathered.append((main, []))
+            x, members = gathered[at]
+            if any(other is not x and other not in members for other in others):
+                if isinstance(found, CallGroup):
+                    continue  # an add of its own
+                assert found.sum is not None, "only a residual is a second input"
+                apart.add(found.sum)
+                continue
+            members.append(node)
+            run_of[node] = at
+        return [(x, members) for x, members in gathered if members]
+
+    def _parted(self, x: Node, members: list[Node]) -> list[list[Node]]:
+        """The parts of a run such that only the last value of each is read outside of it; itself if that holds."""
+        inside = set(members)
+        used = [
+            node
+            for node in members
+            if self._readers[node] > sum(node is i for other in members for i in self.groups[other].inputs)
+        ]
+        if used == members[-1:]:
+            return [members]
+        islands = self._islands(members)
+        if len(islands) > 1:
+            return islands
+        first = used[0] if used else members[-1]
+        before = {first}
+        for node in reversed(members):
+            if node in before:
+                before.update(i for i in self.groups[node].inputs if i in inside)
+        head = [node for node in members if node in before]
+        tail = [node for node in members if node not in before]
+        read = {i for node in tail for i in self.groups[node].inputs if i in before}
+        if tail and read <= {first}:
+            return [head, tail]
+        return [[node] for node in members] if len(members) > 1 else [members]
+
+    def _islands(self, members: list[Node]) -> list[list[Node]]:
+        """The parts of a run that share nothing but its input."""
+        islands: list[list[Node]] = []
+        for node in members:
+            touched = [island for island in islands if any(i in island for i in self.groups[node].inputs)]
+            joined = [*(n for island in touched for n in island), node]
+            islands = [island for island in islands if island not in touched]
+            islands.append(sorted(joined, key=self.order.__getitem__))
+        return islands
+
+
+class Forward(NamedTuple):
+    """A forward that was read.
+
+    module: whose forward it is. graph: of it. children: the module's children by path. reads: what it read besides.
+    ran_into: paths of the modules whose own forward ran. training: whether it is the one in train() mode.
+    """
+
+    module: nn.Module
+    graph: Graph
+    children: Mapping[str, nn.Module]
+    reads: Reads
+    ran_into: frozenset[str]
+    training: bool
+
+
+def mixed_plan(forward: Forward, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]]) -> ContainerPlan:
+    """The plan of a module whose forward runs as instructions.
+
+    Args:
+        forward: of the module.
+        fused: the fused modules in it, with their plans.
+
+    Raises:
+        CannotRead: an operation is not known to do nothing but compute, or nothing can be fused.
+    """
+    return _Planner(forward, fused).plan()
+
+
+class _Planner:
+    def __init__(self, forward: Forward, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]]):
+        self.module, self.graph, self.children, self.reads, self.ran_into, self.training = forward
+        self.nodes = list(forward.graph.nodes)
+        self.numbers = {node: i for i, node in enumerate(self.nodes)}
+        self.x = self.nodes[0]
+        self.calls = Counter(str(node.target) for node in self.nodes if node.op == "call_module")
+        self.shared = shared_children(self.module)
+        self.source: dict[Node, Node] = {}
+        self.operations: dict[Node, Operation] = {}
+        plans = {id(module): plan for module, plan in fused}
+        self.fused = {path: plans[id(m)] for path, m in self.module.named_modules() if path and id(m) in plans}
+        self.layouts = LayoutView(self.children, self.fused, into=True)
+
+    def plan(self) -> ContainerPlan:
+        """The plan; see `mixed_plan`."""
+        for node in self.nodes:
+            self.source[node] = node
+            if node.op not in ("placeholder", "output") and not is_of_own_conv(node):
+                self._read(node)
+        self.reads += Reads(check_mutation(self.nodes, self.x, self.source, dict(self.children)), NOTHING)
+        groups, members = self._runs()
+        return self._made(groups, members)
+
+    def _read(self, node: Node) -> None:
+        """Takes a node for one of our operations, or checks that it may run as it is."""
+        try:
+            operation, seen = operation_of(node, self.children, self.source, self.training)
+            path, kind = operation.path, operation.kind
+            # Runs are known by their convolutions: none may be in two. No program has an adaptive pool.
+            known = kind != "conv" or (self.calls[path] <= 1 and path not in self.shared)
+            known = known and not (path and isinstance(self.children[path], _ADAPTIVE))
+        except CannotRead:
+            known = False
+        if not known:
+            self._check_other(node)
+            return
+        self.reads += seen
+        if operation.kind == "identity":
+            self.source[node] = operation.inputs[0]
+        else:
+            self.operations[node] = operation
+
+    def _check_other(self, node: Node) -> None:
+        """Refuses an operation that is not known to do nothing but compute."""
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+        if node.op == "get_attr" and node.target == "a tensor of its own":
+            raise CannotRead("its forward uses a tensor that is no parameter and no buffer")
+        if node.op == "call_method" and node.target not in METHODS:
+            raise CannotRead(f"its forward calls {name}")
+        if node.op == "call_function" and id(node.target) not in _NAMES:
+            raise CannotRead(f"its forward calls {name}")
+
+    def _runs(self) -> tuple[dict[Node, Group], dict[Node, list[Node]]]:
+        readers = Counter(
+            self.source[i] for node in self.nodes if self.source[node] is node for i in _inputs_of(node)
+        )  # fmt: skip
+        apart: set[Node] = set()
+        while True:
+            runs = _Runs(self.operations, readers, apart)
+            members, more = runs.find()
+            if more <= apart:
+                return runs.groups, members
+            apart |= more
+
+    def _made(self, groups: Mapping[Node, Group], members: Mapping[Node, list[Node]]) -> ContainerPlan:
+        """The plan of groups, and of the groups of each run by its last one."""
+        joined = _operations_of(groups, self.operations)
+        recipes: dict[Node, Recipe] = {}
+        small = set(small_convolutions(self.graph, self.children))
+        taken: dict[Node, Node] = {}  # operations of runs, by the run's last group
+        for last, nodes in sorted(members.items(), key=lambda item: self.numbers[item[0]]):
+            recipe = self._recipe(nodes, groups, joined)
+            if recipe.fuses and not small.intersection(_convolutions(recipe)):
+                recipes[last] = recipe
+                taken.update((operation, last) for node in nodes for operation in joined[node])
+        if not recipes:
+            raise CannotRead("nothing in it can be fused")
+        sums = {
+            node: found for node, found in groups.items()
+            if node not in taken and isinstance(found, CallGroup) and found.what in ("add", "add_relu")
+        }  # fmt: skip
+        taken.update((operation, node) for node in sums for operation in joined[node])
+        self._check_written(taken)
+        ours = {self.x} if self._may_convert_input(taken) else set()
+        made: list[Instruction] = []
+        for node in self.nodes:
+            at = taken.get(node, node)
+            if node.op in ("placeholder", "output") or self.source[node] is not node or at is not node:
+                continue
+            if node.op == "get_attr" and all(user in taken for user in node.users):
+                continue
+            if node in recipes:
+                x = groups[members[node][0]].inputs[0]
+                made.append(self._run(node, recipes[node], x, taken))
+            elif node in sums:
+                args = tuple(Slot(self.numbers[i]) for i in sums[node].inputs)
+                made.append(Instruction("add", sums[node].what, args, (), self.numbers[node]))
+            else:
+                made.append(self._plain(node))
+            inputs = [self.source[i] for i in node.all_input_nodes] if at is node and node not in sums else []
+            inputs = [*groups[node].inputs] if node in sums else inputs
+            passes = node in sums or self.layouts.passes_on(node)
+            if node in recipes or (passes and any(i in ours for i in inputs)):
+                ours.add(node)
+        # Neither do the ReLUs run that are a part of an add.
+        relus = {self.operations[operation].path for node in sums for operation in joined[node]}
+        inlined = (self.ran_into | relus | self._written_over(taken)) - {""}
+        output = self.nodes[-1]
+        result = self._slots(output.args[0])
+        boundary = boundaries(self.fused)
+        others = [str(n.target) for n in self.nodes if n.op == "call_module" and n not in taken and self.source[n] is n]
+        return ContainerPlan(
+            {_name(recipe): recipe for recipe in recipes.values()},
+            (),
+            tuple(self.module._modules),
+            called=tuple(dict.fromkeys(map(boundary, others))),
+            seen=() if self.x in ours else ("",),
+            outputs=tuple(self.source[node] in ours for node in output.all_input_nodes),
+            reads=self.reads + self.layouts.reads,
+            instructions=_with_frees(made, result),
+            result=result,
+            watched=(*self._watched(inlined, True), *self._watched(self.layouts.looked_into, False)),
+        )
+
+    def _watched(self, paths: Collection[str], inlined: bool) -> Iterator[Watched]:
+        for path in sorted(paths):
+            child = self.children[path]
+            yield Watched(path, original_class(child), signature(child), inlined)
+
+    def _written_over(self, taken: Collection[Node]) -> set[str]:
+        """The modules whose output eager writes over, where a run or an add makes a new value: a hook could tell."""
+        targets = [self.source[node.args[0]] for node in taken if mutates(node, self.children)]  # type: ignore[index]  # a node
+        return {str(node.target) for node in targets if node.op == "call_module" and node not in taken}
+
+    def _recipe(
+        self, nodes: Sequence[Node], groups: Mapping[Node, Group], joined: Mapping[Node, Sequence[Node]]
+    ) -> Recipe:
+        """A run as a recipe."""
+        own = {node: groups[node] for node in nodes}
+        steps, number = schedule(own, groups[nodes[0]].inputs[0], nodes[-1])
+        paths = dict.fromkeys(self.operations[operation].path for node in nodes for operation in joined[node])
+        paths.pop("", None)
+        classes = tuple((path, original_class(self.children[path])) for path in paths)
+        return Recipe(steps, number, tuple(paths), classes, whole=False, reads=Reads((), NOTHING))
+
+    def _check_written(self, taken: Collection[Node]) -> None:
+        """Refuses to write over a value that may be a view of another one, or that a run reads later than eager does."""
+        for node in self.nodes:
+            if node in taken or node.op in ("placeholder", "output"):
+                continue
+            targets = [self.source[i] for i in node.all_input_nodes]
+            if node.op == "call_module" and not is_known(self.children[str(node.target)]):
+                if not _writes_nothing(self.children[str(node.target)]):
+                    self._check_own(node, targets)
+            elif mutates(node, self.children):
+                self._check_own(node, targets[:1])
+
+    def _check_own(self, node: Node, targets: Sequence[Node]) -> None:
+        for target in targets:
+            if not _is_new(target, self.children) or len(set(self._users_of(target))) > 1:
+                raise CannotRead(f"{node.target} may write over a value that is used elsewhere")
+
+    def _may_convert_input(self, taken: Collection[Node]) -> bool:
+        """Whether only runs, and what computes the same from either layout, read the input."""
+        return all(
+            user in taken or (self.layouts.is_blind(user) and not mutates(user, self.children))
+            for user in self._users_of(self.x)
+        )
+
+    def _users_of(self, node: Node) -> Iterator[Node]:
+        """The operations that read a value, by whatever name."""
+        for user in node.users:
+            if self.source[user] is user:
+                yield user
+            else:
+                yield from self._users_of(user)
+
+    def _run(self, last: Node, recipe: Recipe, x: Node, taken: Mapping[Node, Node]) -> Instruction:
+        """A run as an instruction."""
+        # A weight that a convolution's own code reads is a value, too.
+        own = [
+            n
+            for n in self.nodes
+            if taken.get(n) is last or any(taken.get(user) is last for user in n.users if is_of_own_conv(n))
+        ]
+        apart = tuple(self._plain(n) for n in own)
+        return Instruction("run", _name(recipe), (Slot(self.numbers[x]),), (), self.numbers[last], apart=apart)
+
+    def _plain(self, node: Node) -> Instruction:
+        """A node as an instruction that PyTorch runs."""
+        kinds = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "attribute"}
+        target = _NAMES[id(node.target)] if node.op == "call_function" else str(node.target)
+        kwargs = tuple((name, self._slots(value)) for name, value in node.kwargs.items())
+        sees = node.op != "get_attr" and not self.layouts.is_blind(node)
+        return Instruction(kinds[node.op], target, self._slots(node.args), kwargs, self.numbers[node], sees)
+
+    def _slots(self, value: Any) -> Any:
+        """A node's argument with a Slot for each node in it."""
+        if isinstance(value, Node):
+            return Slot(self.numbers[self.source[value]])
+        if isinstance(value, slice):
+            return slice(*(self._slots(v) for v in (value.start, value.stop, value.step)))
+        if isinstance(value, (list, tuple)):
+            made = [self._slots(v) for v in value]
+            return made if isinstance(value, list) else tuple(made)
+        if isinstance(value, dict):
+            return {key: self._slots(v) for key, v in value.items()}
+        return value
+
+
+def _writes_nothing(module: nn.Module) -> bool:
+    """Whether a module's forward can be read, and writes over no value but those that it makes."""
+    try:
+        graph = trace(module, False).graph
+    except CannotRead:
+        return False
+    children = dict(module.named_modules())
+    for node in graph.nodes:
+        if (
+            node.op == "call_module"
+            and not is_known(child := children[str(node.target)])
+            and not _writes_nothing(child)
+        ):
+            return False
+        if mutates(node, children) and not (isinstance(node.args[0], Node) and _is_new(node.args[0], children)):
+            return False
+    return True
+
+
+def _is_new(node: Node, children: Mapping[str, nn.Module]) -> bool:
+    """Whether a node's value is a tensor that the forward has made, and no view of another one."""
+    if mutates(node, children):
+        return isinstance(node.args[0], Node) and _is_new(node.args[0], children)
+    if node.op == "call_module":
+        return isinstance(children[str(node.target)], _MAKERS)
+    return (node.op == "call_function" and node.target in _MAKES_NEW) or (
+        node.op == "call_method" and node.target in _METHODS_THAT_MAKE
+    )
+
+
+def _inputs_of(node: Node) -> Iterable[Node]:
+    """The nodes that a node reads, with each as often as it is read."""
+    found: list[Node] = []
+    torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]  # adds it
+    return found
+
+
+def _name(recipe: Recipe) -> str:
+    """The name of a run: the path of its first convolution."""
+    return _convolutions(recipe)[0]
+
+
+def _convolutions(recipe: Recipe) -> list[str]:
+    return [step.conv for step in recipe.steps if isinstance(step, ConvStep)]
+
+
+def _operations_of(groups: Mapping[Node, Group], operations: Mapping[Node, Operation]) -> dict[Node, list[Node]]:
+    """The operations of each group, in order."""
+    of: dict[Node, list[Node]] = {}
+    for node, found in groups.items():
+        ends = set(found.inputs)
+        whole, todo = {node}, [node]
+        while todo:
+            for i in operations[todo.pop()].inputs:
+                if i not in ends and i not in whole and i in operations:
+                    whole.add(i)
+                    todo.append(i)
+        of[node] = [n for n in operations if n in whole]
+    return of
+
+
+def _with_frees(instructions: Sequence[Instruction], result: Any) -> tuple[Instruction, ...]:
+    """The instructions, with the values after each that nothing reads any more."""
+    alive = set(slots_in(result))
+    made: list[Instruction] = []
+    for instruction in reversed(instructions):
+        read = set(slots_in(instruction.args)) | set(slots_in(tuple(value for _, value in instruction.kwargs)))
+        made.append(instruction._replace(frees=tuple(sorted((read | {instruction.out}) - alive - {0}))))
+        alive |= read
+    return tuple(reversed(made))
+
+
+def slots_in(value: Any) -> Iterator[int]:
+    """The numbers of the values in an instruction's arguments."""
+    if isinstance(value, Slot):
+        yield value.value
+    elif isinstance(value, (list, tuple)):
+        for v in value:
+            yield from slots_in(v)
+    elif isinstance(value, dict):
+        yield from slots_in([*value.values()])
+    elif isinstance(value, slice):
+        yield from slots_in((value.start, value.stop, value.step))

@@ -1,0 +1,122 @@
+"""A container's forward as instructions: runs on our kernels, and PyTorch's operations in between (graph/mixed_plan.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..graph import fusible
+from ..graph.mixed_plan import FUNCTIONS
+from ..graph.recipe import ContainerPlan, Instruction, Slot
+from ..ops import add_relu
+from . import checked_calls, fused_block
+from .live_modules import child_at, has_global_hooks, has_hooks
+from .state import UNKNOWN, BlockInput, FusedState
+
+Values = dict[int, Any]
+
+
+def may_run(module: nn.Module, plan: ContainerPlan) -> bool:
+    """Whether the instructions stand for the forward: the modules that were looked into are as they were, without hooks."""
+    if has_global_hooks():
+        return False
+    return checked_calls.derived((id(module), "watched"), lambda: _is_as_read(module, plan))
+
+
+def _is_as_read(module: nn.Module, plan: ContainerPlan) -> bool:
+    for path, cls, signature, inlined in plan.watched:
+        child = child_at(module, path)
+        if child is None or fusible.original_class(child) is not cls or fusible.signature(child) != signature:
+            return False
+        own = child.__dict__
+        if "forward" in own:
+            return False
+        if inlined and (
+            own.get("_compiled_call_impl") is not None or child.training != module.training or has_hooks(child)
+        ):
+            return False
+    return True
+
+
+def run(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor) -> Any:
+    """Runs the instructions of a container's plan on x; returns what the forward returns."""
+    values: Values = {0: x}
+    # What is known about the outputs of runs.
+    known: dict[int, BlockInput] = {}
+    for instruction in state.plan.instructions:
+        out = instruction.out
+        if instruction.kind == "run":
+            values[out], known[out] = _run(module, state, instruction, values, known)
+        else:
+            values[out] = _call(module, instruction, values)
+        for dead in instruction.frees:
+            del values[dead]
+    return _resolved(state.plan.result, values)
+
+
+def _run(
+    module: nn.Module,
+    state: FusedState[ContainerPlan],
+    instruction: Instruction,
+    values: Values,
+    known: dict[int, BlockInput],
+) -> tuple[Tensor, BlockInput]:
+    recipe = state.plan.runs[instruction.target]
+    (slot,) = instruction.args
+    x = values[slot.value]
+    # Others may read it, so that it is not the run's to write over.
+    about = known.get(slot.value, UNKNOWN)._replace(owned=False)
+    if (result := fused_block.run_if_fused(module, recipe, state, x, about)) is not None:
+        return result
+    # One by one, as eager does: hooks fire, training BNs count, and the layout is eager's.
+    own = {slot.value: checked_calls.as_eager(x)}
+    for operation in instruction.apart:
+        own[operation.out] = _call(module, operation, own)
+    return own[instruction.out], UNKNOWN
+
+
+def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
+    """Runs one of PyTorch's operations."""
+    kind, target = instruction.kind, instruction.target
+    if kind == "attribute":
+        path, _, name = target.rpartition(".")
+        owner = child_at(module, path)
+        assert owner is not None, "the instructions are current"
+        return getattr(owner, name)
+    args = _resolved(instruction.args, values)
+    kwargs = {name: _resolved(value, values) for name, value in instruction.kwargs}
+    if kind == "add":
+        x, residual = args
+        return _add(x, residual, target == "add_relu")
+    if instruction.sees_layout:
+        args, kwargs = checked_calls.as_eager(args), checked_calls.as_eager(kwargs)
+    if kind == "function":
+        return FUNCTIONS[target](*args, **kwargs)
+    if kind == "method":
+        return getattr(args[0], target)(*args[1:], **kwargs)
+    child = child_at(module, target)
+    assert child is not None, "the instructions are current"
+    return child(*args, **kwargs)
+
+
+def _add(x: Tensor, residual: Tensor, relu: bool) -> Tensor:
+    if relu and x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride():
+        return add_relu(x, residual)
+    y = torch.add(x, residual)
+    return torch.relu_(y) if relu else y
+
+
+def _resolved(value: Any, values: Values) -> Any:
+    """An argument with the values in the places of slots."""
+    kind = type(value)
+    if kind is Slot:
+        return values[value.value]
+    if kind is tuple or kind is list:
+        return kind([_resolved(v, values) for v in value])
+    if kind is dict:
+        return {key: _resolved(v, values) for key, v in value.items()}
+    if kind is slice:
+        return slice(*_resolved([value.start, value.stop, value.step], values))
+    return value
