@@ -460,7 +460,7 @@ class HFEncoder(nn.Module):
         )
 
     def forward(self, hidden_state: Tensor, output_hidden_states: bool = False, return_dict: bool = True) -> Any:
-        hidden_states = () if output_hidden_states else None
+        hidden_states: Any = () if output_hidden_states else None
         for stage_module in self.stages:
             if output_hidden_states:
                 hidden_states = hidden_states + (hidden_state,)

@@ -142,7 +142,10 @@ def _join(path: str, name: str) -> str:
 
 
 def _as_called(reader: graph_reader.Reader, path: str, below: list[Finding]) -> list[Finding]:
-    """The findings in a module, without the blocks that its forward never calls with one tensor: they would run eager."""
+    """The findings in a module, without what its forward passes by: they would run eager, or not at all.
+
+    It may call a block with more than one tensor, or the children of a container in the place of the container.
+    """
     calls: dict[str, list[bool]] = {}
     for node in reader.graph.nodes:
         if node.op == "call_module":
@@ -150,6 +153,10 @@ def _as_called(reader: graph_reader.Reader, path: str, below: list[Finding]) -> 
             calls.setdefault(_join(path, str(node.target)), []).append(takes_one)
     found = []
     for finding in below:
+        children = any(called.startswith(f"{finding.path}.") for called in calls)
+        inlined = finding.path in {_join(path, name) for name in reader.ran_into}
+        if isinstance(finding.plan, ContainerPlan) and children and not inlined and finding.path not in calls:
+            continue
         if isinstance(finding.plan, Recipe) and not any(calls.get(finding.path, [True])):
             kind, reason = type(finding.module).__name__, "is called with more than one argument"
             finding = Finding(finding.module, finding.path, [Row(finding.path, kind, False, reason=reason)])

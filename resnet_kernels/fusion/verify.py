@@ -158,8 +158,7 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: _Compare) ->
     steps = " | ".join(map(str, runs.values())) if runs else str(state.plan)
 
     def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
-        oracle = copy.deepcopy(twin)
-        oracle._forward_hooks.clear()
+        oracle = _without_our_hooks(copy.deepcopy(twin))
         # A copy of a torch.fx.GraphModule is in train() mode.
         oracle.eval().to(_oracle_device(inputs[0]), torch.float64)
 
@@ -168,7 +167,7 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: _Compare) ->
 
         compare(path, steps, inputs[0], _joined(output), run_fused, lambda x: _joined(oracle(x)))
 
-    yield twin.register_forward_hook(after_block)
+    yield twin.register_forward_hook(_marked(after_block))
 
 
 def _watch_run(
@@ -183,15 +182,26 @@ def _watch_run(
         seen.append(inputs[0].clone())
 
     def after_run(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        oracle = nn.Sequential(*(copy.deepcopy(member) for member in members))
-        for member in oracle:
-            member._forward_hooks.clear()
-            member._forward_pre_hooks.clear()
+        oracle = _without_our_hooks(nn.Sequential(*(copy.deepcopy(member) for member in members)))
         oracle.to(_oracle_device(output), torch.float64)
         compare(path, str(recipe), seen.pop(), output, lambda source: run(source)[0], oracle)
 
-    yield members[0].register_forward_pre_hook(before_run)
-    yield members[-1].register_forward_hook(after_run)
+    yield members[0].register_forward_pre_hook(_marked(before_run))
+    yield members[-1].register_forward_hook(_marked(after_run))
+
+
+def _marked(hook: Any) -> Any:
+    hook.of_verify = True
+    return hook
+
+
+def _without_our_hooks(module: nn.Module) -> nn.Module:
+    """A copy of a module of the reference, without the hooks that are registered here: its inputs are in fp64."""
+    for inner in module.modules():
+        for hooks in (inner._forward_hooks, inner._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if hasattr(hook, "of_verify")]:
+                del hooks[key]
+    return module
 
 
 def _parity(path: str, steps: str, fused: Tensor, eager: Tensor, oracle: Tensor, dtype: torch.dtype) -> Parity:

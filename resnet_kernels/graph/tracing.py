@@ -71,6 +71,17 @@ class _Value(torch.fx.Proxy):
         self.tracer.assume(WITHOUT_GRADIENTS)
         return False
 
+    @property
+    def ndim(self) -> Any:
+        """4 for the input: fused calls take images."""
+        return self.dim()
+
+    def dim(self) -> Any:
+        """See `ndim`."""
+        if self.node.op == "placeholder":
+            return 4
+        return self.tracer.create_proxy("call_method", "dim", (self,), {})
+
     def numel(self) -> _Numel:
         """The number of elements, which may be compared with zero."""
         return _Numel(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
