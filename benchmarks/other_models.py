@@ -463,7 +463,7 @@ class HFEncoder(nn.Module):
         hidden_states: Any = () if output_hidden_states else None
         for stage_module in self.stages:
             if output_hidden_states:
-                hidden_states = hidden_states + (hidden_state,)
+                hidden_states = (*hidden_states, hidden_state)
             hidden_state = stage_module(hidden_state)
         return hidden_state if return_dict else (hidden_state, hidden_states)
 
