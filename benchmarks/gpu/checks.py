@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.ops.batch_norm_act import NormProblem
@@ -51,7 +52,14 @@ def _conv(
 ) -> ConvProblem:
     groups = geometry.get("groups", 1)
     return ConvProblem(
-        c_in, *size, (c_out, c_in // groups, kernel, kernel), Geometry(**geometry), True, True, residual, relu
+        c_in,
+        *size,
+        (c_out, c_in // groups, kernel, kernel),
+        Geometry(**geometry),
+        True,
+        True,
+        residual,
+        RELU if relu else None,
     )
 
 

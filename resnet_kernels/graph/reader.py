@@ -1,11 +1,11 @@
-"""Reading a module: which convolutions, BNs, adds and ReLUs its forward runs, in which order, as data.
+"""Reading a module: which convolutions, BNs, adds and activations its forward runs, in which order, as data.
 
 Nothing is assumed about a block. Its own forward is traced with torch.fx on a shallow copy, so the recipe holds whatever
 the author wrote: the stride on the 1x1, biases, a pooled shortcut, other names.
 
     Recipe          a residual block, or an nn.Sequential of convolutions, whose whole forward consists of our steps:
                         conv1+bn1+relu -> conv2+bn2+relu -> downsample.0+downsample.1 -> conv3+bn3+add+relu
-    ContainerPlan   any other module, such as the network itself: only runs of conv+bn+relu among its own children, each
+    ContainerPlan   any other module, such as the network itself: only runs of conv+bn+activation among its own children, each
                     called once and read by nobody else (the stem), with the max-pool that may follow. The rest of its
                     forward stays Python.
 """
@@ -19,11 +19,13 @@ from dataclasses import replace
 from torch import nn
 from torch.fx import Node
 
+from ..kernels.activations import Activation
+from . import activations
 from .container_plan import changes_nothing, container_plan, reads_of_child
 from .fusible import (
     NOT_MATERIALIZED,
     POOLS,
-    has_relu,
+    activation_behind,
     is_batch_norm,
     is_known,
     is_not_materialized,
@@ -38,7 +40,7 @@ from .group_steps import Operation, group, schedule
 from .reads import NOTHING, Read, Reads, described
 from .recipe import CannotRead, ContainerPlan, Recipe
 from .strangers import role_of
-from .tracing import is_add, is_relu_function, mutates, trace
+from .tracing import is_add, mutates, trace
 
 
 class Reader:
@@ -82,7 +84,7 @@ class Reader:
         return replace(recipe, trains=training == recipe, reads=recipe.reads + training.reads)
 
     def container_plan(self, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]] = ()) -> ContainerPlan:
-        """The runs of conv+bn+relu(+max-pool) among the module's own children.
+        """The runs of conv+bn+activation(+max-pool) among the module's own children.
 
         Args:
             fused: the fused modules in it, with their plans.
@@ -114,15 +116,14 @@ def _recipe(reader: Reader) -> Recipe:
         source[node] = node
         if node.op in ("placeholder", "output"):
             continue
-        kind, seen = _kind(node, reader)
+        kind, seen, activation = _kind(node, reader)
         reads += seen
         inputs = _inputs(node, kind, source)
         if kind == "identity":
             source[node] = inputs[0]
             continue
         path = str(node.target) if node.op == "call_module" else ""
-        relu = kind == "bn" and has_relu(reader.children[path])
-        operations[node] = Operation(kind, path, inputs, relu)
+        operations[node] = Operation(kind, path, inputs, activation)
     reads += Reads(_check_mutation(nodes, x, source, reader.children), NOTHING)
     readers = Counter(argument for operation in operations.values() for argument in operation.inputs)
     readers[source[result]] += 1  # the caller
@@ -132,45 +133,51 @@ def _recipe(reader: Reader) -> Recipe:
     return Recipe(steps, number, (*modules, *around), signature(reader.module), reads=reads)
 
 
-def _kind(node: Node, reader: Reader) -> tuple[str, Reads]:
-    """The kind of a node's operation, and what it rests on: "conv", "bn", "relu", "add", "call" or "identity"."""
+def _kind(node: Node, reader: Reader) -> tuple[str, Reads, Activation | None]:
+    """The kind of a node's operation, what it rests on, and its activation if it is or ends in one.
+
+    Kinds are "conv", "bn", "activation", "add", "call" and "identity".
+    """
     nothing = Reads((), NOTHING)
     if node.op == "call_module":
         return _kind_of_module(node, reader)
-    if is_relu_function(node):
-        return "relu", nothing
+    if (activation := activations.of_node(node)) is not None:
+        return "activation", nothing, activation
     if is_add(node):
         if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
             raise CannotRead(f"its add has other arguments than two tensors ({node.format_node()})")
-        return "add", nothing
+        return "add", nothing, None
     if node.op == "get_attr":
         raise CannotRead(f"its forward reads the attribute {node.target}")
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
     raise CannotRead(f"its forward calls {name}")
 
 
-def _kind_of_module(node: Node, reader: Reader) -> tuple[str, Reads]:
+def _kind_of_module(node: Node, reader: Reader) -> tuple[str, Reads, Activation | None]:
     path = str(node.target)
     child = reader.children[path]
     if len(node.args) != 1 or node.kwargs:
         raise CannotRead(f"{path} is called with more than one argument")
     is_conv = isinstance(child, nn.modules.conv._ConvNd)
     is_bn = not is_conv and is_batch_norm(child)
-    reason = why_not_conv(child) if is_conv else why_not_bn(child) if is_bn else why_not_patched(child)
+    reason = why_not_conv(child) if is_conv else why_not_bn(child) if is_bn else activations.why_not(child)
+    reason = reason or why_not_patched(child)
     if reason:
         raise CannotRead(f"{path} {reason}")
     seen = Reads(reads_of_child(path, child), NOTHING)
     if is_conv:
-        return "conv", seen
+        return "conv", seen, None
+    kind: str | None
     if is_known(child):
-        kind = "bn" if is_bn else "relu" if type(child) is nn.ReLU else "identity" if is_quiet(child) else None
+        activation = activation_behind(child) if is_bn else activations.of_module(child)
+        kind = "bn" if is_bn else "activation" if activation else "identity" if is_quiet(child) else None
     else:
-        kind, more = role_of(child, reader.training)
+        kind, more, activation = role_of(child, reader.training)
         seen += more.below(path)
     if kind is not None:
-        return kind, seen
+        return kind, seen, activation
     if type(child) in POOLS:
-        return "call", seen
+        return "call", seen, None
     if is_not_materialized(child):
         raise CannotRead(f"{path} {NOT_MATERIALIZED}")
     what = "norm" if "norm" in type(child).__name__.lower() else "module"

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..kernels.activations import RELU, Activation
+
 if TYPE_CHECKING:
     from .reads import Reads
 
@@ -18,7 +20,7 @@ class CannotRead(Exception):
 
 @dataclass(frozen=True)
 class ConvStep:
-    """relu(bn(conv(values[x])) + values[residual]) -> values[out]: a convolution and what one kernel does after it.
+    """act(bn(conv(values[x])) + values[residual]) -> values[out]: a convolution and what one kernel does after it.
 
     overwrites_residual: the sum may be written over the residual, because a convolution of ours made it and no later step
     reads it. frees: the values that no later step reads.
@@ -26,7 +28,7 @@ class ConvStep:
 
     conv: str
     bn: str | None
-    relu: bool
+    activation: Activation | None
     x: int
     out: int
     residual: int | None = None
@@ -39,15 +41,18 @@ class ConvStep:
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def __str__(self) -> str:
-        return _joined(self.conv, self.bn, self.residual is not None and "add", self.relu and "relu")
+        return _joined(self.conv, self.bn, self.residual is not None and "add", self.activation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(_with_activation(state))
 
 
 @dataclass(frozen=True)
 class NormStep:
-    """relu(bn(values[x]) + values[residual]) -> values[out]: a BN that comes before its convolution."""
+    """act(bn(values[x]) + values[residual]) -> values[out]: a BN that comes before its convolution."""
 
     bn: str
-    relu: bool
+    activation: Activation | None
     x: int
     out: int
     residual: int | None = None
@@ -59,25 +64,45 @@ class NormStep:
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def __str__(self) -> str:
-        return _joined(self.bn, self.residual is not None and "add", self.relu and "relu")
+        return _joined(self.bn, self.residual is not None and "add", self.activation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(_with_activation(state))
 
 
 @dataclass(frozen=True)
 class CallStep:
-    """values[out] = what(*values[inputs]): a child module by its path, or "add", "relu", "add_relu"."""
+    """values[out] = what(*values[inputs]): a child module by its path, or an add, an activation or both.
+
+    what: the path, or a name such as "add", "silu" or "add_relu". activation: comes last; None for a module, and for an add.
+    """
 
     what: str
     is_module: bool
     inputs: tuple[int, ...]
     out: int
     frees: tuple[int, ...] = ()
+    activation: Activation | None = None
 
     def __str__(self) -> str:
         return self.what
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        older = {"relu": not state["is_module"] and state["what"] in ("relu", "add_relu")}
+        self.__dict__.update(_with_activation(state if "activation" in state else state | older))
 
-def _joined(*names: str | bool | None) -> str:
-    return "+".join(name for name in names if isinstance(name, str))
+
+def _joined(*names: str | bool | Activation | None) -> str:
+    return "+".join(str(name) for name in names if name)
+
+
+def _with_activation(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a step, of a pickle too whose version knew no activation but ReLU: `relu` said whether there is one."""
+    if "activation" in state:
+        return state
+    return {name: value for name, value in state.items() if name != "relu"} | {
+        "activation": RELU if state["relu"] else None
+    }
 
 
 Step = ConvStep | NormStep | CallStep
@@ -110,12 +135,14 @@ class Recipe:
     @property
     def fuses(self) -> bool:
         """Whether a step does more than one of eager's own calls does."""
-        return any(
-            step.what == "add_relu"
-            if isinstance(step, CallStep)
-            else step.relu or step.residual is not None or (isinstance(step, ConvStep) and step.bn is not None)
-            for step in self.steps
-        )
+        return any(map(_does_more, self.steps))
+
+
+def _does_more(step: Step) -> bool:
+    if isinstance(step, CallStep):
+        return step.activation is not None and len(step.inputs) == 2
+    has_bn = isinstance(step, ConvStep) and step.bn is not None
+    return step.activation is not None or step.residual is not None or has_bn
 
 
 class ChainPart(NamedTuple):

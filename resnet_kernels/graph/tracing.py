@@ -26,7 +26,6 @@ from .observer import Observer
 from .reads import INTERNAL, Reads, is_plain
 from .recipe import CannotRead
 
-_RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 
 
@@ -248,13 +247,6 @@ def mutates(node: torch.fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         or bool(node.kwargs.get("inplace", False))
         or (node.target is F.relu and len(node.args) > 1 and bool(node.args[1]))
     )
-
-
-def is_relu_function(node: torch.fx.Node) -> bool:
-    """Whether a node calls a ReLU that is no module."""
-    if node.op == "call_function":
-        return node.target in _RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in ("relu", "relu_")
 
 
 def is_add(node: torch.fx.Node) -> bool:

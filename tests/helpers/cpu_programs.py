@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.cpu import convolution, plans
-from resnet_kernels.kernels.cpu.convolution import Activation, Kernel
+from resnet_kernels.kernels.cpu.convolution import Kernel, Preactivation
 from resnet_kernels.kernels.cpu.plans import Pool, Shapes
 from resnet_kernels.kernels.cpu.program import Layer, Program, Slice
 from resnet_kernels.kernels.geometry import normalize
@@ -129,7 +130,7 @@ class _Maker:
         if kind == "elementwise":
             scale, shift = self.maybe(self.signs(shape[1])), self.maybe(self.integers(shape[1]))
             residual, relu = self.residual(inner, tuple(value.shape)), self.draw.random() < 0.5
-            kernel = convolution.elementwise(shape, _fp32(scale), _fp32(shift), relu, self.threads)
+            kernel = convolution.elementwise(shape, _fp32(scale), _fp32(shift), RELU if relu else None, self.threads)
             return kernel, residual, self.finished(value, scale, shift, residual, relu)
         pool, average = self.draw.choice(POOLS), self.draw.random() < 0.5
         kernel = convolution.pooling("average_pool" if average else "max_pool", shape, pool, self.threads)
@@ -153,11 +154,11 @@ class _Maker:
         scale = self.signs(c_out, 0.25) if winograd else self.maybe(self.signs(c_out))
         bias, relu = self.maybe(self.integers(c_out)), self.draw.random() < 0.5
         copies = name == "grouped" or (name == "direct" and self.draw.random() < 0.5)
-        activation = None
+        before = None
         if (winograd or copies) and self.draw.random() < 0.3:
-            activation = Activation(self.signs(c_in), self.integers(c_in), self.draw.random() < 0.5)
-            value = self.finished(value, activation.scale, activation.shift, None, activation.relu)
-            activation = activation._replace(scale=activation.scale.float(), shift=activation.shift.float())
+            before = Preactivation(self.signs(c_in), self.integers(c_in), self.draw.random() < 0.5)
+            value = self.finished(value, before.scale, before.shift, None, before.relu)
+            before = before._replace(scale=before.scale.float(), shift=before.shift.float())
         made = F.conv2d(value, weight, stride=stride, padding=size // 2, groups=groups)
         pools = name == "direct" and copies and min(made.shape[2:]) > 1 and self.draw.random() < 0.4
         pool = self.draw.choice(POOLS) if pools else None
@@ -167,7 +168,11 @@ class _Maker:
         assert packed is not None
         shapes = Shapes(shape, tuple(weight.shape), normalize(stride, size // 2, 1, groups), copies, pool)
         bound = convolution.Bound(name, shapes, packed, _fp32(scale), _fp32(bias), self.threads)
-        return bound.kernel(relu, activation), residual, made if pool is None else _pooled(made, pool, False)
+        return (
+            bound.kernel(RELU if relu else None, before),
+            residual,
+            made if pool is None else _pooled(made, pool, False),
+        )
 
     def finished(
         self, value: Tensor, scale: Tensor | None, shift: Tensor | None, residual: int | None, relu: bool

@@ -25,6 +25,9 @@ LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 READ_WRITE, ANONYMOUS, NO_RESERVE = 3, 0x22, 0x4000
 
+# Of the structure's fields; all others are pointers.
+TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+
 
 def _structure():
     """The structure Convolution, with its fields as convolution.h has them."""
@@ -33,9 +36,9 @@ def _structure():
     body = re.search(r"typedef struct \{(.*?)\} Convolution;", text, re.S).group(1)
     fields = []
     for declaration in filter(None, map(str.strip, body.split(";"))):
-        kind, names = re.match(r"(const float|float|int64_t)\s+(.*)", declaration, re.S).groups()
+        kind, names = re.match(r"(const float|float|double|int64_t)\s+(.*)", declaration, re.S).groups()
         for name in re.split(r"\s*,\s*", names):
-            fields.append((name.strip(" *"), ctypes.c_int64 if kind == "int64_t" else ctypes.c_void_p))
+            fields.append((name.strip(" *"), TYPES.get(kind, ctypes.c_void_p)))
     return type("Convolution", (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -200,7 +203,7 @@ def example(driver, draw):
         batch=n, c_in=c_in, in_h=height, in_w=width, c_out=c_out, out_h=out_h, out_w=out_w,
         kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
         dilation_h=dilation[0], dilation_w=dilation[1], pad_top=padding[0], pad_left=padding[2],
-        block=draw.randint(1, 14), panels=draw.randint(1, 5) * together, copies=copies, relu=relu,
+        block=draw.randint(1, 14), panels=draw.randint(1, 5) * together, copies=copies, activation=relu,
         pre_relu=activation is not None and activation[2], groups=groups,
     )  # fmt: skip
     if copies and kind == DIRECT and residual is None and min(out_h, out_w) > 2 and draw.random() < 0.5:

@@ -46,7 +46,7 @@ def elementwise(driver, draw):
     )
     sizes = dict(
         batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 8),
-        relu=draw.random() < 0.5,
+        activation=draw.random() < 0.5,
     )  # fmt: skip
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(x.shape, np.nan), at_end)}
@@ -56,7 +56,7 @@ def elementwise(driver, draw):
     if residual is not None and draw.random() < 0.5:
         buffers["y"] = buffers["residual"]
     driver.convolve(ELEMENTWISE, draw.choice((1, 1, 1, 2)), buffers, **sizes)
-    truth = activated(x, scale, bias, residual, sizes["relu"])
+    truth = activated(x, scale, bias, residual, sizes["activation"])
     return None if is_equal(buffers["y"].array, truth) else f"elementwise {[*buffers]} {sizes}"
 
 
@@ -118,7 +118,7 @@ def program(driver, draw):
         sizes = dict(
             batch=n, c_in=channels, in_h=size, in_w=size, c_out=channels, out_h=size, out_w=size,
             kernel_h=1, kernel_w=1, stride_h=1, stride_w=1, dilation_h=1, dilation_w=1,
-            block=draw.randint(1, 4), panels=1, relu=relu,
+            block=draw.randint(1, 4), panels=1, activation=relu,
         )  # fmt: skip
         if kind == MAX_POOL:
             sizes |= dict(pool_h=size, pool_w=size, pool_kernel=3, pool_stride=1, pool_top=1, pool_left=1)

@@ -243,7 +243,7 @@ def test_opcheck_and_compile(device):
     arguments = (x, residual, *(given[n] for n in ("weight", "bias", "running_mean", "running_var")))
     for training, backend in itertools.product((True, False), ("triton", "eager")):
         torch.library.opcheck(
-            torch.ops.resnet_kernels.batch_norm_act.default, (*arguments, training, 0.1, 1e-5, True, backend)
+            torch.ops.resnet_kernels.batch_norm_act.default, (*arguments, training, 0.1, 1e-5, "relu", 0.0, backend)
         )
     upstream = torch.randn(2, 8, 5, 5, device=device)
 
