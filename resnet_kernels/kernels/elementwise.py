@@ -26,6 +26,13 @@ def sigmoid(x):
 
 
 @triton.jit
+def sigmoid_slope(x):
+    """The derivative of `sigmoid`, s * (1 - s): the difference would cancel where s is near one."""
+    e = tl.exp(-tl.abs(x))
+    return e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def normal_cdf(x):
     """The standard normal distribution's share below x, as in torch's GELU."""
     return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -70,15 +77,14 @@ def activation_gradient(x, dy, ACT: tl.constexpr, SLOPE: tl.constexpr):
     elif ACT == "leaky_relu":
         dy = tl.where(x > 0, dy, dy * SLOPE)
     elif ACT == "silu":
-        s = sigmoid(x)
-        dy = dy * (s * (1.0 + x * (1.0 - s)))
+        dy = dy * (sigmoid(x) + x * sigmoid_slope(x))
     elif ACT == "gelu":
         dy = dy * (normal_cdf(x) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x)))
     elif ACT == "gelu_tanh":
-        s = sigmoid(_tanh_argument(x))
+        u = _tanh_argument(x)
+        slope = x * (1.5957691216057308 + 0.2140644488147888 * x * x)
         # Far from zero the second term is none; its factors would give inf * 0.
-        steep = s * (1.0 - s) * (x * (1.5957691216057308 + 0.2140644488147888 * x * x))
-        dy = dy * (s + tl.where(tl.abs(x) > 20.0, 0.0, steep))
+        dy = dy * (sigmoid(u) + tl.where(tl.abs(x) > 20.0, 0.0, sigmoid_slope(u) * slope))
     elif ACT == "hardswish":
         dy = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, dy * (x / 3.0 + 0.5), dy))
     else:

@@ -179,12 +179,12 @@ def test_timm_blocks_that_are_left_as_they_are(name, reason):
     timm = pytest.importorskip("timm", reason="needs timm")
     if name not in timm.list_models():
         pytest.skip(f"this timm has no {name}")
-    options = {} if reason else {"act_layer": nn.SiLU}
+    options = {} if reason else {"act_layer": nn.Mish}
     model = timm_model(name, **options)
     report = rk.explain(model)
     kinds = {row.kind for row in report.skipped}
     assert report.skipped and kinds <= {"BasicBlock", "Bottleneck"}, str(report)
-    assert all((reason or "is a SiLU") in row.reason for row in report.skipped), str(report)
+    assert all((reason or "is a Mish") in row.reason for row in report.skipped), str(report)
     before = [type(m) for row in report.skipped for m in model.get_submodule(row.path).modules()]
     fused, x = rk.fuse(model), torch.randn(1, 3, 64, 64)
     assert [type(m) for row in report.skipped for m in fused.get_submodule(row.path).modules()] == before

@@ -60,7 +60,7 @@ def is_exact(kernel, device) -> bool:
     """Whether all calls give the definition's integers; on good source they do, and with a planted bug they must not."""
     calls = itertools.product(((1, 17, 7, 7), (2, 64, 7, 5), (1, 144, 3, 3)), GIVEN[:4], (True, False))
     return all(
-        torch.equal(kernel.launch(*call, RELU if relu else None).double(), truth(*call, relu))
+        torch.equal(kernel.launch(*tensors, RELU if relu else None).double(), truth(*[*tensors, relu]))
         for shape, given, relu in calls
-        for call in [operands(shape, given, torch.float32, device)]
+        for tensors in [operands(shape, given, torch.float32, device)]
     )

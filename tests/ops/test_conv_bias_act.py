@@ -288,7 +288,7 @@ def test_gradients(case, backend, device):
     geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
 
     def plain(x, weight, bias, residual, scale):
-        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, True)
+        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, RELU)
 
     def ours(x, weight, bias, residual, scale):
         return ops.conv_bias_act(x, weight, bias, residual, scale=scale, backend=backend, **arguments(case))
