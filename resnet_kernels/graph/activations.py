@@ -134,12 +134,15 @@ def computed_by(graph: Graph) -> Activation | None:
     """
     kind: Any = {"dtype": torch.float64, "device": "cpu"}
     wide = torch.logspace(-6, 30, 721, **kind)
-    x = torch.cat([torch.linspace(-12, 12, 4801, **kind), wide, -wide])
-    y = _run(graph, x)
+    x = torch.cat([torch.tensor([-1.0], **kind), torch.linspace(-12, 12, 4801, **kind), wide, -wide])
+    try:
+        y = _run(graph, x)
+    except (RuntimeError, TypeError, ValueError):  # eager refuses it, too
+        return None
     if y is None or y.shape != x.shape or y.dtype != x.dtype:
         return None
     known = [Activation(name) for name in KINDS if name != "leaky_relu"]
-    slope = y[0].item() / -12
+    slope = -y[0].item()
     if slope != 0 and math.isfinite(slope):
         known.append(Activation("leaky_relu", slope))
     return next((one for one in known if torch.allclose(y, one(x), rtol=1e-9, atol=1e-12)), None)

@@ -114,12 +114,21 @@ def test_gradients_at_kinks_and_far_from_zero(triton_fp32, activation, device):
 
     def ours(x):
         return ops.batch_norm_act(
-            x, None, one, zero, zero, one, training=False, momentum=0.1, eps=0.0, activation=activation, backend="triton"
+            x,
+            None,
+            one,
+            zero,
+            zero,
+            one,
+            training=False,
+            momentum=0.1,
+            eps=0.0,
+            activation=activation,
+            backend="triton",
         )
 
     dx, eager, oracle = (
-        gradient(*how)
-        for how in ((ours, torch.float32), (activation, torch.float32), (activation, torch.float64))
+        gradient(*how) for how in ((ours, torch.float32), (activation, torch.float32), (activation, torch.float64))
     )
     assert torch.equal(dx.isnan(), oracle.isnan())
     assert_within_budget(*(values.nan_to_num() for values in (dx, eager, oracle)))
