@@ -191,7 +191,7 @@ def _with(module, **attributes):
         (Block(_with(nn.ReLU6(), max_val=5.0)), "act has the limits 0.0 and 5.0"),
         (Block(nn.Hardtanh(0, 6)), "act is a Hardtanh"),
         (Block(nn.ELU()), "act is a ELU"),
-        (OfAParameter(), "its leaky_relu has a tensor as its negative_slope"),
+        (OfAParameter(), "its forward reads the attribute slope"),
         (calling(lambda x: F.leaky_relu(x, True)), "its leaky_relu has True as its negative_slope"),
         (calling(lambda x: F.gelu(x, approximate="fast")), "its gelu has approximate='fast'"),
         (calling(F.mish), "its forward calls mish"),
