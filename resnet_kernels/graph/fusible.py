@@ -29,6 +29,8 @@ _QUIET_ELSEWHERE = (
 _FROZEN_BN = (("torchvision.ops.misc", "FrozenBatchNorm2d"),)  # weight, bias, running_mean, running_var as buffers
 _BN_ACT = (("timm.layers.norm_act", "BatchNormAct2d"),)  # a BatchNorm2d with `drop` and `act`
 POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# Modules that a block calls as themselves, as steps of their own. A PReLU's slope is a weight: no kernel of ours reads it.
+CALLED = (*POOLS, nn.PReLU)
 
 # Classes whose forward was found to be that of a frozen BN, and the eps that it has in its code; None for the attribute `eps`.
 _frozen_bn_classes: weakref.WeakKeyDictionary[type[nn.Module], float | None] = weakref.WeakKeyDictionary()

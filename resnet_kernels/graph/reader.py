@@ -23,8 +23,8 @@ from ..kernels.activations import Activation
 from . import activations
 from .container_plan import changes_nothing, container_plan, reads_of_child
 from .fusible import (
+    CALLED,
     NOT_MATERIALIZED,
-    POOLS,
     activation_behind,
     is_batch_norm,
     is_known,
@@ -176,7 +176,7 @@ def _kind_of_module(node: Node, reader: Reader) -> tuple[str, Reads, Activation 
         seen += more.below(path)
     if kind is not None:
         return kind, seen, activation
-    if type(child) in POOLS:
+    if type(child) in CALLED:
         return "call", seen, None
     if is_not_materialized(child):
         raise CannotRead(f"{path} {NOT_MATERIALIZED}")

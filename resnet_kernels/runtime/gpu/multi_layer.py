@@ -284,8 +284,8 @@ def shapes_of(
             found[step.out] = geometry.out_shape(x_shape, weight_shape)
             if part.step.residual is not None:  # which may be the larger of the two
                 found[step.out] = tuple(torch.broadcast_shapes(found[step.out], found[part.step.residual]))
-        elif isinstance(part, NormPart):
-            found[step.out] = found[part.step.x]
+        elif isinstance(part, NormPart) or type(part.child) is nn.PReLU:
+            found[step.out] = found[part.step.inputs[0]]
         elif part.child is not None:
             found[step.out] = part.child(torch.empty(tuple(found[step.inputs[0]]), dtype=dtype, device="meta")).shape
         else:
