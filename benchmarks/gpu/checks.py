@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.ops.batch_norm_act import NormProblem
@@ -49,10 +50,9 @@ _PAD1 = dict(padding=(1, 1, 1, 1))
 def _conv(
     c_in: int, size: tuple[int, int], c_out: int, kernel: int, residual=False, relu=True, **geometry
 ) -> ConvProblem:
-    groups = geometry.get("groups", 1)
-    return ConvProblem(
-        c_in, *size, (c_out, c_in // groups, kernel, kernel), Geometry(**geometry), True, True, residual, relu
-    )
+    groups, last = geometry.get("groups", 1), RELU if relu else None
+    weight_shape = c_out, c_in // groups, kernel, kernel
+    return ConvProblem(c_in, *size, weight_shape, Geometry(**geometry), True, True, residual, last)
 
 
 CONVOLUTIONS = {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from resnet_kernels.fusion.report import table
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.cpu import convolution, library
 from resnet_kernels.kernels.cpu.plans import Pool, Shapes
 from resnet_kernels.kernels.geometry import Geometry
@@ -94,7 +95,7 @@ def stem(batch: int, size: int, seconds: float, channels: int = 3) -> dict[str, 
     packed, arguments = onednn.pack_weight(weight, geometry, x.shape), onednn.arguments(geometry)
 
     def by_onednn() -> Tensor:
-        y = onednn.run(x, packed, bias, None, arguments, relu=True, bound=0.0)
+        y = onednn.run(x, packed, bias, None, arguments, activation=RELU, bound=0.0)
         return torch.max_pool2d(y, 3, 2, 1)
 
     own = convolution.pack("direct", weight)

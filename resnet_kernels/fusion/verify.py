@@ -157,7 +157,9 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: _Compare) ->
 
     steps = " | ".join(map(str, runs.values())) if runs else str(state.plan)
 
-    def after_block(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+    def after_block(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if len(inputs) != 1:
+            return  # it runs its own code then
         oracle = _without_our_hooks(copy.deepcopy(twin))
         # A copy of a torch.fx.GraphModule is in train() mode.
         oracle.eval().to(_oracle_device(inputs[0]), torch.float64)

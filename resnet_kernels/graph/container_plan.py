@@ -1,4 +1,4 @@
-"""The runs of a container: convolution, BN, ReLU and max-pool among its own children that can run as one step or two."""
+"""The runs of a container: convolution, BN, activation and max-pool among its own children that can run as one step or two."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from . import activations
 from .fusible import (
     has_act,
     is_batch_norm,
@@ -70,13 +71,14 @@ def container_plan(
         last = node
         bn = member(_only_reader(last), lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None)
         last = last if bn is None else next(iter(last.users))
-        relu = member(_only_reader(last), lambda m: type(m) is nn.ReLU and why_not_patched(m) is None)
-        last = last if relu is None else next(iter(last.users))
+        act = member(_only_reader(last), lambda m: activations.of_module(m) is not None and why_not_patched(m) is None)
+        activation = None if act is None else activations.of_module(children[act])
+        last = last if act is None else next(iter(last.users))
         pool = member(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
-        followers = [path for path in (bn, relu, pool) if path is not None]
+        followers = [path for path in (bn, act, pool) if path is not None]
         if not followers:
             continue
-        steps: list[Step] = [ConvStep(conv, bn, relu is not None, x=0, out=1, frees=(0,))]
+        steps: list[Step] = [ConvStep(conv, bn, activation, x=0, out=1, frees=(0,))]
         if pool is not None:
             steps.append(CallStep(pool, True, (1,), 2, frees=(1,)))
         members = (conv, *followers)

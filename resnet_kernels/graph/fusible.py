@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.fx import GraphModule
 
+from ..kernels.activations import Activation
 from ..models.same_padding import Conv2dSame, MaxPool2dSame
+from . import activations
 
 if TYPE_CHECKING:
     from typing_extensions import TypeIs
@@ -28,6 +30,8 @@ _QUIET_ELSEWHERE = (
 _FROZEN_BN = (("torchvision.ops.misc", "FrozenBatchNorm2d"),)  # weight, bias, running_mean, running_var as buffers
 _BN_ACT = (("timm.layers.norm_act", "BatchNormAct2d"),)  # a BatchNorm2d with `drop` and `act`
 POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# Modules that a block calls as themselves, as steps of their own. A PReLU's slope is a weight: no kernel of ours reads it.
+CALLED = (*POOLS, nn.PReLU)
 
 # Classes whose forward was found to be that of a frozen BN, and the eps that it has in its code; None for the attribute `eps`.
 _frozen_bn_classes: weakref.WeakKeyDictionary[type[nn.Module], float | None] = weakref.WeakKeyDictionary()
@@ -95,9 +99,9 @@ def has_act(bn: nn.Module) -> bool:
     return _is_one_of(type(bn), _BN_ACT)
 
 
-def has_relu(bn: nn.Module) -> bool:
-    """Whether a BN's own activation is a ReLU."""
-    return has_act(bn) and type(bn.act) is nn.ReLU
+def activation_behind(bn: nn.Module) -> Activation | None:
+    """The activation that a BN itself ends in; None if it ends in none."""
+    return activations.of_module(bn._modules["act"]) if has_act(bn) else None
 
 
 def is_quiet(module: nn.Module | None) -> bool:
@@ -133,7 +137,9 @@ def why_not_bn(bn: nn.Module) -> str | None:
     if has_act(bn):
         for name in ("drop", "act"):
             child = bn._modules[name]
-            if not (is_quiet(child) or (name == "act" and type(child) is nn.ReLU)):
+            if name == "act" and child is not None and (reason := activations.why_not(child)):
+                return f"has a {type(child).__name__} behind it that {reason}"
+            if not (is_quiet(child) or (name == "act" and activations.of_module(child) is not None)):
                 return f"has a {type(child).__name__} behind it, which is not fused"
             if child is not None and (reason := why_not_patched(child)):
                 return f"has a {type(child).__name__} behind it that {reason}"
@@ -169,7 +175,10 @@ def is_wrapper(module: nn.Module) -> bool:
     """Whether a module is one convolution with pool, norm and activation under one name: a part of a block."""
     children = list(module._modules.values())
     convs = sum(isinstance(child, nn.Conv2d) for child in children)
-    others = sum(type(child) in (nn.ReLU, *POOLS) or is_batch_norm(child) or is_quiet(child) for child in children)
+    others = sum(
+        type(child) in POOLS or is_batch_norm(child) or is_quiet(child) or activations.of_module(child) is not None
+        for child in children
+    )
     return (
         convs == 1
         and convs + others == len(children)

@@ -1,8 +1,8 @@
 """Which operations of a forward make one step, and in which order steps run.
 
-Grouping follows one rule: a BN, an add or a ReLU joins the group that made its input, if nothing else reads that input and
-the group's step has a place for it. A ReLU, say, that follows an add which follows a convolution ends up in the
-convolution's step.
+Grouping follows one rule: a BN, an add or an activation joins the group that made its input, if nothing else reads that
+input and the group's step has a place for it. An activation, say, that follows an add which follows a convolution ends up in
+the convolution's step.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch.fx import Node
 
+from ..kernels.activations import Activation
 from .recipe import CallStep, CannotRead, ConvStep, NormStep, Step
 
 
@@ -22,7 +23,7 @@ class ConvGroup:
     conv: str
     x: Node
     bn: str | None = None
-    relu: bool = False
+    activation: Activation | None = None
     residual: Node | None = None
     sum: Node | None = None
 
@@ -38,7 +39,7 @@ class NormGroup:
 
     bn: str
     x: Node
-    relu: bool
+    activation: Activation | None
     residual: Node | None = None
     sum: Node | None = None
 
@@ -55,6 +56,7 @@ class CallGroup:
     what: str
     is_module: bool
     inputs: tuple[Node, ...]
+    activation: Activation | None = None
 
 
 Group = ConvGroup | NormGroup | CallGroup
@@ -64,14 +66,14 @@ Group = ConvGroup | NormGroup | CallGroup
 class Operation:
     """A node that computes something.
 
-    kind: "conv", "bn", "relu", "add" or "call". path: the module's, "" for a function. relu: a BN ends in a ReLU of its
-    own (timm's BatchNormAct2d). alone: an add that joins no convolution and no BN.
+    kind: "conv", "bn", "activation", "add" or "call". path: the module's, "" for a function. activation: which one it is; of a
+    BN, the one that it ends in by itself (timm's BatchNormAct2d). alone: an add that joins no convolution and no BN.
     """
 
     kind: str
     path: str
     inputs: tuple[Node, ...]
-    relu: bool = False
+    activation: Activation | None = None
     alone: bool = False
 
 
@@ -93,9 +95,10 @@ def _alone(operation: Operation) -> Group:
     if operation.kind == "conv":
         return ConvGroup(operation.path, operation.inputs[0])
     if operation.kind == "bn":
-        return NormGroup(operation.path, operation.inputs[0], operation.relu)
+        return NormGroup(operation.path, operation.inputs[0], operation.activation)
     is_module = operation.kind == "call"
-    return CallGroup(operation.path if is_module else operation.kind, is_module, operation.inputs)
+    what = operation.path if is_module else str(operation.activation or operation.kind)
+    return CallGroup(what, is_module, operation.inputs, operation.activation)
 
 
 def _join(
@@ -112,24 +115,24 @@ def _join(
     source = max(able, key=lambda s: (_depth(s, groups), order[s]))
     joined = groups.pop(source)
     if isinstance(joined, CallGroup):
-        return replace(joined, what="add_relu")
+        return replace(joined, what=f"add_{operation.activation}", activation=operation.activation)
     if operation.kind == "add":
         return replace(joined, residual=next(s for s in sources if s is not source), sum=node)
-    if operation.kind == "relu":
-        return replace(joined, relu=True)
+    if operation.kind == "activation":
+        return replace(joined, activation=operation.activation)
     assert isinstance(joined, ConvGroup)
-    return replace(joined, bn=operation.path, relu=operation.relu)
+    return replace(joined, bn=operation.path, activation=operation.activation)
 
 
 def _accepts(group: Group, kind: str) -> bool:
     """Whether a group's step has a place for one more operation."""
     if isinstance(group, CallGroup):
-        return kind == "relu" and group.what == "add" and not group.is_module
+        return kind == "activation" and group.what == "add" and not group.is_module
     if kind == "bn":
-        return isinstance(group, ConvGroup) and not (group.bn or group.relu or group.residual)
+        return isinstance(group, ConvGroup) and not (group.bn or group.activation or group.residual)
     if kind == "add":
-        return not (group.relu or group.residual)
-    return kind == "relu" and not group.relu
+        return not (group.activation or group.residual)
+    return kind == "activation" and not group.activation
 
 
 def _depth(node: Node, groups: Mapping[Node, Group]) -> int:
@@ -177,12 +180,12 @@ def schedule(groups: Mapping[Node, Group], x: Node, result: Node) -> tuple[tuple
         out, inputs = i + 1, tuple(numbers[source] for source in group.inputs)
         frees = tuple(sorted({value for value in inputs if last_use[value] == i}))
         if isinstance(group, CallGroup):
-            steps.append(CallStep(group.what, group.is_module, inputs, out, frees))
+            steps.append(CallStep(group.what, group.is_module, inputs, out, frees, group.activation))
             continue
         residual = None if group.residual is None else inputs[1]
         if isinstance(group, NormGroup):
-            steps.append(NormStep(group.bn, group.relu, inputs[0], out, residual, frees))
+            steps.append(NormStep(group.bn, group.activation, inputs[0], out, residual, frees))
             continue
         overwrites = residual in frees and residual != inputs[0] and residual in may_overwrite
-        steps.append(ConvStep(group.conv, group.bn, group.relu, inputs[0], out, residual, overwrites, frees))
+        steps.append(ConvStep(group.conv, group.bn, group.activation, inputs[0], out, residual, overwrites, frees))
     return tuple(steps), numbers[result]

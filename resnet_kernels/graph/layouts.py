@@ -16,6 +16,7 @@ from torch import nn
 from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
+from . import activations
 from .reads import NOTHING, Reads
 from .recipe import CannotRead, ContainerPlan, Recipe
 from .tracing import mutates, trace
@@ -27,8 +28,8 @@ _ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 # Their output is laid out as their input is.
 _FUNCTIONS = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.getitem, torch.add,
-     torch.mul, torch.cat, torch.relu, torch.relu_, torch.sigmoid, F.relu, F.relu_, F.interpolate, F.max_pool2d,
-     F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.silu, F.gelu}
+     torch.mul, torch.cat, torch.sigmoid, F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
+     F.adaptive_max_pool2d, *activations.FUNCTIONS}
 )  # fmt: skip
 # They draw a number for each element, in the order in which elements lie in memory.
 _DRAWS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)

@@ -1,11 +1,11 @@
 """Forwards that are neither a block nor a container of blocks: runs of our steps, with other operations in between.
 
-A block with squeeze-and-excitation, a dense block, or a network as a torch.fx.GraphModule has convolutions, BNs, ReLUs and
-adds that can be fused, and operations that cannot. Its forward becomes a list of instructions: runs, each a recipe with one
-input and one output, and all other operations, which PyTorch runs as in eager. Python's code does not run.
+A block with squeeze-and-excitation, a dense block, or a network as a torch.fx.GraphModule has operations that can be fused
+and others that cannot. Its forward becomes a list of instructions: runs, each a recipe with one input and one output, and all
+other operations, which PyTorch runs as in eager. Python's code does not run.
 
 A run is as long as possible. It ends where another operation reads a value in it. An add of two values that no one run has
-stays an operation of its own, and a ReLU behind it is a part of that.
+stays an operation of its own, and an activation behind it is a part of that.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ _METHODS_THAT_MAKE = frozenset({"add", "sub", "mul", "div", "mean", "sum", "relu
 _MAKERS = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.Sigmoid
 )  # fmt: skip
-_ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+# A run with one of them would run step by step on the CPU.
+_IN_NO_PROGRAM = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.PReLU)
 
 
 class _Runs:
@@ -223,9 +224,9 @@ class _Planner:
         try:
             operation, seen = operation_of(node, self.children, self.source, self.training)
             path, kind = operation.path, operation.kind
-            # Runs are known by their convolutions: none may be in two. No program has an adaptive pool.
+            # Runs are known by their convolutions: none may be in two.
             known = kind != "conv" or (self.calls[path] <= 1 and path not in self.shared)
-            known = known and not (path and isinstance(self.children[path], _ADAPTIVE))
+            known = known and not (kind == "call" and isinstance(self.children[path], _IN_NO_PROGRAM))
         except CannotRead:
             known = False
         if not known:
@@ -274,7 +275,7 @@ class _Planner:
             raise CannotRead("nothing in it can be fused")
         sums = {
             node: found for node, found in groups.items()
-            if node not in taken and isinstance(found, CallGroup) and found.what in ("add", "add_relu")
+            if node not in taken and isinstance(found, CallGroup) and not found.is_module and len(found.inputs) == 2
         }  # fmt: skip
         taken.update((operation, node) for node in sums for operation in joined[node])
         self._check_written(taken)
@@ -290,8 +291,7 @@ class _Planner:
                 x = groups[members[node][0]].inputs[0]
                 made.append(self._run(node, recipes[node], x, taken))
             elif node in sums:
-                args = tuple(Slot(self.numbers[i]) for i in sums[node].inputs)
-                made.append(Instruction("add", sums[node].what, args, (), self.numbers[node]))
+                made.append(self._sum(node, sums[node]))
             else:
                 made.append(self._plain(node))
             inputs = [self.source[i] for i in node.all_input_nodes] if at is node and node not in sums else []
@@ -299,9 +299,9 @@ class _Planner:
             passes = node in sums or self.layouts.passes_on(node)
             if node in recipes or (passes and any(i in ours for i in inputs)):
                 ours.add(node)
-        # Neither do the ReLUs run that are a part of an add.
-        relus = {self.operations[operation].path for node in sums for operation in joined[node]}
-        inlined = (self.ran_into | relus | self._written_over(taken)) - {""}
+        # Neither do the activations run that are a part of an add.
+        behind = {self.operations[operation].path for node in sums for operation in joined[node]}
+        inlined = (self.ran_into | behind | self._written_over(taken)) - {""}
         output = self.nodes[-1]
         result = self._slots(output.args[0])
         boundary = boundaries(self.fused)
@@ -382,6 +382,12 @@ class _Planner:
         ]
         apart = tuple(self._plain(n) for n in own)
         return Instruction("run", _name(recipe), (Slot(self.numbers[x]),), (), self.numbers[last], apart=apart)
+
+    def _sum(self, node: Node, found: CallGroup) -> Instruction:
+        """An add, with what follows it, as an instruction."""
+        args = tuple(Slot(self.numbers[i]) for i in found.inputs)
+        kwargs = () if found.activation is None else (("activation", found.activation),)
+        return Instruction("add", found.what, args, kwargs, self.numbers[node])
 
     def _plain(self, node: Node) -> Instruction:
         """A node as an instruction that PyTorch runs."""

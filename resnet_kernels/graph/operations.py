@@ -1,4 +1,4 @@
-"""The operations of a forward: which of a graph's nodes are convolutions, BNs, ReLUs, adds and pools of ours."""
+"""The operations of a forward: which of a graph's nodes are convolutions, BNs, activations, adds and pools of ours."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
+from ..kernels.activations import Activation
+from . import activations
 from .fusible import (
+    CALLED,
     NOT_MATERIALIZED,
-    POOLS,
-    has_relu,
+    activation_behind,
+    has_act,
     is_batch_norm,
     is_known,
     is_not_materialized,
@@ -27,15 +30,18 @@ from .group_steps import Operation
 from .reads import NOTHING, Read, Reads, described
 from .recipe import CannotRead
 from .strangers import role_of
-from .tracing import is_add, is_identity, is_own_conv, is_relu_function, mutates, own_conv_path
+from .tracing import is_add, is_identity, is_own_conv, mutates, own_conv_path
 
 
 def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:
-    """The settings of a convolution or a pool without which it could not be fused as it was."""
+    """The settings of a convolution, an activation or a pool without which it could not be fused as it was."""
     names = (
         ("padding_mode",) if isinstance(child, nn.Conv2d) else ("return_indices",) if is_plain_max_pool(child) else ()
     )
-    return tuple(Read(path, name, described(getattr(child, name), frozenset())) for name in names)
+    found = [(path, child, name) for name in (*names, *activations.settings_of(child))]
+    if has_act(child) and (act := child._modules["act"]) is not None:
+        found += [(f"{path}.act", act, name) for name in activations.settings_of(act)]
+    return tuple(Read(where, name, described(getattr(owner, name), frozenset())) for where, owner, name in found)
 
 
 def is_of_own_conv(node: Node) -> bool:
@@ -46,7 +52,7 @@ def is_of_own_conv(node: Node) -> bool:
 def operation_of(
     node: Node, children: Mapping[str, nn.Module], source: Mapping[Node, Node], training: bool
 ) -> tuple[Operation, Reads]:
-    """The operation of a node, or an "identity", and what it rests on.
+    """The operation of a node, of kind "identity" if it passes its input on, and what it rests on.
 
     Args:
         node: a call, of a module or a function.
@@ -57,24 +63,19 @@ def operation_of(
     Raises:
         CannotRead: it is none of ours.
     """
-    kind, path, seen = _kind(node, children, training)
-    relu = kind == "bn" and has_relu(children[path])
-    return Operation(kind, path, _inputs(node, kind, source), relu), seen
-
-
-def _kind(node: Node, children: Mapping[str, nn.Module], training: bool) -> tuple[str, str, Reads]:
-    """The kind of a node's operation, its module's path ("" for none), and what it rests on.
-
-    Kinds are "conv", "bn", "relu", "add", "call" and "identity".
-    """
-    nothing = Reads((), NOTHING)
+    seen, path = Reads((), NOTHING), ""
+    activation: Activation | None = None
     if node.op == "call_module":
-        kind, seen = _kind_of_module(node, children, training)
-        return kind, str(node.target), seen
-    if is_own_conv(node):
-        return "conv", *_own_conv(node, children)
-    kind = _kind_of_function(node)
-    return kind, "", nothing
+        path = str(node.target)
+        kind, seen, activation = _kind_of_module(node, children, training)
+    elif is_own_conv(node):
+        kind = "conv"
+        path, seen = _own_conv(node, children)
+    elif (activation := activations.of_node(node)) is not None:
+        kind = "activation"
+    else:
+        kind = _kind_of_function(node)
+    return Operation(kind, path, _inputs(node, kind, source), activation), seen
 
 
 def _own_conv(node: Node, children: Mapping[str, nn.Module]) -> tuple[str, Reads]:
@@ -86,8 +87,6 @@ def _own_conv(node: Node, children: Mapping[str, nn.Module]) -> tuple[str, Reads
 
 
 def _kind_of_function(node: Node) -> str:
-    if is_relu_function(node):
-        return "relu"
     if is_identity(node):
         return "identity"
     if is_add(node):
@@ -100,28 +99,34 @@ def _kind_of_function(node: Node) -> str:
     raise CannotRead(f"its forward calls {name}")
 
 
-def _kind_of_module(node: Node, children: Mapping[str, nn.Module], training: bool) -> tuple[str, Reads]:
+def _kind_of_module(
+    node: Node, children: Mapping[str, nn.Module], training: bool
+) -> tuple[str, Reads, Activation | None]:
+    """The kind of a called module, what it rests on, and its activation if it is or ends in one."""
     path = str(node.target)
     child = children[path]
     if len(node.args) != 1 or node.kwargs:
         raise CannotRead(f"{path} is called with more than one argument")
     is_conv = isinstance(child, nn.modules.conv._ConvNd)
     is_bn = not is_conv and is_batch_norm(child)
-    reason = why_not_conv(child) if is_conv else why_not_bn(child) if is_bn else why_not_patched(child)
+    reason = why_not_conv(child) if is_conv else why_not_bn(child) if is_bn else activations.why_not(child)
+    reason = reason or why_not_patched(child)
     if reason:
         raise CannotRead(f"{path} {reason}")
     seen = Reads(reads_of_child(path, child), NOTHING)
     if is_conv:
-        return "conv", seen
+        return "conv", seen, None
+    kind: str | None
     if is_known(child):
-        kind = "bn" if is_bn else "relu" if type(child) is nn.ReLU else "identity" if is_quiet(child) else None
+        activation = activation_behind(child) if is_bn else activations.of_module(child)
+        kind = "bn" if is_bn else "activation" if activation else "identity" if is_quiet(child) else None
     else:
-        kind, more = role_of(child, training)
+        kind, more, activation = role_of(child, training)
         seen += more.below(path)
     if kind is not None:
-        return kind, seen
-    if type(child) in POOLS:
-        return "call", seen
+        return kind, seen, activation
+    if type(child) in CALLED:
+        return "call", seen, None
     if is_not_materialized(child):
         raise CannotRead(f"{path} {NOT_MATERIALIZED}")
     what = "norm" if "norm" in type(child).__name__.lower() else "module"

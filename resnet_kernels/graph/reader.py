@@ -1,11 +1,11 @@
-"""Reading a module: which convolutions, BNs, adds and ReLUs its forward runs, in which order, as data.
+"""Reading a module: which convolutions, BNs, adds and activations its forward runs, in which order, as data.
 
 Nothing is assumed about a block. Its own forward is traced with torch.fx on a shallow copy, so the recipe holds whatever
 the author wrote: the stride on the 1x1, biases, a pooled shortcut, other names.
 
     Recipe          a residual block, or an nn.Sequential of convolutions, whose whole forward consists of our steps:
                         conv1+bn1+relu -> conv2+bn2+relu -> downsample.0+downsample.1 -> conv3+bn3+add+relu
-    ContainerPlan   any other module, such as the network itself: only runs of conv+bn+relu among its own children, each
+    ContainerPlan   any other module, such as the network itself: only runs of conv+bn+activation among its own children, each
                     called once and read by nobody else (the stem), with the max-pool that may follow. The rest of its
                     forward stays Python. Or, for a block with other operations in it, the whole forward as instructions
                     (mixed_plan.py).
@@ -72,7 +72,7 @@ class Reader:
         return replace(recipe, trains=training == recipe, reads=recipe.reads + training.reads)
 
     def container_plan(self, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]] = ()) -> ContainerPlan:
-        """The runs of conv+bn+relu(+max-pool) among the module's own children.
+        """The runs of conv+bn+activation(+max-pool) among the module's own children.
 
         Args:
             fused: the fused modules in it, with their plans.

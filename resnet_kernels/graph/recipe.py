@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..kernels.activations import RELU, Activation
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -20,7 +22,7 @@ class CannotRead(Exception):
 
 @dataclass(frozen=True)
 class ConvStep:
-    """relu(bn(conv(values[x])) + values[residual]) -> values[out]: a convolution and what one kernel does after it.
+    """act(bn(conv(values[x])) + values[residual]) -> values[out]: a convolution and what one kernel does after it.
 
     overwrites_residual: the sum may be written over the residual, because a convolution of ours made it and no later step
     reads it. frees: the values that no later step reads.
@@ -28,7 +30,7 @@ class ConvStep:
 
     conv: str
     bn: str | None
-    relu: bool
+    activation: Activation | None
     x: int
     out: int
     residual: int | None = None
@@ -42,15 +44,18 @@ class ConvStep:
 
     def __str__(self) -> str:
         # A convolution with code of its own may be the module that is fused.
-        return _joined(self.conv or "conv", self.bn, self.residual is not None and "add", self.relu and "relu")
+        return _joined(self.conv or "conv", self.bn, self.residual is not None and "add", self.activation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(_with_activation(state))
 
 
 @dataclass(frozen=True)
 class NormStep:
-    """relu(bn(values[x]) + values[residual]) -> values[out]: a BN that comes before its convolution."""
+    """act(bn(values[x]) + values[residual]) -> values[out]: a BN that comes before its convolution."""
 
     bn: str
-    relu: bool
+    activation: Activation | None
     x: int
     out: int
     residual: int | None = None
@@ -62,25 +67,45 @@ class NormStep:
         return (self.x,) if self.residual is None else (self.x, self.residual)
 
     def __str__(self) -> str:
-        return _joined(self.bn, self.residual is not None and "add", self.relu and "relu")
+        return _joined(self.bn, self.residual is not None and "add", self.activation)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(_with_activation(state))
 
 
 @dataclass(frozen=True)
 class CallStep:
-    """values[out] = what(*values[inputs]): a child module by its path, or "add", "relu", "add_relu"."""
+    """values[out] = what(*values[inputs]): a child module by its path, or an add, an activation or both.
+
+    what: the path, or a name such as "add", "silu" or "add_relu". activation: comes last; None for a module, and for an add.
+    """
 
     what: str
     is_module: bool
     inputs: tuple[int, ...]
     out: int
     frees: tuple[int, ...] = ()
+    activation: Activation | None = None
 
     def __str__(self) -> str:
         return self.what
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        older = {"relu": not state["is_module"] and state["what"] in ("relu", "add_relu")}
+        self.__dict__.update(_with_activation(state if "activation" in state else state | older))
 
-def _joined(*names: str | bool | None) -> str:
-    return "+".join(name for name in names if isinstance(name, str))
+
+def _joined(*names: str | bool | Activation | None) -> str:
+    return "+".join(str(name) for name in names if name)
+
+
+def _with_activation(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of a step, of a pickle too whose version knew no activation but ReLU: `relu` said whether there is one."""
+    if "activation" in state:
+        return state
+    return {name: value for name, value in state.items() if name != "relu"} | {
+        "activation": RELU if state["relu"] else None
+    }
 
 
 Step = ConvStep | NormStep | CallStep
@@ -118,12 +143,14 @@ class Recipe:
     @property
     def fuses(self) -> bool:
         """Whether a step does more than one of eager's own calls does."""
-        return any(
-            step.what == "add_relu"
-            if isinstance(step, CallStep)
-            else step.relu or step.residual is not None or (isinstance(step, ConvStep) and step.bn is not None)
-            for step in self.steps
-        )
+        return any(map(_does_more, self.steps))
+
+
+def _does_more(step: Step) -> bool:
+    if isinstance(step, CallStep):
+        return step.activation is not None and len(step.inputs) == 2
+    has_bn = isinstance(step, ConvStep) and step.bn is not None
+    return step.activation is not None or step.residual is not None or has_bn
 
 
 class ChainPart(NamedTuple):
@@ -174,9 +201,9 @@ class Instruction(NamedTuple):
     """An operation of a container's forward.
 
     kind: "run" (a run of the plan), "module", "function", "method", "attribute" (a parameter or a buffer) or "add" (the sum of
-    two values, with or without a ReLU behind it).
+    two values, and the activation that follows it).
     target: the run's name, the module's path, the name of a function (mixed_plan.FUNCTIONS) or a method, the attribute's path,
-    "add" or "add_relu".
+    "add" or a name such as "add_relu".
     args, kwargs: with a Slot for each value; tuples, lists, dicts and slices may hold them.
     out: the number of the value that it makes.
     sees_layout: it may compute something else, or fail, if its input lies in memory in another order than in eager.

@@ -1,4 +1,4 @@
-"""Modules of classes that nobody knows, read by what their own forward does: an identity, a ReLU or a frozen BN.
+"""Modules of classes that nobody knows, read by what their own forward does: an identity, an activation or a frozen BN.
 
 Users copy small modules from repository to repository, under the names of well-known ones or under others: DropPath,
 FrozenBatchNorm2d, a Dropout2d that drops in eval mode, too. So a name says nothing, and their forward is traced.
@@ -15,10 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx import Graph, Node
 
-from . import fusible
+from ..kernels.activations import Activation
+from . import activations, fusible
 from .reads import Reads
 from .recipe import CannotRead
-from .tracing import is_relu_function, mutates, trace
+from .tracing import mutates, trace
 
 _BUFFERS = ("weight", "bias", "running_mean", "running_var")
 _FUNCTIONS = frozenset(
@@ -31,10 +32,11 @@ _METHODS = frozenset(
 
 
 class Role(NamedTuple):
-    """What a stranger does. kind: "identity", "relu" or "bn"; None for anything else."""
+    """What a stranger does. kind: "identity", "activation" or "bn"; None for anything else. activation: which one."""
 
     kind: str | None
     reads: Reads
+    activation: Activation | None = None
 
 
 def role_of(module: nn.Module, training: bool) -> Role:
@@ -48,8 +50,9 @@ def role_of(module: nn.Module, training: bool) -> Role:
     result = output.args[0]
     if result is x:
         return Role("identity", reads)
-    if len(nodes) == 3 and is_relu_function(nodes[1]) and nodes[1].args[0] is x and not mutates(nodes[1], {}):
-        return Role("relu", reads)
+    if not any(mutates(node, {}) for node in nodes if node.op != "call_module"):
+        if (activation := activations.computed_by(graph)) is not None:
+            return Role("activation", reads, activation)
     if (eps := _frozen_bn_eps(module, graph)) is not None:
         by_attribute = "eps" in reads.names and getattr(module, "eps", None) == eps
         fusible.note_frozen_bn(type(module), None if by_attribute else eps)

@@ -28,7 +28,6 @@ from .observer import Observer
 from .reads import INTERNAL, NOT_EMPTY, WITHOUT_GRADIENTS, Reads, is_plain
 from .recipe import CannotRead
 
-_RELU_FUNCTIONS = (torch.relu, torch.relu_, F.relu, F.relu_)
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
 
@@ -373,13 +372,6 @@ def mutates(node: Node, modules: Mapping[str, nn.Module]) -> bool:
         or bool(node.kwargs.get("inplace", False))
         or (node.target is F.relu and len(node.args) > 1 and bool(node.args[1]))
     )
-
-
-def is_relu_function(node: Node) -> bool:
-    """Whether a node calls a ReLU that is no module."""
-    if node.op == "call_function":
-        return node.target in _RELU_FUNCTIONS
-    return node.op == "call_method" and node.target in ("relu", "relu_")
 
 
 def is_identity(node: Node) -> bool:

@@ -1,14 +1,14 @@
-"""BN, residual add and ReLU, forward and backward, over channels_last data seen as (rows = N*H*W, channels).
+"""BN, residual add and activation, forward and backward, over channels_last data seen as (rows = N*H*W, channels).
 
     forward    y = act( (x - mean) * rstd * weight + bias + residual )
-    backward   dz = dy where y > 0 (of ReLU), the residual's gradient
+    backward   dz = dy * act'(z), where z is what act has read; of ReLU, dy where y > 0. It is the residual's gradient
                dweight = sum(dz * (x - mean)) * rstd,    dbias = sum(dz)
                dx = weight * rstd * (dz - dbias / rows - (x - mean) * rstd * dweight / rows)
 
 Cost in reads and writes of one activation each: forward 1 for the statistics and 2 to apply them (3 with a residual),
 backward 2 to reduce and 3 to apply. Eager BN, add and ReLU take 6 (9) forward and 8 (9) backward. With a residual the
-backward reads y, which the next layer holds anyway: 3 and the write of dz to reduce, 3 to apply. Without a residual it
-computes ReLU's mask again from x.
+backward of ReLU reads y, which the next layer holds anyway: 3 and the write of dz to reduce, 3 to apply. That of other
+activations reads the residual instead, as many bytes. Without a residual z is computed again from x.
 
 Statistics are sound at a mean of 1000 and a deviation of 1, and next to outliers: they are never E[x^2] - E[x]^2. Each lane
 sums in fp32 around its own first value. Lanes and splits are combined as in Chan et al. 1979, in fp64, a few thousand values
@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise
+from .activations import Activation, as_constexprs
 from .batch_norm_device import lane_sum, load_affine, load_partial, normalize, row_tile, rstd_of, store_partial
 from .batch_norm_tiles import (
     CACHED,
@@ -141,7 +142,8 @@ def _forward_kernel(
     n_rows,
     n_channels,
     eps,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     VARIANCE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -154,8 +156,7 @@ def _forward_kernel(
     y = normalize(x - mean[None, :], scale, bias)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    if RELU:
-        y = elementwise.relu(y)
+    y = elementwise.activate(y, ACT, SLOPE)
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -169,7 +170,7 @@ def launch(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool,
+    activation: Activation | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs the forward on checked operands.
 
@@ -183,7 +184,7 @@ def launch(
         training: whether to normalize by the batch's own statistics.
         momentum: weight of the batch's statistics in the running ones.
         eps: added to the variance.
-        relu: whether a ReLU comes last.
+        activation: comes last; None for none.
 
     Returns:
         y, channels_last; and, in training, the batch's mean and rstd, each (C,) fp32, else None and None.
@@ -192,7 +193,7 @@ def launch(
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, running_mean, running_var, momentum, eps) if training else (None, None)
-    _forward(rows, channels, x.element_size(), eps, relu, not training)(
+    _forward(rows, channels, x.element_size(), eps, activation, not training)(
         x.device,
         x_ptr=x,
         residual_ptr=channels_last(residual),
@@ -244,7 +245,10 @@ def _statistics_of(
 
 
 @lru_cache(CACHED)
-def _forward(rows: int, channels: int, itemsize: int, eps: float, relu: bool, variance: bool) -> Launcher:
+def _forward(
+    rows: int, channels: int, itemsize: int, eps: float, activation: Activation | None, variance: bool
+) -> Launcher:
     split = choose_split(rows, channels, itemsize)
-    fixed = dict(n_rows=rows, n_channels=channels, eps=float(eps), RELU=relu, VARIANCE=variance, **blocks(split))
+    sizes = dict(n_rows=rows, n_channels=channels, eps=float(eps), VARIANCE=variance)
+    fixed = {**sizes, **as_constexprs(activation), **blocks(split)}
     return Launcher(_forward_kernel, tiles(split, rows, channels), fixed, NUM_WARPS)

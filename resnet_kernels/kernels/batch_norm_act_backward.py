@@ -1,4 +1,4 @@
-"""Backward of BN, residual add and ReLU. Formulas and cost: batch_norm_act.py."""
+"""Backward of BN, residual add and activation. Formulas and cost: batch_norm_act.py."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import elementwise
+from .activations import RELU, Activation, as_constexprs
 from .batch_norm_device import lane_sum, load_affine, load_partial, normalize, row_tile, rstd_of, store_partial
 from .batch_norm_tiles import (
     CACHED,
@@ -28,21 +30,34 @@ from .layouts import channels_last, contiguous
 
 
 @triton.jit
-def _through_relu(dy, y_ptr, at, offs, mask, centered, scale, bias, DTYPE: tl.constexpr):
-    """dy where ReLU let its input through, else 0. Without y_ptr, y is computed again and rounded to DTYPE."""
-    if y_ptr is not None:
-        y = tl.load(y_ptr + at + offs, mask=mask, other=0.0)
-    else:
-        y = normalize(centered, scale, bias).to(DTYPE)
-    # `<=` as in PyTorch: a NaN lets its gradient through.
-    return tl.where(y.to(tl.float32) <= 0, 0.0, dy)
+def _through(
+    dy, kept_ptr, at, offs, mask, centered, scale, bias, DTYPE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr
+):
+    """dz from dy: through the activation.
+
+    ReLU needs y's sign alone: kept_ptr holds y, and without it y is computed again and rounded to DTYPE. Other activations
+    need what they have read, which is computed again: kept_ptr holds the residual in it.
+    """
+    if ACT == "relu":
+        if kept_ptr is not None:
+            y = tl.load(kept_ptr + at + offs, mask=mask, other=0.0)
+        else:
+            y = normalize(centered, scale, bias).to(DTYPE)
+        # `<=` as in PyTorch: a NaN lets its gradient through.
+        dy = tl.where(y.to(tl.float32) <= 0, 0.0, dy)
+    elif ACT is not None:
+        z = normalize(centered, scale, bias)
+        if kept_ptr is not None:
+            z += tl.load(kept_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
+        dy = elementwise.activation_gradient(z, dy, ACT, SLOPE)
+    return dy
 
 
 @triton.jit
 def _reduce_kernel(
-    dy_ptr,  # (n_rows, n_channels), x, y and dz too
+    dy_ptr,  # (n_rows, n_channels), x, what is kept and dz too
     x_ptr,
-    y_ptr,  # or None: ReLU's mask is then computed again
+    kept_ptr,  # what the forward has kept for `_through`, or None
     dz_ptr,  # or None
     mean_ptr,
     rstd_ptr,
@@ -53,7 +68,8 @@ def _reduce_kernel(
     n_channels,
     rows_per_split,
     eps,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     VARIANCE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -70,8 +86,7 @@ def _reduce_kernel(
         dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         centered = tl.where(mask, x - mean[None, :], 0.0)
-        if RELU:
-            dz = _through_relu(dz, y_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty)
+        dz = _through(dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, SLOPE)
         if dz_ptr is not None:
             tl.store(dz_ptr + at + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         sum_dz += dz
@@ -116,9 +131,9 @@ def _finish_reduce_kernel(
 
 @triton.jit
 def _backward_kernel(
-    dy_ptr,  # (n_rows, n_channels), x, y and dx too
+    dy_ptr,  # (n_rows, n_channels), x, what is kept and dx too
     x_ptr,
-    y_ptr,  # or None: ReLU's mask is then computed again
+    kept_ptr,  # what the forward has kept for `_through`, or None
     dx_ptr,
     mean_ptr,
     rstd_ptr,
@@ -128,7 +143,8 @@ def _backward_kernel(
     n_rows,
     n_channels,
     eps,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     VARIANCE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -139,8 +155,7 @@ def _backward_kernel(
     mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     centered = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    if RELU:
-        dz = _through_relu(dz, y_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty)
+    dz = _through(dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, SLOPE)
     if coefficient_ptr is not None:
         constant = tl.load(coefficient_ptr + offs_c, mask=mask_c, other=0.0)
         slope = tl.load(coefficient_ptr + n_channels + offs_c, mask=mask_c, other=0.0)
@@ -151,14 +166,14 @@ def _backward_kernel(
 def launch(
     dy: Tensor,
     x: Tensor,
-    y: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
     training: bool,
     eps: float,
-    relu: bool,
+    activation: Activation | None,
     needs: tuple[bool, bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Runs the backward.
@@ -166,24 +181,24 @@ def launch(
     Args:
         dy: y's gradient, of y's shape and dtype.
         x: the forward's input, (N, C, H, W).
-        y: the forward's output if it had a residual and a ReLU, else None.
+        kept: of a forward with a residual, its output if a ReLU came last, the residual if another activation did; else None.
         weight: the forward's, (C,) or None.
         bias: the forward's, (C,) or None.
         mean: (C,), the batch's mean; in eval mode the running mean.
         rstd: (C,), the batch's rstd; in eval mode the running variance.
         training: whether mean and rstd are the batch's, so that dx has to account for them.
         eps: the forward's.
-        relu: whether the forward had a ReLU.
+        activation: the forward's.
         needs: which of dx, dz (the residual's gradient), dweight and dbias to compute.
 
     Returns:
         dx, dz, dweight, dbias; None for each that `needs` leaves out.
     """
     dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
-    y = channels_last(y)
+    kept = channels_last(kept)
     needs_x, needs_dz, needs_weight, needs_bias = needs
     rows, channels = x.numel() // x.shape[1], x.shape[1]
-    split, reduce, finish, apply = _launchers(rows, channels, x.element_size(), eps, relu, not training, needs_dz)
+    split, reduce, finish, apply = _launchers(rows, channels, x.element_size(), eps, activation, not training, needs_dz)
     dz = torch.empty_like(x) if needs_dz else None
     dx = torch.empty_like(x) if needs_x else None
     dtype = torch.float32 if weight is None else weight.dtype
@@ -196,28 +211,39 @@ def launch(
     )
     if any(value is not None for value in (dz, dweight, dbias, coefficients)):
         partial = torch.empty((2, split.n_splits, channels), dtype=torch.float64, device=x.device)
-        reduce(x.device, dy_ptr=dy, x_ptr=x, y_ptr=y, dz_ptr=dz, **affine, partial_ptr=partial)
+        reduce(x.device, dy_ptr=dy, x_ptr=x, kept_ptr=kept, dz_ptr=dz, **affine, partial_ptr=partial)
         finish(
             x.device, partial_ptr=partial, rstd_ptr=affine["rstd_ptr"], dweight_ptr=dweight, dbias_ptr=dbias,
             coefficient_ptr=coefficients,
         )  # fmt: skip
     if dx is not None:
-        # dz has ReLU's mask in it already.
-        upper, mask = (dy, y) if dz is None else (dz, None)
-        apply(x.device, dy_ptr=upper, x_ptr=x, y_ptr=mask, dx_ptr=dx, **affine, coefficient_ptr=coefficients)
+        # dz has come through the activation already.
+        upper, kept = (dy, kept) if dz is None else (dz, None)
+        apply(x.device, dy_ptr=upper, x_ptr=x, kept_ptr=kept, dx_ptr=dx, **affine, coefficient_ptr=coefficients)
     return dx, dz, dweight, dbias
+
+
+def split_of(rows: int, channels: int, itemsize: int, activation: Activation | None) -> Split:
+    """Returns how a backward cuts rows. itemsize: bytes of an element of x.
+
+    Raises:
+        ValueError: the kernels can't count so far.
+    """
+    # On 4096 elements of 16 bits the gradient of GELU takes 165 registers a thread (sm_90), and no two programs fit on a
+    # multiprocessor. A tile of fp32's 2048 elements leaves room for them.
+    return choose_split(rows, channels, itemsize if activation in (None, RELU) else max(itemsize, 4))
 
 
 @lru_cache(CACHED)
 def _launchers(
-    rows: int, channels: int, itemsize: int, eps: float, relu: bool, variance: bool, masked: bool
+    rows: int, channels: int, itemsize: int, eps: float, activation: Activation | None, variance: bool, has_dz: bool
 ) -> tuple[Split, Launcher, Launcher, Launcher]:
-    """Returns the split and the launchers of the three kernels. masked: the last one reads dz in place of dy."""
-    split = choose_split(rows, channels, itemsize)
+    """Returns the split and the launchers of the three kernels. has_dz: the last one reads dz in place of dy."""
+    split = split_of(rows, channels, itemsize, activation)
     sizes = dict(n_rows=rows, n_channels=channels, eps=float(eps), VARIANCE=variance)
     reduce = Launcher(
         _reduce_kernel, splits(split, channels),
-        dict(sizes, rows_per_split=split.rows, RELU=relu, STAGES=STAGES, **blocks(split)), NUM_WARPS,
+        dict(sizes, rows_per_split=split.rows, **as_constexprs(activation), STAGES=STAGES, **blocks(split)), NUM_WARPS,
     )  # fmt: skip
     finish = Launcher(
         _finish_reduce_kernel, (triton.cdiv(channels, FINISH_CHANNELS),),
@@ -226,7 +252,7 @@ def _launchers(
     apply = Launcher(
         _backward_kernel,
         tiles(split, rows, channels),
-        dict(sizes, RELU=relu and not masked, **blocks(split)),
+        dict(sizes, **as_constexprs(None if has_dz else activation), **blocks(split)),
         NUM_WARPS,
     )
     return split, reduce, finish, apply

@@ -1,4 +1,4 @@
-"""Convolution, per-channel scale and shift, residual add and ReLU in one kernel for any GPU: it asks for no TMA and no wgmma.
+"""Convolution, per-channel scale and shift, residual add and activation in one kernel for any GPU, without TMA and wgmma.
 
     y[n, p, q, o] = act( scale[o] * sum_{r, s, c} x[n, p*stride + r*dil - pad, q*stride + s*dil - pad, c] * w[o, r, s, c]
                          + bias[o] + residual[n, p, q, o] )
@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise, launching, limits, target
+from .activations import Activation, as_constexprs
 from .geometry import Geometry
 from .layouts import channels_last, contiguous
 from .operands import ConvOperands
@@ -125,7 +126,8 @@ def _conv_bias_act_kernel(
     DILATION_W: tl.constexpr,
     IN_BOUNDS: tl.constexpr,  # no tap leaves the image
     WHOLE_CHUNKS: tl.constexpr,  # BLOCK_K divides c_in
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     ROUND_TO_TF32: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -203,8 +205,7 @@ def _conv_bias_act_kernel(
     mask_y = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + y_offset, mask=mask_y, other=0.0).to(tl.float32)
-    if RELU:
-        acc = elementwise.relu(acc)
+    acc = elementwise.activate(acc, ACT, SLOPE)
     tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -221,7 +222,7 @@ def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
     Raises:
         ValueError: the kernel can't count so far.
     """
-    x, weight, bias, residual, scale, geometry, relu = operands
+    x, weight, bias, residual, scale, geometry, activation = operands
     if (reason := _why_not(tuple(x.shape), tuple(weight.shape), geometry)) is not None:
         raise ValueError(f'backend="triton" {reason}')
     out_h, out_w = geometry.out_size(x.shape[2:], weight.shape[2:])
@@ -238,7 +239,7 @@ def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     config, grid, fixed, prepared = _plan(
-        x.shape, weight.shape, geometry, relu, x.dtype, target.allows_tf32(x.dtype), config
+        x.shape, weight.shape, geometry, activation, x.dtype, target.allows_tf32(x.dtype), config
     )  # fmt: skip
     tensors = dict(
         x_ptr=x, w_ptr=weight, scale_ptr=contiguous(scale), bias_ptr=contiguous(bias),
@@ -256,8 +257,8 @@ _why_not = lru_cache(_CACHED)(limits.why_not_convolution)
 
 @lru_cache(_CACHED)
 def _plan(
-    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry, relu: bool, dtype: torch.dtype, tf32: bool,
-    config: ConvConfig | None,
+    x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry: Geometry, activation: Activation | None,
+    dtype: torch.dtype, tf32: bool, config: ConvConfig | None,
 ) -> tuple[ConvConfig, tuple[int, int], dict[str, object], launching.PreparedByKey]:  # fmt: skip
     """Returns the tile, the grid, all arguments but tensors, and a dict for launching.launch to fill.
 
@@ -273,11 +274,15 @@ def _plan(
         n_pixels=n_pixels, in_h=in_h, in_w=in_w, out_h=out_h, out_w=out_w, c_in=c_in_group, c_out=c_out_group,
         groups=groups, pad_top=geometry.padding[0], pad_left=geometry.padding[2],
     )  # fmt: skip
-    return config, grid, integers | constexprs(dtype, weight_shape, geometry, relu, config), {}
+    return config, grid, integers | constexprs(dtype, weight_shape, geometry, activation, config), {}
 
 
 def constexprs(
-    dtype: torch.dtype, weight_shape: Sequence[int], geometry: Geometry, relu: bool, config: ConvConfig
+    dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    geometry: Geometry,
+    activation: Activation | None,
+    config: ConvConfig,
 ) -> dict[str, object]:
     """Returns the kernel's compile-time arguments, for the launcher and the compile-only tests."""
     return dict(
@@ -289,7 +294,7 @@ def constexprs(
         DILATION_W=geometry.dilation[1],
         IN_BOUNDS=geometry.padding == (0, 0, 0, 0),
         WHOLE_CHUNKS=weight_shape[1] % config.block_k == 0,
-        RELU=relu,
+        **as_constexprs(activation),
         INPUT_PRECISION="tf32" if target.allows_tf32(dtype) else "ieee",
         ROUND_TO_TF32=target.allows_tf32(dtype) and not target.is_interpreted(),  # the interpreter multiplies in fp32
         UPCAST=target.dot_needs_fp32(dtype),

@@ -1,4 +1,4 @@
-"""BN as scale and shift, bias, residual add and ReLU in one pass over a convolution's output.
+"""BN as scale and shift, bias, residual add and activation in one pass over a convolution's output.
 
     y = act( x * scale + shift + residual * residual_scale + residual_shift )
 
@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise, limits
+from .activations import RELU, Activation, as_constexprs
 from .launching import Launcher
 from .layouts import channels_last, contiguous
 
@@ -50,7 +51,8 @@ def _epilogue_kernel(
     y_ptr,
     n_rows,
     n_channels,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
@@ -70,8 +72,7 @@ def _epilogue_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         y += _affine(residual, residual_scale_ptr, residual_shift_ptr, offs_c, mask_c)
-    if RELU:
-        y = elementwise.relu(y)
+    y = elementwise.activate(y, ACT, SLOPE)
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -89,7 +90,7 @@ def launch(
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
-    relu: bool = True,
+    activation: Activation | None = RELU,
     *,
     overwrite: bool = False,
 ) -> Tensor:
@@ -102,13 +103,13 @@ def launch(
         residual: shape and dtype of x, or None.
         residual_scale: as scale, for the residual; None without one.
         residual_shift: as shift, for the residual; None without one.
-        relu: whether a ReLU comes last.
+        activation: comes last; None for none.
         overwrite: whether y may take x's memory, which nobody reads again. The residual must not overlap it.
     """
     x = x.contiguous(memory_format=torch.channels_last)
     y = x if overwrite else torch.empty_like(x)
     if y.numel():
-        _launcher(x.numel() // x.shape[1], x.shape[1], x.element_size(), relu)(
+        _launcher(x.numel() // x.shape[1], x.shape[1], x.element_size(), activation)(
             x.device, x_ptr=x, scale_ptr=contiguous(scale), shift_ptr=contiguous(shift),
             residual_ptr=channels_last(residual), residual_scale_ptr=contiguous(residual_scale),
             residual_shift_ptr=contiguous(residual_shift), y_ptr=y,
@@ -117,9 +118,10 @@ def launch(
 
 
 @lru_cache(_CACHED)
-def _launcher(rows: int, channels: int, itemsize: int, relu: bool) -> Launcher:
+def _launcher(rows: int, channels: int, itemsize: int, activation: Activation | None) -> Launcher:
     tile = choose_tile(channels, itemsize)
     limits.check_rows(rows, channels, tile["BLOCK_ROWS"], tile["BLOCK_CHANNELS"], channels_in_y=False)
     # Programs: tiles of rows x tiles of channels, in one dimension, because there may be more than 65535 tiles of rows.
     programs = triton.cdiv(rows, tile["BLOCK_ROWS"]) * triton.cdiv(channels, tile["BLOCK_CHANNELS"])
-    return Launcher(_epilogue_kernel, (programs,), dict(n_rows=rows, n_channels=channels, RELU=relu, **tile), NUM_WARPS)
+    fixed = dict(n_rows=rows, n_channels=channels, **as_constexprs(activation), **tile)
+    return Launcher(_epilogue_kernel, (programs,), fixed, NUM_WARPS)

@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from .activations import RELU, Activation
 from .geometry import Geometry
 
 
 class ConvOperands(NamedTuple):
-    """A convolution and all that follows it: relu(conv(x, weight) * scale + bias + residual).
+    """A convolution and all that follows it: act(conv(x, weight) * scale + bias + residual).
 
     Attributes:
         x: (N, C_in, H, W).
@@ -19,7 +20,7 @@ class ConvOperands(NamedTuple):
         residual: the output's shape and x's dtype; None for zeros.
         scale: (C_out,), fp32 or x's dtype; None for ones.
         geometry: of the convolution.
-        relu: False leaves the ReLU away.
+        activation: comes last; None for none.
     """
 
     x: Tensor
@@ -28,7 +29,7 @@ class ConvOperands(NamedTuple):
     residual: Tensor | None = None
     scale: Tensor | None = None
     geometry: Geometry = Geometry()
-    relu: bool = True
+    activation: Activation | None = RELU
 
     def folded(self) -> ConvOperands:
         """Returns operands without a scale: a copy of the weight has it, in x's dtype."""

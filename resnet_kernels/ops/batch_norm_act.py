@@ -1,7 +1,7 @@
-"""relu(BN(x) + residual), training and eval, forward and backward. kernels/batch_norm_act.py has formulas and cost.
+"""act(BN(x) + residual), training and eval, forward and backward. kernels/batch_norm_act.py has formulas and cost.
 
 The op writes the running statistics, so its autograd is registered by hand: PyTorch registers formulas for functional ops
-only. On all backends but Triton PyTorch's own BN, add and ReLU run, with PyTorch's own autograd.
+only. On all backends but Triton PyTorch's own BN, add and activation run, with PyTorch's own autograd.
 """
 
 from __future__ import annotations
@@ -13,17 +13,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..kernels import activations
+from ..kernels.activations import RELU, Activation
 from . import backends, reference, tuned_table
 from .library import LIBRARY, is_watched
 
 LIBRARY.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
-    "Tensor(b!)? running_var, bool training, float momentum, float eps, bool relu, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
+    "Tensor(b!)? running_var, bool training, float momentum, float eps, str? activation, float slope, "
+    "str backend) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
-    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? y, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "bool training, float eps, bool relu, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? kept, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
+    "bool training, float eps, str? activation, float slope, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -33,7 +35,7 @@ def _nothing(x: Tensor) -> Tensor:
 
 
 class NormProblem(NamedTuple):
-    """A BN, residual add and ReLU without tensors and batch. `str` is the key in a table.
+    """A BN, residual add and activation without tensors and batch. `str` is the key in a table.
 
     Attributes:
         training: forward and backward, with batch statistics; else a forward on the running ones.
@@ -43,12 +45,12 @@ class NormProblem(NamedTuple):
     height: int
     width: int
     residual: bool
-    relu: bool
+    activation: Activation | None
     training: bool
 
     def __str__(self) -> str:
-        what = [name for name in ("residual", "relu", "training") if getattr(self, name)]
-        return " ".join((f"norm {self.channels}x{self.height}x{self.width}", *what))
+        what = ("residual" * self.residual, str(self.activation or ""), "training" * self.training)
+        return " ".join((f"norm {self.channels}x{self.height}x{self.width}", *filter(None, what)))
 
 
 def _can_run(name: str, problem: NormProblem, batch: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -60,31 +62,35 @@ def untuned(problem: NormProblem, dtype: torch.dtype, device: torch.device) -> s
     return "eager" if problem.training or not backends.passes_on_triton("tuned", device, dtype) else "triton"
 
 
-def _is_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
-    return _runs_ours(x, residual, relu, backends.resolve(backend, x.device, x.dtype), learns)
+def _is_ours(x: Tensor, residual: Tensor | None, activation: Activation | None, backend: str, learns: bool) -> bool:
+    return _runs_ours(x, residual, activation, backends.resolve(backend, x.device, x.dtype), learns)
 
 
-def _runs_ours(x: Tensor, residual: Tensor | None, relu: bool, backend: str, learns: bool) -> bool:
+def _runs_ours(x: Tensor, residual: Tensor | None, activation: Activation | None, backend: str, learns: bool) -> bool:
     """Whether a resolved backend means our kernels."""
     if backend == "tuned" and all(type(size) is int for size in x.shape):
         # While torch.compile traces, sizes may be symbols, which no table has: PyTorch runs those.
         batch, channels, height, width = x.shape
-        problem = NormProblem(channels, height, width, residual is not None, relu, learns)
+        problem = NormProblem(channels, height, width, residual is not None, activation, learns)
         found = tuned_table.choice(problem, batch, x.dtype, x.device, _can_run)
         backend = found or untuned(problem, x.dtype, x.device)
     return backend == "triton" and x.numel() > 0
 
 
-def _by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu):
+def _by_pytorch(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation):
     y = reference.batch_norm_act(
-        x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps, relu=relu
-    )
+        x, residual, weight, bias, running_mean, running_var, training=training, momentum=momentum, eps=eps,
+        activation=activation,
+    )  # fmt: skip
     return y.contiguous(memory_format=torch.channels_last), _nothing(x), _nothing(x)
 
 
-def _batch_norm_act(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
-    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
-    if not _is_ours(x, residual, relu, backend, training):
+def _batch_norm_act(
+    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend
+):  # fmt: skip
+    activation = activations.from_arguments(kind, slope)
+    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation)
+    if not _is_ours(x, residual, activation, backend, training):
         return _by_pytorch(*arguments)
     from ..kernels import batch_norm_act as kernel
 
@@ -92,45 +98,52 @@ def _batch_norm_act(x, residual, weight, bias, running_mean, running_var, traini
     return (y, mean, rstd) if training else (y, _nothing(x), _nothing(x))
 
 
-def _fake(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
+def _fake(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend):
+    activation = activations.from_arguments(kind, slope)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    if not (training and _is_ours(x, residual, relu, backend, training)):
+    if not (training and _is_ours(x, residual, activation, backend, training)):
         return y, _nothing(x), _nothing(x)
     return y, *(torch.empty(x.shape[1], dtype=torch.float32, device=x.device) for _ in range(2))
 
 
 class _Function(torch.autograd.Function):
-    """Our kernels' autograd. It saves y only where a ReLU came after a residual: elsewhere x gives the ReLU's mask."""
+    """Our kernels' autograd. It saves y only where a ReLU came after a residual: elsewhere x gives the ReLU's mask.
+
+    What another activation has read is computed again, from x and from the residual, which is saved.
+    """
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend):
+    def forward(
+        ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, backend
+    ):
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, rstd = torch.ops.resnet_kernels.batch_norm_act.default(
-                x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu, backend
-            )
+                x, residual, weight, bias, running_mean, running_var, training, momentum, eps,
+                *activations.as_arguments(activation), backend,
+            )  # fmt: skip
         ctx.mark_non_differentiable(mean, rstd)
         statistics = (mean, rstd) if training else (running_mean, running_var)
-        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, relu))
+        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, activation))
         return y, mean, rstd
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, *_):
-        return *_gradients(ctx, dy, torch.ops.resnet_kernels.batch_norm_act_backward.default), *(None,) * 7
+        return *_gradients(ctx, dy, _backward_op), *(None,) * 7
 
 
 class _Direct(torch.autograd.Function):
     """`_Function` for `undispatched`: y alone, without the dispatcher's way into Python and back."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu):
+    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation):
         from ..kernels import batch_norm_act as kernel
 
         y, mean, rstd = kernel.launch(
-            x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu
+            x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation
         )
         statistics = (mean, rstd) if training else (running_mean, running_var)
-        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, relu))
+        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, activation))
         return y
 
     @staticmethod
@@ -138,44 +151,52 @@ class _Direct(torch.autograd.Function):
     def backward(ctx, dy):
         from ..kernels import batch_norm_act_backward as kernel
 
-        op = torch.ops.resnet_kernels.batch_norm_act_backward.default
-        return *_gradients(ctx, dy, op if is_watched() else kernel.launch), *(None,) * 6
+        return *_gradients(ctx, dy, _backward_op if is_watched() else kernel.launch), *(None,) * 6
 
 
 def _keep(ctx, x, residual, weight, bias, y, statistics, settings) -> None:
     """Saves what backward reads and nothing else: autograd forbids in-place changes to saved tensors."""
-    *_, relu = settings
+    *_, activation = settings
     ctx.set_materialize_grads(False)
     ctx.settings = settings
     ctx.bias_dtype = None if bias is None else bias.dtype
-    kept_bias = bias if relu and residual is None else None
-    ctx.save_for_backward(x, y if relu and residual is not None else None, weight, kept_bias, *statistics)
+    kept = None if activation is None or residual is None else y if activation == RELU else residual
+    # y alone gives ReLU's mask; all else is computed again.
+    kept_bias = None if activation is None or kept is y else bias
+    ctx.save_for_backward(x, kept, weight, kept_bias, *statistics)
+
+
+def _backward_op(dy, x, kept, weight, bias, mean, rstd, training, eps, activation, needs):
+    return torch.ops.resnet_kernels.batch_norm_act_backward.default(
+        dy, x, kept, weight, bias, mean, rstd, training, eps, *activations.as_arguments(activation), needs
+    )
 
 
 def _gradients(ctx, dy, backward) -> tuple[Tensor | None, ...]:
     """The gradients of x, residual, weight and bias. backward: our kernels', by the op or by themselves."""
     if dy is None:
         return (None,) * 4
-    training, eps, relu = ctx.settings
+    training, eps, activation = ctx.settings
     needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-    needs = (needs_x, needs_residual and relu, needs_weight, needs_bias)
-    gradients = backward(dy, *ctx.saved_tensors, training, eps, relu, needs)
+    needs = (needs_x, needs_residual and activation is not None, needs_weight, needs_bias)
+    gradients = backward(dy, *ctx.saved_tensors, training, eps, activation, needs)
     dx, dresidual, dweight, dbias = (g if needed else None for g, needed in zip(gradients, needs))
-    if needs_residual and not relu:
+    if needs_residual and activation is None:
         dresidual = dy
     if dbias is not None and dbias.dtype != ctx.bias_dtype:
         dbias = dbias.to(ctx.bias_dtype)
     return dx, dresidual, dweight, dbias
 
 
-def _backward(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs):
+def _backward(dy, x, kept, weight, bias, mean, rstd, training, eps, kind, slope, needs):
     from ..kernels import batch_norm_act_backward as kernel
 
-    gradients = kernel.launch(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs)
+    activation = activations.from_arguments(kind, slope)
+    gradients = kernel.launch(dy, x, kept, weight, bias, mean, rstd, training, eps, activation, needs)
     return tuple(_nothing(x) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(dy, x, y, weight, bias, mean, rstd, training, eps, relu, needs):
+def _backward_fake(dy, x, kept, weight, bias, mean, rstd, training, eps, kind, slope, needs):
     data = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     vector = torch.empty(x.shape[1], dtype=torch.float32 if weight is None else weight.dtype, device=x.device)
     whole = (data, data.clone(), vector, vector.clone())
@@ -187,12 +208,13 @@ def _wants_gradients(arguments) -> bool:
 
 
 def _autograd(*arguments):
-    x, residual, *_, relu, backend = arguments
+    x, residual, *settings, kind, slope, backend = arguments
     if _wants_gradients(arguments):
-        if not _is_ours(x, residual, relu, backend, learns=True):
-            return _by_pytorch(*arguments[:-1])
+        activation = activations.from_arguments(kind, slope)
+        if not _is_ours(x, residual, activation, backend, learns=True):
+            return _by_pytorch(x, residual, *settings, activation)
         # By name: below autograd the op can't see that gradients are wanted, and would decide anew.
-        return _Function.apply(*arguments[:-1], "triton")
+        return _Function.apply(x, residual, *settings, activation, "triton")
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.resnet_kernels.batch_norm_act.default(*arguments)
 
@@ -207,7 +229,7 @@ def undispatched(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool,
+    activation: Activation | None,
     backend: str,
 ) -> Tensor:
     """The op's y for a caller who has checked the operands and resolved the backend.
@@ -215,11 +237,18 @@ def undispatched(
     In training our kernels are called past PyTorch's dispatcher, unless somebody would see the operation there: on its way
     through Python and back a BN's forward and backward take the host a third longer.
     """
-    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, relu)
+    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
     direct = _wants_gradients(arguments) and not is_watched() and type(x) is Tensor
-    if direct and _runs_ours(x, residual, relu, backend, learns=True):
-        return _Direct.apply(*arguments)
-    return torch.ops.resnet_kernels.batch_norm_act.default(*arguments, backend)[0]
+    if direct and _runs_ours(x, residual, activation, backend, learns=True):
+        return _Direct.apply(*arguments, activation)
+    return _op(*arguments, activation, backend)
+
+
+def _op(*arguments) -> Tensor:
+    """The op's y. arguments: as `undispatched` has them."""
+    *operands, activation, backend = arguments
+    op = torch.ops.resnet_kernels.batch_norm_act.default
+    return op(*operands, *activations.as_arguments(activation), backend)[0]
 
 
 LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeExplicitAutograd")
@@ -241,14 +270,15 @@ def batch_norm_act(
     momentum: float,
     eps: float,
     relu: bool = True,
+    activation: str | Activation | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns relu(BN(x) + residual), differentiable in x, residual, weight and bias.
+    """Returns act(BN(x) + residual), differentiable in x, residual, weight and bias.
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
             layout is converted.
-        residual: x's shape, dtype and device, added before the ReLU; or None.
+        residual: x's shape, dtype and device, added before the activation; or None.
         weight: (C,), float32 or x's dtype; None for ones (affine=False).
         bias: (C,), float32 or x's dtype; None for zeros.
         running_mean: (C,), float32 or x's dtype. Eval mode normalizes by it; training updates it in place, and None keeps
@@ -258,25 +288,29 @@ def batch_norm_act(
         momentum: share of the new statistics in the running ones, from 0 to 1. (nn.BatchNorm2d's momentum=None is
             1 / num_batches_tracked, which is the module's to count.)
         eps: added to the variance; above 0 in training, at least 0 else.
-        relu: False leaves the ReLU away.
+        relu: False leaves the ReLU away, which comes last by default.
+        activation: what comes last in the place of the ReLU, whatever `relu` says: "relu", "relu6", "leaky_relu", "silu",
+            "gelu", "gelu_tanh" or "hardswish", or an Activation, such as Activation("leaky_relu", 0.1).
         backend: "triton" runs two passes over data forward and two backward; so does "auto" where a measured table shows
-            that they win. Else PyTorch's own BN, add and ReLU run. RESNET_KERNELS_BACKEND overrides the argument.
+            that they win. Else PyTorch's own BN, add and activation run. RESNET_KERNELS_BACKEND overrides the argument.
 
     Returns:
         x's shape and dtype, channels_last.
 
     Raises:
-        TypeError: an argument is no tensor, or x not floating point.
-        ValueError: a shape, dtype, device, range or backend name that doesn't fit; one value per channel in training.
+        TypeError: an argument is no tensor, or x not floating point; an activation that is no string and no Activation.
+        ValueError: a shape, dtype, device, range, activation or backend name that doesn't fit; one value per channel in
+            training.
         RuntimeError: an explicit backend can't run here.
 
     Source: Ioffe and Szegedy 2015 (arXiv:1502.03167), algorithms 1 and 2; He et al. 2016 (arXiv:1512.03385), figure 2.
     """
+    last = activations.chosen(relu, activation)
     backends.check_name(backend)
     _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
-    arguments = (x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, bool(relu))
+    arguments = (x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, last)
     if is_watched():
-        return torch.ops.resnet_kernels.batch_norm_act.default(*arguments, backend)[0]
+        return _op(*arguments, backend)
     return undispatched(*arguments, backends.resolve(backend, x.device, x.dtype))
 
 

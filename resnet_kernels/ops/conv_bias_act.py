@@ -1,4 +1,4 @@
-"""relu(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
+"""act(conv(x, weight) * scale + bias + residual): the op that every residual block is made of.
 
 Three steps lead to a kernel: the op, `conv_candidates`, which picks one, and a launcher: kernels/conv_bias_act.py (formula,
 cost, tiles), kernels/sm90/, ops/cudnn.py, ops/onednn.py or ops/reference.py.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels import activations
+from ..kernels.activations import RELU, Activation
 from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalize
 from ..kernels.operands import ConvOperands
 from . import backends, conv_candidates, onednn, reference
@@ -17,30 +19,36 @@ from .library import LIBRARY
 
 LIBRARY.define(
     "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, SymInt[2] stride, "
-    "SymInt[4] padding, SymInt[2] dilation, SymInt groups, bool relu, str backend) -> Tensor"
+    "SymInt[4] padding, SymInt[2] dilation, SymInt groups, str? activation, float slope, str backend) -> Tensor"
 )
 
 
-def _conv_bias_act(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
+def _conv_bias_act(
+    x, weight, bias, residual, scale, stride, padding, dilation, groups, activation, slope, backend
+):  # fmt: skip
     # The backend is resolved inside the op, so torch.compile sees one op on every machine.
     name = backends.resolve(backend, x.device, x.dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    operands = ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+    operands = ConvOperands(x, weight, bias, residual, scale, geometry, activations.from_arguments(activation, slope))
     return conv_candidates.run(conv_candidates.winner(operands) if name == "tuned" else name, operands)
 
 
-def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, relu, backend):
+def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, activation, slope, backend):
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     shape = geometry.out_shape(x.shape, weight.shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, scale, stride, padding, dilation, groups, relu, _ = inputs
+    x, weight, bias, _, scale, stride, padding, dilation, groups, activation, _, _ = inputs
+    if activation not in (None, "relu"):
+        raise NotImplementedError(
+            f"conv_bias_act has no gradient through {activation}: call rk.ops.conv_bias_act, which has"
+        )
     ctx.geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     ctx.bias_dtype = None if bias is None else bias.dtype
     # ReLU's backward needs only y's sign. Keeping y costs nothing: it is the next layer's input.
-    ctx.save_for_backward(x, weight, scale, output if relu else None)
+    ctx.save_for_backward(x, weight, scale, output if activation else None)
 
 
 def _backward(ctx, grad_y):
@@ -54,7 +62,7 @@ def _backward(ctx, grad_y):
         grad_bias = wide.sum((0, 2, 3)).to(ctx.bias_dtype)
     if needs_scale:
         # Only frozen BN with a trained weight comes here. Nothing stored the convolution's output: it is computed again.
-        z = reference.conv_bias_act(x, weight, geometry=ctx.geometry, relu=False)
+        z = reference.conv_bias_act(x, weight, geometry=ctx.geometry, activation=None)
         grad_scale = (wide * z).sum((0, 2, 3)).to(scale.dtype)
     if needs_x or needs_weight:
         grad_z = grad_y if scale is None else (wide * scale[:, None, None]).to(x.dtype)
@@ -68,7 +76,7 @@ def _backward(ctx, grad_y):
             top, _, left, _ = ctx.geometry.padding
             grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
     grad_residual = grad_y if needs_residual else None
-    return grad_x, grad_weight, grad_bias, grad_residual, grad_scale, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_residual, grad_scale, None, None, None, None, None, None, None
 
 
 LIBRARY.impl("conv_bias_act", _conv_bias_act, "CompositeExplicitAutograd")
@@ -76,6 +84,32 @@ torch.library.register_fake("resnet_kernels::conv_bias_act", _fake, lib=LIBRARY)
 torch.library.register_autograd(
     "resnet_kernels::conv_bias_act", _backward, setup_context=_setup_context, lib=LIBRARY
 )  # fmt: skip
+
+
+def run_checked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    scale: Tensor | None,
+    geometry: Geometry,
+    activation: Activation | None,
+    backend: str,
+) -> Tensor:
+    """The op for a caller who has checked the operands, with gradients through any activation.
+
+    ReLU's backward needs only the sign of the output. That of other activations needs what they have read, which the op
+    doesn't store: where gradients are wanted they are PyTorch's own, behind the op.
+    """
+    after = None
+    if activation is not None and activation != RELU and torch.is_grad_enabled():
+        tensors = (x, weight, bias, residual, scale)
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            activation, after = None, activation
+    y = torch.ops.resnet_kernels.conv_bias_act.default(
+        x, weight, bias, residual, scale, *geometry, *activations.as_arguments(activation), backend
+    )
+    return activations.apply(after, y)
 
 
 def conv_bias_act(
@@ -90,35 +124,39 @@ def conv_bias_act(
     dilation: IntOrPair = 1,
     groups: int = 1,
     relu: bool = True,
+    activation: str | Activation | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns relu(conv(x, weight) * scale + bias + residual), differentiable in all five tensors.
+    """Returns act(conv(x, weight) * scale + bias + residual), differentiable in all five tensors.
 
     Args:
         x: (N, C_in, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
             layout is converted.
         weight: (C_out, C_in / groups, kernel_h, kernel_w), x's dtype. channels_last is read as it is.
         bias: (C_out,), float32 or x's dtype. With BN behind the convolution: BN's shift.
-        residual: the output's shape and x's dtype; added before the ReLU.
+        residual: the output's shape and x's dtype; added before the activation.
         scale: (C_out,), float32 or x's dtype; multiplies the convolution before the bias. BN without folding.
         stride: int or (h, w).
         padding: zeros around the image: int, (h, w) or ((top, bottom), (left, right)).
         dilation: int or (h, w).
         groups: divides C_in and C_out.
-        relu: False leaves the ReLU away.
+        relu: False leaves the ReLU away, which comes last by default.
+        activation: what comes last in the place of the ReLU, whatever `relu` says: "relu", "relu6", "leaky_relu", "silu",
+            "gelu", "gelu_tanh" or "hardswish", or an Activation, such as Activation("leaky_relu", 0.1).
         backend: "auto", "triton", "cudnn", "cpu" or "eager"; the environment's RESNET_KERNELS_BACKEND overrides it.
 
     Returns:
         (N, C_out, out_h, out_w), x's dtype (autocast's under autocast), channels_last.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype that doesn't fit.
-        ValueError: a shape, device, range or backend name that doesn't fit.
+        TypeError: an argument is no tensor, or of a dtype that doesn't fit; an activation that is no string and no Activation.
+        ValueError: a shape, device, range, activation or backend name that doesn't fit.
         RuntimeError: an explicit backend can't run here.
 
     Source: He et al. 2016 (arXiv:1512.03385), figure 2 and 5; BN as a scale and a shift: Ioffe and Szegedy 2015.
     """
     geometry = normalize(stride, padding, dilation, groups)
+    last = activations.chosen(relu, activation)
     backends.check_name(backend)
     if isinstance(x, Tensor) and (dtype := autocast_dtype(x)) is not None:
         x, weight = (t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() else t for t in (x, weight))
@@ -127,6 +165,4 @@ def conv_bias_act(
         # Vectors may be fp32 or in x's dtype: one in the dtype that x had before becomes fp32.
         bias, scale = (v.float() if isinstance(v, Tensor) and v.dtype != dtype else v for v in (bias, scale))
     check_operands(x, weight, bias, residual, scale, geometry)
-    return torch.ops.resnet_kernels.conv_bias_act.default(
-        x, weight, bias, residual, scale, *geometry, bool(relu), backend
-    )  # fmt: skip
+    return run_checked(x, weight, bias, residual, scale, geometry, last, backend)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import limits, target
+from ..kernels.activations import RELU, Activation
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 from . import backends, cpu_candidates, cudnn, onednn, reference, tuned_table
@@ -44,7 +45,11 @@ def untuned(problem: ConvProblem, dtype: torch.dtype, device: torch.device) -> s
     name = backends.untuned(device, dtype)
     if name != "cudnn":
         return name
-    return FUSED if problem.relu and not problem.scale and not is_slow_when_fused(problem) else "cudnn+epilogue"
+    return (
+        FUSED
+        if problem.activation == RELU and not problem.scale and not is_slow_when_fused(problem)
+        else "cudnn+epilogue"
+    )
 
 
 def is_slow_when_fused(problem: ConvProblem) -> bool:
@@ -104,13 +109,13 @@ class Kernel(NamedTuple):
     Attributes:
         launch: runs it on operands that `why_not` lets pass; returns y, channels_last.
         why_not: says what keeps a convolution from it; None if nothing does.
-        bind: makes `launch` for known shapes, ReLU or not, dtype and device, with all decided that can be; None where nothing
+        bind: makes `launch` for known shapes, activation, dtype and device, with all decided that can be; None where nothing
             can.
     """
 
     launch: Callable[[ConvOperands], Tensor]
     why_not: Callable[[Shapes, torch.dtype, torch.device], str | None]
-    bind: Callable[[Shapes, bool, torch.dtype, torch.device], Run] | None = None
+    bind: Callable[[Shapes, Activation | None, torch.dtype, torch.device], Run] | None = None
 
 
 @cache
@@ -140,7 +145,9 @@ def _kernels() -> dict[str, Kernel]:
                 why_not_hopper(shapes, dtype, device)
                 or (None if config is None else conv_layout.why_not_tile(conv_layout.ConvShape(*shapes), config))
             ),
-            lambda shapes, relu, dtype, device: conv.Bound(conv_layout.ConvShape(*shapes), relu, dtype, device, config),
+            lambda shapes, activation, dtype, device: conv.Bound(
+                conv_layout.ConvShape(*shapes), activation, dtype, device, config
+            ),
         )
 
     def shared(config: conv_tiles.TmaConfig) -> Kernel:
@@ -170,19 +177,19 @@ def _by_triton(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str:
 
 def bind(name: str, problem: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device) -> Run:
     """Returns `run` for a known problem, with all decided that can be."""
-    geometry, relu = problem.geometry, problem.relu
+    geometry, activation = problem.geometry, problem.activation
     shapes = (problem.x_shape(batch), problem.weight_shape, geometry)
     if name == "triton":
         name = _by_triton(shapes, dtype, device)
     if " " in name and (bind_kernel := _kernels()[name].bind) is not None:
-        return bind_kernel(shapes, relu, dtype, device)
+        return bind_kernel(shapes, activation, dtype, device)
     return lambda x, weight, bias, residual, scale: run(
-        name, ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+        name, ConvOperands(x, weight, bias, residual, scale, geometry, activation)
     )
 
 
 def run(name: str, operands: ConvOperands) -> Tensor:
-    """Returns relu(conv(x, weight) * scale + bias + residual) by a candidate that can run it; channels_last."""
+    """Returns act(conv(x, weight) * scale + bias + residual) by a candidate that can run it; channels_last."""
     if name == "triton":
         x = operands.x
         name = _by_triton((x.shape, operands.weight.shape, operands.geometry), x.dtype, x.device)

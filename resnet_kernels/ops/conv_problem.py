@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..kernels.activations import Activation
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 
@@ -19,12 +20,14 @@ class ConvProblem(NamedTuple):
     scale: bool
     bias: bool
     residual: bool
-    relu: bool
+    activation: Activation | None
 
     def __str__(self) -> str:
         c_out, _, kernel_h, kernel_w = self.weight_shape
         stride, padding, dilation, groups = self.geometry
-        epilogue = [name for name in ("scale", "bias", "residual", "relu") if getattr(self, name)]
+        epilogue = [name for name in ("scale", "bias", "residual") if getattr(self, name)]
+        if self.activation is not None:
+            epilogue.append(str(self.activation))
         return " ".join(
             (
                 f"conv {self.c_in}x{self.in_h}x{self.in_w}->{c_out} {kernel_h}x{kernel_w}/{_pair(stride)}",
@@ -36,11 +39,11 @@ class ConvProblem(NamedTuple):
     @classmethod
     def of(cls, operands: ConvOperands) -> ConvProblem:
         """Returns the problem of some operands."""
-        x, weight, bias, residual, scale, geometry, relu = operands
+        x, weight, bias, residual, scale, geometry, activation = operands
         _, c_in, in_h, in_w = x.shape
         return cls(
             c_in, in_h, in_w, tuple(weight.shape), geometry,
-            scale is not None, bias is not None, residual is not None, relu,
+            scale is not None, bias is not None, residual is not None, activation,
         )  # fmt: skip
 
     def x_shape(self, batch: int) -> tuple[int, int, int, int]:

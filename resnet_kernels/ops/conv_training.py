@@ -29,7 +29,7 @@ class TrainedProblem(NamedTuple):
     """A convolution in training, forward and x's gradient, on channels_last images. `str` is the key in a table.
 
     Attributes:
-        conv: with or without a bias, without scale, residual and ReLU.
+        conv: with or without a bias, without scale, residual and activation.
     """
 
     conv: ConvProblem
@@ -56,7 +56,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry)
         return None
     if tuple(weight.shape[2:]) != (3, 3) or geometry.stride != (1, 1):
         return None
-    operands = ConvOperands(x, weight, bias, None, None, geometry, False)
+    operands = ConvOperands(x, weight, bias, None, None, geometry, None)
     problem = TrainedProblem(ConvProblem.of(operands))
     if tuned_table.choice(problem, x.shape[0], x.dtype, x.device, _can_run) != "winograd":
         return None
@@ -97,7 +97,7 @@ class _Convolution(torch.autograd.Function):
     def forward(ctx, x, weight, bias, geometry):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.bias_sizes = geometry, None if bias is None else bias.shape
-        return cpu_candidates.run(ConvOperands(x, weight, bias, None, None, geometry, False), ["winograd"])
+        return cpu_candidates.run(ConvOperands(x, weight, bias, None, None, geometry, None), ["winograd"])
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -123,4 +123,4 @@ def _gradient(grad_y: Tensor, weight: Tensor, shapes: Shapes) -> Tensor | None:
     if packed is None:
         return None
     bound = convolution.Bound("winograd", _of_gradient(shapes), packed, None, None, torch.get_num_threads())
-    return bound(grad_y.contiguous(memory_format=torch.channels_last), None, relu=False)
+    return bound(grad_y.contiguous(memory_format=torch.channels_last), None, activation=None)

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels.activations import RELU
 from ..kernels.cpu import convolution, library, plans
 from ..kernels.cpu.plans import KERNELS, Shapes
 from ..kernels.geometry import Geometry
@@ -54,7 +55,7 @@ def for_packed(
 def packed_problem(weight_shape: tuple[int, ...], geometry: Geometry, x_shape: tuple[int, ...]) -> PackedProblem:
     """Returns the problem of a packed weight."""
     _, c_in, in_h, in_w = x_shape
-    return PackedProblem(ConvProblem(c_in, in_h, in_w, tuple(weight_shape), geometry, False, True, False, True))
+    return PackedProblem(ConvProblem(c_in, in_h, in_w, tuple(weight_shape), geometry, False, True, False, RELU))
 
 
 def packed_candidates(problem: PackedProblem, batch: int, dtype: torch.dtype) -> list[str]:
@@ -96,7 +97,7 @@ def _cheapest(
 
 
 def run(operands: ConvOperands, names: Sequence[str] | None = None) -> Tensor:
-    """Returns relu(conv(x, weight) * scale + bias + residual), with a weight that is packed in this call.
+    """Returns act(conv(x, weight) * scale + bias + residual), with a weight that is packed in this call.
 
     Args:
         operands: on the CPU.
@@ -105,7 +106,7 @@ def run(operands: ConvOperands, names: Sequence[str] | None = None) -> Tensor:
     """
     if names is None:
         names = _own_by_rule(ConvProblem.of(operands), operands.x.shape[0], operands.x.dtype, packs=True)
-    x, weight, bias, residual, scale, geometry, relu = operands
+    x, weight, bias, residual, scale, geometry, activation = operands
     for name in names:
         packed = convolution.pack(name, weight.detach())
         if packed is not None:
@@ -115,5 +116,5 @@ def run(operands: ConvOperands, names: Sequence[str] | None = None) -> Tensor:
             x = x.detach().contiguous(memory_format=torch.channels_last)
             if residual is not None:
                 residual = residual.detach().contiguous(memory_format=torch.channels_last)
-            return bound(x, residual, relu)
+            return bound(x, residual, activation)
     return onednn.conv_bias_act(operands)

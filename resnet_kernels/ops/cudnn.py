@@ -13,6 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..kernels import activations
+from ..kernels.activations import RELU
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 from . import backends, reference
@@ -32,7 +34,7 @@ def searching(wanted: bool) -> Iterator[None]:
 
 
 def conv_bias_act(operands: ConvOperands) -> Tensor:
-    """Returns relu(conv(x, weight) * scale + bias + residual), channels_last.
+    """Returns act(conv(x, weight) * scale + bias + residual), channels_last.
 
     Args:
         operands: in fp16, bf16 or fp32, on an NVIDIA GPU.
@@ -40,18 +42,18 @@ def conv_bias_act(operands: ConvOperands) -> Tensor:
     # cuDNN's fused operations refuse empty batches.
     if operands.x.shape[0] == 0:
         return reference.conv_bias_act(*operands)
-    x, weight, bias, residual, scale, geometry, relu = operands
+    x, weight, bias, residual, scale, geometry, activation = operands
     if scale is not None:
         by_triton = backends.why_not_on("triton", x.device, x.dtype) is None
         return conv_then_epilogue(operands) if by_triton else reference.conv_bias_act(*operands)
     x, weight, settings = _convolution(x, weight, geometry)
     bias = None if bias is None else bias.to(x.dtype).contiguous()
-    if not relu or torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
+    if activation != RELU or torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled():
         # The fused operations end in a ReLU, always, and tell cuDNN that any algorithm will do. Nobody else has the
         # convolution's output, so what follows goes over it.
         y = torch.conv2d(x, weight, bias, *settings)
         y = y if residual is None else y.add_(residual)
-        return torch.relu_(y) if relu else y
+        return activations.apply_over(activation, y)
     if residual is None:
         return torch.cudnn_convolution_relu(x, weight, bias, *settings)
     residual = residual.contiguous(memory_format=torch.channels_last)
@@ -61,7 +63,7 @@ def conv_bias_act(operands: ConvOperands) -> Tensor:
 def conv_then_epilogue(
     operands: ConvOperands, residual_scale: Tensor | None = None, residual_shift: Tensor | None = None
 ) -> Tensor:
-    """Returns relu(conv(x, weight) * scale + bias + residual), by one Triton pass after the convolution.
+    """Returns act(conv(x, weight) * scale + bias + residual), by one Triton pass after the convolution.
 
     Args:
         operands: in fp16, bf16 or fp32. No weight is folded.
@@ -70,13 +72,13 @@ def conv_then_epilogue(
     """
     from ..kernels import epilogue
 
-    x, weight, bias, residual, scale, geometry, relu = operands
+    x, weight, bias, residual, scale, geometry, activation = operands
     x, weight, settings = _convolution(x, weight, geometry)
     y = torch.conv2d(x, weight, None, *settings)
-    if bias is None and residual is None and scale is None and not relu:
+    if bias is None and residual is None and scale is None and activation is None:
         return y
     # Nobody else has the convolution's output.
-    return epilogue.launch(y, scale, bias, residual, residual_scale, residual_shift, relu, overwrite=True)
+    return epilogue.launch(y, scale, bias, residual, residual_scale, residual_shift, activation, overwrite=True)
 
 
 def _convolution(x: Tensor, weight: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor, _Settings]:

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels import activations
+from ..kernels.activations import RELU, Activation
 from ..kernels.geometry import Geometry
 
 
@@ -27,9 +29,9 @@ def conv_bias_act(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     geometry: Geometry = Geometry(),
-    relu: bool = True,
+    activation: Activation | None = RELU,
 ) -> Tensor:
-    """Returns relu(conv(x, weight) * scale + bias + residual); ConvOperands' fields are its arguments.
+    """Returns act(conv(x, weight) * scale + bias + residual); ConvOperands' fields are its arguments.
 
     It rounds to x's dtype after the convolution and at the end.
     """
@@ -43,9 +45,7 @@ def conv_bias_act(
         wide = wide + bias.to(wide.dtype)[:, None, None]
     if residual is not None:
         wide = wide + residual
-    if relu:
-        wide = torch.relu(wide)
-    return wide.to(x.dtype)
+    return activations.apply(activation, wide).to(x.dtype)
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -64,14 +64,16 @@ def batch_norm_act(
     training: bool,
     momentum: float,
     eps: float,
-    relu: bool = True,
+    activation: Activation | None = RELU,
 ) -> Tensor:
-    """Returns relu(BN(x) + residual), rounded to x's dtype after the BN and at the end."""
+    """Returns act(BN(x) + residual), rounded to x's dtype after the BN and at the end."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
-    # BN's backward needs only BN's input, so the add and the ReLU may overwrite its output.
+    # BN's backward needs only BN's input, so the add and a ReLU may overwrite its output. Other activations' backward reads
+    # what they have read.
     if residual is not None:
         y = y.add_(residual)
-    return torch.relu_(y) if relu else y
+    keeps = activation != RELU and y.requires_grad
+    return activations.apply(activation, y) if keeps else activations.apply_over(activation, y)
 
 
 def bn_scale_shift(

@@ -23,6 +23,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, record_function
 
+from ..kernels.activations import KINDS as ACTIVATIONS
 from ..models.checks import at_least_one
 from ..runtime import profiler_ranges
 from ..runtime.state import state_of
@@ -279,8 +280,12 @@ def by_range(times: Sequence[KernelTime], net: Network, itemsize: int) -> list[R
 
 
 def _path(range_: str) -> str:
-    """Path of the module that a range begins with; a range of the functions add and add_relu counts as an add."""
-    return range_.split("+")[0].removesuffix("_relu")
+    """Path of the module that a range begins with; an add with an activation behind it, "add_silu", counts as an add."""
+    path = range_.split("+")[0].split("(")[0]
+    around, _, name = path.rpartition(".")
+    if name.startswith("add_") and name.removeprefix("add_") in ACTIVATIONS:
+        return f"{around}.add".lstrip(".")
+    return path
 
 
 def _operations(net: Network, range_: str, call: int, n_calls: Mapping[str, int]) -> list[Operation]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from ..graph import fusible
 from ..graph.mixed_plan import FUNCTIONS
 from ..graph.recipe import ContainerPlan, Instruction, Slot
+from ..kernels import activations
+from ..kernels.activations import RELU, Activation
 from ..ops import add_relu
 from . import checked_calls, fused_block
 from .live_modules import child_at, has_global_hooks, has_hooks
@@ -89,7 +91,7 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
     kwargs = {name: _resolved(value, values) for name, value in instruction.kwargs}
     if kind == "add":
         x, residual = args
-        return _add(x, residual, target == "add_relu")
+        return _add(x, residual, kwargs.get("activation"))
     if instruction.sees_layout:
         args, kwargs = checked_calls.as_eager(args), checked_calls.as_eager(kwargs)
     if kind == "function":
@@ -101,11 +103,11 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
     return child(*args, **kwargs)
 
 
-def _add(x: Tensor, residual: Tensor, relu: bool) -> Tensor:
-    if relu and x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride():
+def _add(x: Tensor, residual: Tensor, activation: Activation | None) -> Tensor:
+    same = x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride()
+    if activation == RELU and same:
         return add_relu(x, residual)
-    y = torch.add(x, residual)
-    return torch.relu_(y) if relu else y
+    return activations.apply(activation, torch.add(x, residual))
 
 
 def _resolved(value: Any, values: Values) -> Any:

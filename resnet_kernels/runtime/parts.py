@@ -31,7 +31,7 @@ class NormPart(NamedTuple):
 
 
 class CallPart(NamedTuple):
-    """A call. child: the module to call; None for an add or a ReLU."""
+    """A call. child: the module to call; None for an add or an activation."""
 
     step: CallStep
     child: nn.Module | None

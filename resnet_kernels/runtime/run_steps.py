@@ -1,7 +1,7 @@
 """Steps of a recipe, one by one, on PyTorch's operations and on our ops: what no backend does in a way of its own.
 
 A kernel reads a residual of the output's shape and dtype. Eager's add also broadcasts and promotes, so where a residual
-differs the add and the ReLU follow by themselves: `with_residual` is the only place that decides this.
+differs the add and the activation follow by themselves: `with_residual` is the only place that decides this.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.fusible import BatchNorm
+from ..kernels import activations
+from ..kernels.activations import RELU, Activation
 from ..kernels.geometry import Geometry
 from ..ops import add_relu, backends
 from ..ops.batch_norm_act import undispatched
+from ..ops.conv_bias_act import run_checked
 from . import profiler_ranges
 from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
 
@@ -56,7 +59,7 @@ def run_part(
         return _call(part, values, backend)
     x, residual = values[part.step.x], residual_of(part, values)
     if isinstance(part, NormPart):
-        return normalize(part.bn, x, residual, part.step.relu, backend)
+        return normalize(part.bn, x, residual, part.step.activation, backend)
     return convolve(part, x, residual)
 
 
@@ -66,34 +69,37 @@ def residual_of(part: ConvPart | NormPart, values: Values) -> Tensor | None:
 
 
 def with_residual(
-    run: Callable[[Tensor | None, bool], Tensor],
+    run: Callable[[Tensor | None, Activation | None], Tensor],
     shape: Callable[[], Sequence[int]],
     dtype: torch.dtype,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation | None,
     backend: str,
 ) -> Tensor:
-    """run(residual, relu) where a kernel can add the residual; else run(None, False), with the add and the ReLU behind it.
+    """run(residual, activation) where a kernel can add the residual; else run(None, None), and both follow.
 
     Args:
-        run: an operation that can end in an add and a ReLU.
+        run: an operation that can end in an add and an activation.
         shape: gives the shape of its output; asked only where there is a residual.
         dtype: of its output.
         residual: None for no add.
-        relu: whether a ReLU is last.
+        activation: comes last; None for none.
         backend: resolved.
     """
     if residual is None or (residual.shape == shape() and residual.dtype == dtype):
-        return run(residual, relu)
-    return add(run(None, False), residual, relu, backend)
+        return run(residual, activation)
+    return add(run(None, None), residual, activation, backend)
 
 
-def add(x: Tensor, residual: Tensor, relu: bool, backend: str) -> Tensor:
-    """x + residual, with or without a ReLU, channels_last. Shapes broadcast and dtypes promote as in eager."""
-    if relu and x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride():
+def add(x: Tensor, residual: Tensor, activation: Activation | None, backend: str) -> Tensor:
+    """x + residual and what follows, channels_last. Shapes broadcast and dtypes promote as in eager."""
+    same = x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride()
+    if activation == RELU and same:
         return add_relu(x, residual, backend=backends.as_requested(backend))
     y = torch.add(x, residual).contiguous(memory_format=torch.channels_last)
-    return torch.relu_(y) if relu else y
+    # Nobody else has the sum, but what computes gradients may need it.
+    writes = activation == RELU or not y.requires_grad
+    return activations.apply_over(activation, y) if writes else activations.apply(activation, y)
 
 
 def convolve(
@@ -103,34 +109,34 @@ def convolve(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    relu: bool,
+    activation: Activation | None,
     backend: str,
 ) -> Tensor:
-    """ops.conv_bias_act with a module's geometry: relu(conv(x, weight) * scale + shift + residual)."""
+    """ops.conv_bias_act with a module's geometry: act(conv(x, weight) * scale + shift + residual)."""
     geometry = Geometry.of_module(conv, x.shape[2:])
 
-    def run(residual: Tensor | None, relu: bool) -> Tensor:
-        return torch.ops.resnet_kernels.conv_bias_act.default(
-            x, weight, shift, residual, scale, *geometry, relu, backend
-        )
+    def run(residual: Tensor | None, activation: Activation | None) -> Tensor:
+        return run_checked(x, weight, shift, residual, scale, geometry, activation, backend)
 
-    return with_residual(run, lambda: geometry.out_shape(x.shape, weight.shape), x.dtype, residual, relu, backend)
+    return with_residual(
+        run, lambda: geometry.out_shape(x.shape, weight.shape), x.dtype, residual, activation, backend
+    )  # fmt: skip
 
 
-def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, relu: bool, backend: str) -> Tensor:
-    """ops.batch_norm_act: relu(bn(x) + residual), with all that nn.BatchNorm2d does to its buffers on the way."""
+def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, activation: Activation | None, backend: str) -> Tensor:
+    """ops.batch_norm_act: act(bn(x) + residual), with all that nn.BatchNorm2d does to its buffers on the way."""
     frozen = fusible.is_frozen(bn)
     weight, bias, mean, var = bn_tensors(bn)
     if not (frozen or bn.track_running_stats):
         mean = var = None
     momentum = 0.0 if frozen else _count_batch(bn)
 
-    def run(residual: Tensor | None, relu: bool) -> Tensor:
+    def run(residual: Tensor | None, activation: Activation | None) -> Tensor:
         return undispatched(
-            x, residual, weight, bias, mean, var, not frozen, momentum, fusible.eps_of(bn), relu, backend
+            x, residual, weight, bias, mean, var, not frozen, momentum, fusible.eps_of(bn), activation, backend
         )
 
-    return with_residual(run, lambda: x.shape, x.dtype, residual, relu, backend)
+    return with_residual(run, lambda: x.shape, x.dtype, residual, activation, backend)
 
 
 def _count_batch(bn: BatchNorm) -> float:
@@ -143,10 +149,10 @@ def _count_batch(bn: BatchNorm) -> float:
 
 
 def _call(part: CallPart, values: Values, backend: str) -> Tensor:
-    """A child module, an add or a ReLU."""
+    """A child module, an add, an activation, or both."""
     inputs = [values[i] for i in part.step.inputs]
     if part.child is not None:
         return part.child(*inputs)
-    if part.step.what == "relu":
-        return torch.relu(*inputs)
-    return add(inputs[0], inputs[1], part.step.what == "add_relu", backend)
+    if len(inputs) == 1:
+        return activations.apply(part.step.activation, inputs[0])
+    return add(inputs[0], inputs[1], part.step.activation, backend)

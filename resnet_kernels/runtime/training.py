@@ -1,9 +1,9 @@
 """Running a recipe with gradients or batch statistics: training, and eval mode while gradients are on.
 
 A convolution is PyTorch's own (cuDNN, oneDNN), with its gradients; on the CPU ops.conv_training runs those that a table names.
-The BN behind it, the residual add and the ReLU are ops.batch_norm_act, which on a GPU passes over the data twice whether the
-statistics are the batch's or the running ones. A frozen BN whose weights need no gradient is a constant scale and shift: the
-whole step is ops.conv_bias_act, as in inference.
+The BN behind it, the residual add and the activation are ops.batch_norm_act, which on a GPU passes over the data twice
+whether the statistics are the batch's or the running ones. A frozen BN whose weights need no gradient is a constant scale and
+shift: the whole step is ops.conv_bias_act, as in inference.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.recipe import Recipe
+from ..kernels import activations
 from ..kernels.geometry import Geometry, plain_pair
 from ..ops import conv_training, onednn
 from ..ops.dtypes import autocast_dtype
@@ -46,17 +47,17 @@ def run_recipe(recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor)
 
 
 def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-    conv, bn, relu = part.conv, part.bn, part.step.relu
+    conv, bn, activation = part.conv, part.bn, part.step.activation
     if bn is not None and fusible.is_frozen(bn) and not needs_gradient(bn):
         dtype = autocast_dtype(x) or x.dtype
         scale, shift = scale_shift(conv.bias, bn)
-        return run_steps.convolve(conv, x.to(dtype), conv.weight.to(dtype), scale, shift, residual, relu, backend)
+        return run_steps.convolve(conv, x.to(dtype), conv.weight.to(dtype), scale, shift, residual, activation, backend)
     y = _convolve(conv, x, backend)
     if bn is not None:
-        return run_steps.normalize(bn, y, residual, relu, backend)
+        return run_steps.normalize(bn, y, residual, activation, backend)
     if residual is not None:
-        return run_steps.add(y, residual, relu, backend)
-    return torch.relu(y) if relu else y
+        return run_steps.add(y, residual, activation, backend)
+    return activations.apply(activation, y)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor, backend: str) -> Tensor:

@@ -179,12 +179,12 @@ def test_timm_blocks_with_something_unknown_are_fused_around_it(name, reason):
     timm = pytest.importorskip("timm", reason="needs timm")
     if name not in timm.list_models():
         pytest.skip(f"this timm has no {name}")
-    options = {} if reason else {"act_layer": nn.SiLU}
+    options = {} if reason else {"act_layer": nn.Mish}
     model = timm_model(name, **options)
     report = rk.explain(model)
     kinds = {row.kind for row in report.skipped}
     assert report.skipped and kinds <= {"BasicBlock (rest)", "Bottleneck (rest)"}, str(report)
-    assert all((reason or "is a SiLU") in row.reason for row in report.skipped), str(report)
+    assert all((reason or "is a Mish") in row.reason for row in report.skipped), str(report)
     # All but those of the attention modules.
     small = sum(row.convolutions for row in report.unfused if "averages" in row.reason or "Conv1d" in row.reason)
     assert sum(row.convolutions for row in report.unfused) == small, str(report)

@@ -103,7 +103,7 @@ def test_forms_of_forward(forward, expected):
     [
         (variant(lambda self, x: F.relu(self.bn1(self.conv1(x))) * 2), "calls mul"),
         (variant(lambda self, x: self.conv1(x) if x.sum() > 0 else x), "can't be traced"),
-        (variant(lambda self, x: self.relu(self.conv1(x)), relu=nn.SiLU()), "relu is a SiLU"),
+        (variant(lambda self, x: self.relu(self.conv1(x)), relu=nn.Sigmoid()), "relu is a Sigmoid"),
         (variant(Block.forward, bn1=nn.GroupNorm(2, 8)), "bn1 is a GroupNorm, a norm that is not fused"),
         (variant(Block.forward, bn1=nn.BatchNorm2d(8, track_running_stats=False)), "track_running_stats=False"),
         (variant(Block.forward, conv1=nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect")), "padding_mode='reflect'"),

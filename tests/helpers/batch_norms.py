@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.oracle import assert_within_budget
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.ops import batch_norm_act, reference
 
 SETTINGS = dict(momentum=0.1, eps=1e-5)
@@ -36,12 +37,14 @@ def on_triton(*arguments, **settings):
 
 
 def compare(x, residual, given, dtype, **settings):
-    """The op against fp64 and eager, all results of one call."""
+    """The op against fp64 and eager, all results of one call. settings: the op's; activation is an Activation or None."""
     upstream = torch.randn(x.shape, device=x.device)
     settings = SETTINGS | settings
+    relu = RELU if settings.pop("relu", True) else None
+    settings.setdefault("activation", relu)
     rounded = (x.to(dtype), None if residual is None else residual.to(dtype), given, upstream.to(dtype))
 
-    ours = results(*rounded, dtype, on_triton, **settings)
+    ours = results(*rounded, dtype, on_triton, **settings, relu=False)
     eager = results(*rounded, dtype, reference.batch_norm_act, **settings)
     oracle = results(*rounded, torch.float64, reference.batch_norm_act, **settings)
     for name, truth in oracle.items():

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 from helpers.compile_cases import DTYPES, Case, kernel_named, specialize
+from resnet_kernels.kernels.activations import RELU, as_constexprs
 
 BATCH_NORM_KERNELS = ("statistics", "finish_statistics", "forward", "reduce", "finish_reduce", "backward")
 BATCH_NORM_VECTORS = (
@@ -33,18 +34,18 @@ def batch_norm_cases() -> list[Case]:
         split = batch_norm_tiles.choose_split(rows, n_channels, DTYPES[dtype].itemsize)
         integers = dict(n_rows=rows, n_channels=n_channels, rows_per_split=split.rows, n_splits=split.n_splits)
         tiles = dict(BLOCK_ROWS=split.block_rows, BLOCK_CHANNELS=split.block_channels)
-        types = dict.fromkeys(("x_ptr", "y_ptr", "dx_ptr", "dy_ptr", "residual_ptr", "dz_ptr"), "*" + dtype)
+        types = dict.fromkeys(("x_ptr", "y_ptr", "kept_ptr", "dx_ptr", "dy_ptr", "residual_ptr", "dz_ptr"), "*" + dtype)
         types |= dict.fromkeys(BATCH_NORM_VECTORS, "*fp32") | dict(partial_ptr="*fp64", momentum="fp32", eps="fp32")
         for name, residual in itertools.product(BATCH_NORM_KERNELS, (True, False)):
             fn, warps, blocks = kernel_named(f"batch_norm_act {name}"), batch_norm_tiles.NUM_WARPS, tiles
             if name.startswith("finish"):
                 warps, most = batch_norm_tiles.FINISH_WARPS, batch_norm_tiles.MOST_SPLITS
                 blocks = dict(BLOCK_SPLITS=most, BLOCK_CHANNELS=batch_norm_tiles.FINISH_CHANNELS)
-            absent = set() if residual else {"residual_ptr", "dz_ptr"} | ({"y_ptr"} if name != "forward" else set())
+            absent = set() if residual else {"residual_ptr", "dz_ptr", "kept_ptr"}
             arguments, aligned, constants = specialize({n: v for n, v in integers.items() if n in fn.arg_names})
             arguments |= {n: t for n, t in types.items() if n in fn.arg_names and n not in absent}
             given: dict[str, object] = dict(
-                RELU=True, VARIANCE=False, STAGES=batch_norm_tiles.STAGES, **blocks, **dict.fromkeys(absent)
+                **as_constexprs(RELU), VARIANCE=False, STAGES=batch_norm_tiles.STAGES, **blocks, **dict.fromkeys(absent)
             )
             constants |= {n: v for n, v in given.items() if n in fn.arg_names}
             config = "x".join(map(str, blocks.values()))

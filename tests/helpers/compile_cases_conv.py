@@ -9,6 +9,7 @@ from torch import nn
 
 from helpers.compile_cases import DTYPES, Case, label, specialize
 from resnet_kernels import models
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models.d2l import Residual
 
@@ -57,7 +58,7 @@ def conv_case(config, dtype: str, layer: str, weight_shape, geometry: Geometry, 
     arguments, aligned, constants = specialize(integers)
     data = dict.fromkeys(("x_ptr", "w_ptr", "residual_ptr", "y_ptr"), "*" + dtype.replace("tf32", "fp32"))
     given = data | {"scale_ptr": "*fp32", "bias_ptr": "*fp32"} | arguments
-    constants |= conv_bias_act.constexprs(DTYPES[dtype], weight_shape, geometry, True, config)
+    constants |= conv_bias_act.constexprs(DTYPES[dtype], weight_shape, geometry, RELU, config)
     return Case(
         "conv_bias_act", label(config), dtype, layer, config.num_warps, config.num_stages, given, aligned, constants
     )

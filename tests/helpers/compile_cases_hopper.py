@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from helpers.compile_cases import DTYPES, SHARING_KERNEL, TMA_KERNEL, Case, descriptor_type, label, specialize
 from helpers.compile_cases_conv import layers
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 
 # Some tiles are chosen by a table only. These are the layers to compile them for: weight shapes, by the tile's block_n.
@@ -67,7 +68,7 @@ def tma_cases(everything: bool) -> list[Case]:
             if shortcut is not None:
                 shortcut_weight, step, size = shortcut
                 projection = ConvShape((batch, shortcut_weight[1], *size), shortcut_weight, step)
-            todo = plan(conv, True, config=tile, shortcut=None if shortcut is None else projection)
+            todo = plan(conv, RELU, config=tile, shortcut=None if shortcut is None else projection)
             arguments, aligned, constants = specialize(todo.integers)
             # A projection is added in place of a residual.
             views = {n: view for n, view in todo.views.items() if not shortcut or n != "residual_desc"}
@@ -94,7 +95,7 @@ def sharing_cases() -> list[Case]:
 
     cases = []
     for config, (channels, size) in itertools.product(CONFIGS, ((64, 56), (256, 14))):
-        todo = plan((256, channels, size, size), channels, True, False, config)
+        todo = plan((256, channels, size, size), channels, RELU, False, config)
         arguments, aligned, constants = specialize(todo.integers)
         types = {n: descriptor_type("bf16", view.box) for n, view in todo.views.items()}
         types |= dict.fromkeys(("scale_ptr", "bias_ptr"), "*fp32") | arguments

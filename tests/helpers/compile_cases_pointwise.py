@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 from helpers.compile_cases import DTYPES, EPILOGUE_KERNEL, FOLD_KERNEL, Case, specialize
+from resnet_kernels.kernels.activations import RELU, as_constexprs
 
 
 def pointwise_cases() -> list[Case]:
@@ -51,9 +52,10 @@ def epilogue_cases() -> list[Case]:
         types = dict.fromkeys(("x_ptr", "residual_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(vectors, "*fp32")
         absent = {"residual_ptr", *vectors} - set(forms[form])
         given = {name: kind for name, kind in types.items() if name not in absent} | arguments
+        last = as_constexprs(RELU if form != "biases" else None)
         case = Case(
             EPILOGUE_KERNEL, "x".join(map(str, tile.values())), dtype, f"{n_channels} channels, {form}",
-            epilogue.NUM_WARPS, 3, given, aligned, dict(RELU=form != "biases", **tile, **dict.fromkeys(absent)),
+            epilogue.NUM_WARPS, 3, given, aligned, dict(**last, **tile, **dict.fromkeys(absent)),
         )  # fmt: skip
         cases[repr(case)] = case
     return list(cases.values())

@@ -15,8 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from resnet_kernels.kernels import activations
+from resnet_kernels.kernels.activations import RELU, Activation
 from resnet_kernels.kernels.cpu import convolution, plans
-from resnet_kernels.kernels.cpu.convolution import Activation, Kernel
+from resnet_kernels.kernels.cpu.convolution import Kernel, Preactivation
 from resnet_kernels.kernels.cpu.plans import Pool, Shapes
 from resnet_kernels.kernels.cpu.program import Layer, Program, Slice
 from resnet_kernels.kernels.geometry import normalize
@@ -46,6 +48,10 @@ class _Step(NamedTuple):
     x: int
     residual: int | None
     out: int
+
+
+# Activations that leave integers integers.
+_LAST = (None, RELU, RELU, Activation("relu6"), Activation("leaky_relu", -1))
 
 
 class _Maker:
@@ -128,9 +134,9 @@ class _Maker:
             return self.convolution(kind, value, shape, inner)
         if kind == "elementwise":
             scale, shift = self.maybe(self.signs(shape[1])), self.maybe(self.integers(shape[1]))
-            residual, relu = self.residual(inner, tuple(value.shape)), self.draw.random() < 0.5
-            kernel = convolution.elementwise(shape, _fp32(scale), _fp32(shift), relu, self.threads)
-            return kernel, residual, self.finished(value, scale, shift, residual, relu)
+            residual, last = self.residual(inner, tuple(value.shape)), self.draw.choice(_LAST)
+            kernel = convolution.elementwise(shape, _fp32(scale), _fp32(shift), last, self.threads)
+            return kernel, residual, self.finished(value, scale, shift, residual, last)
         pool, average = self.draw.choice(POOLS), self.draw.random() < 0.5
         kernel = convolution.pooling("average_pool" if average else "max_pool", shape, pool, self.threads)
         return kernel, None, _pooled(value, pool, average)
@@ -151,31 +157,40 @@ class _Maker:
             row[self.draw.randrange(row.numel())] = self.draw.choice((-1, 1))
         weight = weight.view(c_out, c_in // groups, size, size) * (4 if winograd else 1)
         scale = self.signs(c_out, 0.25) if winograd else self.maybe(self.signs(c_out))
-        bias, relu = self.maybe(self.integers(c_out)), self.draw.random() < 0.5
+        bias, last = self.maybe(self.integers(c_out)), self.draw.choice(_LAST)
         copies = name == "grouped" or (name == "direct" and self.draw.random() < 0.5)
-        activation = None
+        before = None
         if (winograd or copies) and self.draw.random() < 0.3:
-            activation = Activation(self.signs(c_in), self.integers(c_in), self.draw.random() < 0.5)
-            value = self.finished(value, activation.scale, activation.shift, None, activation.relu)
-            activation = activation._replace(scale=activation.scale.float(), shift=activation.shift.float())
+            before = Preactivation(self.signs(c_in), self.integers(c_in), self.draw.random() < 0.5)
+            value = self.finished(value, before.scale, before.shift, None, RELU if before.relu else None)
+            before = before._replace(scale=before.scale.float(), shift=before.shift.float())
         made = F.conv2d(value, weight, stride=stride, padding=size // 2, groups=groups)
         pools = name == "direct" and copies and min(made.shape[2:]) > 1 and self.draw.random() < 0.4
         pool = self.draw.choice(POOLS) if pools else None
         residual = self.residual(inner, tuple(made.shape)) if pool is None else None
-        made = self.finished(made, scale, bias, residual, relu)
+        made = self.finished(made, scale, bias, residual, last)
         packed = convolution.pack(name, weight.float())
         assert packed is not None
         shapes = Shapes(shape, tuple(weight.shape), normalize(stride, size // 2, 1, groups), copies, pool)
         bound = convolution.Bound(name, shapes, packed, _fp32(scale), _fp32(bias), self.threads)
-        return bound.kernel(relu, activation), residual, made if pool is None else _pooled(made, pool, False)
+        return (
+            bound.kernel(last, before),
+            residual,
+            made if pool is None else _pooled(made, pool, False),
+        )
 
     def finished(
-        self, value: Tensor, scale: Tensor | None, shift: Tensor | None, residual: int | None, relu: bool
+        self,
+        value: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        residual: int | None,
+        last: Activation | None,
     ) -> Tensor:
         value = value if scale is None else value * scale.view(-1, 1, 1)
         value = value if shift is None else value + shift.view(-1, 1, 1)
         value = value if residual is None else value + self.truth[residual]
-        return value.relu() if relu else value
+        return activations.apply(last, value)
 
 
 def _fp32(vector: Tensor | None) -> Tensor | None:

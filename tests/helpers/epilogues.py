@@ -7,6 +7,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from resnet_kernels.kernels.activations import RELU
+
 CHANNELS_LAST = torch.channels_last
 
 
@@ -58,7 +60,7 @@ def is_exact(kernel, device) -> bool:
     """Whether all calls give the definition's integers; on good source they do, and with a planted bug they must not."""
     calls = itertools.product(((1, 17, 7, 7), (2, 64, 7, 5), (1, 144, 3, 3)), GIVEN[:4], (True, False))
     return all(
-        torch.equal(kernel.launch(*call).double(), truth(*call))
+        torch.equal(kernel.launch(*tensors, RELU if relu else None).double(), truth(*[*tensors, relu]))
         for shape, given, relu in calls
-        for call in [[*operands(shape, given, torch.float32, device), relu]]
+        for tensors in [operands(shape, given, torch.float32, device)]
     )

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from helpers.convolutions import Case, operands, truth
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import normalize
 from resnet_kernels.kernels.operands import ConvOperands
 
@@ -56,7 +57,7 @@ def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=F
     shape, shape0 = ConvShape(x.shape, weight.shape, geometries[0]), ConvShape(x0.shape, weight0.shape, geometries[1])
     assert why_not_merged(shape, shape0, x.dtype) is None
     y = sm90_conv.launch(
-        ConvOperands(x, weight, bias, added, scale, geometries[0], relu), config,
+        ConvOperands(x, weight, bias, added, scale, geometries[0], RELU if relu else None), config,
         sm90_conv.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
     )  # fmt: skip
     expected = truth(merged.conv, x, weight, bias, added, scale, False)

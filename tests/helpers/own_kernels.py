@@ -11,7 +11,7 @@ from torch import Tensor
 
 from helpers.oracle import assert_within_budget
 from resnet_kernels.kernels.cpu import convolution, library, plans
-from resnet_kernels.kernels.cpu.convolution import Activation
+from resnet_kernels.kernels.cpu.convolution import Preactivation
 from resnet_kernels.kernels.cpu.library import Library, Missing
 from resnet_kernels.kernels.cpu.plans import Pool, Shapes
 from resnet_kernels.kernels.geometry import Geometry
@@ -70,7 +70,7 @@ def bind(
     geometry: Geometry,
     scale: Tensor | None = None,
     bias: Tensor | None = None,
-    activation: tuple[Tensor, Tensor, bool] | None = None,
+    preactivation: tuple[Tensor, Tensor, bool] | None = None,
     pool: Pool | None = None,
     copies: bool | None = None,
 ) -> Callable[..., Tensor]:
@@ -82,4 +82,4 @@ def bind(
     packed = convolution.pack(name, weight)
     assert packed is not None
     bound = convolution.Bound(name, shapes, packed, scale, bias, threads)
-    return bound if activation is None else partial(bound, activation=Activation(*activation))
+    return bound if preactivation is None else partial(bound, preactivation=Preactivation(*preactivation))

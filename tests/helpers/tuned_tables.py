@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from helpers.tiny import tiny
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import conv_candidates, tuned_table
@@ -16,7 +17,7 @@ from resnet_kernels.ops.conv_problem import ConvProblem
 
 KEY = tuned_table.DeviceKey("Fake GPU 1", "9.0")
 CPU = torch.device("cpu")
-CONV = ConvProblem(8, 6, 5, (16, 8, 3, 3), Geometry((1, 1), (1, 1, 1, 1)), True, True, False, True)
+CONV = ConvProblem(8, 6, 5, (16, 8, 3, 3), Geometry((1, 1), (1, 1, 1, 1)), True, True, False, RELU)
 
 
 def record(key, winner, batch=256, dtype="fp32"):

@@ -25,6 +25,9 @@ LIBC.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 READ_WRITE, ANONYMOUS, NO_RESERVE = 3, 0x22, 0x4000
 
+# Of the structure's fields; all others are pointers.
+TYPES = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+
 
 def _structure():
     """The structure Convolution, with its fields as convolution.h has them."""
@@ -33,9 +36,9 @@ def _structure():
     body = re.search(r"typedef struct \{(.*?)\} Convolution;", text, re.S).group(1)
     fields = []
     for declaration in filter(None, map(str.strip, body.split(";"))):
-        kind, names = re.match(r"(const float|float|int64_t)\s+(.*)", declaration, re.S).groups()
+        kind, names = re.match(r"(const float|float|double|int64_t)\s+(.*)", declaration, re.S).groups()
         for name in re.split(r"\s*,\s*", names):
-            fields.append((name.strip(" *"), ctypes.c_int64 if kind == "int64_t" else ctypes.c_void_p))
+            fields.append((name.strip(" *"), TYPES.get(kind, ctypes.c_void_p)))
     return type("Convolution", (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -70,12 +73,12 @@ class Plain:
         self.address = self.array.ctypes.data
 
 
-def reference(x, weight, stride, dilation, padding, scale, bias, residual, relu, activation, pool):
+def reference(x, weight, stride, dilation, padding, scale, bias, residual, last, pre, pool):
     """The convolution in int64; x is (N, H, W, C), weight (O, C of a group, kernel_h, kernel_w)."""
     x = x.astype(np.int64)
-    if activation is not None:
-        x = x * activation[0].astype(np.int64) + activation[1].astype(np.int64)
-        x = np.maximum(x, 0) if activation[2] else x
+    if pre is not None:
+        x = x * pre[0].astype(np.int64) + pre[1].astype(np.int64)
+        x = np.maximum(x, 0) if pre[2] else x
     top, bottom, left, right = padding
     x = np.pad(x, ((0, 0), (top, bottom), (left, right), (0, 0)))
     kernel_h, kernel_w = weight.shape[2:]
@@ -94,7 +97,7 @@ def reference(x, weight, stride, dilation, padding, scale, bias, residual, relu,
     y = y if scale is None else y * scale.astype(np.int64)
     y = y if bias is None else y + bias.astype(np.int64)
     y = y if residual is None else y + residual.astype(np.int64)
-    y = np.maximum(y, 0) if relu else y
+    y = drive_cpu_layers.activated(y, last)
     if pool is None:
         return y
     kernel, step, pad = pool
@@ -192,16 +195,17 @@ def example(driver, draw):
     scale, bias, residual = (
         integers(*shape) if draw.random() < 0.5 else None for shape in ((c_out,), (c_out,), (n, out_h, out_w, c_out))
     )
-    relu, activation, pool = draw.random() < 0.5, None, None
+    last, pre, pool = drive_cpu_layers.any_activation(draw), None, None
     if (winograd or copies) and draw.random() < 0.4:
-        activation = integers(c_in, most=2), integers(c_in, most=2), draw.random() < 0.5
+        pre = integers(c_in, most=2), integers(c_in, most=2), draw.random() < 0.5
     shape = (n, out_h, out_w, c_out)
     sizes = dict(
         batch=n, c_in=c_in, in_h=height, in_w=width, c_out=c_out, out_h=out_h, out_w=out_w,
         kernel_h=kernel[0], kernel_w=kernel[1], stride_h=stride[0], stride_w=stride[1],
         dilation_h=dilation[0], dilation_w=dilation[1], pad_top=padding[0], pad_left=padding[2],
-        block=draw.randint(1, 14), panels=draw.randint(1, 5) * together, copies=copies, relu=relu,
-        pre_relu=activation is not None and activation[2], groups=groups,
+        block=draw.randint(1, 14), panels=draw.randint(1, 5) * together, copies=copies,
+        activation=last, slope=drive_cpu_layers.SLOPE,
+        pre_relu=pre is not None and pre[2], groups=groups,
     )  # fmt: skip
     if copies and kind == DIRECT and residual is None and min(out_h, out_w) > 2 and draw.random() < 0.5:
         pool = draw.choice(((2, 1, 0), (2, 2, 1), (3, 2, 1), (3, 1, 1)))
@@ -224,13 +228,13 @@ def example(driver, draw):
             buffers[name] = driver.make(values, at_end)
     if residual is not None and draw.random() < 0.5:
         buffers["y"] = buffers["residual"]
-    if activation is not None:
-        buffers["pre_scale"], buffers["pre_shift"] = (driver.make(v, at_end) for v in activation[:2])
+    if pre is not None:
+        buffers["pre_scale"], buffers["pre_shift"] = (driver.make(v, at_end) for v in pre[:2])
     driver.convolve(kind, draw.choice((1, 1, 2, 3)), buffers, **sizes)
-    truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, relu, activation, pool)
+    truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, last, pre, pool)
     if np.array_equal(buffers["y"].array.reshape(shape), truth):
         return None
-    return f"kind={kind} pool={pool} activation={activation is not None} {sizes}"
+    return f"kind={kind} pool={pool} pre={pre is not None} {sizes}"
 
 
 def huge(driver):
@@ -264,7 +268,7 @@ def huge(driver):
             copies=copies, x_image=height * width * c_in, x_channel=1, x_row=width * c_in, x_column=c_in,
             groups=groups,
         )  # fmt: skip
-        truth = reference(last[None], weight, (1, 1), (1, 1), (0, 0, 0, 0), None, None, None, False, None, None)
+        truth = reference(last[None], weight, (1, 1), (1, 1), (0, 0, 0, 0), None, None, None, 0, None, None)
         assert np.array_equal(y.array.reshape(truth.shape), truth), f"huge: kind={kind} copies={copies}"
     LIBC.munmap(base, size)
 

@@ -20,12 +20,27 @@ def is_equal(found, truth):
     return np.array_equal(found.reshape(truth.shape), truth, equal_nan=True)
 
 
-def activated(x, scale, bias, residual, relu):
-    """relu(x * scale + bias + residual), where NaN stays."""
+# Activations that leave integers integers, by convolution.h's numbers, and the slope of the last one.
+ACTIVATIONS, SLOPE = (0, 1, 2, 3), -2
+
+
+def any_activation(draw):
+    return draw.choice((*ACTIVATIONS, 1))
+
+
+def activated(y, activation):
+    """NaN stays."""
+    if activation in (1, 2):
+        return np.clip(y, 0, 6) if activation == 2 else np.maximum(y, 0)
+    return np.where(y > 0, y, SLOPE * y) if activation == 3 else y
+
+
+def finished(x, scale, bias, residual, activation):
+    """act(x * scale + bias + residual)."""
     y = x if scale is None else x * scale
     y = y if bias is None else y + bias
     y = y if residual is None else y + residual
-    return np.maximum(y, 0) if relu else y
+    return activated(y, activation)
 
 
 def windows(x, kernel, stride, padding, size):
@@ -46,7 +61,7 @@ def elementwise(driver, draw):
     )
     sizes = dict(
         batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 8),
-        relu=draw.random() < 0.5,
+        activation=any_activation(draw), slope=SLOPE,
     )  # fmt: skip
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(x.shape, np.nan), at_end)}
@@ -56,7 +71,7 @@ def elementwise(driver, draw):
     if residual is not None and draw.random() < 0.5:
         buffers["y"] = buffers["residual"]
     driver.convolve(ELEMENTWISE, draw.choice((1, 1, 1, 2)), buffers, **sizes)
-    truth = activated(x, scale, bias, residual, sizes["relu"])
+    truth = finished(x, scale, bias, residual, sizes["activation"])
     return None if is_equal(buffers["y"].array, truth) else f"elementwise {[*buffers]} {sizes}"
 
 
@@ -111,14 +126,15 @@ def program(driver, draw):
     }
     told, each = [], 0
     for i, layer in enumerate(layers):
-        kind, x, relu = draw.choice((DIRECT, ELEMENTWISE, MAX_POOL)), draw.choice([*values]), draw.random() < 0.3
+        kind, x = draw.choice((DIRECT, ELEMENTWISE, MAX_POOL)), draw.choice([*values])
+        last = draw.choice((0, 0, 0, 0, 1, 1, 2, 3))
         residual = draw.choice([None, *(slot for slot in values if slot != x)]) if kind == ELEMENTWISE else None
         y = draw.choice([slot for slot in range(4) if slot != x and (slot != residual or draw.random() < 0.5)])
         y = 4 if i + 1 == count else y
         sizes = dict(
             batch=n, c_in=channels, in_h=size, in_w=size, c_out=channels, out_h=size, out_w=size,
             kernel_h=1, kernel_w=1, stride_h=1, stride_w=1, dilation_h=1, dilation_w=1,
-            block=draw.randint(1, 4), panels=1, relu=relu,
+            block=draw.randint(1, 4), panels=1, activation=last, slope=SLOPE,
         )  # fmt: skip
         if kind == MAX_POOL:
             sizes |= dict(pool_h=size, pool_w=size, pool_kernel=3, pool_stride=1, pool_top=1, pool_left=1)
@@ -127,10 +143,10 @@ def program(driver, draw):
                 value[:, h, w] = pixels.max((1, 2))
         elif kind == ELEMENTWISE:
             sizes["scale"] = scale.address
-            value = activated(-values[x], None, None, values.get(residual), relu)
+            value = finished(-values[x], None, None, values.get(residual), last)
         else:
             sizes["weight"] = packed.address
-            value = activated(values[x][..., order], None, None, None, relu)
+            value = activated(values[x][..., order], last)
         layer.convolution = structure(**sizes)
         layer.kind, layer.x, layer.residual, layer.y = kind, places[x], places[residual], places[y]
         layer.tasks = driver.calls.rk_tasks(driver.number, kind, ctypes.byref(layer.convolution))

@@ -7,6 +7,7 @@ import torch
 
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.operands import ConvOperands
 
@@ -234,7 +235,9 @@ def layer_by_layer(call: dict) -> tuple:
 
     def conv(x, layer, geometry, residual=None, block_k=64):
         config = replace(tile, block_k=block_k)
-        operands = ConvOperands(x, layer.weight, layer.shift, residual, layer.scale, geometry, layer.relu)
+        operands = ConvOperands(
+            x, layer.weight, layer.shift, residual, layer.scale, geometry, RELU if layer.relu else None
+        )
         return sm90_conv.launch(operands, config)
 
     hidden = conv(call["x"], call["conv2"], call["geometry"])

@@ -11,6 +11,7 @@ from helpers.merged_shortcuts import MERGED, merge, merged_operands, name_of
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
 from resnet_kernels import ops
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.kernels.operands import ConvOperands
 
@@ -70,7 +71,7 @@ CASES = (
 def run(kernel, case, x, weight, bias, residual, scale, relu, config=None):
     geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
     assert why_not(x.shape, weight.shape, geometry, x.dtype) is None
-    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, relu), config)
+    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, RELU if relu else None), config)
 
 
 @pytest.mark.slow(unless=lambda case: case.n < 8 and case.c_out < 128)
@@ -326,7 +327,7 @@ BUGS = {
     "every other tile left out": (KERNEL, "SPLIT_K, tl.num_programs(0),", "SPLIT_K, 2 * tl.num_programs(0),"),
     "dropped residual": (PARTS, "if residual_desc is not None:", "if False:"),
     "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
-    "dropped ReLU": (PARTS, "    if RELU:\n", "    if False:\n"),
+    "dropped ReLU": (PARTS, "elementwise.activate(acc, ACT, SLOPE)", "acc"),
     "swapped scale and shift": (PARTS, "acc *= tl.load(scale_ptr + offs_c", "acc *= tl.load(bias_ptr + offs_c"),
     "second half's pixels": (PARTS, "PARTS // 2, FIRST + HALF, shortcut", "PARTS // 2, FIRST, shortcut"),
     "transposed taps": (PARTS, "r = tap // columns + skipped_r\n        s = tap % columns + skipped_s",

@@ -141,6 +141,21 @@ def test_nobody_woke_a_sleeping_thread(tmp_path):
 BUGS = {
     "dropped ReLU": ("micro_kernel.h", "a##i = relu(a##i)", "a##i = a##i"),
     "ReLU of the ragged panel": ("vectors.h", "out->relu ? relu_one(sum) : sum", "sum"),
+    "dropped activation of a product": ("vectors.h", "activate_rows(out, 0, count, first * PANEL, last * PANEL);", ";"),
+    "dropped activation of a tile": (
+        "winograd.h",
+        "activate_rows(&out, 0, 1, panel * PANEL, (panel + 1) * PANEL);",
+        "",
+    ),
+    "dropped activation of a ragged tile": ("winograd.h", "activate_rows(&out, 0, 1, panel * PANEL, c->c_out);", ""),
+    "dropped activation of narrow groups": (
+        "grouped.h",
+        "activate_rows(out, 0, count, panel * PANEL, last * PANEL);",
+        "",
+    ),
+    "dropped activation of a pixel": ("pointwise.h", "activate_rows(&out, 0, 1, 0, channels);", ""),
+    "activation of channels that are none": ("activations.h", "least(end, out->c_out) - first", "end - first"),
+    "dropped activation of the last channels": ("activations.h", "memcpy(p, rest, sizeof(float) * count);", ""),
     "swapped scale and shift": ("micro_kernel.h", "a##i *= s0", "a##i += s0"),
     "residual of the next row": (
         "micro_kernel.h",

@@ -77,7 +77,7 @@ def test_memory_of_a_thread_is_kept():
 def _chain(shape: tuple[int, ...], count: int, threads: int, adds: bool = False) -> Program:
     """y = -x, `count` times; `adds` adds the value before the last, which dies of it."""
     scale = torch.full(shape[1:2], -1.0)
-    kernel = convolution.elementwise(shape, scale, None, False, threads)
+    kernel = convolution.elementwise(shape, scale, None, None, threads)
     layers = [Layer(kernel, Slice(i), Slice(i - 1) if adds and i > 1 else None, Slice(i + 1)) for i in range(count)]
     return Program(layers, shape, {count: shape}, threads)
 
@@ -97,7 +97,7 @@ def _slow() -> tuple[Program, torch.Tensor]:
         convolution.global_average(shape),
         convolution.pooling("max_pool", shape, Pool(1, 100, (0, 0, 0, 0)), 2),
     )
-    copy = convolution.elementwise(mean.out_shape, None, None, False, 2)
+    copy = convolution.elementwise(mean.out_shape, None, None, None, 2)
     assert mean.tasks == 1 and pool.tasks > 1
     kernels = ((mean, 0, 1), (pool, 0, 2), (copy, 1, 3))
     layers = [Layer(kernel, Slice(x), None, Slice(y)) for kernel, x, y in kernels]

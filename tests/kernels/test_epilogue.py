@@ -7,6 +7,7 @@ import torch
 
 from helpers.epilogues import GIVEN, operands, truth
 from helpers.oracle import DTYPES, skip_unless_runnable
+from resnet_kernels.kernels.activations import RELU
 
 CHANNELS_LAST = torch.channels_last
 # Channels that no block divides, wider than a tile, fewer than a vector load; rows that fill no tile, and several tiles.
@@ -28,7 +29,7 @@ def test_exact_on_integers(kernel, shape, dtype, device):
         arguments = operands(shape, given, dtype, device)
         expected, x = truth(*arguments, relu), arguments[0].clone()
         assert expected.abs().max() <= 256, "the test's own sums must be exact"
-        y = kernel.launch(*arguments, relu, overwrite=overwrite)
+        y = kernel.launch(*arguments, RELU if relu else None, overwrite=overwrite)
         assert torch.equal(y.double(), expected)
         assert y.dtype == dtype and y.is_contiguous(memory_format=CHANNELS_LAST)
         assert (y.data_ptr() == arguments[0].data_ptr()) == overwrite
@@ -50,7 +51,7 @@ def test_nan_and_inf_are_kept(kernel, device):
     one, minus = torch.ones(4, device=device), -torch.ones(4, device=device)
     for arguments in ((x, one, one, None, None, None), (x, minus, one, residual, one, minus)):
         for relu in (True, False):
-            y, expected = kernel.launch(*arguments, relu), truth(*arguments, relu)
+            y, expected = kernel.launch(*arguments, RELU if relu else None), truth(*arguments, relu)
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -60,7 +61,7 @@ def test_one_rounding(kernel, dtype, device):
     x = torch.full((1, 8, 3, 3), 3.0e4, device=device).to(dtype)
     residual = -x * (1 + 2**-6)
     scale, shift = torch.full((8,), 4.0, device=device), torch.full((8,), 2.0**-9, device=device)
-    y = kernel.launch(x, scale, shift, residual, scale, shift, False)
+    y = kernel.launch(x, scale, shift, residual, scale, shift, None)
     assert torch.equal(y, truth(x, scale, shift, residual, scale, shift, False).float().to(dtype))
 
 

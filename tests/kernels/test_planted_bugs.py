@@ -12,6 +12,7 @@ from helpers.batch_norms import compare, vectors
 from helpers.convolutions import Case, operands, truth
 from helpers.oracle import skip_unless_runnable
 from helpers.planted import plant, planted
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import normalize
 from resnet_kernels.kernels.operands import ConvOperands
 
@@ -22,7 +23,7 @@ CASES = (
 )
 
 BUGS = {
-    "dropped ReLU": ("if RELU:", "if RELU and False:"),
+    "dropped ReLU": ("elementwise.activate(acc, ACT, SLOPE)", "acc"),
     "ReLU before the residual": ("if residual_ptr is not None:\n        acc +=",
                                  "if residual_ptr is not None:\n        acc = tl.maximum(acc, 0.0)\n        acc +="),
     "ragged tail of channels": ("mask_n = offs_n < c_out", "mask_n = offs_n < (c_out // 16) * 16"),
@@ -47,7 +48,7 @@ def failures(kernel, device) -> int:
         x, weight, bias, residual, scale = operands(case, torch.float32, device)
         geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
         for relu in (True, False):
-            y = kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, relu))
+            y = kernel.launch(ConvOperands(x, weight, bias, residual, scale, geometry, RELU if relu else None))
             wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, residual, scale, relu))
     return wrong
 
@@ -61,7 +62,7 @@ def test_planted_bug_is_caught(name, tmp_path, device):
 
 def test_nothing_planted_nothing_caught(tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
-    assert failures(planted("conv_bias_act", tmp_path, "if RELU:", "if RELU:"), device) == 0
+    assert failures(planted("conv_bias_act", tmp_path, "elementwise.activate", "elementwise.activate"), device) == 0
 
 
 # Imported in this order: those after the first take its functions from it.
@@ -73,7 +74,7 @@ BATCH_NORM_BUGS = {
     "lanes' means taken for equal": ("lane_sum(squares + count * off_center * off_center)", "lane_sum(squares)"),
     "biased running variance": ("squares / (rows - 1)", "squares / rows"),
     "momentum the wrong way round": ("momentum * mean + (1 - momentum) * old", "(1 - momentum) * mean + momentum * old"),
-    "dropped ReLU": ("    if RELU:\n        y = elementwise", "    if RELU and False:\n        y = elementwise"),
+    "dropped ReLU": ("    y = elementwise.activate(y, ACT, SLOPE)\n", ""),
     "ReLU ignored in the backward": ("tl.where(y.to(tl.float32) <= 0, 0.0, dy)", "dy"),
     "ReLU's mask without the bias": ("normalize(centered, scale, bias).to(DTYPE)",
                                      "normalize(centered, scale, 0 * bias).to(DTYPE)"),
@@ -127,9 +128,9 @@ def test_nothing_planted_in_training_nothing_caught(tmp_path, device, monkeypatc
 
 
 EPILOGUE_BUGS = {
-    "dropped ReLU": ("if RELU:", "if RELU and False:"),
+    "dropped ReLU": ("    y = elementwise.activate(y, ACT, SLOPE)\n", ""),
     "ReLU before the residual": ("    if residual_ptr is not None:\n",
-                                 "    y = tl.maximum(y, 0.0) if RELU else y\n    if residual_ptr is not None:\n"),
+                                 "    y = tl.maximum(y, 0.0) if ACT == 'relu' else y\n    if residual_ptr is not None:\n"),
     "ragged tail of channels": ("mask_c = offs_c < n_channels", "mask_c = offs_c < (n_channels // 16) * 16"),
     "ragged tail of rows": ("(start + lane < n_rows)", "(start + lane < n_rows - 1)"),
     "swapped scale and shift": ("_affine(x, scale_ptr, shift_ptr,", "_affine(x, shift_ptr, scale_ptr,"),
@@ -146,7 +147,7 @@ EPILOGUE_BUGS = {
 @pytest.mark.parametrize("name", [*EPILOGUE_BUGS, "nothing"])
 def test_planted_bug_in_the_epilogue_is_caught(name, tmp_path, device):
     skip_unless_runnable("triton", device, torch.float32)
-    kernel = planted("epilogue", tmp_path, *EPILOGUE_BUGS.get(name, ("if RELU:", "if RELU:")))
+    kernel = planted("epilogue", tmp_path, *EPILOGUE_BUGS.get(name, ("elementwise.activate", "elementwise.activate")))
     assert epilogues.is_exact(kernel, device) == (name not in EPILOGUE_BUGS)
 
 

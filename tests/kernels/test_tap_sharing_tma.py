@@ -10,6 +10,7 @@ from helpers.convolutions import Case, operands, truth
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
 from resnet_kernels.kernels import target
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.kernels.sm90 import tap_sharing as kernel
@@ -29,7 +30,7 @@ CASES = (
 
 def run(case, x, weight, bias, residual, scale, relu, config=kernel.CONFIGS[0]):
     assert kernel.why_not(x.shape, weight.shape, SAME, x.dtype) is None
-    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, SAME, relu), config)
+    return kernel.launch(ConvOperands(x, weight, bias, residual, scale, SAME, RELU if relu else None), config)
 
 
 @pytest.mark.slow(unless=lambda case, config: config == kernel.CONFIGS[0] or case is CASES[0])
@@ -138,7 +139,7 @@ def test_a_table_can_choose_it(device, monkeypatch):
     monkeypatch.setattr(target, "is_hopper", lambda device: True)
     case = CASES[0]
     x, weight, bias, residual, scale = operands(case, FP16, device)
-    asked = conv_candidates.ConvProblem(64, 8, 12, tuple(weight.shape), SAME, True, True, True, True)
+    asked = conv_candidates.ConvProblem(64, 8, 12, tuple(weight.shape), SAME, True, True, True, RELU)
     names = [name for name in conv_candidates.candidates(asked, 2, FP16, device) if name.startswith("shared ")]
     assert len(names) == len(kernel.CONFIGS)
     for name in names:

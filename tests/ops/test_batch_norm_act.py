@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import resnet_kernels as rk
 from helpers.batch_norms import SETTINGS, compare, on_triton, results, vectors
 from helpers.oracle import DTYPES, error, skip_unless_runnable
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.ops import batch_norm_act, reference
 from resnet_kernels.ops.batch_norm_act import undispatched
 
@@ -243,7 +244,7 @@ def test_opcheck_and_compile(device):
     arguments = (x, residual, *(given[n] for n in ("weight", "bias", "running_mean", "running_var")))
     for training, backend in itertools.product((True, False), ("triton", "eager")):
         torch.library.opcheck(
-            torch.ops.resnet_kernels.batch_norm_act.default, (*arguments, training, 0.1, 1e-5, True, backend)
+            torch.ops.resnet_kernels.batch_norm_act.default, (*arguments, training, 0.1, 1e-5, "relu", 0.0, backend)
         )
     upstream = torch.randn(2, 8, 5, 5, device=device)
 
@@ -360,7 +361,7 @@ def _step(run, device, training=True, residual=True):
     x, r, upstream = (torch.randn(2, 24, 5, 7).to(device, memory_format=torch.channels_last) for _ in range(3))
     given = vectors(24, device)
     wanted = [t.requires_grad_() for t in (x, r, given["weight"], given["bias"])]
-    y = run(x, r if residual else None, *given.values(), training, 0.3, 1e-4, True)
+    y = run(x, r if residual else None, *given.values(), training, 0.3, 1e-4, RELU)
     gradients = torch.autograd.grad(y, wanted if residual else [x, *wanted[2:]], upstream)
     statistics = [given["running_mean"], given["running_var"]]
     return [y, *gradients, *statistics], [t._version for t in statistics]
@@ -371,7 +372,7 @@ def _step(run, device, training=True, residual=True):
 def test_past_the_dispatcher_it_is_the_op(residual, training, device, monkeypatch):
     skip_unless_runnable("triton", device, torch.float32)
     op = torch.ops.resnet_kernels.batch_norm_act.default
-    expected, versions = _step(lambda *given: op(*given, "triton")[0], device, training, residual)
+    expected, versions = _step(lambda *given: op(*given[:-1], "relu", 0.0, "triton")[0], device, training, residual)
     monkeypatch.setattr(module, "_Function", None)  # the op's autograd
     found, found_versions = _step(lambda *given: undispatched(*given, "triton"), device, training, residual)
     assert all(map(torch.equal, found, expected)) and len(found) == len(expected) and found_versions == versions

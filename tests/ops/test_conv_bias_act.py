@@ -12,6 +12,7 @@ from helpers.convolutions import Case, arguments, operands, truth
 from helpers.oracle import DTYPES, assert_within_budget, skip_unless_runnable
 from resnet_kernels import ops
 from resnet_kernels.kernels import target
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry, normalize
 from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.ops import onednn, reference
@@ -287,7 +288,7 @@ def test_gradients(case, backend, device):
     geometry = normalize(case.stride, case.padding, case.dilation, case.groups)
 
     def plain(x, weight, bias, residual, scale):
-        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, True)
+        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, RELU)
 
     def ours(x, weight, bias, residual, scale):
         return ops.conv_bias_act(x, weight, bias, residual, scale=scale, backend=backend, **arguments(case))
@@ -322,7 +323,7 @@ def test_torch_library_opcheck(backend, device):
     x, weight, bias, residual, scale = operands(Case("", 2, 16, 6, 6, 16), torch.float32, device, real=True)
     leaves = [t.requires_grad_() for t in (x, weight, bias, residual, scale)]
     torch.library.opcheck(
-        torch.ops.resnet_kernels.conv_bias_act.default, (*leaves, *normalize(1, 1, 1, 1), True, backend)
+        torch.ops.resnet_kernels.conv_bias_act.default, (*leaves, *normalize(1, 1, 1, 1), "relu", 0.0, backend)
     )
 
 
@@ -461,7 +462,7 @@ def test_tf32_if_and_only_if_cudnn_has_it(device):
         for setting in ("tf32", "ieee"):
             torch.backends.cudnn.conv.fp32_precision = setting
             for dtype, expected in ((torch.float32, setting), (torch.float16, "ieee")):
-                values = constexprs(dtype, (8, 8, 3, 3), Geometry(), True, CONFIGS[3])
+                values = constexprs(dtype, (8, 8, 3, 3), Geometry(), RELU, CONFIGS[3])
                 assert values["INPUT_PRECISION"] == expected
     finally:
         torch.backends.cudnn.conv.fp32_precision = before

@@ -136,5 +136,5 @@ def test_a_table_decides(monkeypatch):
     ),
 )
 def test_what_it_does_not_run(geometry, why):
-    problem = TrainedProblem(ConvProblem(16, 12, 12, (16, 16, 3, 3), geometry, False, False, False, False))
+    problem = TrainedProblem(ConvProblem(16, 12, 12, (16, 16, 3, 3), geometry, False, False, False, None))
     assert why in conv_training.why_not(problem, 4, torch.float32)

@@ -6,6 +6,7 @@ import torch
 from helpers import pretend
 from helpers.oracle import skip_unless_runnable
 from resnet_kernels import ops
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.ops import backends, cudnn, reference
 
@@ -46,7 +47,7 @@ def test_a_finite_output_became_nan_by_folding_a_scale_for_cudnn(relu, device, m
     skip_unless_runnable("triton", device, torch.float32)
     x = torch.rand(2, 8, 9, 9, device=device) * 1e-6
     weight, scale = torch.full((8, 8, 3, 3), 4.0, device=device), torch.full((8,), 3e38, device=device)
-    operands = ConvOperands(x, weight, torch.ones(8, device=device), None, scale, relu=relu)
+    operands = ConvOperands(x, weight, torch.ones(8, device=device), None, scale, activation=RELU if relu else None)
     expected = reference.conv_bias_act(*operands)
     assert expected.isfinite().all()
     torch.testing.assert_close(cudnn.conv_bias_act(operands), expected)

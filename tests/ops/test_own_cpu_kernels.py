@@ -12,6 +12,7 @@ import resnet_kernels as rk
 from helpers.convolutions import Case, integers, operands, truth
 from helpers.oracle import assert_within_budget
 from helpers.own_kernels import assert_like_eager, bind, group_sizes, skip_unless_compiled
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.cpu import convolution, library, plans
 from resnet_kernels.kernels.cpu.plans import KERNELS, Pool, Shapes
 from resnet_kernels.kernels.geometry import Geometry, normalize
@@ -82,7 +83,7 @@ def test_any_geometry_is_exact_on_integers(
     residual = None if residual is None else residual.contiguous(memory_format=CHANNELS_LAST)
     before, kept = x.clone(), None if residual is None else residual.clone()
     overwrites = overwrites and residual is not None
-    ours = run(x, residual, relu, overwrite_residual=overwrites)
+    ours = run(x, residual, RELU if relu else None, overwrite_residual=overwrites)
     assert torch.equal(ours.double(), y) and torch.equal(x, before) and ours.is_contiguous(memory_format=CHANNELS_LAST)
     if residual is not None:
         assert (ours is residual) if overwrites else torch.equal(residual, kept)
@@ -118,7 +119,7 @@ def test_sums_are_as_accurate_as_eagers(case, threads):
     eager = F.conv2d(x, weight, None, case.stride, case.padding, 1, case.groups)
     for name in ("winograd", "direct") if case.groups == 1 else ("grouped",):
         if name != "winograd" or (case.kernel == (3, 3) and case.stride == 1):
-            y = bind(name, x, weight, geometry)(x, relu=False)
+            y = bind(name, x, weight, geometry)(x, activation=None)
             assert_within_budget(y, eager, truth(case, x, weight, None, None, None, False), name)
 
 
@@ -146,7 +147,7 @@ def _assert_like_eager_next_to(value, weight):
     expected = [F.conv2d(x.to(dtype), weight.to(dtype), padding=1) for dtype in (torch.float32, torch.float64)]
     for name in ("winograd", "direct"):
         run = bind(name, x, weight, SAME_3X3)
-        assert_like_eager(run(x, relu=False), *expected, name)
+        assert_like_eager(run(x, activation=None), *expected, name)
         assert_like_eager(run(x), *map(torch.relu, expected), f"{name} with ReLU")
     return expected[0]
 
@@ -179,7 +180,7 @@ def test_a_value_left_its_group(value, kind):
             x[pixel, pixel * 7 % (3 * width), pixel // 6, pixel % 6] = value
         x = x.contiguous(memory_format=CHANNELS_LAST)
         expected = [F.conv2d(x.to(d), weight.to(d), padding=1, groups=3) for d in (torch.float32, torch.float64)]
-        y = bind("grouped", x, weight, normalize(1, 1, 1, 3))(x, relu=False)
+        y = bind("grouped", x, weight, normalize(1, 1, 1, 3))(x, activation=None)
         assert_like_eager(y, *expected, f"groups of {width}")
         assert y.isfinite().view(30, 3, width, 5, 6).all((2, 3, 4)).sum() == (90 if value == 2e38 else 60)
 
@@ -235,11 +236,11 @@ def test_denormals_were_lost(name):
     run = bind(name, x, weight, normalize(1, 1, 1, groups))
     expected = F.conv2d(x.double(), weight.double(), padding=1, groups=groups)
     assert 0 < expected.abs().max() < torch.finfo(torch.float32).tiny
-    assert torch.equal(run(x, relu=False).double(), expected)
+    assert torch.equal(run(x, activation=None).double(), expected)
     if not torch.set_flush_denormal(True):
         pytest.skip("this processor can't flush denormals")
     try:
-        y = run(x, relu=False)
+        y = run(x, activation=None)
     finally:
         torch.set_flush_denormal(False)
     # Each thread has its own setting.

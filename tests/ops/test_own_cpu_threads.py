@@ -42,7 +42,7 @@ def test_a_result_depended_on_the_number_of_threads(name, shape):
     x, results = torch.randn(shape).contiguous(memory_format=CHANNELS_LAST), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(bind(name, x, weight, geometry)(x, relu=False))
+        results.append(bind(name, x, weight, geometry)(x, activation=None))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 

@@ -14,6 +14,7 @@ import resnet_kernels as rk
 from helpers.oracle import assert_within_budget, skip_unless_runnable
 from helpers.tiny import tiny
 from helpers.tuned_tables import CONV, CPU, KEY, ran, record, small_model, table
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.models.random_weights import randomise_batch_norms_
@@ -29,9 +30,9 @@ def choose(key="k", batch=256, dtype=torch.float32):
 
 def test_the_keys_are_readable():
     assert str(CONV) == "conv 8x6x5->16 3x3/1 p1,1,1,1 d1 g1 scale bias relu"
-    odd = CONV._replace(geometry=Geometry((2, 1), (0, 1, 2, 3), (1, 2), 4), scale=False, residual=True, relu=False)
+    odd = CONV._replace(geometry=Geometry((2, 1), (0, 1, 2, 3), (1, 2), 4), scale=False, residual=True, activation=None)
     assert str(odd) == "conv 8x6x5->16 3x3/2,1 p0,1,2,3 d1,2 g4 bias residual"
-    assert str(NormProblem(64, 7, 5, True, True, True)) == "norm 64x7x5 residual relu training"
+    assert str(NormProblem(64, 7, 5, True, RELU, True)) == "norm 64x7x5 residual relu training"
     assert tuned_table.DeviceKey("NVIDIA H200", "9.0").file_name == "nvidia-h200-sm90.json"
 
 
@@ -312,9 +313,9 @@ def test_cudnn_and_a_pass_after_it(device):
     *tensors, geometry, _ = operands(residual=True)
     tensors = [t.to(device) for t in tensors]
     x, weight, bias, residual, scale = tensors
-    calls = [ConvOperands(x, weight, bias, residual, scale, geometry, relu) for relu in (True, False)]
-    calls.append(ConvOperands(x, weight, bias, geometry=geometry, relu=False))
-    calls += [ConvOperands(x, weight, geometry=geometry, relu=relu) for relu in (True, False)]
+    calls = [ConvOperands(x, weight, bias, residual, scale, geometry, last) for last in (RELU, None)]
+    calls.append(ConvOperands(x, weight, bias, geometry=geometry, activation=None))
+    calls += [ConvOperands(x, weight, geometry=geometry, activation=last) for last in (RELU, None)]
     before = [t.clone() for t in tensors]
     for call in calls:
         y = conv_candidates.run("cudnn+epilogue", call)
@@ -370,7 +371,7 @@ def test_a_norm_runs_on_our_kernel_where_it_won(write, monkeypatch, device):
     monkeypatch.setattr(kernel, "launch", lambda *a: (launches.append(a), original(*a))[1])
     x, vectors = torch.randn(2, 4, 3, 3), [torch.rand(4) + 0.5 for _ in range(4)]
     for winner in ("triton", "eager"):
-        write(table(record(NormProblem(4, 3, 3, False, True, False), winner)))
+        write(table(record(NormProblem(4, 3, 3, False, RELU, False), winner)))
         rk.ops.batch_norm_act(x, None, *vectors, training=False, momentum=0.1, eps=1e-5)
         assert len(launches) == 1
 
@@ -382,7 +383,7 @@ def test_ops_compile_under_a_table(training, dynamic, write, device):
     skip_unless_runnable("triton", device, torch.float32)
     if device.type != "cpu":
         pytest.skip("the fake device is the CPU")
-    norms = [record(NormProblem(4, 6, 6, False, True, learns), "triton", 2) for learns in (False, True)]
+    norms = [record(NormProblem(4, 6, 6, False, RELU, learns), "triton", 2) for learns in (False, True)]
     write(table(*norms, record("k", "w")))
     x, weight = torch.randn(2, 4, 6, 6), torch.randn(4, 4, 3, 3)
     leaves = [(torch.rand(4) + 0.5).requires_grad_(training) for _ in range(2)]
@@ -439,7 +440,7 @@ def test_training_on_a_table_is_eagers(write, monkeypatch, device):
     own = step(fused)
     expected = step(plain)
     assert not launches
-    write(table(record(TRAINED, "triton"), record(NormProblem(8, 4, 4, True, True, True), "triton")))
+    write(table(record(TRAINED, "triton"), record(NormProblem(8, 4, 4, True, RELU, True), "triton")))
     state = {name: value.clone() for name, value in fused.state_dict().items()}
     tabled = step(fused)
     assert launches and set(launches) == {(8, 4, 4)}

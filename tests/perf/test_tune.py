@@ -16,6 +16,7 @@ from helpers.tiny import tiny
 from helpers.tuned_tables import KEY, ran, small_model, table
 from helpers.tuned_tables import record as entry
 from resnet_kernels.cli import main as cli
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates, error_budget, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
@@ -26,7 +27,7 @@ from resnet_kernels.perf.tuning import autotuner, problems, table_file, tune_mod
 
 CPU = torch.device("cpu")
 NAME = "small"
-CONV = ConvProblem(8, 6, 5, (16, 8, 3, 3), Geometry((2, 2), (0, 1, 0, 1)), True, True, True, True)
+CONV = ConvProblem(8, 6, 5, (16, 8, 3, 3), Geometry((2, 2), (0, 1, 0, 1)), True, True, True, RELU)
 DRY = ["tune", "--dry-run", "--model", NAME, "--image-size", "8"]
 
 
@@ -186,7 +187,7 @@ def test_the_reference_goes_piece_by_piece(monkeypatch):
 @pytest.mark.parametrize("training", (False, True))
 @pytest.mark.parametrize("residual", (False, True))
 def test_a_norms_problem(training, residual, device):
-    asked = NormProblem(6, 5, 4, residual, True, training)
+    asked = NormProblem(6, 5, 4, residual, RELU, training)
     (built,) = problems.build([(asked, 1)], [3], torch.float32, device)
     results = built.reference(*built.operands())
     results = results if training else (results,)

@@ -6,5 +6,6 @@ convolution    packed weights, launcher
 run.c          what Python calls; threads take tasks from one counter
 direct.h, winograd.h, grouped.h    the three kernels, on one micro-kernel (micro_kernel.h, vectors.h); groups narrower than a
                vector have another one (narrow_groups.h)
+activations.h  what follows a layer, but ReLU, which the kernels have inside
 portable.c, avx2.c, avx512.c    the same kernels for each instruction set
 """

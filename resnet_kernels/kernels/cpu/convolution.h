@@ -1,6 +1,6 @@
 /* A layer as the kernels see it, and the kernels that each instruction set brings.
  *
- *     y = relu(conv(act(x)) * scale + bias + residual),    act(x) = relu(x * pre_scale + pre_shift) or x itself
+ *     y = act(conv(pre(x)) * scale + bias + residual),    pre(x) = relu(x * pre_scale + pre_shift) or x itself
  *
  * Everything is fp32. y and residual are NHWC without gaps; x is too, unless `copies` says that its rows are copied first.
  * A kernel computes one task: a block of pixels (or of Winograd's tiles, or of pooled rows) times a block of panels. A panel
@@ -21,8 +21,9 @@ typedef struct {
     int64_t copies;                              /* whether a task copies its rows of x: padded, activated, as NHWC */
     int64_t pool_h, pool_w;                      /* output of the max-pool behind the convolution; 0 without one */
     int64_t pool_kernel, pool_stride, pool_top, pool_left;
-    int64_t relu, pre_relu;
+    int64_t activation, pre_relu;
     int64_t groups;
+    double slope; /* of LEAKY_RELU */
     const float *x, *weight; /* weight: packed by pack_direct, pack_groups or pack_winograd */
     const float *scale, *bias, *residual;
     const float *pre_scale, *pre_shift; /* (c_in), both or none */
@@ -35,9 +36,12 @@ typedef struct {
     void (*run)(const Convolution *convolution, int64_t task, float *scratch);
 } Kernel;
 
-/* convolution.py, KINDS. The last three are no convolutions: relu(x * scale + bias + residual), and pools without padded
+/* convolution.py, KINDS. The last three are no convolutions: act(x * scale + bias + residual), and pools without padded
  * windows of nothing but padding; they use the fields of a convolution that they have. */
 enum { DIRECT, WINOGRAD, GROUPED, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
+
+/* activations.py, KINDS, behind the answer that there is none. */
+enum { NO_ACTIVATION, RELU, RELU6, LEAKY_RELU, SILU, GELU, GELU_TANH, HARDSWISH };
 
 /* The kernels of one instruction set. */
 typedef struct {

@@ -1,4 +1,4 @@
-"""Our own fp32 convolutions on the CPU: relu(conv(act(x)) * scale + bias + residual).
+"""Our own fp32 convolutions on the CPU: act(conv(pre(x)) * scale + bias + residual).
 
     winograd   3x3 at stride 1 with 16 products for 2x2 outputs instead of 36 (winograd.h)
     grouped    groups of as many input channels as output channels, whose rows are copied first (grouped.h)
@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..activations import KINDS as KINDS_OF_ACTIVATIONS
+from ..activations import RELU, Activation
 from . import large_pages, library
 from .library import Library
 from .plans import Pool, Shapes, plan_for
@@ -30,7 +32,7 @@ _SIZES = (
     "x_image", "x_channel", "x_row", "x_column",
     "block", "panels", "copies",
     "pool_h", "pool_w", "pool_kernel", "pool_stride", "pool_top", "pool_left",
-    "relu", "pre_relu",
+    "activation", "pre_relu",
     "groups",
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
@@ -44,7 +46,16 @@ _CACHED = 4096
 class Arguments(ctypes.Structure):
     """convolution.h's structure Convolution."""
 
-    _fields_ = [(name, ctypes.c_int64) for name in _SIZES] + [(name, ctypes.c_void_p) for name in _POINTERS]
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in _SIZES),
+        ("slope", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in _POINTERS),
+    ]
+
+    def activate(self, activation: Activation | None) -> None:
+        """Sets what comes last."""
+        self.activation = 0 if activation is None else 1 + KINDS_OF_ACTIVATIONS.index(activation.kind)
+        self.slope = 0.0 if activation is None else activation.slope
 
 
 class Kernel(NamedTuple):
@@ -77,8 +88,8 @@ class Kernel(NamedTuple):
         return int(2 * pixels * sizes.c_out * (sizes.c_in // max(1, sizes.groups)) * sizes.kernel_h * sizes.kernel_w)
 
 
-class Activation(NamedTuple):
-    """What is applied to x while it is read: relu(x * scale + shift).
+class Preactivation(NamedTuple):
+    """A BN before a convolution, which is applied to x while it is read: relu(x * scale + shift).
 
     Attributes:
         scale, shift: (C_in,), fp32, contiguous.
@@ -207,21 +218,22 @@ _TASKS, _MOST_FLOATS = 4, 2**14
 
 
 def elementwise(
-    x_shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, relu: bool, threads: int
+    x_shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, activation: Activation | None, threads: int
 ) -> Kernel:
-    """Returns the kernel of relu(x * scale + shift + residual), on channels_last images.
+    """Returns the kernel of act(x * scale + shift + residual), on channels_last images.
 
     Args:
         x_shape: (N, C, H, W), not empty.
         scale: (C,), fp32, contiguous; None for ones.
         shift: as scale; None for zeros.
-        relu: False leaves the ReLU away.
+        activation: comes last; None for none.
         threads: that a call may use.
     """
     n, channels, height, width = x_shape
     pixels = n * height * width
     block = max(1, min(_MOST_FLOATS // channels, pixels // (_TASKS * threads)))
-    arguments = Arguments(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=block, relu=relu)
+    arguments = Arguments(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=block)
+    arguments.activate(activation)
     for name, vector in (("scale", scale), ("bias", shift)):
         if vector is not None:
             _check(name, vector, (channels,))
@@ -297,49 +309,52 @@ class Bound:
         self._scratch = kernel.scratch * threads
         self._convolve = functools.partial(_convolve, found, KINDS.index(name), threads, kernel.scratch)
 
-    def kernel(self, relu: bool, activation: Activation | None = None) -> Kernel:
+    def kernel(self, activation: Activation | None, preactivation: Preactivation | None = None) -> Kernel:
         """Returns it as a kernel of a program, for a channels_last x.
 
         Args:
-            relu: False leaves the ReLU away.
-            activation: what x goes through first; `direct` has to copy for that.
+            activation: comes last; None for none.
+            preactivation: what x goes through first; `direct` has to copy for that.
         """
-        arguments = self._with(relu, activation)
+        arguments = self._with(activation, preactivation)
         if arguments.copies:
             _, c, h, w = self.shapes.x
             arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = c * h * w, 1, w * c, c
-        keeps = self._kernel.keeps if activation is None else (*self._kernel.keeps, activation.scale, activation.shift)
+        keeps = self._kernel.keeps
+        if preactivation is not None:
+            keeps = (*keeps, preactivation.scale, preactivation.shift)
         return self._kernel._replace(arguments=arguments, keeps=keeps)
 
-    def _with(self, relu: bool, activation: Activation | None) -> Arguments:
+    def _with(self, activation: Activation | None, preactivation: Preactivation | None) -> Arguments:
         """A copy of the arguments: other threads may be in a call of the same ones."""
         arguments = Arguments.from_buffer_copy(self._arguments)
-        arguments.relu = relu
-        if activation is not None:
+        arguments.activate(activation)
+        if preactivation is not None:
             if self.name == "direct" and not self.shapes.copies:
                 raise ValueError("direct activates x only where it copies rows")
-            for what, vector in (("activation.scale", activation.scale), ("activation.shift", activation.shift)):
+            scale, shift, relu = preactivation
+            for what, vector in (("preactivation.scale", scale), ("preactivation.shift", shift)):
                 _check(what, vector, self.shapes.x[1:2])
-            arguments.pre_scale, arguments.pre_shift = activation.scale.data_ptr(), activation.shift.data_ptr()
-            arguments.pre_relu = activation.relu
+            arguments.pre_scale, arguments.pre_shift = scale.data_ptr(), shift.data_ptr()
+            arguments.pre_relu = relu
         return arguments
 
     def __call__(
         self,
         x: Tensor,
         residual: Tensor | None = None,
-        relu: bool = True,
+        activation: Activation | None = RELU,
         overwrite_residual: bool = False,
-        activation: Activation | None = None,
+        preactivation: Preactivation | None = None,
     ) -> Tensor:
-        """Returns relu(conv(act(x)) * scale + bias + residual), channels_last.
+        """Returns act(conv(pre(x)) * scale + bias + residual), channels_last.
 
         Args:
             x: fp32, of the shape that it was made for; channels_last unless it copies.
             residual: the output's shape, channels_last; None for zeros.
-            relu: False leaves the ReLU away.
+            activation: comes last; None for none.
             overwrite_residual: write the result over the residual.
-            activation: what x goes through first; `direct` has to copy for that.
+            preactivation: what x goes through first; `direct` has to copy for that.
 
         Raises:
             ValueError: a tensor has another shape, dtype or device than it was made for.
@@ -349,16 +364,16 @@ class Bound:
             if torch.autograd._profiler_enabled():
                 # An operation of its own: a record_function would be shown as a range around none.
                 with torch._C._profiler._RecordFunctionFast(f"resnet_kernels::conv_bias_act.{self.name}"):
-                    return self._run(x, residual, relu, overwrite_residual, activation)
-            return self._run(x, residual, relu, overwrite_residual, activation)
+                    return self._run(x, residual, activation, overwrite_residual, preactivation)
+            return self._run(x, residual, activation, overwrite_residual, preactivation)
 
     def _run(
         self,
         x: Tensor,
         residual: Tensor | None,
-        relu: bool,
-        overwrite_residual: bool,
         activation: Activation | None,
+        overwrite_residual: bool,
+        preactivation: Preactivation | None,
     ) -> Tensor:
         # Native code believes what it is told, so each size and layout is checked here. It knows no lazy negation either.
         x = x.resolve_neg()
@@ -375,7 +390,7 @@ class Bound:
             y = residual if overwrite_residual else None
         if y is None:
             y = torch.empty(self._out_shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-        arguments = self._with(relu, activation)
+        arguments = self._with(activation, preactivation)
         arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
         if residual is not None:
             arguments.residual = residual.data_ptr()

@@ -130,10 +130,16 @@ static void convolve_copied(const Convolution *c, int64_t image, int64_t begin, 
              c->weight, NULL);
 }
 
+static Output output_at(const Convolution *c, float *y, const float *residual, int64_t step)
+{
+    int relu = c->activation == RELU;
+    return (Output){y, residual, c->scale, c->bias, step, c->c_out, relu, relu ? 0 : (int)c->activation, (float)c->slope};
+}
+
 static Output output_of(const Convolution *c, int64_t pixel)
 {
     int64_t at = pixel * c->c_out;
-    return (Output){c->y + at, c->residual ? c->residual + at : NULL, c->scale, c->bias, c->c_out, c->c_out, (int)c->relu};
+    return output_at(c, c->y + at, c->residual ? c->residual + at : NULL, c->c_out);
 }
 
 /* The maximum that keeps a NaN, as torch's does. */
@@ -158,7 +164,7 @@ static void pooled(const Convolution *c, int64_t task, float *scratch)
     int64_t top = most(0, begin * c->pool_stride - c->pool_top);
     int64_t bottom = least(c->out_h, (end - 1) * c->pool_stride - c->pool_top + c->pool_kernel);
     float *rows = scratch;
-    Output out = {rows, NULL, c->scale, c->bias, step, c->c_out, (int)c->relu};
+    Output out = output_at(c, rows, NULL, step);
     convolve_copied(c, image, top, bottom, 0, panels, scratch + pooled_rows(c) * c->out_w * step, &out);
     for (int64_t h = begin; h < end; h++)
         for (int64_t w = 0; w < c->pool_w; w++) {

@@ -143,6 +143,7 @@ static void convolve_groups(const Convolution *c, const float *const *rows, int6
             narrow_groups_8(rows, count, offsets, taps, w, out, channel, k);
 #endif
     }
+    activate_rows(out, 0, count, panel * PANEL, last * PANEL);
 }
 
 /* One task: `block` output rows of an image, some panels. */

@@ -1,4 +1,4 @@
-/* Layers that are no convolutions: scale, shift, residual and ReLU of each value, and pools of windows of pixels. */
+/* Layers that are no convolutions: scale, shift, residual and activation of each value, and pools of windows of pixels. */
 
 static int64_t no_scratch(const Convolution *c)
 {
@@ -37,6 +37,7 @@ static void elementwise_run(const Convolution *c, int64_t task, float *scratch)
                 v += out.residual[k];
             out.y[k] = out.relu ? relu_one(v) : v;
         }
+        activate_rows(&out, 0, 1, 0, channels);
     }
 }
 

@@ -28,7 +28,11 @@ typedef struct {
     const float *residual, *scale, *bias;
     int64_t step, c_out;
     int relu;
+    int later; /* an activation other than ReLU, for activate_rows: once the rows are stored */
+    float slope;
 } Output;
+
+#include "activations.h"
 
 /* Finishes rows of sums of the last channels, from `first` on. */
 static void finish_channels(const Output *out, int64_t row, int64_t count, int64_t first, const float *sums, int64_t step)
@@ -147,4 +151,6 @@ static void multiply(MicroKernel *const *kernels, const float *const *rows, int6
             summed++;
         }
     }
+    if (out)
+        activate_rows(out, 0, count, first * PANEL, last * PANEL);
 }

@@ -133,6 +133,7 @@ static int transform_out(const Convolution *c, const float *m, int64_t plane, Ti
                 float rest[PANEL];
                 store(rest, sums[0]), store(rest + WIDTH, sums[1]);
                 finish_channels(&out, 0, 1, panel * PANEL, rest, 0);
+                activate_rows(&out, 0, 1, panel * PANEL, c->c_out);
                 continue;
             }
             for (int half = 0; half < 2; half++) {
@@ -146,6 +147,7 @@ static int transform_out(const Convolution *c, const float *m, int64_t plane, Ti
                     sum += load(out.residual + channel);
                 store(out.y + channel, out.relu ? relu(sum) : sum);
             }
+            activate_rows(&out, 0, 1, panel * PANEL, (panel + 1) * PANEL);
         }
     return 1;
 }

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..activations import RELU
 from ..geometry import Geometry
 from . import conv_layout as conv
 from .conv_layout import ConvShape, LaunchPlan
@@ -231,7 +232,7 @@ def plan(
     tile = TmaConfig(
         config.block_m, kind.width, config.block_k, config.num_warps, config.num_stages, 1, config.programs_per_sm
     )  # fmt: skip
-    front = conv.plan(ConvShape(x_shape, conv2_shape, geometry), relus[0], upcast, tile)
+    front = conv.plan(ConvShape(x_shape, conv2_shape, geometry), RELU if relus[0] else None, upcast, tile)
     width, (batch, out_h, out_w) = conv2_shape[0], front.views["y_desc"].shape[:3]
     box = front.views["y_desc"].box[:3]
 

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launching
+from ..activations import Activation
 from ..geometry import Geometry
 from ..layouts import contiguous
 from ..operands import ConvOperands
@@ -77,7 +78,8 @@ def _conv_bias_act_tma_kernel(
     SKIP: tl.constexpr,  # skip taps outside of the image: the box is one pixel of many images
     SPLIT_K: tl.constexpr,  # programs that share a tile's steps
     FLATTEN: tl.constexpr,  # tiles and their steps are one loop, so that the next tile's loads go on behind this one's
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     UPCAST: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -114,7 +116,7 @@ def _conv_bias_act_tma_kernel(
             tl.debug_barrier()
             store_part(
                 acc, shortcut_scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-                RELU, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr, parked_ptr=own_ptr,
+                ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr, parked_ptr=own_ptr,
             )  # fmt: skip
         else:
             acc = convolve(
@@ -132,7 +134,7 @@ def _conv_bias_act_tma_kernel(
                     acc = add_up(parked_ptr + tile * (SPLIT_K * TILE), SPLIT_K, BLOCK_N, BLOCK_M)
                 store_part(
                     acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, residual_desc, y_desc, c_out,
-                    n, h, w, channel, RELU, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr,
+                    n, h, w, channel, ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr,
                 )  # fmt: skip
 
 
@@ -160,17 +162,17 @@ def launch(operands: ConvOperands, config: TmaConfig | None = None, shortcut: Sh
     Args:
         operands: `why_not` lets them pass.
         config: a tile; None lets `choose_config` pick one.
-        shortcut: `why_not_merged` lets it pass. Its convolution is added before the ReLU, and its sums are never rounded.
+        shortcut: `why_not_merged` lets it pass. Its convolution is added before the activation; its sums are never rounded.
 
     Returns:
         y, channels_last.
     """
-    x, weight, _, _, _, geometry, relu = operands
+    x, weight, _, _, _, geometry, activation = operands
     conv = ConvShape(tuple(x.shape), tuple(weight.shape), geometry)
     projection = None
     if shortcut is not None:
         projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
-    return Bound(conv, relu, x.dtype, x.device, config, projection)(*operands[:5], shortcut)
+    return Bound(conv, activation, x.dtype, x.device, config, projection)(*operands[:5], shortcut)
 
 
 class Bound:
@@ -178,7 +180,7 @@ class Bound:
 
     Args:
         conv: shapes that `why_not` lets pass.
-        relu: whether a ReLU comes last.
+        activation: comes last; None for none.
         dtype: the operands' dtype.
         device: the operands' device.
         config: the tile; None to choose one by the shapes.
@@ -190,13 +192,13 @@ class Bound:
     def __init__(
         self,
         conv: ConvShape,
-        relu: bool,
+        activation: Activation | None,
         dtype: torch.dtype,
         device: torch.device,
         config: TmaConfig | None = None,
         projection: ConvShape | None = None,
     ):
-        self.todo = todo = plan(conv, relu, dot_needs_fp32(dtype), config, projection)
+        self.todo = todo = plan(conv, activation, dot_needs_fp32(dtype), config, projection)
         self.dtype, config = dtype, todo.config
         n_tiles, tile = todo.integers["n_tiles"], config.block_m * config.block_n
         programs = min(n_tiles * config.split_k, multiprocessors(device) * config.programs_per_sm)

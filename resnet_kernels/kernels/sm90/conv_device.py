@@ -246,7 +246,8 @@ def store_part(
     h,
     w,
     channel,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BOX_H: tl.constexpr,
     BOX_W: tl.constexpr,
@@ -271,8 +272,7 @@ def store_part(
         acc = acc.T
         if residual_desc is not None:
             acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
-        if RELU:
-            acc = elementwise.relu(acc)
+        acc = elementwise.activate(acc, ACT, SLOPE)
         y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
     else:
         # In parts the residual takes less shared memory: at 128x128 a program has 104 KiB, not 128, and two fit on an SM.
@@ -280,9 +280,9 @@ def store_part(
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         store_part(
             left, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST, shortcut_bias_ptr, parked_ptr,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST, shortcut_bias_ptr, parked_ptr,
         )  # fmt: skip
         store_part(
             right, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST + HALF, shortcut_bias_ptr, parked_ptr,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST + HALF, shortcut_bias_ptr, parked_ptr,
         )  # fmt: skip

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..activations import Activation, as_constexprs
 from ..geometry import Geometry
 from .conv_tiles import FULL_MACHINE, MOST_SHARES, TmaConfig, cdiv, choose_box, choose_config
 from .descriptors import View, dense_view
@@ -173,7 +174,7 @@ class Plan(LaunchPlan):
 @lru_cache(_CACHED)
 def plan(
     conv: ConvShape,
-    relu: bool,
+    activation: Activation | None,
     upcast: bool = False,
     config: TmaConfig | None = None,
     shortcut: ConvShape | None = None,
@@ -182,7 +183,7 @@ def plan(
 
     Args:
         conv: the convolution.
-        relu: whether a ReLU comes last.
+        activation: comes last; None for none.
         upcast: whether products need fp32 operands (target.dot_needs_fp32).
         config: the tile; None to choose one.
         shortcut: a projection that `why_not_merged` lets pass, or None.
@@ -252,7 +253,7 @@ def plan(
             SKIP=box[1:] == (1, 1) and taps > 1 and not in_pairs and not shortcut,
             SPLIT_K=config.split_k,
             FLATTEN=config.flatten,
-            RELU=relu,
+            **as_constexprs(activation),
             UPCAST=upcast,
             BOX_N=box[0],
             BOX_H=box[1],

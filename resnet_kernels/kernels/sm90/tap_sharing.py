@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launching
+from ..activations import Activation, as_constexprs
 from ..geometry import Geometry
 from ..layouts import contiguous
 from ..operands import ConvOperands
@@ -77,7 +78,8 @@ def _tap_sharing_tma_kernel(
     tiles_c,
     c_out,
     N_CHUNKS: tl.constexpr,  # steps of BLOCK_K over the input channels
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    SLOPE: tl.constexpr,
     UPCAST: tl.constexpr,
     BOX_N: tl.constexpr,
     BOX_H: tl.constexpr,
@@ -117,11 +119,11 @@ def _tap_sharing_tma_kernel(
             odd = tl.dot(right, x3, odd)
         store_part(
             even, scale_ptr, bias_ptr, even_residual_desc, even_y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, PARTS,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS,
         )  # fmt: skip
         store_part(
             odd, scale_ptr, bias_ptr, odd_residual_desc, odd_y_desc, c_out, n, h, w, channel,
-            RELU, BLOCK_M, BOX_H, BOX_W, PARTS,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS,
         )  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def why_not(
 
 @lru_cache(_CACHED)
 def plan(
-    x_shape: tuple[int, ...], c_out: int, relu: bool, upcast: bool = False, config: TmaConfig = CONFIGS[0]
+    x_shape: tuple[int, ...], c_out: int, activation: Activation | None, upcast: bool = False, config: TmaConfig = CONFIGS[0]
 ) -> LaunchPlan:  # fmt: skip
     """Lays out a convolution that `why_not` lets pass, for the launcher and the compile-only tests."""
     batch, c_in, height, width = x_shape
@@ -163,8 +165,8 @@ def plan(
         views,
         dict(n_tiles=prod(tiles), tiles_h=tiles[1], tiles_w=tiles[2], tiles_c=tiles[3], c_out=c_out),
         dict(
-            N_CHUNKS=c_in // config.block_k, RELU=relu, UPCAST=upcast, BOX_N=box[0], BOX_H=box[1], BOX_W=box[2],
-            BLOCK_N=config.block_n, BLOCK_K=config.block_k, PARTS=config.parts,
+            N_CHUNKS=c_in // config.block_k, **as_constexprs(activation), UPCAST=upcast,
+            BOX_N=box[0], BOX_H=box[1], BOX_W=box[2], BLOCK_N=config.block_n, BLOCK_K=config.block_k, PARTS=config.parts,
         ),
     )  # fmt: skip
 
@@ -175,8 +177,8 @@ def launch(operands: ConvOperands, config: TmaConfig = CONFIGS[0]) -> Tensor:
     Returns:
         y, channels_last.
     """
-    x, weight, bias, residual, scale, geometry, relu = operands
-    todo = plan(tuple(x.shape), weight.shape[0], relu, dot_needs_fp32(x.dtype), config)
+    x, weight, bias, residual, scale, geometry, activation = operands
+    todo = plan(tuple(x.shape), weight.shape[0], activation, dot_needs_fp32(x.dtype), config)
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .network import Gemm, Network, Operation
+from .network import ACTIVATIONS, Gemm, Network, Operation
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Group:
 
 
 def layers(net: Network) -> list[Group]:
-    """Groups convolutions with their epilogues: a BN, add or ReLU joins the kernel that makes its input.
+    """Groups convolutions with their epilogues: a BN, add or activation joins the kernel that makes its input.
 
     It joins only if nobody else reads that input. An add joins the deeper of its two branches; the shortcut is its residual.
     """
@@ -88,8 +88,8 @@ def _takes(group: Group, kind: str) -> bool:
     last = group.operations[-1].kind
     if kind == "conv":
         return last == "pad"
-    before = {"bn": ("conv",), "add": ("conv", "bn"), "relu": ("conv", "bn", "add", "matmul")}
-    return last in before.get(kind, ())
+    before = {"bn": ("conv",), "add": ("conv", "bn")}
+    return last in (("conv", "bn", "add", "matmul") if kind in ACTIVATIONS else before.get(kind, ()))
 
 
 def _replaced(groups: Sequence[Group], merged: dict[int, Group | None]) -> list[Group]:
@@ -98,7 +98,7 @@ def _replaced(groups: Sequence[Group], merged: dict[int, Group | None]) -> list[
     return [group for group in new if group is not None]
 
 
-_POINTWISE = ("bn", "relu", "add", "pad")
+_POINTWISE = ("bn", "add", "pad", *ACTIVATIONS)
 
 
 def pointwise(net: Network) -> list[Group]:
@@ -133,7 +133,7 @@ def merge_shortcuts(groups: Sequence[Group], net: Network) -> list[Group]:
     merged: dict[int, Group | None] = {}
     for group in groups:
         adder = adders.get(group.output)
-        if group.conv and adder and not group.kinds & {"relu", "add"}:
+        if group.conv and adder and not group.kinds & {"add", *ACTIVATIONS}:
             merged[adder.output] = Group((*group.operations, *adder.operations), adder.conv)
             merged[group.output] = None
     return _replaced(groups, merged)

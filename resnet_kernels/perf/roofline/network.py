@@ -29,10 +29,19 @@ _KINDS = {
     "cudnn_batch_norm": "bn",
     "_native_batch_norm_legit_no_training": "bn",
     "relu": "relu",
+    "hardtanh": "relu6",
+    "leaky_relu": "leaky_relu",
+    "silu": "silu",
+    "gelu": "gelu",
+    "hardswish": "hardswish",
     "add": "add",
     "max_pool2d_with_indices": "max_pool",
     "constant_pad_nd": "pad",
 }
+
+
+# Kinds that can end a fused operation.
+ACTIVATIONS = frozenset({"relu", "relu6", "leaky_relu", "silu", "gelu", "hardswish"})
 
 
 @dataclass(frozen=True)
@@ -76,9 +85,9 @@ class Gemm:
 class Operation:
     """One ATen operation.
 
-    name: its module's path, and its kind where a module has several. kind: conv, matmul, bn, relu, add, max_pool, pad or
-    other. reads: (value, number of elements read) for each activation. writes: the value that it makes. elements: number
-    of elements of that value. gemm: the GEMM of a conv or matmul.
+    name: its module's path, and its kind where a module has several. kind: conv, matmul, bn, add, max_pool, pad, one of
+    ACTIVATIONS, or other. reads: (value, number of elements read) for each tensor. writes: the value that it makes.
+    elements: number of elements of that value. gemm: the GEMM of a conv or matmul.
     """
 
     name: str

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.recipe import CallStep, ConvStep, NormStep
+from ...kernels.activations import RELU
 from ...ops.conv_problem import ConvProblem
 from ...runtime.gpu import launches, multi_layer
 from ...runtime.gpu.constants import Constants
@@ -32,10 +33,10 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
     parts: dict[str, Any] = {}
     for role, conv in convs.items():
         residual = None if role != "conv3" else projected if asked.shortcut else 1
-        step = ConvStep(role, None, conv.relu, reads[role], makes[role], residual)
+        step = ConvStep(role, None, conv.activation, reads[role], makes[role], residual)
         parts[role] = ConvPart(step, random_conv(conv, draw), None)
     if asked.norm:
-        parts["norm"] = NormPart(NormStep("norm", True, y, normed), random_norm(asked.conv3.weight_shape[0], draw))
+        parts["norm"] = NormPart(NormStep("norm", RELU, y, normed), random_norm(asked.conv3.weight_shape[0], draw))
     inputs = {
         0: (asked.conv2 or asked.conv3).x_shape(batch),
         1: asked.shortcut.x_shape(batch) if asked.shortcut else output_shape(asked.conv3, batch),
@@ -47,7 +48,9 @@ def link_problem(asked: LinkProblem, batch: int, dtype: torch.dtype, device: tor
 
 def stem_problem(asked: StemProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
     """Returns the problem of a network's first convolution and its max-pool."""
-    conv = ConvPart(ConvStep("conv", None, asked.conv.relu, 0, 1), random_conv(asked.conv, Draw(dtype, device)), None)
+    conv = ConvPart(
+        ConvStep("conv", None, asked.conv.activation, 0, 1), random_conv(asked.conv, Draw(dtype, device)), None
+    )
     kernel_size, stride, padding, dilation, ceil_mode = asked.window
     pool = nn.MaxPool2d(kernel_size, stride, padding, dilation, ceil_mode=ceil_mode)
     parts = Stem(conv, CallPart(CallStep("pool", True, (1,), 2), pool)).parts

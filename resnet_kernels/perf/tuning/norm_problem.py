@@ -1,10 +1,11 @@
-"""Problem to tune of a BN, residual add and ReLU."""
+"""Problem to tune of a BN, residual add and activation."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
+from ...kernels import activations
 from ...ops import backends
 from ...ops.batch_norm_act import NormProblem
 from ...ops.batch_norm_act import untuned as untuned_norm
@@ -13,7 +14,10 @@ from .random_operands import Draw
 
 
 def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
-    """Returns the problem of a BN, residual add and ReLU; in training (y, dx, dresidual, dweight, dbias) are the outputs."""
+    """Returns the problem of a BN, residual add and activation.
+
+    In training (y, dx, dresidual, dweight, dbias) are the outputs.
+    """
     shape = (batch, asked.channels, asked.height, asked.width)
 
     def operands() -> tuple:
@@ -31,10 +35,12 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
 
     def ours(backend: str):
         op = torch.ops.resnet_kernels.batch_norm_act.default
-        return lambda *tensors: run(lambda *arguments: op(*arguments, backend)[0], *tensors)
+        return lambda *tensors: run(
+            lambda *arguments: op(*arguments[:-1], *activations.as_arguments(arguments[-1]), backend)[0], *tensors
+        )
 
     def run(run_norm, x, residual, weight, bias, mean, var, dy):
-        settings = (asked.training, 0.1, 1e-5, asked.relu)
+        settings = (asked.training, 0.1, 1e-5, asked.activation)
         if not asked.training:
             return run_norm(x, residual, weight, bias, mean, var, *settings)
         with torch.enable_grad():
@@ -67,7 +73,7 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
     )
 
 
-def _by_pytorch(x, residual, weight, bias, mean, var, training, momentum, eps, relu):
+def _by_pytorch(x, residual, weight, bias, mean, var, training, momentum, eps, activation):
     y = F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
     y = y if residual is None else y + residual
-    return torch.relu(y) if relu else y
+    return activations.apply(activation, y)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...kernels.activations import RELU
 from ...kernels.cpu import convolution
 from ...ops import cpu_candidates, onednn, reference
 from ...ops.conv_problem import PackedProblem
@@ -30,7 +31,7 @@ def packed_problem(
         return x, draw(weight_shape, (weight_size // weight_shape[0]) ** -0.5), draw(y_shape[1:2])
 
     def eager(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return reference.conv_bias_act(x, weight, bias, None, None, geometry, True)
+        return reference.conv_bias_act(x, weight, bias, None, None, geometry, RELU)
 
     def truth(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return eager(x.double(), weight.double(), bias.double())
@@ -73,9 +74,9 @@ def _prepare(name: str, asked: PackedProblem, x: Tensor, weight: Tensor, bias: T
         shapes = cpu_candidates.own_shapes(tuple(x.shape), asked.conv.weight_shape, geometry)
         return convolution.Bound(name, shapes, packed, None, bias, torch.get_num_threads())
     if onednn.is_for_aten(x.shape, x.dtype, weight.shape, geometry.stride):
-        return lambda x: reference.conv_bias_act(x, weight, bias, None, None, geometry, True)
+        return lambda x: reference.conv_bias_act(x, weight, bias, None, None, geometry, RELU)
     packed, arguments = onednn.pack_weight(weight, geometry, x.shape), onednn.arguments(geometry)
     # A bound of 0: its own ReLU may run, as it does in a model whose values are in bounds.
     return lambda x: onednn.run(
-        reference.pad_if_asymmetric(x, geometry), packed, bias, None, arguments, relu=True, bound=0.0
+        reference.pad_if_asymmetric(x, geometry), packed, bias, None, arguments, activation=RELU, bound=0.0
     )

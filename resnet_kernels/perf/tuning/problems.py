@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...fusion.convert import fuse
+from ...kernels.activations import Activation
 from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
@@ -74,7 +75,7 @@ _FLOPS_PER_BYTE = 184
 
 def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
     """Returns the problem of a convolution with its epilogue."""
-    geometry, relu = asked.geometry, asked.relu
+    geometry, activation = asked.geometry, asked.activation
     x_shape, weight_shape = asked.x_shape(batch), asked.weight_shape
     y_shape = geometry.out_shape(x_shape, weight_shape)
     x_size, y_size, weight_size = (torch.Size(shape).numel() for shape in (x_shape, y_shape, weight_shape))
@@ -91,7 +92,7 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
         )
 
     def eager(x, weight, bias, residual, scale):
-        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, relu)
+        return reference.conv_bias_act(x, weight, bias, residual, scale, geometry, activation)
 
     def truth(x, weight, bias, residual, scale):
         step = max(1, _REFERENCE * batch // max(x_size, y_size))
@@ -112,7 +113,7 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
         dtype=dtype,
         device=device,
         default=names[0],
-        candidates={name: _runner(name, geometry, relu) for name in names},
+        candidates={name: _runner(name, geometry, activation) for name in names},
         operands=operands,
         eager=eager,
         reference=truth,
@@ -122,9 +123,9 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
     )
 
 
-def _runner(name: str, geometry: Geometry, relu: bool) -> conv_candidates.Run:
+def _runner(name: str, geometry: Geometry, activation: Activation | None) -> conv_candidates.Run:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None) -> Tensor:
-        operands = ConvOperands(x, weight, bias, residual, scale, geometry, relu)
+        operands = ConvOperands(x, weight, bias, residual, scale, geometry, activation)
         # A plan folds for these candidates, and the copy's time is theirs.
         return conv_candidates.run(name, operands.folded() if name in conv_candidates.FOLDING else operands)
 

@@ -42,7 +42,7 @@ def trained_problem(
     def eager(*tensors: Tensor) -> tuple[Tensor, Tensor]:
         return run(
             lambda x, weight, bias, geometry: reference.conv_bias_act(
-                *ConvOperands(x, weight, bias, None, None, geometry, False)
+                *ConvOperands(x, weight, bias, None, None, geometry, None)
             ),
             *tensors,
         )

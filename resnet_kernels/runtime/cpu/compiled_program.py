@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.recipe import Recipe
+from ...kernels.activations import RELU, Activation
 from ...kernels.cpu import convolution, plans
-from ...kernels.cpu.convolution import Activation, Kernel
+from ...kernels.cpu.convolution import Kernel, Preactivation
 from ...kernels.cpu.program import Layer, Memories, Program, Slice
 from ...ops import tuned_table
 from ...ops.layouts import is_channels_last
@@ -223,7 +224,7 @@ class _Layers:
         recipe, parts, packs = section.recipe, section.live.parts, section.copies.packs
         on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
         numbers = {0: self.result}  # of the program's values, by the recipe's
-        pending: dict[int, Activation] = {}  # by the recipe's number of what the BN makes
+        pending: dict[int, Preactivation] = {}  # by the recipe's number of what the BN makes
         for part in parts:
             label, first = f"{section.path}.{part.step}".lstrip("."), part.step.inputs[0]
             x, shape = numbers[first], self._shapes[numbers[first]]
@@ -238,21 +239,23 @@ class _Layers:
                 continue
             residual = None if part.step.residual is None else numbers[part.step.residual]
             if isinstance(part, NormPart):
-                activation = neighbors.activation_of(packs.get(pack_name(part)), part, shape[1])
-                if activation is None:
+                preactivation = neighbors.preactivation_of(packs.get(pack_name(part)), part, shape[1])
+                if preactivation is None:
                     raise _HasNoKernel
                 readers = [
                     packs.get(pack_name(p)) for p in parts if isinstance(p, ConvPart) and p.step.x == part.step.out
                 ]
                 if part.step.out in on_load and all(_activates(reader, torch.Size(shape)) for reader in readers):
-                    pending[part.step.out], numbers[part.step.out] = activation, x
+                    pending[part.step.out], numbers[part.step.out] = preactivation, x
                     continue
                 kernel = convolution.elementwise(
-                    shape, activation.scale, activation.shift, part.step.relu, self._threads
+                    shape, preactivation.scale, preactivation.shift, part.step.activation, self._threads
                 )
             else:
                 pool = pools.get(part.step.out)
-                kernel = self._convolution(packs.get(pack_name(part)), shape, part.step.relu, pending.get(first), pool)
+                kernel = self._convolution(
+                    packs.get(pack_name(part)), shape, part.step.activation, pending.get(first), pool
+                )
             numbers[part.step.out] = self._layer(kernel, x, residual, label)
             if isinstance(part, ConvPart) and kernel.arguments.pool_h:
                 reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)
@@ -264,10 +267,10 @@ class _Layers:
     def _add_head(self, linear: PackedLinear) -> None:
         value, shape = self.result, self.out_shape
         if linear.norm is not None:
-            activation = linear.norm.activation
-            if activation is None or len(activation.scale) != shape[1]:
+            norm = linear.norm.preactivation
+            if norm is None or len(norm.scale) != shape[1]:
                 raise _HasNoKernel
-            kernel = convolution.elementwise(shape, activation.scale, activation.shift, True, self._threads)
+            kernel = convolution.elementwise(shape, norm.scale, norm.shift, RELU, self._threads)
             value = self._layer(kernel, value, None, linear.pool_path)
         pooled = self._layer(convolution.global_average(shape), value, None, linear.pool_path)
         if linear.norm is not None:
@@ -275,7 +278,7 @@ class _Layers:
         bound = linear.bound(*self._shapes[pooled][:2])
         if bound is None:
             raise _HasNoKernel
-        self.result = self._layer(bound.kernel(relu=False), pooled, None, linear.path)
+        self.result = self._layer(bound.kernel(None), pooled, None, linear.path)
 
     def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
         """Adds a layer; returns the number of its output."""
@@ -290,28 +293,28 @@ class _Layers:
         self,
         pack: Any,
         shape: tuple[int, ...],
-        relu: bool,
         activation: Activation | None,
+        preactivation: Preactivation | None,
         pool: nn.MaxPool2d | None,
     ) -> Kernel:
         size = torch.Size(shape)
         if not _runs_ours(pack, size):
             raise _HasNoKernel
         bound = pack.own(size)
-        if activation is not None:
+        if preactivation is not None:
             bound = pack.activated(size)
         elif pool is not None:
             bound = neighbors.pooled(pack, pool, size) or bound
-        kernel: Kernel = bound.kernel(relu, activation)
+        kernel: Kernel = bound.kernel(activation, preactivation)
         return kernel
 
     def _call(self, part: CallPart, inputs: list[int], label: str) -> int:
-        """An add, a ReLU or a pool."""
+        """An add, an activation or a pool."""
         shape = self._shapes[inputs[0]]
         if part.child is None:
             other = inputs[1] if len(inputs) > 1 else None
-            relu = part.step.what != "add"
-            return self._layer(convolution.elementwise(shape, None, None, relu, self._threads), inputs[0], other, label)
+            kernel = convolution.elementwise(shape, None, None, part.step.activation, self._threads)
+            return self._layer(kernel, inputs[0], other, label)
         if type(part.child) is nn.Identity:
             return inputs[0]
         kind, pool = _pool(part.child, shape[2:])

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from ...graph import fusible
 from ...graph.recipe import Recipe
+from ...kernels.activations import Activation
 from ...kernels.cpu import library
-from ...kernels.cpu.convolution import Activation
+from ...kernels.cpu.convolution import Preactivation
 from ...ops import onednn
 from .. import checked_calls, run_steps
 from ..parts import CallPart, ConvPart, NormPart, Part, pack_name
@@ -57,7 +58,7 @@ def run(
     bounds: dict[int, float | None] = {0: x_bound}
     parts = run.live.parts
     on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
-    pending: dict[int, tuple[NormPart, Activation]] = {}  # BNs by the value that they stand in for
+    pending: dict[int, tuple[NormPart, Preactivation]] = {}  # BNs by the value that they stand in for
     done: set[int] = set()  # convolutions that pooled, too
 
     def pack_of(part: ConvPart, x: Tensor) -> PackedConv:
@@ -70,9 +71,9 @@ def run(
     def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
         step, pack = part.step, pack_of(part, x)
         bound = math.inf
-        own, activation = None, None
+        own, preactivation = None, None
         if step.x in pending:
-            activation = pending[step.x][1]
+            preactivation = pending[step.x][1]
             own = pack.activated(x.shape)
             assert own is not None  # run_part has asked
         elif step.out in pools and (own := neighbors.pooled(pack, pools[step.out], x.shape)) is not None:
@@ -82,37 +83,37 @@ def run(
             if step.residual is not None:
                 assert residual is not None
                 bound += onednn.bound(residual, bounds[step.residual])
-            bounds[step.out] = bound
+            bounds[step.out] = bound if step.activation is None else step.activation.gain * bound
         overwrite = step.overwrites_residual and (step.residual != 0 or owned)
         if overwrite and any(values.get(value) is residual for value in pending):
             overwrite = False  # its BN has not been read by all
 
-        def convolution(residual: Tensor | None, relu: bool) -> Tensor:
+        def convolution(residual: Tensor | None, activation: Activation | None) -> Tensor:
             if own is not None:
-                return own(x, residual, relu, overwrite, activation)
-            return pack(x, residual, relu, bound, overwrite)
+                return own(x, residual, activation, overwrite, preactivation)
+            return pack(x, residual, activation, bound, overwrite)
 
         return run_steps.with_residual(
-            convolution, lambda: pack.out_shape(x.shape), x.dtype, residual, step.relu, "cpu"
+            convolution, lambda: pack.out_shape(x.shape), x.dtype, residual, step.activation, "cpu"
         )  # fmt: skip
 
     def run_part(part: Part, values: Values) -> Tensor:
         bounds[part.step.out] = None
         if isinstance(part, NormPart) and fusible.is_frozen(part.bn):
             x = values[part.step.x]
-            activation = neighbors.activation_of(copies.packs.get(pack_name(part)), part, x.shape[1])
-            if activation is not None and part.step.out in on_load and x.dtype == torch.float32:
+            preactivation = neighbors.preactivation_of(copies.packs.get(pack_name(part)), part, x.shape[1])
+            if preactivation is not None and part.step.out in on_load and x.dtype == torch.float32:
                 readers = [
                     reader for reader in parts if isinstance(reader, ConvPart) and reader.step.x == part.step.out
                 ]
                 if all(pack_of(reader, x).activated(x.shape) is not None for reader in readers):
-                    pending[part.step.out] = part, activation
+                    pending[part.step.out] = part, preactivation
                     return x
         if isinstance(part, ConvPart) and part.step.x in pending:
             x = values[part.step.x]
             if pack_of(part, x).activated(x.shape) is None:  # a weight was changed since
                 norm, _ = pending.pop(part.step.x)
-                values[part.step.x] = run_steps.normalize(norm.bn, x, None, norm.step.relu, "cpu")
+                values[part.step.x] = run_steps.normalize(norm.bn, x, None, norm.step.activation, "cpu")
         if isinstance(part, CallPart) and part.step.inputs[0] in done:
             return values[part.step.inputs[0]]
         y = run_steps.run_part(part, values, "cpu", convolve)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from ...kernels.cpu.convolution import Activation, Bound
+from ...kernels.activations import RELU
+from ...kernels.cpu.convolution import Bound, Preactivation
 from ...kernels.cpu.plans import Pool
 from ...models.same_padding import MaxPool2dSame
 from ..parts import CallPart, ConvPart, NormPart, Part, window_of
@@ -20,8 +21,12 @@ from .packed_norm import PackedNorm
 
 
 def norms_on_load(parts: Sequence[Part], result: int) -> set[int]:
-    """Returns the numbers of the values that a BN makes for nobody but convolutions."""
-    made = {part.step.out for part in parts if isinstance(part, NormPart) and part.step.residual is None}
+    """Returns the numbers of the values that a BN, with or without a ReLU, makes for nobody but convolutions."""
+    made = {
+        part.step.out
+        for part in parts
+        if isinstance(part, NormPart) and part.step.residual is None and part.step.activation in (None, RELU)
+    }
     for part in parts:
         reads = set(part.step.inputs)
         if isinstance(part, ConvPart):
@@ -47,18 +52,20 @@ def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
     return found
 
 
-def activation_of(pack: object, part: NormPart, channels: int) -> Activation | None:
+def preactivation_of(pack: object, part: NormPart, channels: int) -> Preactivation | None:
     """Returns what a BN before a convolution does to its input; None if its vectors don't fit, where eager has an error.
+
+    Of activations behind the BN it has ReLU alone.
 
     Args:
         pack: the BN's, if there is one.
         part: the BN's step.
         channels: of the input.
     """
-    activation = pack.activation if isinstance(pack, PackedNorm) else None
-    if activation is None or activation.scale.numel() != channels:
+    found = pack.preactivation if isinstance(pack, PackedNorm) else None
+    if found is None or found.scale.numel() != channels:
         return None
-    return activation._replace(relu=part.step.relu)
+    return found._replace(relu=part.step.activation == RELU)
 
 
 def pooled(pack: PackedConv, child: nn.MaxPool2d, x_shape: torch.Size) -> Bound | None:

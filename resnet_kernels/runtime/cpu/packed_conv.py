@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.fusible import BatchNorm
+from ...kernels.activations import RELU, Activation
 from ...kernels.cpu import convolution, plans
 from ...kernels.geometry import Geometry
 from ...ops import cpu_candidates, onednn, reference, tuned_table
@@ -253,28 +254,37 @@ class PackedConv:
         """Output shape for an input that it `fits`."""
         return torch.Size(self._at(x_shape).geometry.out_shape(x_shape, self._conv.weight.shape))
 
-    def call(self, sized: SizedConv, residual: object, relu: bool, overwrite_residual: bool) -> tuple[Any, ...]:
-        """The single call that `__call__` makes if oneDNN's ReLU is safe, as onednn.call gives it."""
+    def call(
+        self, sized: SizedConv, residual: object, activation: Activation | None, overwrite_residual: bool
+    ) -> tuple[Any, ...]:
+        """The single call that `__call__` makes if oneDNN's ReLU is safe, as onednn.call gives it; oneDNN has no other."""
         if sized.own is not None:
-            return sized.own, False, (relu, overwrite_residual) if residual is not None else (None, relu)
-        assert sized.weight is not None  # it is one call
-        return onednn.call(sized.weight, self.bias, residual is not None, sized.arguments, relu, overwrite_residual)
+            return sized.own, False, (activation, overwrite_residual) if residual is not None else (None, activation)
+        assert sized.weight is not None and activation in (None, RELU)  # it is one call
+        return onednn.call(
+            sized.weight, self.bias, residual is not None, sized.arguments, activation == RELU, overwrite_residual
+        )
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, relu: bool, bound: float, overwrite_residual: bool
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        activation: Activation | None,
+        bound: float,
+        overwrite_residual: bool,
     ) -> Tensor:
-        """Returns relu(bn(conv(x)) + residual); see onednn.run.
+        """Returns act(bn(conv(x)) + residual); see onednn.run.
 
         It `fits` x. x and residual are channels_last; `bound` is a bound on the sum's magnitude, of use to oneDNN alone.
         """
         sized = self._at(x.shape)
         if sized.own is not None:
-            return sized.own(x, residual, relu, overwrite_residual)
+            return sized.own(x, residual, activation, overwrite_residual)
         if self._unfolded is not None:
             weight, shift, scale = self._unfolded
-            return reference.conv_bias_act(x, weight, shift, residual, scale, sized.geometry, relu)
+            return reference.conv_bias_act(x, weight, shift, residual, scale, sized.geometry, activation)
         assert sized.weight is not None
         if sized.for_aten:
-            return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, relu)
+            return reference.conv_bias_act(x, sized.weight, self.bias, residual, None, sized.geometry, activation)
         x = reference.pad_if_asymmetric(x, sized.geometry)
-        return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, relu, bound, overwrite_residual)
+        return onednn.run(x, sized.weight, self.bias, residual, sized.arguments, activation, bound, overwrite_residual)

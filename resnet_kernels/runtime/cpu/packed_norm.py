@@ -7,20 +7,20 @@ from torch import nn
 
 from ...graph import fusible
 from ...graph.fusible import BatchNorm
-from ...kernels.cpu.convolution import Activation
+from ...kernels.cpu.convolution import Preactivation
 from ..parts import scale_shift
 from .watched_tensors import WatchedTensors
 
 
 class PackedNorm:
-    """A BN in eval mode as relu(x * scale + shift), with the interface of PackedConv's checks.
+    """A BN in eval mode as act(x * scale + shift), with the interface of PackedConv's checks.
 
     Attributes:
         dtype: of the vectors.
-        activation: without the ReLU; None if the BN's vectors differ in length, where eager has an error to raise.
+        preactivation: without what follows; None if the BN's vectors differ in length, where eager has an error to raise.
     """
 
-    __slots__ = ("_bn", "_eps", "_watched", "activation")
+    __slots__ = ("_bn", "_eps", "_watched", "preactivation")
     dtype = torch.float32
 
     def __init__(self, bn: BatchNorm):
@@ -30,7 +30,7 @@ class PackedNorm:
         scale, shift = scale_shift(None, bn)
         assert scale is not None and shift is not None
         scale, shift = (vector.detach().float().contiguous() for vector in (scale, shift))
-        self.activation = Activation(scale, shift, False) if scale.shape == shift.shape else None
+        self.preactivation = Preactivation(scale, shift, False) if scale.shape == shift.shape else None
 
     @property
     def sources(self) -> WatchedTensors:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...graph import fusible
 from ...graph.fusible import BatchNorm
 from ...graph.recipe import ConvStep, Recipe
+from ...kernels.activations import RELU
 from ...kernels.cpu.program import Memories
 from ...ops import onednn, tuned_table
 from .. import profiler_ranges
@@ -121,7 +122,7 @@ class PackedProgram:
             return
         for step in steps:
             conv = packs[step.conv, step.bn].at(shapes[step.x])
-            if conv is None or not conv.is_one_call:
+            if conv is None or not conv.is_one_call or (conv.own is None and step.activation not in (None, RELU)):
                 return
             sized[step.out] = conv
             shapes[step.out] = packs[step.conv, step.bn].out_shape(shapes[step.x])
@@ -132,7 +133,7 @@ class PackedProgram:
                 (
                     step,
                     *packs[step.conv, step.bn].call(
-                        sized[step.out], step.residual, step.relu, self._overwrites(step, owned)
+                        sized[step.out], step.residual, step.activation, self._overwrites(step, owned)
                     ),
                 )
                 for step in steps
@@ -144,7 +145,8 @@ class PackedProgram:
         for step in steps:
             pack, (slope, constant) = packs[step.conv, step.bn], bounds[step.x]
             more = (0.0, 0.0) if step.residual is None else bounds[step.residual]
-            bounds[step.out] = (pack.bound(slope, 0.0) + more[0], pack.bound(constant) + more[1])
+            gain = 1.0 if step.activation is None else step.activation.gain
+            bounds[step.out] = (gain * (pack.bound(slope, 0.0) + more[0]), gain * (pack.bound(constant) + more[1]))
         self._bound = bounds[recipe.result]
         self._largest = (max(slope for slope, _ in bounds.values()), max(constant for _, constant in bounds.values()))
 

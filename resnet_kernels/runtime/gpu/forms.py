@@ -33,7 +33,7 @@ class Form:
     folds: the weight and the bias come from the launch that folds all weights of a plan.
     adds: the number of the projection whose shift, and scale unless it is folded, this convolution applies.
     bare: the convolution is such a projection, so nothing follows it. broadcasts: the residual has another shape than the
-    output, so eager's own add and ReLU follow.
+    output, so eager's own add and activation follow.
     """
 
     name: str
@@ -73,7 +73,7 @@ def choose(
         asked = multi_layer.conv_problem(part, shapes[part.step.x])
         broadcasts = multi_layer.broadcasts(part, shapes)
         if broadcasts:
-            asked = asked._replace(residual=False, relu=False)
+            asked = asked._replace(residual=False, activation=None)
         name = backend
         if backend == "tuned":
             by_table = conv_candidates.choice(asked, x.shape[0], x.dtype, x.device)
@@ -115,7 +115,7 @@ def _projections(untuned: list[ConvPart], parts: Sequence[Part], result: int) ->
         (adding, projection)
         for adding, projection in pairs
         if projection is not None
-        and not projection.step.relu
+        and projection.step.activation is None
         and projection.step.residual is None
         and readers.count(projection.step.out) == 1
     ]

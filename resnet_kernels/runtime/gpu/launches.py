@@ -12,6 +12,7 @@ from functools import partial
 
 from torch import Tensor
 
+from ...kernels.activations import RELU
 from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import cudnn
@@ -49,7 +50,7 @@ def run_part(part: Part, values: Values, constants: AllConstants, backend: str) 
     def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
         scale, shift, _ = constants[part.step.out]
         weight = _weight(part, x, constants)
-        return run_steps.convolve(part.conv, x, weight, scale, shift, residual, part.step.relu, backend)
+        return run_steps.convolve(part.conv, x, weight, scale, shift, residual, part.step.activation, backend)
 
     return run_steps.run_part(part, values, backend, convolve)
 
@@ -70,10 +71,10 @@ def convolve_as(part: ConvPart, form: Form, values: Values, constants: AllConsta
         y = form.run(x, weight, shift, inside, scale)
     else:
         own_scale, own_shift, _ = constants[form.adds]
-        operands = ConvOperands(x, weight, shift, inside, scale, form.geometry, step.relu)
+        operands = ConvOperands(x, weight, shift, inside, scale, form.geometry, step.activation)
         y = cudnn.conv_then_epilogue(operands, own_scale, own_shift)
     if form.broadcasts and residual is not None:
-        y = run_steps.add(y, residual, step.relu, backend)
+        y = run_steps.add(y, residual, step.activation, backend)
     values[step.out] = y
 
 
@@ -89,7 +90,7 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
         x0, _weight(link.shortcut, x, constants), projection_shift, projection_scale, _geometry(link.shortcut, x0)
     )
     weight, geometry = _weight(link.conv3, x, constants), _geometry(link.conv3, x)
-    operands = ConvOperands(x, weight, shift, None, scale, geometry, step.relu)
+    operands = ConvOperands(x, weight, shift, None, scale, geometry, step.activation)
     values[step.out] = kernel.launch(operands, shortcut=shortcut)
 
 
@@ -101,7 +102,7 @@ def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> 
     x = values[link.conv2.step.x]
 
     def layer(part: ConvPart) -> kernel.Layer:
-        return kernel.Layer(_weight(part, x, constants), *constants[part.step.out][:2], part.step.relu)
+        return kernel.Layer(_weight(part, x, constants), *constants[part.step.out][:2], part.step.activation == RELU)
 
     residual: Tensor | kernel.Shortcut
     if link.shortcut is None:

@@ -6,8 +6,8 @@ Everything between two 3x3 convolutions of a bottleneck is pointwise, so a tile 
     merged   shortcut, conv3 + add + ReLU                          two products into one tile
     chain    conv2 -> [shortcut,] conv3 + add + ReLU [-> conv1]    the next block's conv1, its BN in front of it included
 
-`find` looks for values with one reader and pointwise convolutions. `why_not` says whether a kernel can do a link. `choose`
-also decides whether the link gains.
+`find` looks for values with one reader and pointwise convolutions. `why_not` says whether a kernel can do a link: none knows
+another activation than ReLU. `choose` also decides whether the link gains.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels import target
+from ...kernels.activations import RELU
 from ...kernels.geometry import Geometry, plain_pair
 from ...ops import backends, tuned_table
 from ...ops.conv_problem import ConvProblem
@@ -113,13 +114,13 @@ def find(parts: Sequence[Part], result: int) -> Iterator[Sequence[Link | Stem]]:
     for pool in parts:
         if isinstance(pool, CallPart) and type(pool.child) is nn.MaxPool2d and not pool.child.return_indices:
             conv = only(pool.step.inputs[0], ConvPart)
-            if conv and conv.step.relu and conv.step.residual is None:
+            if conv and conv.step.activation == RELU and conv.step.residual is None:
                 yield [Stem(conv, pool)]
     for conv3 in parts:
         if not isinstance(conv3, ConvPart) or conv3.step.residual is None:
             continue
         shortcut, conv2 = only(conv3.step.residual, ConvPart), only(conv3.step.x, ConvPart)
-        if shortcut and (shortcut.step.relu or shortcut.step.residual is not None):
+        if shortcut and (shortcut.step.activation is not None or shortcut.step.residual is not None):
             shortcut = None
         links: list[Link] = []
         if conv2 and conv2.step.residual is None and not _is_pointwise(conv2) and _is_pointwise(conv3):
@@ -129,7 +130,7 @@ def find(parts: Sequence[Part], result: int) -> Iterator[Sequence[Link | Stem]]:
                 if isinstance(conv1, ConvPart) and conv1.step.residual is None and _is_pointwise(conv1)
                 for norm in [only(conv1.step.x, NormPart)]
                 if (norm or conv1).step.x == conv3.step.out
-                if norm is None or (norm.step.relu and norm.step.residual is None)
+                if norm is None or (norm.step.activation == RELU and norm.step.residual is None)
             ]
             links += [Link(conv3, shortcut, conv2, *start) for start in starts[:1]]
             links.append(Link(conv3, shortcut, conv2))
@@ -224,7 +225,7 @@ def conv_problem(part: ConvPart, x_shape: Sequence[int]) -> ConvProblem:
     has_bn = part.bn is not None
     return ConvProblem(
         c_in, in_h, in_w, (c_out, c_in_group, kernel_h, kernel_w), Geometry.of_module(part.conv, (in_h, in_w)),
-        has_bn, has_bn or part.conv.bias is not None, part.step.residual is not None, part.step.relu,
+        has_bn, has_bn or part.conv.bias is not None, part.step.residual is not None, part.step.activation,
     )  # fmt: skip
 
 
@@ -244,6 +245,9 @@ def why_not(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dt
     """The reason why no kernel can do a link; None if one can."""
     from ...kernels.sm90 import chain_layout, conv_layout, stem_layout
 
+    for part in link.parts:
+        if part.step.activation not in (None, RELU):
+            return f"runs ReLU alone, got {part.step.activation}"
     if isinstance(link, Stem):
         x_shape, weight_shape, geometry = _conv_shape(link.conv, shapes)
         return stem_layout.why_not(x_shape, dtype, weight_shape, geometry, link.window, dtype)
@@ -280,8 +284,8 @@ def shapes_of(
             found[step.out] = geometry.out_shape(x_shape, weight_shape)
             if part.step.residual is not None:  # which may be the larger of the two
                 found[step.out] = tuple(torch.broadcast_shapes(found[step.out], found[part.step.residual]))
-        elif isinstance(part, NormPart):
-            found[step.out] = found[part.step.x]
+        elif isinstance(part, NormPart) or type(part.child) is nn.PReLU:
+            found[step.out] = found[part.step.inputs[0]]
         elif part.child is not None:
             found[step.out] = part.child(torch.empty(tuple(found[step.inputs[0]]), dtype=dtype, device="meta")).shape
         else:
