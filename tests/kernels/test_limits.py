@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 from resnet_kernels.kernels import add_relu, batch_norm_act, batch_norm_tiles, epilogue, limits
+from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
 
 # A process of its own: an offset that wraps around kills it. Only the middle tap sees the image.
@@ -82,14 +83,14 @@ def test_a_large_batch_is_no_limit():
 
 PASSES = {
     "add": (lambda: add_relu._launcher(2**41 - 2048), lambda: add_relu._launcher(2**41)),
-    "epilogue, rows": (lambda: epilogue._launcher(2**30, 64, 4, True), lambda: epilogue._launcher(2**31, 64, 4, True)),
+    "epilogue, rows": (lambda: epilogue._launcher(2**30, 64, 4, RELU), lambda: epilogue._launcher(2**31, 64, 4, RELU)),
     "epilogue, channels": (
-        lambda: epilogue._launcher(1, 2**26, 4, True),
-        lambda: epilogue._launcher(1, 2**28, 4, True),
+        lambda: epilogue._launcher(1, 2**26, 4, RELU),
+        lambda: epilogue._launcher(1, 2**28, 4, RELU),
     ),
     "norm, rows": (
-        lambda: batch_norm_act._forward(2**30, 64, 4, 1e-5, True, False),
-        lambda: batch_norm_act._forward(2**31, 64, 4, 1e-5, True, False),
+        lambda: batch_norm_act._forward(2**30, 64, 4, 1e-5, RELU, False),
+        lambda: batch_norm_act._forward(2**31, 64, 4, 1e-5, RELU, False),
     ),
     "norm, channels": (
         lambda: batch_norm_tiles.choose_split(9, 2**16 * 63, 4),
