@@ -143,7 +143,9 @@ def that_ran(fused: nn.Module, x: Tensor) -> set[str]:
     with torch.no_grad(), profile() as profiled:
         fused(x)
     names = [event.name.removeprefix(_RANGE) for event in profiled.function_events if event.name.startswith(_RANGE)]
-    return convolutions_of(fused) & {step.split("+")[0] for name in names for step in name.split(" -> ")}
+    first = {step.split("+")[0] for name in names for step in name.split(" -> ")}
+    # A Conv2d with a norm of its own is a module of one step, "conv+norm".
+    return convolutions_of(fused) & (first | {name.removesuffix(".conv") for name in first})
 
 
 def measure(net: Net, seconds: float, progress: Callable[[str], object]) -> dict[str, Any]:

@@ -141,6 +141,8 @@ def _with_calls(module: nn.Module, calls: Mapping[str, Callable[..., Any]]) -> n
             children[name] = _copy(child)
             # nn.Module.__call__ asks this attribute first; hooks of the child are its own call's to run.
             children[name].__dict__["_compiled_call_impl"] = inner[""]
+            # Some call a child's forward by its name.
+            children[name].__dict__["forward"] = inner[""]
         else:
             children[name] = _with_calls(child, inner)
     view.__dict__["_modules"] = children
