@@ -1,26 +1,22 @@
-"""The commands demo, explain, verify and env: the report, the parity and the speed of a fused network, and what runs it."""
+"""The commands demo, explain and verify: the report, the parity and the speed of a fused network."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 
 import torch
 
 import resnet_kernels as rk
 
 from ..fusion.report import table
-from ..kernels.cpu import library
-from ..ops import tuned_table
-from ..perf import environment, timing
+from ..perf import timing
 from . import arguments, terminal
 
 HELP = {
     "demo": "fuse a network, show what was fused, prove parity, time it against eager",
     "explain": "show what would be fused, and why the rest would not",
     "verify": "compare a fused network with its original and with fp64, block by block",
-    "env": "show what the package runs on here; a bug report needs it",
 }
 EXAMPLES = {
     "demo": (
@@ -30,18 +26,14 @@ EXAMPLES = {
     ),
     "explain": ("--model resnet50", "--model timm:seresnet18", "--model my_model.py:build --json"),
     "verify": ("--model resnet_v2_50", "--model my_model.py:build --dtype bf16", "--json"),
-    "env": ("", "--json"),
 }
 _SECONDS = 20.0
 _BATCH_SIZE = {"demo": 1, "verify": 2}
 
 
 def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
-    """Adds the options of demo, explain, verify or env to its parser."""
-    parser.set_defaults(run={"demo": demo, "explain": explain, "verify": verify, "env": env}[command])
-    if command == "env":
-        arguments.add_json(parser)
-        return
+    """Adds the options of demo, explain or verify to its parser."""
+    parser.set_defaults(run={"demo": demo, "explain": explain, "verify": verify}[command])
     arguments.add_model_arguments(parser)
     if command in _BATCH_SIZE:
         arguments.add_sizes(parser, str(_BATCH_SIZE[command]))
@@ -55,28 +47,6 @@ def explain(options: argparse.Namespace) -> int:
     report = rk.explain(model, backend=options.backend)
     about = arguments.about_kernels(arguments.device_for(options))
     terminal.show(report.to_json(indent=2) if options.json else f"{report}\n{about}".rstrip())
-    return 0
-
-
-def env(options: argparse.Namespace) -> int:
-    """Prints what the package would run on here: versions, devices, its CPU kernels and its folder of tables."""
-    found = library.find()
-    values = {
-        **environment.versions(),
-        "commit": environment.environment(torch.device("cpu"))["commit"],
-        "python": platform.python_version(),
-        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_kernels": None if isinstance(found, library.Missing) else str(found.path),
-        "cpu_isa": None if isinstance(found, library.Missing) else found.isa,
-        "cpu_reason": found.reason if isinstance(found, library.Missing) else None,
-        "tables": str(tuned_table.cache_directory()),
-    }
-    if options.json:
-        print(json.dumps(values, indent=2))
-        return 0
-    print("\n".join(f"{name:15} {value}" for name, value in values.items() if value is not None))
-    print(library.describe())
     return 0
 
 

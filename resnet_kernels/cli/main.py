@@ -3,7 +3,7 @@
     demo      fuse a network, show what was fused, prove parity, time it against eager PyTorch on this machine
     explain   show what would be fused, and why the rest would not
     verify    compare a fused network with its original and with fp64, block by block
-    env       show what the package runs on here: versions, devices, its compiled CPU kernels
+    env       show what the package runs on here, for a bug report; see env.py
     time      repeat the slim text's experiment: forward, then forward and backward, eager and fused side by side
     profile   show where a network's time goes on this machine, kernel by kernel; write a Chrome trace
     train     train a network of the zoo on real data; see train/command.py
@@ -22,12 +22,13 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from . import demo, profile, roofline, time, tune
+from . import demo, env, profile, roofline, time, tune
 from .report import command as report
 from .train import command as train
 
 # The commands with a module of their own. Its add_arguments sets `run` in the options.
 MODULES = {
+    "env": env,
     "time": time,
     "profile": profile,
     "train": train,

@@ -10,7 +10,7 @@ from resnet_kernels.cli import main as cli
 from resnet_kernels.cli import terminal
 from resnet_kernels.fusion.report import table
 
-COMMANDS = ("demo", "explain", "verify", "env", *cli.MODULES)
+COMMANDS = ("demo", "explain", "verify", *cli.MODULES)
 HEAD = ("module", "kernels, or why not", "ms")
 ROWS = [
     ("layer1.0", "conv1+bn1+relu -> conv2+bn2+relu -> conv3+bn3+add+relu", "12.5"),
