@@ -135,6 +135,10 @@ def test_a_server_hands_its_errors_to_the_callers():
     server.close()
     assert [answer.result(timeout=20).tolist() for answer in answers] == [[float(value)] * 4 for value in range(5)]
     assert max(server.batches) <= 2 and sum(server.batches) == 6
+    patient = server_class(model, torch.device("cpu"), max_batch=8, max_wait=60.0)
+    answers = [patient.submit(torch.zeros(1, 2, 2)) for _ in range(3)]
+    patient.close()  # which ends the wait for more images
+    assert patient.batches == [3] and all(answer.done() for answer in answers)
 
 
 @pytest.mark.parametrize("average", ("ema", "swa"))
