@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -71,9 +70,21 @@ def _lay_out(rows: Sequence[Sequence[str]], width: int) -> Iterator[str]:
                 break
             widths[wide] -= 1
     for number, row in enumerate(rows):
-        wrapped = [textwrap.wrap(cell, max(w, 1), break_on_hyphens=False) or [""] for cell, w in zip(row, widths)]
+        wrapped = [_wrap(cell, max(w, 1)) for cell, w in zip(row, widths)]
         for line in range(max(map(len, wrapped))):
             cells = (part[line] if line < len(part) else "" for part in wrapped)
             yield (" " * _GAP).join(cell.ljust(w) for cell, w in zip(cells, widths)).rstrip()
         if number == 0:
             yield (" " * _GAP).join("-" * w for w in widths)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    """Returns a cell's lines. A word that is too long is cut behind a mark that joins its parts, if it has one in time."""
+    lines = []
+    while len(text) > width:
+        cut = text.rfind(" ", 1, width + 1)
+        if cut < 0:
+            cut = max((mark.end() for mark in re.finditer(r"[+./:_]", text[:width])), default=width)
+        lines.append(text[:cut].rstrip())
+        text = text[cut:].lstrip()
+    return [*lines, text]

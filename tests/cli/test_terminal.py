@@ -44,6 +44,21 @@ def test_a_word_is_cut_only_where_all_else_is_not_enough():
     assert [line.split() for line in lines[2:]] == [["x" * 20, "y" * 10], ["x" * 10]]
 
 
+@pytest.mark.parametrize(
+    ("text", "width", "lines"),
+    (
+        ("layer3.1.conv1+bn1+relu", 16, ["layer3.1.conv1+", "bn1+relu"]),
+        ("conv1+bn1 -> conv2+bn2", 12, ["conv1+bn1 ->", "conv2+bn2"]),
+        ("resnet_kernels::conv", 16, ["resnet_kernels::", "conv"]),
+        ("0123456789", 4, ["0123", "4567", "89"]),
+        ("four", 4, ["four"]),
+        ("", 4, [""]),
+    ),
+)
+def test_where_a_cell_is_cut(text, width, lines):
+    assert terminal._wrap(text, width) == lines
+
+
 def test_what_fits_and_what_is_no_table_stay():
     text = f"{table(HEAD, ROWS)}\n\n{'a long line ' * 20}\n--------\n- - -"
     assert terminal.fit(text, 100) == text
