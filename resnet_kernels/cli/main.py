@@ -17,6 +17,7 @@ Exit status: see EXIT_STATUS.
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import sys
 import textwrap
@@ -43,7 +44,8 @@ exit status:
   0    success
   1    parity fails, or a report finds something of ours slower
   2    an argument, a model or a file is wrong; one line on stderr says how
-  130  stopped by Ctrl-C; what tune and train had finished is saved"""
+  130  stopped by Ctrl-C; what tune and train had finished is saved
+  141  the program that reads the output has ended, such as head"""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except BrokenPipeError:
+        # `| head` has read enough. Python would complain once more when it flushes stdout at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

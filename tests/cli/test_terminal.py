@@ -2,10 +2,12 @@
 
 import argparse
 import re
+import subprocess
 import sys
 
 import pytest
 
+from helpers.tiny import ENVIRONMENT
 from resnet_kernels.cli import main as cli
 from resnet_kernels.cli import terminal
 from resnet_kernels.fusion.report import table
@@ -115,7 +117,13 @@ def test_every_command_has_examples_that_it_takes(monkeypatch):
 
 def test_the_exit_statuses_are_in_the_help():
     parser, _ = helps()
-    assert re.findall(r"^  (\d+) ", parser.format_help().split("exit status:")[1], re.M) == ["0", "1", "2", "130"]
+    assert re.findall(r"^  (\d+) ", parser.format_help().split("exit status:")[1], re.M) == [
+        "0",
+        "1",
+        "2",
+        "130",
+        "141",
+    ]
 
 
 def test_an_option_means_the_same_everywhere():
@@ -164,3 +172,11 @@ def test_ctrl_c_is_a_line_and_status_130(monkeypatch, capsys):
     monkeypatch.setattr("resnet_kernels.explain", stop)
     assert cli.main(["explain", "--model", "resnet18", "--device", "cpu"]) == 130
     assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_a_reader_that_has_ended():
+    """As in `explain | head -1`: no traceback."""
+    command = [sys.executable, "-m", "resnet_kernels", "explain", "--model", "resnet18", "--device", "cpu"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
