@@ -27,7 +27,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from resnet_kernels.cli.arguments import announce, at_least, positive_float
+from resnet_kernels.cli.arguments import at_least, positive_float
+from resnet_kernels.cli.terminal import announce
 from resnet_kernels.fusion.report import table
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.models import by_name

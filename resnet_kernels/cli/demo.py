@@ -1,75 +1,71 @@
-"""The commands demo, explain, verify and env: the report, the parity and the speed of a fused network, and what runs it."""
+"""The commands demo, explain and verify: the report, the parity and the speed of a fused network."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import platform
 
 import torch
-from torch import Tensor, nn
 
 import resnet_kernels as rk
 
 from ..fusion.report import table
-from ..kernels.cpu import library
-from ..models import by_name
-from ..ops import tuned_table
-from ..perf import environment, timing
-from . import arguments
+from ..perf import timing
+from . import arguments, terminal
+
+HELP = {
+    "demo": "fuse a network, show what was fused, prove parity, time it against eager",
+    "explain": "show what would be fused, and why the rest would not",
+    "verify": "compare a fused network with its original and with fp64, block by block",
+}
+EXAMPLES = {
+    "demo": (
+        "",
+        "--model torchvision:resnet18 --batch-size 8",
+        "--model my_model.py:build --seconds 5",
+    ),
+    "explain": ("--model resnet50", "--model timm:seresnet18", "--model my_model.py:build --json"),
+    "verify": ("--model resnet_v2_50", "--model my_model.py:build --dtype bf16", "--json"),
+}
+_SECONDS = 20.0
+_BATCH_SIZE = {"demo": 1, "verify": 2}
 
 
-def _image_batch(options: argparse.Namespace, model: nn.Module) -> Tensor:
-    return by_name.image_batch(model, options.batch_size, options.image_size or by_name.image_size(options.model))
+def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
+    """Adds the options of demo, explain or verify to its parser."""
+    parser.set_defaults(run={"demo": demo, "explain": explain, "verify": verify}[command])
+    arguments.add_model_arguments(parser)
+    if command in _BATCH_SIZE:
+        arguments.add_sizes(parser, str(_BATCH_SIZE[command]))
+    if command == "demo":
+        arguments.add_seconds(parser, _SECONDS)
 
 
 def explain(options: argparse.Namespace) -> int:
     """Prints the report of the blocks that would be fused; returns the exit status."""
     model = arguments.model_for(options)
     report = rk.explain(model, backend=options.backend)
-    about = arguments.about_kernels(next(model.parameters()).device)
-    print(report.to_json(indent=2) if options.json else f"{report}\n{about}".rstrip())
-    return 0
-
-
-def env(options: argparse.Namespace) -> int:
-    """Prints what the package would run on here: versions, devices, its CPU kernels and its folder of tables."""
-    found = library.find()
-    values = {
-        **environment.versions(),
-        "commit": environment.environment(torch.device("cpu"))["commit"],
-        "python": platform.python_version(),
-        "cpu": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu_kernels": None if isinstance(found, library.Missing) else str(found.path),
-        "cpu_isa": None if isinstance(found, library.Missing) else found.isa,
-        "cpu_reason": found.reason if isinstance(found, library.Missing) else None,
-        "tables": str(tuned_table.cache_directory()),
-    }
-    if options.json:
-        print(json.dumps(values, indent=2))
-        return 0
-    print("\n".join(f"{name:15} {value}" for name, value in values.items() if value is not None))
-    print(library.describe())
+    about = arguments.about_kernels(arguments.device_for(options))
+    terminal.show(report.to_json(indent=2) if options.json else f"{report}\n{about}".rstrip())
     return 0
 
 
 def verify(options: argparse.Namespace) -> int:
     """Prints the parity of each block; returns the exit status, 1 where parity fails."""
     model = arguments.model_for(options)
-    announce = arguments.announce(options.json)
-    x = _image_batch(options, model)
+    announce = terminal.announce(options.json)
+    x = arguments.images_for(options, model, _BATCH_SIZE["verify"])
     result = rk.verify(model, rk.fuse(model, backend=options.backend), x, progress=lambda p: announce(f"verifying {p}"))
     announce("")
-    print(result.to_json(indent=2) if options.json else result)
+    terminal.show(result.to_json(indent=2) if options.json else result)
     return 0 if result else 1
 
 
 def demo(options: argparse.Namespace) -> int:
     """Prints the report, the parity and the times; returns the exit status, 1 where parity fails."""
     model = arguments.model_for(options)
-    announce = arguments.announce(options.json)
-    x = _image_batch(options, model)
+    announce = terminal.announce(options.json)
+    x = arguments.images_for(options, model, _BATCH_SIZE["demo"])
     announce("fusing")
     fused = rk.fuse(model, backend=options.backend)
     report = rk.explain(fused)
@@ -77,7 +73,7 @@ def demo(options: argparse.Namespace) -> int:
     announce("")
     if not options.json:
         about = arguments.about_kernels(x.device)
-        print(
+        terminal.show(
             f"{arguments.machine(x)}\n{about}\n1. What was fused\n\n{report}\n\n2. Is it the same model?\n\n{result}\n"
         )
     if not result:
@@ -113,7 +109,7 @@ def demo(options: argparse.Namespace) -> int:
         for name, t in timings.items()
     ]
     head = ("forward", "median ms", "p20", "p80", "img/s", "against eager")
-    print(
-        f"3. How fast is it here? (batch {x.shape[0]}, {x.shape[2]}x{x.shape[3]}, interleaved)\n\n{table(head, rows)}"
+    terminal.show(
+        f"3. How fast is it here? (batch {x.shape[0]}, {arguments.size_of(x)}, interleaved)\n\n{table(head, rows)}"
     )
     return 0

@@ -20,7 +20,6 @@ from torch import Tensor
 import resnet_kernels as rk
 
 from ..fusion.report import table
-from ..models import by_name
 from ..ops import tuned_table
 from ..ops.dtypes import short_name
 from ..perf import ceilings, profiling, timing
@@ -28,17 +27,21 @@ from ..perf.profiling import KINDS, RangeTime
 from ..perf.roofline import bounds, network
 from ..perf.roofline.bounds import Machine
 from ..perf.steps import forward, forward_backward
-from . import arguments
+from . import arguments, terminal
 
 HELP = "show where a network's time goes on this machine, kernel by kernel, as a share of the roofline"
+EXAMPLES = (
+    "--model resnet50 --batch-size 1",
+    "--model timm:resnet50 --backward --top 10",
+    "--model my_model.py:build --trace trace.json",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     arguments.add_model_arguments(parser)
-    parser.add_argument("--batch-size", type=arguments.positive, help="default: 32 on a GPU, 2 on a CPU")
-    parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
+    arguments.add_sizes(parser, "32 on a GPU, 2 on a CPU")
     parser.add_argument("--steps", type=arguments.positive, default=5, help="steps to average (default: 5)")
     parser.add_argument("--backward", action="store_true", help="profile a training step: forward and backward")
     parser.add_argument("--eager", action="store_true", help="profile plain PyTorch instead of the fused network")
@@ -51,11 +54,10 @@ def run(options: argparse.Namespace) -> int:
     if options.trace and not options.trace.absolute().parent.is_dir():
         raise ValueError(f"--trace must be in a directory that exists, got {options.trace}")
     model = arguments.model_for(options)
-    device = next(model.parameters()).device
-    batch_size = options.batch_size or (2 if device.type == "cpu" else 32)
-    x = by_name.image_batch(model, batch_size, options.image_size or by_name.image_size(options.model))
+    device = arguments.device_for(options)
+    x = arguments.images_for(options, model, 2 if device.type == "cpu" else 32)
     net = network.trace(model, x)
-    announce = arguments.announce(options.json)
+    announce = terminal.announce(options.json)
     announce("fusing")
     profiled = model if options.eager else rk.fuse(model, backend=options.backend)
     call = forward_backward(model, x)(profiled, x) if options.backward else forward(profiled, x)
@@ -72,8 +74,8 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_values(options, x, rows, machine, whose, step), indent=2))
         return 0
-    print(f"{arguments.machine(x)}\n{_what(options, x)}\n{_ceilings(machine, whose)}\n")
-    print(f"{_row_table(rows, machine, options.top)}\n\n{_total_table(rows)}\n")
+    terminal.show(f"{arguments.machine(x)}\n{_what(options, x)}\n{_ceilings(machine, whose)}\n")
+    terminal.show(f"{_row_table(rows, machine, options.top)}\n\n{_total_table(rows)}\n")
     summed = sum(row.seconds for row in rows)
     print(f"{1e3 * summed:.2f} ms a step in all of these, {1e3 * step:.2f} ms (median) for a step without the profiler")
     if options.trace:
@@ -93,8 +95,7 @@ def _machine(x: Tensor) -> tuple[Machine, str]:
 def _what(options: argparse.Namespace, x: Tensor) -> str:
     who = "plain PyTorch" if options.eager else f'fused, backend="{options.backend}"'
     what = "a training step" if options.backward else "inference"
-    size = "x".join(map(str, x.shape[2:]))
-    return f"{options.model}, {who}: {what}, batch {x.shape[0]}, {size}, {options.steps} steps"
+    return f"{options.model}, {who}: {what}, batch {x.shape[0]}, {arguments.size_of(x)}, {options.steps} steps"
 
 
 def _ceilings(machine: Machine, whose: str) -> str:
@@ -163,7 +164,7 @@ def _values(
         "machine": arguments.machine(x),
         **{key: getattr(options, key) for key in ("model", "backend", "eager", "backward", "steps")},
         "batch_size": x.shape[0],
-        "image_size": x.shape[2],
+        "image_size": arguments.size_value(x),
         "ceilings": {
             "flops_per_s": machine.flops_per_s,
             "hbm_bytes_per_s": machine.hbm_bytes_per_s,

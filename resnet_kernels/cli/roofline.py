@@ -15,15 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from ..fusion.report import table
-from ..models import by_name
+from ..models import by_name, from_file
 from ..ops.dtypes import BY_SHORT_NAME
 from ..perf.roofline import bounds, counting, network
 from ..perf.roofline.bounds import Kernel, Machine, Tiling
-from . import arguments
+from . import arguments, terminal
 
 HELP = "compute the limit on a network's speed by FLOPs, HBM bytes and L2 bytes, for an assumed machine; needs no GPU"
+EXAMPLES = (
+    "--model resnet50 --batch-size 256",
+    "--model FILE.py --execution chained",
+    "--flop-tflops 300 --hbm-tbps 2 --json",
+)
 
 _DTYPES = ("bf16", "fp16", "fp32")
+_BATCH_SIZE = 256
 _WAYS = """\
 eager, auto and triton are counted: the model runs on the meta device, and what it launches is recorded (counting.py).
 auto is what runs without a table of measurements. torch.compile goes by a rule for what it fuses. The time is a limit
@@ -35,9 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     arguments.add_model_name(parser, "resnet50")
-    parser.add_argument("--batch-size", type=arguments.positive, default=256, help="default: 256")
-    parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
-    parser.add_argument("--dtype", choices=_DTYPES, default="bf16", help="default: bf16")
+    arguments.add_dtype(parser, _DTYPES, "bf16")
+    arguments.add_sizes(parser, str(_BATCH_SIZE))
     h200 = bounds.h200()
     for name, what, default in (
         ("--flop-tflops", "TFLOP/s", f"{h200.flops_per_s / 1e12:g}, and half of it for fp32, as TF32"),
@@ -57,18 +62,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--execution",
         choices=_EXECUTIONS,
+        metavar="NAME",
         default="per-layer",
-        help="the execution whose kernels to list (default: per-layer)",
+        help=f"the execution whose kernels to list: {', '.join(_EXECUTIONS)} (default: per-layer)",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object, with every execution's kernels")
+    arguments.add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the limits of a network, as tables or as a JSON object; returns the exit status."""
-    options.image_size = options.image_size or by_name.image_size(options.model)
     model = _build(options.model)
-    with torch.device("meta"):
-        x = by_name.image_batch(model, options.batch_size, options.image_size)
+    x = arguments.images_for(options, model, _BATCH_SIZE)
+    # The printed values are those of the images, wherever their size came from.
+    options.batch_size, options.image_size = len(x), arguments.size_value(x)
     net = network.trace(model, x)
     machine = _machine(options)
     dtype = BY_SHORT_NAME[options.dtype]
@@ -78,9 +84,9 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(_values(options, machine, executions, ways), indent=2))
         return 0
     flops = sum(kernel.flops for kernel in executions["compute"]) / options.batch_size
-    size = f"{options.image_size}x{options.image_size}"
-    print(
-        f"{options.model}: batch {options.batch_size}, {size}, {options.dtype}, {flops / 1e9:.3f} GFLOP an image\n"
+    terminal.show(
+        f"{options.model}: batch {options.batch_size}, {arguments.size_of(x)}, {options.dtype}, "
+        f"{flops / 1e9:.3f} GFLOP an image\n"
         f"{_assumptions(options, machine)}\n\n"
         f"Kernels, {options.execution}\n\n{_kernel_table(executions[options.execution], machine)}\n\n"
         f"Limits\n\n{_limit_table(executions, machine, options.batch_size)}\n\n"
@@ -91,11 +97,13 @@ def run(options: argparse.Namespace) -> int:
 
 def _build(name: str) -> nn.Module:
     """Builds a model by its name, without memory or initial weights where its constructor can do without."""
-    try:
-        with torch.device("meta"):
-            return by_name.build(name)
-    except (RuntimeError, NotImplementedError):
-        return by_name.build(name)  # its constructor reads a number from a tensor that it made
+    if not from_file.is_file(name):  # whose function may load a checkpoint
+        try:
+            with torch.device("meta"):
+                return by_name.build(name)
+        except (RuntimeError, NotImplementedError):
+            pass  # its constructor reads a number from a tensor that it made
+    return by_name.build(name).to("meta")
 
 
 def _machine(options: argparse.Namespace) -> Machine:

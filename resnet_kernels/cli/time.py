@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import resnet_kernels as rk
 
@@ -22,9 +22,14 @@ from ..models import by_name
 from ..perf import timing
 from ..perf.steps import forward, forward_backward
 from ..perf.timing import Timing
-from . import arguments
+from . import arguments, terminal
 
 HELP = "repeat the slim text's experiment: forward, then forward and backward, eager and fused side by side"
+EXAMPLES = (
+    "",
+    "--model resnet50 --batch-size 8 --num-batches 20",
+    "--model my_model.py:build --dtype bf16",
+)
 
 # The text's numbers, for a GPU.
 _BATCH_SIZE, _NUM_BATCHES, _BURN_IN = 32, 100, 10
@@ -36,31 +41,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
     arguments.add_model_arguments(parser, "resnet_v2_152")
-    for name, on_gpu, on_cpu in (
-        ("--batch-size", _BATCH_SIZE, _CPU_BATCH_SIZE),
-        ("--image-size", "224, and 28 for d2l", f"at most {_CPU_IMAGE_SIZE}"),
-        ("--num-batches", _NUM_BATCHES, _CPU_NUM_BATCHES),
-    ):
-        parser.add_argument(name, type=arguments.positive, help=f"default: {on_gpu} on a GPU, {on_cpu} on a CPU")
+    arguments.add_sizes(
+        parser,
+        f"{_BATCH_SIZE} on a GPU, {_CPU_BATCH_SIZE} on a CPU",
+        f"224, and 28 for d2l's networks; on a CPU at most {_CPU_IMAGE_SIZE}",
+    )
+    parser.add_argument(
+        "--num-batches",
+        type=arguments.positive,
+        metavar="N",
+        help=f"steps to time (default: {_NUM_BATCHES} on a GPU, {_CPU_NUM_BATCHES} on a CPU)",
+    )
 
 
 def run(options: argparse.Namespace) -> int:
     """Proves parity, times both networks and prints the result; returns the exit status, 1 where parity fails."""
     model = arguments.model_for(options)
-    device = next(model.parameters()).device
-    burn_in, notes = _set_sizes(options, device)
-    x = by_name.image_batch(model, options.batch_size, options.image_size)
+    device = arguments.device_for(options)
+    x, burn_in, notes = _sizes(options, model, device)
     # With --json, stdout holds the object alone.
     stream = sys.stderr if options.json else sys.stdout
     print("\n".join([arguments.machine(x), *notes]), file=stream, flush=True)
 
-    announce = arguments.announce(options.json)
+    announce = terminal.announce(options.json)
     announce("fusing")
     fused = rk.fuse(model, backend=options.backend)
     result = rk.verify(model, fused, x[:2], progress=lambda path: announce(f"verifying {path}"))
     announce("")
     if not result:
-        print(result.to_json(indent=2) if options.json else result)
+        terminal.show(result.to_json(indent=2) if options.json else result)
         return 1
 
     runs = {}
@@ -72,26 +81,31 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_values(options, x, burn_in, runs), indent=2))
     else:
-        print(f"\n{_table(runs, options.batch_size)}")
+        terminal.show(f"\n{_table(runs, options.batch_size)}")
     return 0
 
 
-def _set_sizes(options: argparse.Namespace, device: torch.device) -> tuple[int, list[str]]:
-    """Fills in the sizes that were not given; returns the burn-in steps and the lines to print about the sizes."""
+def _sizes(options: argparse.Namespace, model: nn.Module, device: torch.device) -> tuple[Tensor, int, list[str]]:
+    """Returns the images, the burn-in steps and the lines to print about the sizes; fills in the sizes not given."""
     on_cpu, made_for = device.type == "cpu", by_name.image_size(options.model)
     burn_in = _CPU_BURN_IN if on_cpu and options.num_batches is None else _BURN_IN
-    defaults = {
-        "batch_size": _CPU_BATCH_SIZE if on_cpu else _BATCH_SIZE,
-        "image_size": min(made_for, _CPU_IMAGE_SIZE) if on_cpu else made_for,
-        "num_batches": _CPU_NUM_BATCHES if on_cpu else _NUM_BATCHES,
-    }
-    smaller = [name for name in defaults if on_cpu and getattr(options, name) is None]
-    for name, value in defaults.items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    size = f"{options.image_size}x{options.image_size}"
+    batch_size, image_size, num_batches = (
+        (_CPU_BATCH_SIZE, min(made_for, _CPU_IMAGE_SIZE), _CPU_NUM_BATCHES)
+        if on_cpu
+        else (_BATCH_SIZE, made_for, _NUM_BATCHES)
+    )
+    given = {name for name in ("batch_size", "image_size", "num_batches") if getattr(options, name) is not None}
+    if by_name.example_input(options.model) is not None:
+        given |= {"batch_size", "image_size"}
+    x = arguments.images_for(options, model, batch_size, image_size)
+    options.batch_size, options.image_size = len(x), arguments.size_value(x)
+    options.num_batches = options.num_batches or num_batches
+    values = {"batch_size": len(x), "image_size": max(x.shape[2:]), "num_batches": options.num_batches}
+    text = {"batch_size": _BATCH_SIZE, "image_size": made_for, "num_batches": _NUM_BATCHES}
+    smaller = [name for name, value in values.items() if on_cpu and name not in given and value < text[name]]
     notes = [
-        f"{options.model}: batch {options.batch_size}, {size}, {options.num_batches} batches after {burn_in} to warm up"
+        f"{options.model}: batch {options.batch_size}, {arguments.size_of(x)}, {options.num_batches} batches after "
+        f"{burn_in} to warm up"
     ]
     if smaller:
         flags = ", ".join("--" + name.replace("_", "-") for name in smaller)
@@ -99,7 +113,7 @@ def _set_sizes(options: argparse.Namespace, device: torch.device) -> tuple[int, 
             f"on a CPU these are smaller than the text's {_BATCH_SIZE}, {made_for}x{made_for} and {_NUM_BATCHES} after "
             f"{_BURN_IN} unless given: {flags}"
         )
-    return burn_in, notes
+    return x, burn_in, notes
 
 
 def _table(runs: dict[str, dict[str, Timing]], batch_size: int) -> str:

@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -22,9 +22,14 @@ from ..ops import tuned_table
 from ..ops.dtypes import BY_SHORT_NAME
 from ..perf.tuning import problems, table_file, tune_model
 from ..perf.tuning.autotuner import Problem
-from . import arguments
+from . import arguments, terminal
 
 HELP = "measure what is fastest on this device, for backend=auto to use"
+EXAMPLES = (
+    "--model resnet50 resnet101 --batch-size 256 1",
+    "--model my_model.py:build --dtype fp32",
+    "--dry-run --output table.json",
+)
 
 _DTYPES = ("bf16", "fp16", "fp32", "tf32")
 _BATCHES, _DRY_BATCHES = (256, 1), (2,)
@@ -34,18 +39,18 @@ _DRY_IMAGE_SIZE = 32
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options to its parser."""
     parser.set_defaults(run=run)
-    parser.add_argument("--model", nargs="+", default=["resnet50"], metavar="NAME", help="default: resnet50")
-    parser.add_argument("--batch-size", nargs="+", type=arguments.positive, metavar="N", help="default: 256 1")
-    parser.add_argument("--image-size", type=arguments.positive, help="default: 224, and 28 for d2l")
-    parser.add_argument(
-        "--dtype", choices=_DTYPES, help="tf32: float32 that may round to TF32 (default: bf16; on a CPU fp32)"
-    )
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1 ..., or cpu (default: cuda)")
+    arguments.add_model_name(parser, "resnet50", several=True)
+    arguments.add_dtype(parser, _DTYPES, "bf16 on a GPU, fp32 on a CPU; tf32 is fp32 that may round to TF32")
+    arguments.add_device(parser)
+    arguments.add_seed(parser)
+    arguments.add_json(parser)
+    arguments.add_sizes(parser, " ".join(map(str, _BATCHES)), several=True)
     parser.add_argument("--training", action="store_true", help="measure training's BN, add and ReLU, not inference")
     parser.add_argument(
         "--seconds",
-        type=float,
-        help=f"seconds for everything (default: {tune_model.SECONDS_EACH:g} per problem, for timing)",
+        type=arguments.at_least_zero,
+        metavar="S",
+        help=f"seconds to spend on measuring (default: {tune_model.SECONDS_EACH:g} for each problem)",
     )
     parser.add_argument("--output", type=Path, help="the table's file (default: in the user's cache directory)")
     parser.add_argument(
@@ -74,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
     tf32 = dtype_name == "tf32"
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]  # PyTorch's stubs lack it
     before, conv.fp32_precision = conv.fp32_precision, "tf32" if tf32 else "ieee"
-    announce = arguments.announce(False)
+    announce = terminal.announce(False)
     denied = set() if options.without is None else _denied(options.without)
     try:
         layers = {}
@@ -95,11 +100,14 @@ def run(options: argparse.Namespace) -> int:
         )
     except KeyboardInterrupt:
         announce("")
-        print(f"stopped; what was measured is in {file.path}")
+        print(f"stopped; what was measured is in {file.path}", file=sys.stderr if options.json else sys.stdout)
         return 130
     finally:
         conv.fp32_precision = before
-    print(result)
+    if options.json:
+        print(json.dumps({**asdict(result), "path": result.path and str(result.path)}, indent=2))
+        return 0
+    terminal.show(result)
     if options.dry_run:
         print("a dry run on the CPU: nothing will use it")
     return 0
@@ -110,14 +118,13 @@ def _device(options: argparse.Namespace) -> tuple[torch.device, tuned_table.Devi
         if options.output is None:
             raise ValueError("--dry-run needs --output FILE: what it writes is no table for any GPU")
         return torch.device("cpu"), table_file.no_device()
-    device = torch.device(options.device)
+    try:
+        device = arguments.device_for(options)
+    except ValueError as error:
+        raise ValueError(f"{error}; --dry-run --output FILE tries a GPU's kernels on the CPU") from None
     if device.type == "cpu" and options.training:
         raise ValueError(
             "--training measures GPUs; on a CPU call rk.tune(model, x, training=True), which times whole steps"
-        )
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "PyTorch sees no GPU here: --device cpu measures the CPU, --dry-run --output FILE tries a GPU's on the CPU"
         )
     if device.type == "cuda":
         device = torch.device("cuda", device.index or 0)
@@ -152,13 +159,16 @@ def _problems(
     options: argparse.Namespace, name: str, device: torch.device, packed: bool, dtype: torch.dtype
 ) -> dict[str, list[Problem]]:
     """Returns a model's problems at each batch size, by its name with its images' shape."""
-    torch.manual_seed(0)
+    torch.manual_seed(options.seed)
     model = by_name.build(name).to(device, dtype).eval()
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's stubs lack it
-    x = by_name.image_batch(
-        model, 2, options.image_size or (_DRY_IMAGE_SIZE if options.dry_run else by_name.image_size(name))
-    )
+    # Layers are noted at batch 2, and measured at each batch size.
+    example = by_name.example_input(name)
+    size = _DRY_IMAGE_SIZE if options.dry_run else by_name.image_size(name)
+    made_for = (size, size) if example is None else (example.shape[2], example.shape[3])
+    x = by_name.image_batch(model, 2, options.image_size or made_for)
     noted = problems.note(model, x, training=options.training, packed=packed)
-    batches = options.batch_size or (_DRY_BATCHES if options.dry_run else _BATCHES)
+    own = _BATCHES if example is None else (len(example),)
+    batches = options.batch_size or (_DRY_BATCHES if options.dry_run else own)
     whole = f"{name} {'x'.join(map(str, x.shape[1:]))}"
     return {whole: problems.build(noted, dict.fromkeys(batches), dtype, device)}

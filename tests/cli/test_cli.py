@@ -126,7 +126,7 @@ def test_time_needs_classes(monkeypatch, capsys):
         (["explain", "--model", "keras:resnet50"], "--model must be one of resnet18, "),
         (["time", "--model", "resnet_v2_51"], "--model must be one of resnet18, "),
         (["verify", "--backend", "fast"], "backend must be one of auto, triton, cudnn, cpu, eager, got 'fast'"),
-        (["verify", *SMALL, "--device", "tpu"], "error: "),
+        (["verify", *SMALL, "--device", "tpu"], "--device must be cpu, cuda, cuda:1 ..., got 'tpu'"),
         (["verify", *SMALL, "--image-size", "1", "--backend", "cudnn"], "error: "),
     ],
 )
@@ -134,6 +134,14 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys):
     assert cli.main(arguments) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ("demo", "explain", "verify", "time", "profile", "tune"))
+def test_a_gpu_that_is_not_there(command, capsys):
+    assert cli.main([command, "--device", "cuda"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --device cuda: PyTorch sees no GPU here") and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 import resnet_kernels as rk
 from helpers.tiny import TRAIN
 from resnet_kernels.cli import main as cli
-from resnet_kernels.cli.train import checkpoint, data, presets
+from resnet_kernels.cli.train import checkpoint, data, network, presets
 
 pytest.importorskip("sklearn", reason="needs scikit-learn")
 pytestmark = pytest.mark.usefixtures("tiny_in_zoo")
@@ -294,3 +294,39 @@ def test_checkpoints_that_can_not_go_on(tmp_path, capsys):
     ):
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         assert message in fails_in_one_line(capsys, *train, "--resume")
+
+
+def test_a_network_of_a_file(tmp_path, monkeypatch, capsys):
+    """Called without arguments, so it must fit the data by itself; its folder is named without path and colon."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "mine.py").write_text(
+        "import resnet_kernels as rk\n"
+        "def net(channels=1, classes=10):\n"
+        "    return rk.models.d2l_resnet18(channels, classes, width=8, num_blocks=(1, 1))\n"
+        "def colored(): return net(3)\n"
+        "def hundred(): return net(1, 100)\n"
+    )
+    train = ["train", "--epochs", "1", "--image-size", "16", "--device", "cpu", "--model"]
+    assert cli.main([*train, "mine.py:net"]) == 0
+    assert "mine.py:net (" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "digits-mine-py-net" / "checkpoint.pt").exists()
+    for function, message in (
+        ("colored", "--model mine.py:colored takes images of 3 channels, and --data has 1"),
+        ("hundred", "--model mine.py:hundred must give (N, 10) for --data, got (2, 100) for N = 2"),
+        ("none", "has no function 'none'; it has colored, hundred, net"),
+    ):
+        assert message in fails_in_one_line(capsys, *train, f"mine.py:{function}")
+
+
+def test_networks_of_other_packages_get_the_classes(monkeypatch):
+    """And timm's the channels; torchvision's take three."""
+    images = types.SimpleNamespace(classes=7, channels=1)
+    timm = pytest.importorskip("timm", reason="needs timm")
+    net = network.build("timm:resnet18", images, 32)
+    assert net.conv1.in_channels == 1 and net.fc.out_features == 7 and isinstance(net, timm.models.ResNet)
+    pytest.importorskip("torchvision", reason="needs torchvision")
+    with pytest.raises(ValueError, match="takes images of 3 channels, and --data has 1"):
+        network.build("torchvision:resnet18", images, 32)
+    images.channels = 3
+    assert network.build("torchvision:resnet18", images, 32).fc.out_features == 7

@@ -172,7 +172,7 @@ def test_a_command_kept_quiet_about_the_kernels(command, isa, fresh, capsys):
     if isinstance(found, Missing):
         assert said == f"CPU kernels: oneDNN's, since ours can't be used: {found.reason}"
     else:
-        assert f"ours, {found.isa}, on " in said and said.endswith(str(found.path))
+        assert f"ours, {found.isa}, on " in said and said.endswith(found.path.name)
 
 
 def _python(*arguments, **environment):
@@ -193,7 +193,7 @@ def test_env_as_json_names_the_kernels():
     found = skip_unless_compiled()
     command = ("-m", "resnet_kernels", "env", "--json")
     ours, none = (json.loads(_python(*command, **{ISA_VARIABLE: isa})) for isa in (found.isa, "none"))
-    assert ours["cpu_kernels"] == str(found.path) and ours["cpu_isa"] == found.isa and ours["cpu_reason"] is None
+    assert ours["cpu_kernels"].endswith(found.path.name) and ours["cpu_isa"] == found.isa and ours["cpu_reason"] is None
     assert none["cpu_kernels"] is none["cpu_isa"] is None and none["cpu_reason"] == f"{ISA_VARIABLE} is none"
 
 

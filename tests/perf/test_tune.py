@@ -381,7 +381,10 @@ def test_training(small_in_zoo, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tune"], "PyTorch sees no GPU here: --device cpu measures the CPU"),
+        (
+            ["tune", "--device", "cuda"],
+            "--device cuda: PyTorch sees no GPU here; --device cpu runs on the CPU; --dry-run",
+        ),
         (["tune", "--device", "meta"], "--device must be a CUDA device or cpu, got meta"),
         (["tune", "--dry-run"], "--dry-run needs --output FILE"),
         (["tune", "--dry-run", "--model", "resnet51", "--output", "x.json"], "--model must be one of"),

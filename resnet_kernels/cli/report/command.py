@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ...fusion.report import table
 from ...perf import read_results, regressions, results
+from .. import terminal
 from . import page, plot_style, sections
 from .parts import Section
 
@@ -23,6 +24,10 @@ _TEMPORARY = ".report-"
 _SECONDS_OF_WRITING = 600.0  # an older temporary folder is of a report that was killed
 
 HELP = "plot a file of pytest benchmarks --benchmark-json on a page, and compare it with an older file"
+EXAMPLES = (
+    "results.json --out report",
+    "new.json --against old.json --out report",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     print(f"wrote {options.out / 'report.html'} and {options.out / 'report.md'}")
     if comparison is None:
         return 0
-    print(f"\n{_changes(comparison)}")
+    terminal.show(f"\n{_changes(comparison)}")
     return 1 if comparison.of_ours("slower") else 0
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -25,14 +26,18 @@ from torch import nn
 
 import resnet_kernels as rk
 
-from ... import models
 from .. import arguments
-from . import checkpoint, curve, data, presets
+from . import checkpoint, curve, data, network, presets
 from .loop import Progress, Training
 from .presets import Settings
 from .processes import Processes, SharedError, join
 
 HELP = "train a network of the zoo on digits, MNIST, Fashion-MNIST or CIFAR-10"
+EXAMPLES = (
+    "",
+    "--preset cifar --download --amp",
+    "--model my_model.py:build --epochs 3",
+)
 
 # Running statistics lag 1 / momentum steps behind the network; after ten times as many steps the lag no longer matters.
 _STEPS_OF_MOMENTUM = 10
@@ -44,16 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = presets.DEFAULT
     option = parser.add_argument
     option("--data", help=f"{', '.join(data.READERS)} (default: {default.data}, resized from 8x8 to 32x32)")
-    option("--model", help=f"{', '.join(models.BY_NAME)} (default: {default.model})")
+    option("--model", metavar="NAME", help=f"{arguments.MODELS} (default: {default.model})")
     option("--preset", help=f"a text's recipe: {', '.join(presets.PRESETS)}; options on the command line override it")
     option("--epochs", type=arguments.positive, help=f"default: {default.epochs}, or the preset's")
-    option("--batch-size", type=arguments.positive, help=f"of all processes together (default: {default.batch_size})")
+    option(
+        "--batch-size",
+        type=arguments.positive,
+        metavar="N",
+        help=f"images in a batch of all processes together (default: {default.batch_size})",
+    )
     option("--optimizer", help=f"{', '.join(presets.OPTIMIZERS)} (default: {default.optimizer.name})")
     option("--lr", type=arguments.positive_float, help=f"learning rate (default: {default.optimizer.lr:g} for adam)")
     option(
         "--image-size",
         type=arguments.positive,
-        help="resize to this height and width (default: 32 for digits, else as is)",
+        metavar="N",
+        help="height and width of the images, which are resized (default: 32 for digits, else as is)",
     )
     option("--output", type=Path, help="directory of checkpoint.pt and curve.png (default: runs/DATA-MODEL)")
     option("--resume", action="store_true", help="go on from the checkpoint in the output directory")
@@ -62,11 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(
         "--fused", action=argparse.BooleanOptionalAction, default=True, help="on the kernels of this package (default)"
     )
-    option("--backend", default="auto", help="auto, triton, cudnn, cpu or eager (default: auto)")
+    arguments.add_backend(parser)
     option("--amp", action="store_true", help="mixed precision: float16 on GPUs, bfloat16 on the CPU")
-    option("--device", help="cpu, cuda, cuda:1 ... (default: cuda if there is one)")
+    arguments.add_device(parser)
     option("--workers", type=arguments.at_least(0), default=0, help="processes that load data (default: 0)")
-    option("--seed", type=int, default=0, help="of weights and shuffling (default: 0)")
+    arguments.add_seed(parser)
 
 
 @dataclass
@@ -104,13 +115,12 @@ def _train(options: argparse.Namespace, processes: Processes, stop: _Stop) -> in
         **{name: getattr(options, name) for name in ("data", "model", "epochs", "batch_size", "optimizer", "lr")},
         **{name: getattr(options, name) for name in ("image_size", "amp", "seed")},
     )
-    if settings.model not in models.BY_NAME:
-        raise SharedError(f"--model must be one of {', '.join(models.BY_NAME)}, got {settings.model!r}")
     if settings.batch_size % processes.size:
         raise SharedError(
             f"--batch-size must be a multiple of the {processes.size} processes, got {settings.batch_size}"
         )
-    output = options.output or Path("runs") / f"{settings.data}-{settings.model}"
+    # A file's path and function are no name for a folder.
+    output = options.output or Path("runs") / f"{settings.data}-{re.sub(r'[^A-Za-z0-9_]+', '-', settings.model)}"
     path = output / "checkpoint.pt"
     if path.exists():
         stop.kept = f"no epoch was done, and {path} is as it was"
@@ -153,7 +163,7 @@ def _build(
 ) -> tuple[nn.Module, int]:
     """Returns the model on its device, fused if asked for, and the number of its fused blocks."""
     torch.manual_seed(settings.seed)
-    model = models.BY_NAME[settings.model](num_classes=images.classes, in_channels=images.channels)
+    model = network.build(settings.model, images, settings.image_size or images.image_size)
     if settings.xavier:
         for module in model.modules():
             if isinstance(module, (nn.Conv2d, nn.Linear)):
