@@ -3,7 +3,7 @@
     --json FILE     measures on this CPU and writes FILE: for each network the convolutions, those that ran fused in a call,
                     the reasons for the others, parity, and with --seconds the time of eager and fused calls in turns
     --before FILE   adds the numbers of an older version, which this command has written with that version installed
-    --write PAGE    puts the table of benchmarks/results/coverage.json between the marks in PAGE, docs/models.md
+    --write PAGE    puts the table of benchmarks/results/coverage/networks.json between the marks in PAGE, docs/models.md
 
 Weights are random, so that nothing is downloaded. Networks of torchvision and timm are left out where these are not installed.
 """
@@ -29,10 +29,9 @@ from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.perf import environment, timing
 
 from .. import other_models as others
+from .readme_tables import fill
 
-RESULTS = Path(__file__).parents[1] / "results" / "coverage.json"
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-MARKS = "<!-- coverage -->", "<!-- /coverage -->"
+RESULTS = Path(__file__).parents[1] / "results" / "coverage" / "networks.json"
 _RANGE = "module:"
 
 
@@ -240,19 +239,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, results: dict[str, Any]) -> str:
-    """Returns a page with the table between its marks.
-
-    Raises:
-        ValueError: a page without the marks.
-    """
-    begin, end = MARKS
-    if begin not in page or end not in page:
-        raise ValueError(f"the page must have the marks {begin} and {end}")
-    head, rest = page.split(begin, 1)
-    return f"{head}{begin}\n{table(results)}\n{end}{rest.split(end, 1)[1]}"
-
-
 def main(arguments: Iterable[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.coverage", description=__doc__.splitlines()[0])
@@ -268,7 +254,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
         before = json.loads(options.before.read_text()) if options.before else None
         options.json.write_text(json.dumps(_measured(options.seconds, before), indent=1) + "\n")
     if options.write:
-        options.write.write_text(with_table(options.write.read_text(), json.loads(RESULTS.read_text())))
+        options.write.write_text(fill(options.write.read_text(), {"coverage": table(json.loads(RESULTS.read_text()))}))
     return 0
 
 

@@ -157,7 +157,7 @@ def _as_called(reader: graph_reader.Reader, path: str, below: list[Finding]) -> 
         inlined = finding.path in {_join(path, name) for name in reader.ran_into}
         if isinstance(finding.plan, ContainerPlan) and children and not inlined and finding.path not in calls:
             continue
-        takes_one = isinstance(finding.plan, Recipe) or (finding.plan is not None and finding.plan.instructions)
+        takes_one = isinstance(finding.plan, Recipe) or bool(finding.plan is not None and finding.plan.instructions)
         if takes_one and not any(calls.get(finding.path, [True])):
             kind, reason = type(finding.module).__name__, "is called with more than one argument"
             finding = Finding(finding.module, finding.path, [Row(finding.path, kind, False, reason=reason)])
