@@ -36,7 +36,7 @@ _HINTS = (
     (r"only Conv2d is fused", "a Conv2d of your own class is fused if its code calls F.conv2d with its own weight, unchanged"),
     (r"registered more than once|has two names", "give each place a module of its own"),
     (r"its forward (sets|appends|writes|changed)", "let forward only compute, and keep records elsewhere"),
-    (r"is a \w+, a module that is not fused", "what is around it is fused; a module of convolutions alone would be, too"),
+    (r"is a \w+, a module that is not fused", "it runs as itself, and what is around it is fused"),
 )  # fmt: skip
 
 

@@ -155,6 +155,8 @@ def _watch(model: nn.Module, path: str, module: nn.Module, compare: _Compare) ->
             yield from _watch_run(twin, f"{path}.{name}".lstrip("."), recipe, run, compare)
         return
 
+    if not path and runs:
+        return  # the last row is about it
     steps = " | ".join(map(str, runs.values())) if runs else str(state.plan)
 
     def after_block(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
