@@ -23,10 +23,10 @@ from ..kernels.activations import Activation
 from . import activations
 from .container_plan import changes_nothing, container_plan, reads_of_child
 from .fusible import (
-    CALLED,
     NOT_MATERIALIZED,
     activation_behind,
     is_batch_norm,
+    is_called,
     is_known,
     is_not_materialized,
     is_quiet,
@@ -176,7 +176,7 @@ def _kind_of_module(node: Node, reader: Reader) -> tuple[str, Reads, Activation 
         seen += more.below(path)
     if kind is not None:
         return kind, seen, activation
-    if type(child) in CALLED:
+    if is_called(child):
         return "call", seen, None
     if is_not_materialized(child):
         raise CannotRead(f"{path} {NOT_MATERIALIZED}")

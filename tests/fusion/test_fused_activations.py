@@ -280,9 +280,9 @@ def test_the_state_holds_activations_and_no_module():
 class Learned(Block):
     """Two PReLUs: one slope for all channels, and one for each."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, last: nn.Module | None = None):
         super().__init__(channels, channels, nn.PReLU())
-        self.last = nn.PReLU(channels)
+        self.last = last or nn.PReLU(channels)
 
     def forward(self, x):
         y = self.act(self.bn1(self.conv1(x)))
@@ -310,3 +310,11 @@ def test_a_prelu_is_called_as_itself(device):
             found.append(torch.autograd.grad(loss, [*model.parameters()]))
         for gradients in zip(*found, strict=True):
             assert_within_budget(*gradients, backend)
+
+
+def test_timms_prelu_is_called_as_itself():
+    layers = pytest.importorskip("timm.layers", reason="needs timm")
+    plain = randomise_batch_norms_(nn.Sequential(Learned(8, layers.PReLU(8)), Learned(8))).eval()
+    fused = rk.fuse(plain)
+    assert len(rk.explain(fused).fused) == 2
+    assert_next_call_like_eager(plain, fused, torch.randn(2, 8, 9, 7))
