@@ -30,8 +30,7 @@ _QUIET_ELSEWHERE = (
 _FROZEN_BN = (("torchvision.ops.misc", "FrozenBatchNorm2d"),)  # weight, bias, running_mean, running_var as buffers
 _BN_ACT = (("timm.layers.norm_act", "BatchNormAct2d"),)  # a BatchNorm2d with `drop` and `act`
 POOLS = (nn.MaxPool2d, MaxPool2dSame, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-# Modules that a block calls as themselves, as steps of their own. A PReLU's slope is a weight: no kernel of ours reads it.
-CALLED = (*POOLS, nn.PReLU)
+_PRELU_ELSEWHERE = (("timm.layers.activations", "PReLU"),)
 
 # Classes whose forward was found to be that of a frozen BN, and the eps that it has in its code; None for the attribute `eps`.
 _frozen_bn_classes: weakref.WeakKeyDictionary[type[nn.Module], float | None] = weakref.WeakKeyDictionary()
@@ -102,6 +101,16 @@ def has_act(bn: nn.Module) -> bool:
 def activation_behind(bn: nn.Module) -> Activation | None:
     """The activation that a BN itself ends in; None if it ends in none."""
     return activations.of_module(bn._modules["act"]) if has_act(bn) else None
+
+
+def is_prelu(module: nn.Module | None) -> bool:
+    """Whether a module is a PReLU. Its slope is a weight, which no kernel of ours reads."""
+    return type(module) is nn.PReLU or _is_one_of(type(module), _PRELU_ELSEWHERE)
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether a block calls a module as itself, in a step of its own."""
+    return type(module) in POOLS or is_prelu(module)
 
 
 def is_quiet(module: nn.Module | None) -> bool:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
-from .fusible import is_known, original_class, shared_children, signature
+from .fusible import is_known, is_prelu, original_class, shared_children, signature
 from .group_steps import CallGroup, ConvGroup, Group, Operation, group, schedule
 from .layouts import LayoutView, boundaries
 from .operations import check_mutation, is_of_own_conv, operation_of, small_convolutions
@@ -62,8 +62,6 @@ _METHODS_THAT_MAKE = frozenset({"add", "sub", "mul", "div", "mean", "sum", "relu
 _MAKERS = (
     nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.Sigmoid
 )  # fmt: skip
-# A run with one of them would run step by step on the CPU.
-_IN_NO_PROGRAM = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.PReLU)
 
 
 class _Runs:
@@ -226,7 +224,7 @@ class _Planner:
             path, kind = operation.path, operation.kind
             # Runs are known by their convolutions: none may be in two.
             known = kind != "conv" or (self.calls[path] <= 1 and path not in self.shared)
-            known = known and not (kind == "call" and isinstance(self.children[path], _IN_NO_PROGRAM))
+            known = known and not (kind == "call" and _is_in_no_program(self.children[path]))
         except CannotRead:
             known = False
         if not known:
@@ -409,6 +407,11 @@ class _Planner:
         if isinstance(value, dict):
             return {key: self._slots(v) for key, v in value.items()}
         return value
+
+
+def _is_in_no_program(module: nn.Module) -> bool:
+    """Whether a run with this module in it would run step by step on the CPU."""
+    return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or is_prelu(module)
 
 
 def _writes_nothing(module: nn.Module) -> bool:

@@ -13,11 +13,11 @@ from torch.fx import Graph, Node
 from ..kernels.activations import Activation
 from . import activations
 from .fusible import (
-    CALLED,
     NOT_MATERIALIZED,
     activation_behind,
     has_act,
     is_batch_norm,
+    is_called,
     is_known,
     is_not_materialized,
     is_plain_max_pool,
@@ -125,7 +125,7 @@ def _kind_of_module(
         seen += more.below(path)
     if kind is not None:
         return kind, seen, activation
-    if type(child) in CALLED:
+    if is_called(child):
         return "call", seen, None
     if is_not_materialized(child):
         raise CannotRead(f"{path} {NOT_MATERIALIZED}")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...graph import fusible
 from ...kernels import target
 from ...kernels.activations import RELU
 from ...kernels.geometry import Geometry, plain_pair
@@ -284,7 +285,7 @@ def shapes_of(
             found[step.out] = geometry.out_shape(x_shape, weight_shape)
             if part.step.residual is not None:  # which may be the larger of the two
                 found[step.out] = tuple(torch.broadcast_shapes(found[step.out], found[part.step.residual]))
-        elif isinstance(part, NormPart) or type(part.child) is nn.PReLU:
+        elif isinstance(part, NormPart) or fusible.is_prelu(part.child):
             found[step.out] = found[part.step.inputs[0]]
         elif part.child is not None:
             found[step.out] = part.child(torch.empty(tuple(found[step.inputs[0]]), dtype=dtype, device="meta")).shape
