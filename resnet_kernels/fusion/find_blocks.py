@@ -12,6 +12,7 @@ from ..graph import fusible
 from ..graph import reader as graph_reader
 from ..graph.operations import small_convolutions
 from ..graph.recipe import CannotRead, ContainerPlan, ConvStep, Recipe
+from ..graph.tracing import remembering
 from .report import Row
 from .unfused import Unfused, unfused
 
@@ -51,6 +52,11 @@ class Findings(NamedTuple):
 
 def find_blocks(model: nn.Module) -> Findings:
     """Returns what was found in a model, in the order of its modules, the model itself first; changes nothing."""
+    with remembering():
+        return _find_blocks(model)
+
+
+def _find_blocks(model: nn.Module) -> Findings:
     search = _Search()
     findings = search.visit(model, "")
     if any(f.plan for f in findings) and not any(f.module is model and f.plan for f in findings):

@@ -8,11 +8,13 @@ nn.Module instead, which other threads would see: they may call and trace the sa
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import operator
+import threading
 import types
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -243,6 +245,20 @@ class Into(NamedTuple):
     lists: bool = False
 
 
+_memory = threading.local()
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Spans the reading of a model that nobody changes meanwhile: a module is traced once, however often it is asked for."""
+    before = getattr(_memory, "traces", None)
+    _memory.traces = {} if before is None else before
+    try:
+        yield
+    finally:
+        _memory.traces = before
+
+
 def trace(module: nn.Module, training: bool, into: Into = Into()) -> Traced:
     """The graph of module.forward(x) in eval or train() mode, with all other arguments at their defaults.
 
@@ -251,6 +267,22 @@ def trace(module: nn.Module, training: bool, into: Into = Into()) -> Traced:
     Raises:
         CannotRead: with the reason.
     """
+    traces = getattr(_memory, "traces", None)
+    if traces is None:
+        return _trace(module, training, into)
+    key = id(module), training, into
+    if key not in traces:
+        try:
+            traces[key] = _trace(module, training, into)
+        except CannotRead as error:
+            traces[key] = str(error)
+    if isinstance(traces[key], str):
+        raise CannotRead(traces[key])
+    found: Traced = traces[key]
+    return found
+
+
+def _trace(module: nn.Module, training: bool, into: Into) -> Traced:
     cls = original_class(module)
     if "forward" in module.__dict__:
         raise CannotRead("its forward was set on the instance")

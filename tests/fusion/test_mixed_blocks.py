@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
-from helpers.mixed_blocks import BLOCKS, Conv2d, DenseBlock, Detectron, SEBlock, SplitBlock, SqueezeExcitation, Tree
-from helpers.oracle import assert_within_budget
+from helpers.mixed_blocks import BLOCKS, Conv2d, SqueezeExcitation
+from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.small_resnet import PlainResidual, close, convolutions_that_ran
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import fused_module
+from resnet_kernels.runtime import fused_module, training
 
 CASES = list(BLOCKS)
 
@@ -410,16 +410,49 @@ def test_a_convolution_that_is_a_block_by_itself():
         close(fused(x), plain(x) + 1)
 
 
-def test_on_other_backends(monkeypatch):
-    for block in (SEBlock, SplitBlock, DenseBlock, Detectron, Tree):
-        torch.manual_seed(0)
-        plain = randomise_batch_norms_(block()).eval()
-        x = torch.randn(2, 12 if block is SplitBlock else 8, 9, 9)
-        for backend in ("eager", "auto"):
-            check(plain, rk.fuse(plain, backend=backend), x)
-        frozen = rk.fuse(plain, freeze=True)
+@pytest.mark.parametrize("name", CASES)
+def test_eager_and_frozen(name):
+    plain, channels, _ = built(name)
+    x = torch.randn(2, channels, 9, 9)
+    check(plain, rk.fuse(plain, backend="eager"), x)
+    frozen = rk.fuse(plain, freeze=True)
+    for _ in range(2):
         check(plain, frozen, x)
-        check(plain, frozen, x)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_triton(name, device):
+    skip_unless_runnable("triton", device, torch.float32)
+    plain, channels, count = built(name)
+    plain = plain.to(device)
+    fused, x = rk.fuse(plain, backend="triton"), torch.randn(2, channels, 6, 7, device=device)
+    assert len(convolutions_that_ran(fused, x)) == count
+    check(plain, fused, x)
+
+
+@pytest.mark.parametrize("name", ["squeeze-and-excitation", "split", "dense", "tree"])
+def test_training_on_triton(name, device, monkeypatch):
+    """Batch statistics, running statistics and gradients are eager's; the runs are ours."""
+    skip_unless_runnable("triton", device, torch.float32)
+    plain, channels, _ = built(name)
+    plain = plain.to(device).train()
+    fused, x = rk.fuse(plain, backend="triton"), torch.randn(3, channels, 6, 7, device=device)
+    ran = []
+    run_recipe = training.run_recipe
+    monkeypatch.setattr(training, "run_recipe", lambda recipe, *rest: ran.append(recipe) or run_recipe(recipe, *rest))
+    upstream = torch.randn_like(copy.deepcopy(plain)(x))
+
+    def step(model, dtype):
+        model, leaf = copy.deepcopy(model).to(dtype), x.detach().clone().to(dtype).requires_grad_()
+        model(leaf).backward(upstream.to(dtype))
+        tensors = [leaf.grad, *(p.grad for p in model.parameters())]
+        return tensors + [b for b in model.buffers() if b.is_floating_point()]
+
+    ours, eager, oracle = step(fused, torch.float32), step(plain, torch.float32), step(plain, torch.float64)
+    assert len(ran) == len(fused._rk_state.plan.runs)
+    own, budget = ([error(a, b) ** 2 for a, b in zip(found, oracle)] for found in (ours, eager))
+    rms = lambda squares: (sum(squares) / len(squares)) ** 0.5  # noqa: E731
+    assert rms(own) <= 2 * rms(budget) + torch.finfo(torch.float32).eps / 2
 
 
 @pytest.mark.filterwarnings("ignore:resnet_kernels")  # of float64
