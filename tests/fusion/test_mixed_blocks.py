@@ -6,11 +6,12 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 import resnet_kernels as rk
-from helpers.mixed_blocks import BLOCKS, Conv2d, SqueezeExcitation
+from helpers.mixed_blocks import BLOCKS, Conv2d, SEBlock, SqueezeExcitation
 from helpers.oracle import assert_within_budget, error, skip_unless_runnable
+from helpers.own_kernels import onednn_alone  # noqa: F401  # a fixture
 from helpers.small_resnet import PlainResidual, close, convolutions_that_ran
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime import fused_module, training
@@ -473,3 +474,140 @@ def test_no_state_is_left_behind():
     fused = rk.fuse(plain)
     assert all(not fused_module.is_fused(m) for m in plain.modules())
     assert list(fused.state_dict()) == list(plain.state_dict())
+
+
+class _Asking(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: isinstance(x, torch.Tensor),
+        lambda x: isinstance(x, Tensor),
+        lambda x: isinstance(x, (list, torch.Tensor)),
+        lambda x: isinstance(torch.relu(x), torch.Tensor),
+        lambda x: isinstance(x, nn.Parameter) or isinstance(x.clone(), Tensor),
+        lambda x: type(x) is Tensor,
+        torch.is_tensor,
+    ],
+)
+def test_a_forward_that_asks_whether_its_input_is_a_tensor(asks):
+    """A value of a trace is none, so that a trace would take the other way."""
+    forward = lambda self, x: F.relu(self.bn(self.conv(x if asks(x) else -x)) + x)  # noqa: E731
+    plain = randomise_batch_norms_(type("Block", (_Asking,), {"forward": forward})()).eval()
+    report = rk.explain(plain)
+    assert not report.fused and "asks whether a value is a Tensor" in report.unfused[0].reason, str(report)
+    assert "lists" in report.unfused[0].hint
+    check(plain, rk.fuse(plain), torch.randn(1, 8, 9, 9))
+
+
+def _views(self, x):
+    y = F.relu(self.bn1(self.conv1(x)))
+    largest = y.view(y.shape[0], -1).amax(1).view(-1, 1, 1, 1)
+    return F.relu(self.bn2(self.conv2(y)) + x) / largest
+
+
+def test_an_operation_that_sees_layouts_gets_eagers():
+    torch.manual_seed(0)
+    block = type("Block", (_Variant,), {"forward": _views})()
+    plain = randomise_batch_norms_(nn.Sequential(PlainResidual(8), block, PlainResidual(8))).eval()
+    fused, x = rk.fuse(plain), torch.randn(2, 8, 9, 7)
+    assert fused[1]._rk_state.plan.instructions
+    for _ in range(2):
+        check(plain, fused, x)
+
+
+def test_a_module_of_another_class_sees_eagers_layout():
+    """What was looked into is watched: another module in its place may see layouts."""
+
+    class Viewing(SqueezeExcitation):
+        def forward(self, x):
+            return x * x.view(x.shape[0], -1).amax(1).view(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    plain = randomise_batch_norms_(nn.Sequential(PlainResidual(8), SEBlock(), PlainResidual(16))).eval()
+    fused, x = rk.fuse(plain), torch.randn(2, 8, 12, 10)
+    check(plain, fused, x)
+    for m in (plain, fused):
+        m[1].se.__class__ = Viewing
+    check(plain, fused, x)
+
+
+def test_a_global_hook_fires_for_each_module():
+    plain, channels, _ = built("tree")
+    fused, x = rk.fuse(plain), torch.randn(1, channels, 9, 9)
+    check(plain, fused, x)
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda m, args, y: seen.append(type(m).__name__))
+    try:
+        with torch.no_grad():
+            plain(x)
+            theirs = seen.copy()
+            seen.clear()
+            fused(x)
+    finally:
+        handle.remove()
+    assert seen == theirs and len(seen) > 10
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_modules_replaced_by_others_of_their_class(name):
+    """In lists of modules and in Sequentials, too."""
+    plain, channels, count = built(name)
+    fused, x = rk.fuse(plain), torch.randn(1, channels, 12, 12)
+    check(plain, fused, x)
+    for path, module in [*plain.named_modules()]:
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
+            other = copy.deepcopy(module)
+            with torch.no_grad():
+                other.weight.mul_(-1.5)
+            owner, _, child = path.rpartition(".")
+            for m in (plain, fused):
+                m.get_submodule(owner)._modules[child] = copy.deepcopy(other)
+            check(plain, fused, x)
+    assert len(convolutions_that_ran(fused, x)) == count
+
+
+def test_an_empty_batch_takes_its_own_way():
+    class Early(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            return x if x.numel() == 0 else F.relu(self.bn(self.conv(x)))
+
+    fused = rk.fuse(Early().eval())
+    with torch.no_grad():
+        assert fused(torch.randn(0, 8, 5, 5)).shape == (0, 8, 5, 5)
+        assert fused(torch.randn(1, 8, 5, 5)).shape == (1, 4, 3, 3)
+    assert convolutions_that_ran(fused, torch.randn(1, 8, 5, 5)) == {"conv"}
+
+
+@pytest.mark.filterwarnings("ignore:resnet_kernels")
+def test_checkpointing_where_gradients_are_wanted(monkeypatch):
+    plain, channels, _ = built("checkpointed")
+    for module in plain.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)  # else gradients in eval mode are eager's anyway
+    fused, calls = rk.fuse(plain), []
+    original = torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(
+        torch.utils.checkpoint, "checkpoint", lambda *args, **more: calls.append(1) or original(*args, **more)
+    )
+    fused(torch.randn(1, channels, 9, 9).requires_grad_()).sum().backward()
+    assert calls
+    assert len(convolutions_that_ran(fused, torch.randn(1, channels, 9, 9))) == 2
+
+
+@pytest.mark.usefixtures("onednn_alone")
+def test_a_run_does_not_write_over_what_others_read():
+    """Without our kernels steps run one by one, and may write sums over residuals."""
+    torch.manual_seed(0)
+    plain = randomise_batch_norms_(type("Block", (_Variant,), {"forward": _adds_twice})()).eval()
+    fused, x = rk.fuse(plain), torch.randn(2, 8, 9, 9)
+    for _ in range(2):
+        check(plain, fused, x)
