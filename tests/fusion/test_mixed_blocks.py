@@ -606,8 +606,22 @@ def test_checkpointing_where_gradients_are_wanted(monkeypatch):
 @pytest.mark.usefixtures("onednn_alone")
 def test_a_run_does_not_write_over_what_others_read():
     """Without our kernels steps run one by one, and may write sums over residuals."""
+
+    class Gated(_Variant):
+        def __init__(self):
+            super().__init__()
+            self.conv3, self.bn3 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            x = F.relu(self.bn1(self.conv1(x)))
+            y = F.relu(self.bn2(self.conv2(x)))
+            y = F.relu(self.bn3(self.conv3(y)) + x)
+            return y + self.gate(x)
+
     torch.manual_seed(0)
-    plain = randomise_batch_norms_(type("Block", (_Variant,), {"forward": _adds_twice})()).eval()
+    plain = randomise_batch_norms_(Gated()).eval()
     fused, x = rk.fuse(plain), torch.randn(2, 8, 9, 9)
+    first, second = fused._rk_state.plan.runs.values()
+    assert second.steps[-1].residual == 0 and second.steps[-1].overwrites_residual
     for _ in range(2):
         check(plain, fused, x)
