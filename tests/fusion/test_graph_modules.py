@@ -26,7 +26,7 @@ def network():
     """torchvision's: torch.fx can't pickle the code of a forward with annotations that are strings, as ours have."""
     resnet = pytest.importorskip("torchvision.models.resnet", reason="needs torchvision")
     torch.manual_seed(0)
-    return randomise_batch_norms_(resnet.ResNet(resnet.Bottleneck, [1, 2, 1, 1], num_classes=10)).eval()
+    return randomise_batch_norms_(resnet.ResNet(resnet.BasicBlock, [1, 2, 1, 1], num_classes=10)).eval()
 
 
 def traced():
@@ -61,7 +61,7 @@ def check(plain, fused, x):
 @pytest.mark.parametrize("make", [traced, extractor])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_all_of_it_is_fused(make, layout):
-    plain, x = make(), torch.randn(2, 3, 48, 40).contiguous(memory_format=layout)
+    plain, x = make(), torch.randn(2, 3, 40, 32).contiguous(memory_format=layout)
     fused = rk.fuse(plain)
     assert isinstance(fused, torch.fx.GraphModule) and fused.graph.nodes and fused.code == plain.code
     assert fused.training == plain.training is False
@@ -73,7 +73,7 @@ def test_all_of_it_is_fused(make, layout):
 
 @pytest.mark.parametrize("make", [traced, extractor])
 def test_copies_pickles_and_unfusing(make):
-    plain, x = make(), torch.randn(1, 3, 40, 40)
+    plain, x = make(), torch.randn(1, 3, 32, 32)
     fused = rk.fuse(plain)
     for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
         other.train(False)
@@ -91,7 +91,7 @@ def test_copies_pickles_and_unfusing(make):
 
 
 def test_an_edited_graph_is_read_again():
-    plain, x = traced(), torch.randn(1, 3, 40, 40)
+    plain, x = traced(), torch.randn(1, 3, 32, 32)
     fused = rk.fuse(plain)
     check(plain, fused, x)
     for model in (plain, fused):
@@ -113,7 +113,7 @@ def test_an_edited_graph_is_read_again():
 
 
 def test_a_graph_that_does_more_than_compute_keeps_its_code():
-    plain, x = traced(), torch.randn(1, 3, 40, 40)
+    plain, x = traced(), torch.randn(1, 3, 32, 32)
     _noted.clear()
     output = next(node for node in plain.graph.nodes if node.op == "output")
     with plain.graph.inserting_before(output):
@@ -128,7 +128,7 @@ def test_a_graph_that_does_more_than_compute_keeps_its_code():
 
 
 def test_hooks_and_training():
-    plain, x = traced(), torch.randn(2, 3, 40, 40)
+    plain, x = traced(), torch.randn(2, 3, 32, 32)
     fused = rk.fuse(plain)
     seen = []
     handle = fused.get_submodule("layer2.0.bn1").register_forward_hook(lambda m, args, y: seen.append(y.shape))
@@ -147,7 +147,7 @@ def test_hooks_and_training():
 
 
 def test_normalize_and_freeze():
-    plain, x = traced(), torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    plain, x = traced(), torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     mean, std = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
     fused = rk.fuse(plain, normalize=(mean, std), freeze=True)
     images = (x / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
