@@ -101,9 +101,14 @@ def texts(picture):
     for text in ElementTree.fromstring(picture).iter(f"{SVG}text"):
         size, x, y = (float(text.get(name)) for name in ("font-size", "x", "y"))
         face = font(" Mono" if text.get("font-family") else "", text.get("font-weight") == "bold")
-        face.set_size(size, 72)
-        face.set_text(text.text or "")
-        yield text.text, (x, y - 0.8 * size, x + face.get_width_height()[0] / 64, y + 0.24 * size)
+        width = float(text.get("textLength", 0)) or measured(face, text.text or "", size)
+        yield text.text, (x, y - 0.8 * size, x + width, y + 0.24 * size)
+
+
+def measured(face, text, size):
+    face.set_size(1000, 72)  # at which rounding to pixels doesn't matter
+    face.set_text(text)
+    return face.get_width_height()[0] / 64 * size / 1000
 
 
 def inside(box, other):
@@ -224,6 +229,16 @@ def test_a_file_of_its_own():
 def test_the_same_report_gives_the_same_picture():
     model = rk.models.resnet18()
     assert svg(rk.explain(model), "a") == svg(rk.explain(model), "a")
+
+
+@pytest.mark.parametrize("family, bold", (("", False), ("", True), (" Mono", False)))
+def test_no_character_is_wider_than_its_bound(family, bold):
+    """The others are squeezed by the viewer."""
+    face, monospace = font(family, bold), bool(family)
+    known = [c for c in map(chr, (*range(0x20, 0x3000), *range(0x1F600, 0x1F610))) if words.is_of_known_width(c)]
+    assert {*"azAZ09.()_→…ß"} <= {*known} and not {*"ڈ名ﷺ\u0301"} & {*known}
+    for c in filter(str.isprintable, known):
+        assert measured(face, c, 12) <= words.width(c, 12, monospace=monospace, bold=bold), c
 
 
 rows = st.builds(

@@ -74,15 +74,16 @@ class _Picture:
             self._write(MARGIN, line, _SMALL, color=_GRAY)
         self.y += GAP
         if report.rows:
-            self._legend()
+            self._legend(any_eager=any(row.reason for row in report.rows))
 
-    def _legend(self) -> None:
+    def _legend(self, any_eager: bool) -> None:
         x = self._kernel(MARGIN, ["conv1", "bn1", "relu"], eager=False) + GAP
         first = "one kernel, and the layers that it computes"
         self._label(x, first)
-        x += words.width(first, _SMALL) + 2 * GAP
-        self._elements.append(_rect(x, self.y, 36, _KERNEL_HEIGHT, _LEFT_OUT, _LEFT_OUT_EDGE, dashed=True))
-        self._label(x + 36 + GAP, "PyTorch's own code, and why")
+        if any_eager:
+            x += words.width(first, _SMALL) + 2 * GAP
+            self._elements.append(_rect(x, self.y, 36, _KERNEL_HEIGHT, _LEFT_OUT, _LEFT_OUT_EDGE, dashed=True))
+            self._label(x + 36 + GAP, "PyTorch's own code, and why")
         self.y += _KERNEL_HEIGHT + 2 * GAP
 
     def stage(self, name: str, groups: list[Group]) -> None:
@@ -278,9 +279,15 @@ def _text(
     hover: str = "",
 ) -> str:
     """A line of text, its baseline at y. Where it is shorter than `hover`, the pointer shows that."""
-    style = (' font-weight="bold"' if bold else "") + (' font-family="monospace"' if monospace else "")
+    style = "" if words.is_of_known_width(text) else _squeezed(text, size, bold=bold, monospace=monospace)
+    style += (' font-weight="bold"' if bold else "") + (' font-family="monospace"' if monospace else "")
     tooltip = f"<title>{words.quoted(hover)}</title>" if words.ELLIPSIS in text and hover else ""
     return (
         f'<text x="{x:g}" y="{y:g}" font-size="{size:g}" fill="{color}"{style} xml:space="preserve">'
         f"{words.quoted(text)}{tooltip}</text>"
     )
+
+
+def _squeezed(text: str, size: float, *, bold: bool, monospace: bool) -> str:
+    most = words.width(text, size, bold=bold, monospace=monospace)
+    return f' textLength="{most:.1f}" lengthAdjust="spacingAndGlyphs"'

@@ -11,9 +11,10 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 # Widths in ems, of the widest fonts that a viewer may take for `sans-serif`: DejaVu Sans and Verdana.
 _NARROW, _NARROW_WIDTH = set("ijlI.,:;'|!()[]ft-/ r"), 0.46
-_BROAD, _BROAD_WIDTH = set("mwMWGOQ@%&+=<>~#_—…→" + TIMES), 1.0
+_BROAD, _BROAD_WIDTH = set("mwMWGOQ@%&+=<>^~#_—…→" + TIMES), 1.08
 _UPPERCASE_WIDTH, _OTHER_WIDTH = 0.78, 0.65
 _MONOSPACE_WIDTH = 0.61
+_LATIN = 0x17F  # the last letter that these fonts have in an ordinary width
 _BOLD = 1.12
 # What XML 1.0 allows in no form, and what would move a line's other characters.
 _NOT_FOR_XML = re.compile(
@@ -43,11 +44,16 @@ def width(text: str, size: float, *, monospace: bool = False, bold: bool = False
     return size * sum(_character(c, monospace) for c in text) * (_BOLD if bold and not monospace else 1)
 
 
+def is_of_known_width(text: str) -> bool:
+    """Returns whether `width` bounds a text in any font. Where not, the viewer has to squeeze the text to it."""
+    return all(ord(c) <= _LATIN or c in _BROAD or c == ELLIPSIS for c in text)
+
+
 def _character(c: str, monospace: bool) -> float:
-    if unicodedata.east_asian_width(c) in "WF" or ord(c) > 0x2FFF:
-        return 1.3  # from another font than the text's
+    if not is_of_known_width(c):
+        return 1.3 if unicodedata.east_asian_width(c) in "WF" else 1.0
     if monospace:
-        return _MONOSPACE_WIDTH if ord(c) < 0x2000 or c == ELLIPSIS else 1.0
+        return _MONOSPACE_WIDTH if ord(c) <= _LATIN or c == ELLIPSIS else 1.0
     if c in _NARROW:
         return _NARROW_WIDTH
     if c in _BROAD or ord(c) > 0x7F:
