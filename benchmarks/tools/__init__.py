@@ -1,1 +1,1 @@
-"""Commands beside the benchmarks: README's tables, costs, image sizes, interference, trimming of result files."""
+"""Commands beside the benchmarks: the pages' tables, costs, image sizes, interference, trimming of result files."""

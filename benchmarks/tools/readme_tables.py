@@ -1,8 +1,8 @@
-"""python -m benchmarks.tools.readme_tables [--write README.md]: makes README's tables from all files in benchmarks/results.
+"""python -m benchmarks.tools.readme_tables [--write]: makes README's table and docs/performance.md's from benchmarks/results.
 
-It prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. A table shows networks in
-inference, at their largest image size; the outcomes of all cases are counted below it.
-`python -m resnet_kernels report` shows all of a file.
+It prints them, or puts each between its markers, `<!-- results -->` to `<!-- /results -->`. A table of results shows networks
+in inference, at their largest image size; the outcomes of all cases are counted below it. README's has
+the rows of `_GAINS`, each from the newest file that has it. `python -m resnet_kernels report` shows all of a file.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from resnet_kernels.perf import read_results
 from resnet_kernels.perf.results import LEVELS, CaseResults, Results, outcomes
 
 RESULTS = Path(__file__).parents[1] / "results"
+ROOT = Path(__file__).parents[2]
+# The pages, and the markers that each has.
+PAGES = {ROOT / "README.md": ("gains",), ROOT / "docs" / "performance.md": ("results", "costs")}
 
 _HEAD = (
     "network",
@@ -32,6 +35,8 @@ _HEAD = (
     "faster of ours, times its speed",
     "error / budget",
 )
+_GAINS = {"cpu": (("resnet18", 1), ("resnet50", 1)), "cuda": (("resnet50", 1), ("resnet50", 256))}
+_HOW = {"fused": "`rk.fuse`", "fused-graph": "`rk.capture`"}  # what serves every user; frozen asks for a promise
 _OTHERS = ("frozen", "fused-graph", "frozen-graph")  # of ours
 _DIRECTIONS = {"forward": "inference", "forward-backward": "training step"}
 _COSTS = {
@@ -50,10 +55,45 @@ def blocks() -> dict[str, str]:
     """Text for each pair of markers, by the markers' name."""
     files = sorted(RESULTS.glob("*.json"))
     costs = [path for path in files if path.name.startswith("costs-")]
+    results = [read_results.read(path) for path in files if path not in costs]
     return {
-        "results": "\n\n".join(results_table(read_results.read(path)) for path in files if path not in costs),
+        "gains": gains_table(results),
+        "results": "\n\n".join(map(results_table, results)),
         "costs": "\n\n".join(costs_table(path) for path in costs),
     }
+
+
+def gains_table(results: Sequence[Results]) -> str:
+    """README's table: a few networks on the newest CPU and GPU, eager's time, ours and the fastest peer's."""
+    head = ("device", "network", "batch", "eager", "ours", "times eager's speed", "times the fastest peer's speed")
+    rows, files = [], []
+    for platform, shown in _GAINS.items():
+        for subject, batch in shown:
+            found = [
+                (measured, case)
+                for measured in results
+                for case in measured.cases.values()
+                if (case.platform, case.subject, case.batch) == (platform, subject, batch) and _is_shown(case, measured)
+            ]
+            measured, case = max(found, key=lambda pair: (pair[0].date, pair[0].path.name))
+            peer = case.best_peer()
+            assert peer is not None, "a case that is shown has eager"
+            ours = min(
+                (name for name in _HOW if name in case.contenders), key=lambda name: case.contenders[name].median
+            )
+            files.append(f"`{measured.path.name}`")
+            rows.append(
+                (
+                    measured.devices[platform],
+                    f"{subject}, {case.dtype}",
+                    str(batch),
+                    f"{_ms(case, 'eager')} ms",
+                    f"{_ms(case, ours)} ms, by {_HOW[ours]}",
+                    f"{case.speed(ours, 'eager'):.2f}",
+                    f"{case.speed(ours, peer):.2f} ({peer})",
+                )
+            )
+    return "\n".join([*_table(head, rows), "", f"From {' and '.join(dict.fromkeys(files))} in `benchmarks/results`."])
 
 
 def results_table(measured: Results) -> str:
@@ -152,14 +192,14 @@ def fill(text: str, contents: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--write", type=Path, metavar="README.md", help="rewrite what is between the markers of this file"
+        "--write", action="store_true", help="rewrite what is between the markers of README.md and docs/performance.md"
     )
-    options = parser.parse_args()
     contents = blocks()
-    if options.write is None:
+    if not parser.parse_args().write:
         print("\n\n".join(contents.values()))
         return
-    options.write.write_text(fill(options.write.read_text(), contents))
+    for page, names in PAGES.items():
+        page.write_text(fill(page.read_text(), {name: contents[name] for name in names}))
 
 
 if __name__ == "__main__":

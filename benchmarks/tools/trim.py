@@ -1,6 +1,6 @@
 """python -m benchmarks.tools.trim FILE OUT: shrinks a file of results, or a table of `tune`, to the size that is committed.
 
-Results keep the fields that `report` and README's tables read, and the conditions of each measurement. Samples keep five
+Results keep the fields that `report` and the pages' tables read, and the conditions of each measurement. Samples keep five
 digits, other numbers six. Kernels' names lose their template arguments and parameters. A kernel that the roofline can't draw
 loses its name and bytes, and a training step's kernels are added up by kind: the report shows no more of them. A table keeps
 two candidates of each record, the winner and the default, with their medians.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 import torch
 
@@ -12,6 +13,7 @@ import resnet_kernels as rk
 from ..fusion.report import table
 from ..perf import timing
 from . import arguments, terminal
+from .picture.draw import svg
 
 HELP = {
     "demo": "fuse a network, show what was fused, prove parity, time it against eager",
@@ -24,7 +26,11 @@ EXAMPLES = {
         "--model torchvision:resnet18 --batch-size 8",
         "--model my_model.py:build --seconds 5",
     ),
-    "explain": ("--model resnet50", "--model timm:seresnet18", "--model my_model.py:build --json"),
+    "explain": (
+        "--model resnet50 --svg resnet50.svg",
+        "--model timm:seresnet18",
+        "--model my_model.py:build --json",
+    ),
     "verify": ("--model resnet_v2_50", "--model my_model.py:build --dtype bf16", "--json"),
 }
 _SECONDS = 20.0
@@ -39,12 +45,16 @@ def add_arguments(parser: argparse.ArgumentParser, command: str) -> None:
         arguments.add_sizes(parser, str(_BATCH_SIZE[command]))
     if command == "demo":
         arguments.add_seconds(parser, _SECONDS)
+    if command == "explain":
+        parser.add_argument("--svg", type=Path, metavar="FILE", help="write a picture of the report to this file")
 
 
 def explain(options: argparse.Namespace) -> int:
-    """Prints the report of the blocks that would be fused; returns the exit status."""
+    """Prints the report of the blocks that would be fused, and draws it if asked to; returns the exit status."""
     model = arguments.model_for(options)
     report = rk.explain(model, backend=options.backend)
+    if options.svg is not None:
+        options.svg.write_text(svg(report, options.model), encoding="utf-8", newline="\n")
     about = arguments.about_kernels(arguments.device_for(options))
     terminal.show(report.to_json(indent=2) if options.json else f"{report}\n{about}".rstrip())
     return 0

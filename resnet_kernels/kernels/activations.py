@@ -43,21 +43,21 @@ class _Fields(NamedTuple):
 
 
 class Activation(_Fields):
-    """Activation function: its kind and, of a Leaky ReLU, the slope of its negative side.
-
-    Args:
-        kind: "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh" or "hardswish".
-        slope: of "leaky_relu", a finite number; None for PyTorch's default of 0.01. Other kinds have none.
-
-    Raises:
-        TypeError: slope is no number.
-        ValueError: a kind that is not among these, a slope that is not finite, or that the kind doesn't have.
-    """
+    """Activation function: its kind and, of a Leaky ReLU, the slope of its negative side."""
 
     __slots__ = ()
 
     def __new__(cls, kind: str, slope: float | None = None) -> Activation:
-        """Checks the fields, and fills in the slope."""
+        """Returns an activation, with its slope filled in.
+
+        Args:
+            kind: "relu", "relu6", "leaky_relu", "silu", "gelu", "gelu_tanh" or "hardswish".
+            slope: of "leaky_relu", a finite number; None for PyTorch's default of 0.01. Other kinds have none.
+
+        Raises:
+            TypeError: slope is no number.
+            ValueError: a kind that is not among these, a slope that is not finite, or that the kind doesn't have.
+        """
         if kind not in KINDS:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if slope is None:

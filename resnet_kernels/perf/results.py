@@ -1,4 +1,4 @@
-"""Contents of a results file of `pytest benchmarks --benchmark-json=FILE`, for the report and the README's tables."""
+"""Contents of a results file of `pytest benchmarks --benchmark-json=FILE`, for the report and the pages' tables."""
 
 from __future__ import annotations
 

@@ -1,0 +1,1 @@
+"""The picture of a fused network as an SVG file: `explain --svg`."""
