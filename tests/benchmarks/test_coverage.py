@@ -56,6 +56,7 @@ def test_the_page_is_what_the_file_says():
     assert [row["name"] for row in results["networks"]] == [net.name for net in coverage.NETS]
     assert all(row["verified"] and row["fused"] >= row["fused_before"] for row in results["networks"])
     assert sum("times_eager" in row for row in results["networks"]) >= 10
+    assert f"[{len(coverage.NETS)} networks](docs/models.md)" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.slow
