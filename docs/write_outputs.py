@@ -37,7 +37,7 @@ _BLOCK = re.compile(
 )
 _MACHINE = re.compile(r"(?<=<!-- machine -->\n).*?(?=<!-- /machine -->)", re.S)
 # A number, an exponent, a time of day or a version; and the blanks and dashes that align a table's numbers.
-_NUMBER = re.compile(r"[-+]?\d[\w.,:+]*(-\d+)?")
+_NUMBER = re.compile(r"[-+]?\d([\w.,:+]*\w)?(-\d+)?")
 _ALIGNMENT = re.compile(r"(?<=[ -])[ -]+")
 
 
