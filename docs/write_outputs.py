@@ -96,7 +96,9 @@ def written(text: str, found: list[Output]) -> str:
 
 def machine() -> str:
     """Returns a sentence about the machine."""
-    return f"Printed on one {device_key.cpu_name()} CPU with {torch.get_num_threads()} threads by PyTorch {torch.__version__}."
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'s' if count > 1 else ''}"
+    return f"Printed on one {device_key.cpu_name()} CPU with {threads} by PyTorch {torch.__version__}."
 
 
 def _run(block: re.Match[str], path: Path, line: int, names: dict[str, Any]) -> str:

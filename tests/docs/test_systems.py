@@ -1,7 +1,7 @@
 """The pages of docs/systems: their code runs as it stands, and prints what they show.
 
-Outputs are compared letter by letter. Where a page says that numbers vary (losses, accuracies, errors, times), all but the numbers is
-compared, and the accuracies have to reach a bar.
+Outputs are compared letter by letter. Where a mark says that numbers vary (losses, accuracies, errors, times), all but the
+numbers is compared, and the accuracies have to reach a bar.
 """
 
 import re
@@ -57,13 +57,13 @@ def test_all_four_are_here():
     assert sorted(PAGES) == sorted(NEEDS)
 
 
-# Chance is 10 %. The runs of several seeds on two processors lay well above the bars.
+# Chance is 10 %. Of the pages' own seeds with AVX-512 and three others with AVX2 the worst came to 75 %, 68 %, 87 % and 65 %.
 @pytest.mark.parametrize(
     "name, pattern, bars",
     (
-        ("d2l_pytorch", r"epoch 2, .* test acc (\S+)$|^fused: test acc (\S+)$", (0.75, 0.75, 0.75)),
-        ("d2l_keras", r"^Test accuracy: (\S+)$", (0.6,)),
-        ("torchvision", r"test images: (\S+) %$", (75.0, 50.0)),
+        ("d2l_pytorch", r"epoch 2, .* test acc (\S+)$|^fused: test acc (\S+)$", (0.5, 0.5, 0.5)),
+        ("d2l_keras", r"^Test accuracy: (\S+)$", (0.5,)),
+        ("torchvision", r"test images: (\S+) %$", (50.0, 50.0)),
     ),
 )
 def test_networks_learn(name, pattern, bars):
@@ -111,7 +111,8 @@ def test_no_page_shows_a_difference(name):
 @pytest.mark.parametrize("name", PAGES)
 def test_pages_name_their_machine_and_data(name):
     text = PAGES[name].read_text()
-    assert re.search(r"<!-- machine -->\nPrinted on one .+ CPU with \d+ threads? by PyTorch \S+\.\n<!-- /machine -->", text)
+    [printed_on] = re.findall(r"^<!-- machine -->\n(.*)\n<!-- /machine -->$", text, re.M)
+    assert re.fullmatch(r"Printed on one .+ CPU with \d+ threads? by PyTorch \S+\.", printed_on)
     assert ("**The data here are not the text's:**" in " ".join(text.split())) == bool(NEEDS[name])
     for preset in re.findall(r"^python -m resnet_kernels train --preset (\S+) --download$", text, re.M):
         assert preset in PRESETS
