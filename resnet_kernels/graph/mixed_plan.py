@@ -10,159 +10,23 @@ stays an operation of its own, and an activation behind it is a part of that.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.fx import Graph, Node
 
 from .fusible import is_known, is_prelu, original_class, shared_children, signature
-from .group_steps import CallGroup, ConvGroup, Group, Operation, group, schedule
+from .gather_runs import Runs
+from .group_steps import CallGroup, Group, Operation, schedule
 from .layouts import LayoutView, boundaries
 from .operations import check_mutation, is_of_own_conv, operation_of, small_convolutions
+from .pure_operations import METHODS, NAMES, is_new, writes_nothing
 from .reads import NOTHING, Reads
 from .recipe import CannotRead, ContainerPlan, ConvStep, Instruction, Recipe, Slot, Watched
-from .tracing import mutates, trace
-
-# Functions and methods without side effects, by the names under which instructions keep them.
-_OPERATORS = "add sub mul truediv floordiv mod neg pow getitem iadd imul isub eq ne lt le gt ge"
-_TORCH = (
-    "abs add addcmul amax amin cat chunk clamp div einsum exp flatten logsumexp matmul max mean min mul narrow permute pow "
-    "relu relu_ reshape rsqrt sigmoid softmax split sqrt squeeze stack std sub sum tanh transpose unbind unsqueeze var"
-)
-_FUNCTIONAL = (
-    "adaptive_avg_pool2d adaptive_max_pool2d avg_pool2d conv2d elu gelu glu group_norm hardsigmoid hardswish hardtanh "
-    "interpolate layer_norm leaky_relu linear log_softmax max_pool2d mish normalize pad pixel_shuffle prelu relu relu6 relu_ "
-    "selu sigmoid silu softmax softplus tanh unfold"
-)
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    **{f"operator.{name}": getattr(operator, name) for name in _OPERATORS.split()},
-    **{f"torch.{name}": getattr(torch, name) for name in _TORCH.split()},
-    **{f"F.{name}": getattr(F, name) for name in _FUNCTIONAL.split()},
-    "getattr": getattr,
-}
-METHODS = frozenset(
-    "abs add add_ amax amin chunk clamp contiguous dim div div_ exp expand expand_as flatten float max mean min mul mul_ "
-    "narrow permute pow relu relu_ repeat reshape sigmoid sigmoid_ size softmax split sqrt squeeze std sub sub_ sum tanh "
-    "transpose type_as unbind unflatten unsqueeze var view view_as".split()
-)
-_NAMES = {id(function): name for name, function in FUNCTIONS.items()}
-# What makes a tensor of its own, so that another operation may write over it.
-_MAKES_NEW = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul, torch.div, torch.cat,
-     torch.stack, torch.mean, torch.relu, torch.sigmoid, torch.softmax, F.relu, F.interpolate, F.max_pool2d, F.avg_pool2d,
-     F.silu, F.gelu, F.leaky_relu}
-)  # fmt: skip
-_METHODS_THAT_MAKE = frozenset({"add", "sub", "mul", "div", "mean", "sum", "relu", "sigmoid", "softmax", "tanh"})
-_MAKERS = (
-    nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.Linear, nn.AvgPool2d, nn.MaxPool2d, nn.ReLU, nn.Sigmoid
-)  # fmt: skip
-
-
-class _Runs:
-    """The groups of a forward, and the run that each belongs to.
-
-    Args:
-        operations: those of ours, by node, in order.
-        readers: how many operations read each node's value.
-        apart: adds that join no convolution.
-    """
-
-    def __init__(self, operations: Mapping[Node, Operation], readers: Mapping[Node, int], apart: set[Node]):
-        marked = {
-            node: replace(operation, alone=node in apart) for node, operation in operations.items()
-        }  # fmt: skip
-        self.order = {node: i for i, node in enumerate(operations)}
-        self.groups = group(marked, readers)
-        self._readers = readers
-
-    def find(self) -> tuple[dict[Node, list[Node]], set[Node]]:
-        """The runs.
-
-        Returns:
-            The nodes of each run's groups in order, by its last one; and the adds that have to stay apart, if any: then the
-            groups have to be made anew.
-        """
-        nodes = sorted(self.groups, key=self.order.__getitem__)
-        runs: list[tuple[Node, list[Node]]] = []
-        found: dict[Node, list[Node]] = {}
-        apart: set[Node] = set()
-        todo: list[Sequence[Node]] = [nodes]
-        while todo:
-            for x, members in self._gathered(todo.pop(), apart):
-                parts = self._parted(x, members)
-                if len(parts) == 1:
-                    runs.append((x, parts[0]))
-                else:
-                    todo += parts
-        for _, members in runs:
-            if any(isinstance(self.groups[node], ConvGroup) for node in members):
-                found[members[-1]] = members
-        return found, apart
-
-    def _gathered(self, nodes: Sequence[Node], apart: set[Node]) -> list[tuple[Node, list[Node]]]:
-        """Groups by the one value that they all come from."""
-        gathered: list[tuple[Node, list[Node]]] = []
-        run_of: dict[Node, int] = {}
-        for node in nodes:
-            found = self.groups[node]
-            main, *others = found.inputs
-            at = run_of.get(main)
-            if at is None:
-                at = next((i for i, (x, _) in enumerate(gathered) if x is main), None)
-            if at is None:
-                at = len(gathered)
-                gathered.append((main, []))
-            x, members = gathered[at]
-            if any(other is not x and other not in members for other in others):
-                if isinstance(found, CallGroup):
-                    continue  # an add of its own
-                assert found.sum is not None, "only a residual is a second input"
-                apart.add(found.sum)
-                continue
-            members.append(node)
-            run_of[node] = at
-        return [(x, members) for x, members in gathered if members]
-
-    def _parted(self, x: Node, members: list[Node]) -> list[list[Node]]:
-        """The parts of a run such that only the last value of each is read outside of it; itself if that holds."""
-        inside = set(members)
-        used = [
-            node
-            for node in members
-            if self._readers[node] > sum(node is i for other in members for i in self.groups[other].inputs)
-        ]
-        if used == members[-1:]:
-            return [members]
-        islands = self._islands(members)
-        if len(islands) > 1:
-            return islands
-        first = used[0] if used else members[-1]
-        before = {first}
-        for node in reversed(members):
-            if node in before:
-                before.update(i for i in self.groups[node].inputs if i in inside)
-        head = [node for node in members if node in before]
-        tail = [node for node in members if node not in before]
-        read = {i for node in tail for i in self.groups[node].inputs if i in before}
-        if tail and read <= {first}:
-            return [head, tail]
-        return [[node] for node in members] if len(members) > 1 else [members]
-
-    def _islands(self, members: list[Node]) -> list[list[Node]]:
-        """The parts of a run that share nothing but its input."""
-        islands: list[list[Node]] = []
-        for node in members:
-            touched = [island for island in islands if any(i in island for i in self.groups[node].inputs)]
-            joined = [*(n for island in touched for n in island), node]
-            islands = [island for island in islands if island not in touched]
-            islands.append(sorted(joined, key=self.order.__getitem__))
-        return islands
+from .tracing import mutates
 
 
 class Forward(NamedTuple):
@@ -243,7 +107,7 @@ class _Planner:
             raise CannotRead("its forward uses a tensor that is no parameter and no buffer")
         if node.op == "call_method" and node.target not in METHODS:
             raise CannotRead(f"its forward calls {name}")
-        if node.op == "call_function" and id(node.target) not in _NAMES:
+        if node.op == "call_function" and id(node.target) not in NAMES:
             raise CannotRead(f"its forward calls {name}")
 
     def _runs(self) -> tuple[dict[Node, Group], dict[Node, list[Node]]]:
@@ -252,7 +116,7 @@ class _Planner:
         )  # fmt: skip
         apart: set[Node] = set()
         while True:
-            runs = _Runs(self.operations, readers, apart)
+            runs = Runs(self.operations, readers, apart)
             members, more = runs.find()
             if more <= apart:
                 return runs.groups, members
@@ -345,14 +209,14 @@ class _Planner:
                 continue
             targets = [self.source[i] for i in node.all_input_nodes]
             if node.op == "call_module" and not is_known(self.children[str(node.target)]):
-                if not _writes_nothing(self.children[str(node.target)]):
+                if not writes_nothing(self.children[str(node.target)]):
                     self._check_own(node, targets)
             elif mutates(node, self.children):
                 self._check_own(node, targets[:1])
 
     def _check_own(self, node: Node, targets: Sequence[Node]) -> None:
         for target in targets:
-            if not _is_new(target, self.children) or len(set(self._users_of(target))) > 1:
+            if not is_new(target, self.children) or len(set(self._users_of(target))) > 1:
                 raise CannotRead(f"{node.target} may write over a value that is used elsewhere")
 
     def _may_convert_input(self, taken: Collection[Node]) -> bool:
@@ -390,7 +254,7 @@ class _Planner:
     def _plain(self, node: Node) -> Instruction:
         """A node as an instruction that PyTorch runs."""
         kinds = {"call_module": "module", "call_function": "function", "call_method": "method", "get_attr": "attribute"}
-        target = _NAMES[id(node.target)] if node.op == "call_function" else str(node.target)
+        target = NAMES[id(node.target)] if node.op == "call_function" else str(node.target)
         kwargs = tuple((name, self._slots(value)) for name, value in node.kwargs.items())
         sees = node.op != "get_attr" and not self.layouts.is_blind(node)
         return Instruction(kinds[node.op], target, self._slots(node.args), kwargs, self.numbers[node], sees)
@@ -412,36 +276,6 @@ class _Planner:
 def _is_in_no_program(module: nn.Module) -> bool:
     """Whether a run with this module in it would run step by step on the CPU."""
     return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or is_prelu(module)
-
-
-def _writes_nothing(module: nn.Module) -> bool:
-    """Whether a module's forward can be read, and writes over no value but those that it makes."""
-    try:
-        graph = trace(module, False).graph
-    except CannotRead:
-        return False
-    children = dict(module.named_modules())
-    for node in graph.nodes:
-        if (
-            node.op == "call_module"
-            and not is_known(child := children[str(node.target)])
-            and not _writes_nothing(child)
-        ):
-            return False
-        if mutates(node, children) and not (isinstance(node.args[0], Node) and _is_new(node.args[0], children)):
-            return False
-    return True
-
-
-def _is_new(node: Node, children: Mapping[str, nn.Module]) -> bool:
-    """Whether a node's value is a tensor that the forward has made, and no view of another one."""
-    if mutates(node, children):
-        return isinstance(node.args[0], Node) and _is_new(node.args[0], children)
-    if node.op == "call_module":
-        return isinstance(children[str(node.target)], _MAKERS)
-    return (node.op == "call_function" and node.target in _MAKES_NEW) or (
-        node.op == "call_method" and node.target in _METHODS_THAT_MAKE
-    )
 
 
 def _inputs_of(node: Node) -> Iterable[Node]:

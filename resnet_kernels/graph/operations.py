@@ -27,10 +27,11 @@ from .fusible import (
     why_not_patched,
 )
 from .group_steps import Operation
+from .own_conv import is_own_conv, own_conv_path
 from .reads import NOTHING, Read, Reads, described
 from .recipe import CannotRead
 from .strangers import role_of
-from .tracing import is_add, is_identity, is_own_conv, mutates, own_conv_path
+from .tracing import is_add, is_identity, mutates
 
 
 def reads_of_child(path: str, child: nn.Module) -> tuple[Read, ...]:

@@ -25,9 +25,10 @@ from .fusible import is_wrapper, signature
 from .group_steps import Operation, group, schedule
 from .mixed_plan import Forward, mixed_plan
 from .operations import check_mutation, is_of_own_conv, operation_of
+from .own_conv import is_own_conv
 from .reads import NOT_NARROWED, NOTHING, Reads
 from .recipe import CannotRead, ContainerPlan, Recipe
-from .tracing import Into, is_add, is_own_conv, mutates, trace
+from .tracing import Into, is_add, mutates, trace
 
 
 class Reader:

@@ -202,8 +202,8 @@ class Instruction(NamedTuple):
 
     kind: "run" (a run of the plan), "module", "function", "method", "attribute" (a parameter or a buffer) or "add" (the sum of
     two values, and the activation that follows it).
-    target: the run's name, the module's path, the name of a function (mixed_plan.FUNCTIONS) or a method, the attribute's path,
-    "add" or a name such as "add_relu".
+    target: the run's name, the module's path, the name of a function (pure_operations.FUNCTIONS) or of a method, the
+    attribute's path, "add" or a name such as "add_relu".
     args, kwargs: with a Slot for each value; tuples, lists, dicts and slices may hold them.
     out: the number of the value that it makes.
     sees_layout: it may compute something else, or fail, if its input lies in memory in another order than in eager.

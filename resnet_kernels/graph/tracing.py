@@ -27,8 +27,10 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from .fusible import has_own_call, is_known, is_plain_sequential, is_wrapper, original_class
 from .observer import Observer
-from .reads import INTERNAL, NOT_EMPTY, WITHOUT_GRADIENTS, Reads, is_plain
+from .own_conv import is_own_conv, own_conv_path
+from .reads import INTERNAL, Reads, is_plain
 from .recipe import CannotRead
+from .values import IN_PLACE, Tensors, Value
 
 _DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout)
 _ADD_FUNCTIONS = (operator.add, operator.iadd, torch.add)
@@ -49,102 +51,7 @@ class Traced(NamedTuple):
     ran_into: frozenset[str]
 
 
-class _Value(torch.fx.Proxy):
-    """A tensor of a trace. Attributes of a real tensor that forward would set (requires_grad) can't be fused."""
-
-    tracer: _Tracer
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in ("tracer", "node"):
-            raise CannotRead(f"its forward sets the attribute {name} of a tensor")
-        super().__setattr__(name, value)
-
-    @property  # type: ignore[misc]  # in the place of an attribute
-    def __class__(self) -> type[_Value]:
-        # isinstance asks here before it says no.
-        if self.tracer.observer is not None:
-            self.tracer.observer.on_class_asked()
-        return _Value
-
-    @property
-    def requires_grad(self) -> bool:
-        """False: checkpointed blocks ask. A call with gradients runs the module's own code."""
-        self.tracer.assume(WITHOUT_GRADIENTS)
-        return False
-
-    @property
-    def ndim(self) -> Any:
-        """4 for the input: fused calls take images."""
-        return self.dim()
-
-    def dim(self) -> Any:
-        """See `ndim`."""
-        if self.node.op == "placeholder":
-            return 4
-        return self.tracer.create_proxy("call_method", "dim", (self,), {})
-
-    def numel(self) -> _Numel:
-        """The number of elements, which may be compared with zero."""
-        return _Numel(self.tracer.create_node("call_method", "numel", (self.node,), {}), self.tracer)
-
-
-class _Numel(_Value):
-    """The number of elements of a tensor: not zero. A call with an empty tensor runs the module's own code."""
-
-    def __eq__(self, other: object) -> Any:
-        if type(other) is not int or other != 0:
-            return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
-        self.tracer.assume(NOT_EMPTY)
-        return False
-
-    def __hash__(self) -> int:
-        return id(self)
-
-    def __gt__(self, other: object) -> Any:
-        if type(other) is not int or other != 0:
-            return self.tracer.create_proxy("call_function", operator.gt, (self, other), {})
-        self.tracer.assume(NOT_EMPTY)
-        return True
-
-
-def _in_place(function: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda self, other: self.tracer.create_proxy("call_function", function, (self, other), {})
-
-
-_IN_PLACE = (operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.imod)
-# torch.fx takes `x += y` for `x + y`, although it writes over x.
-for _function in _IN_PLACE:
-    setattr(_Value, f"__{_function.__name__}__", _in_place(_function))
-
-
-class _Tensors(dict[str, Any]):
-    """A registry of parameters or buffers that gives a value of the trace in the place of each tensor."""
-
-    def __init__(self, registry: Mapping[str, Tensor | None], path: str, tracer: _Tracer):
-        super().__init__(registry)
-        self._path, self._tracer = path, tracer
-
-    def __getitem__(self, name: str) -> Any:
-        tensor = super().__getitem__(name)
-        return None if tensor is None else self._tracer.attribute(f"{self._path}.{name}".lstrip("."))
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        raise CannotRead(f"its forward sets {f'{self._path}.{name}'.lstrip('.')}")
-
-    def get(self, name: str, default: Any = None) -> Any:
-        """The value of a tensor."""
-        return self[name] if name in self else default
-
-    def values(self) -> Any:
-        """The values of all tensors."""
-        return [self[name] for name in self]
-
-    def items(self) -> Any:
-        """All tensors' names and values."""
-        return [(name, self[name]) for name in self]
-
-
-class _Tracer(GraphAppendingTracer):
+class Tracer(GraphAppendingTracer):
     """Records calls of modules and functions.
 
     It looks into plain Sequentials and convolutions with code of their own, and if asked to into wrappers and into modules
@@ -167,7 +74,7 @@ class _Tracer(GraphAppendingTracer):
 
     def proxy(self, node: Node) -> torch.fx.Proxy:
         """The value of a node."""
-        return _Value(node, self)
+        return Value(node, self)
 
     def attribute(self, path: str) -> Any:
         """The value of a parameter or a buffer."""
@@ -215,7 +122,7 @@ class _Tracer(GraphAppendingTracer):
                     state[name] = value
             state["_modules"] = {n: None if m is None else clones[id(m)] for n, m in child._modules.items()}
             for name in ("_parameters", "_buffers"):
-                state[name] = _Tensors(child.__dict__[name], path, self)
+                state[name] = Tensors(child.__dict__[name], path, self)
             state.update(training=training, _compiled_call_impl=functools.partial(self.call, path, clone))
             state.pop("_rk_state", None)
         return paths
@@ -292,7 +199,7 @@ def _trace(module: nn.Module, training: bool, into: Into) -> Traced:
         raise CannotRead(f"{cls.__name__} has a __call__ of its own")
     name = _input_name(cls.forward)
     convs = [path for path, child in module.named_modules() if path and is_readable_conv(child, training)]
-    tracer = _Tracer(into, convs)
+    tracer = Tracer(into, convs)
     clones: dict[str, nn.Module] = {}
     x = tracer.create_proxy("placeholder", name, (), {})
     try:
@@ -326,35 +233,6 @@ def is_readable_conv(module: nn.Module, training: bool) -> bool:
         return False
     convs = [node for node in graph.nodes if is_own_conv(node)]
     return len(convs) == 1 and own_conv_path(convs[0], {"": module}) == ""
-
-
-def is_own_conv(node: Node) -> bool:
-    """Whether a node is torch.conv2d, as a Conv2d's own code calls it."""
-    return node.op == "call_function" and node.target in (F.conv2d, torch.conv2d)
-
-
-def own_conv_path(node: Node, modules: Mapping[str, nn.Module]) -> str | None:
-    """The path of the Conv2d of which a node of torch.conv2d is the whole computation; None if it is another one's."""
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    given = dict(zip(names, node.args)) | node.kwargs
-    weight = given.get("weight")
-    if not isinstance(weight, Node) or weight.op != "get_attr" or not str(weight.target).endswith("weight"):
-        return None
-    path = str(weight.target).removesuffix("weight").removesuffix(".")
-    conv = modules.get(path)
-    if not isinstance(conv, nn.Conv2d) or conv._parameters.get("weight") is None or conv.padding_mode != "zeros":
-        return None
-    bias = given.get("bias")
-    has_bias = isinstance(bias, Node) and bias.op == "get_attr" and bias.target == f"{path}.bias".lstrip(".")
-    if has_bias != (conv._parameters.get("bias") is not None) or not (has_bias or bias is None):
-        return None
-    settings = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    same = all(_pair(given.get(name, default)) == _pair(getattr(conv, name)) for name, default in settings.items())
-    return path if same else None
-
-
-def _pair(value: Any) -> Any:
-    return (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, list) else value
 
 
 def _check_written(graph: torch.fx.Graph, clones: dict[str, nn.Module]) -> None:
@@ -399,7 +277,7 @@ def mutates(node: Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op != "call_function":
         return False
     return (
-        node.target in _IN_PLACE
+        node.target in IN_PLACE
         or getattr(node.target, "__name__", "").endswith("_")
         or bool(node.kwargs.get("inplace", False))
         or (node.target is F.relu and len(node.args) > 1 and bool(node.args[1]))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graph import fusible
-from ..graph.mixed_plan import FUNCTIONS
+from ..graph.pure_operations import FUNCTIONS
 from ..graph.recipe import ContainerPlan, Instruction, Slot
 from ..kernels import activations
 from ..kernels.activations import RELU, Activation
