@@ -12,15 +12,21 @@ CHANNELS_LAST = torch.channels_last
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether eager takes a 4-D tensor for channels_last, and so gives a convolution's output that layout.
+    """Whether a 4-D tensor is dense in memory, in channels_last, and eager takes it for that.
 
-    A tensor with one channel, or of single pixels, is in both layouts at once: then its strides decide, as they do in ATen
-    (c10/core/MemoryFormat.h, is_channels_last_strides_2d_s4).
+    A tensor with one channel, or of single pixels, is in both layouts at once: then its strides decide.
     """
     if not tensor.is_contiguous(memory_format=CHANNELS_LAST):
         return False
-    if not tensor.is_contiguous():
-        return True
+    return not tensor.is_contiguous() or has_channels_last_strides(tensor)
+
+
+def has_channels_last_strides(tensor: Tensor) -> bool:
+    """Whether eager takes a 4-D tensor for channels_last, and so gives a convolution's output that layout.
+
+    A slice of a channels_last tensor's channels is such a tensor, too. The rule is ATen's: c10/core/MemoryFormat.h,
+    is_channels_last_strides_2d_s4.
+    """
     sizes, strides = tensor.shape, tensor.stride()
     smallest = 0
     if strides[1] == 0:

@@ -18,7 +18,7 @@ from ..graph.fusible import BatchNorm
 from ..graph.recipe import Chain, ContainerPlan, Head, Recipe
 from ..kernels.cpu import library
 from ..ops.dtypes import autocast_dtype
-from ..ops.layouts import as_contiguous, is_channels_last
+from ..ops.layouts import as_contiguous, has_channels_last_strides, is_channels_last
 from . import checked_calls, eligibility, subclasses
 from .cpu import compiled_program
 from .cpu.compiled_program import Section
@@ -91,7 +91,7 @@ def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x:
     if members[-1] in state.plan.seen:
         y = checked_calls.as_eager(y)
     # Eager's convolution returns channels_last if its input or its weight is. At the entry the container sees to it.
-    if members[0] != state.plan.entry and not is_channels_last(x):
+    if members[0] != state.plan.entry and not has_channels_last_strides(x):
         weights = (conv.weight for section in sections for conv in section.live.convs)
         y = y if any(map(is_channels_last, weights)) else as_contiguous(y)
     return Ran(y, frozenset(members))

@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from ..graph import fusible
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops.dtypes import autocast_dtype
-from ..ops.layouts import as_contiguous, counted, is_channels_last, write_back
+from ..ops.layouts import as_contiguous, counted, has_channels_last_strides, is_channels_last, write_back
 from . import chains, checked_calls, eligibility, inference, mixed_forward, subclasses
 from .checked_calls import Survey
 from .container_runs import CHANNELS_LAST, call_run, like_normalized, view_of
@@ -65,7 +65,7 @@ class FusedContainer(Fused):
         as_it_is = state.plan.entry is not None or "" in state.plan.seen or subclasses.is_plain_subclass(x)
         # A module that came after fusing, or whose `inplace` was set since, may write over its input.
         value, version = (x, None) if as_it_is else counted(_converted, x)
-        restore = not (is_channels_last(subclasses.as_plain(x)) or _has_channels_last_weights(self))
+        restore = not (has_channels_last_strides(subclasses.as_plain(x)) or _has_channels_last_weights(self))
         survey = _survey(self, state) if state.plan.quiet and not self.training else None
         packs = chains.may_run(like)
         with checked_calls.one_call(found, restore, state.copies.memories), checked_calls.verified_below(survey, packs):

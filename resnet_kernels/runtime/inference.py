@@ -14,7 +14,7 @@ from torch import Tensor
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops import tuned_table
 from ..ops.dtypes import autocast_dtype
-from ..ops.layouts import CHANNELS_LAST, as_contiguous, is_channels_last
+from ..ops.layouts import CHANNELS_LAST, as_contiguous, has_channels_last_strides, is_channels_last
 from .cpu import executor
 from .gpu import plan as gpu_plan
 from .gpu.plan import Plan
@@ -45,9 +45,10 @@ def run_recipes(blocks: Sequence[Decided], x: Tensor, known: BlockInput) -> tupl
     restore = False
     # What comes from a block of ours is channels_last, and so is what goes to the next one.
     if known.backend is None and not is_channels_last(value):
-        value = value.contiguous(memory_format=CHANNELS_LAST)
         # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = not any(is_channels_last(conv.weight) for _, _, run in blocks for conv in run.live.convs)
+        restore = not has_channels_last_strides(value)
+        value = value.contiguous(memory_format=CHANNELS_LAST)
+        restore = restore and not any(is_channels_last(conv.weight) for _, _, run in blocks for conv in run.live.convs)
     if first.backend == "cpu" and value.shape[0] > 0:
         assert len(blocks) == 1, "packed blocks run one at a time"
         y, bound = executor.run(recipe, state, first, value, known.bound, known.owned or value is not x)

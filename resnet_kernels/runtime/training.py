@@ -19,7 +19,7 @@ from ..kernels import activations
 from ..kernels.geometry import Geometry, plain_pair
 from ..ops import conv_training, onednn
 from ..ops.dtypes import autocast_dtype
-from ..ops.layouts import CHANNELS_LAST, as_contiguous, is_channels_last
+from ..ops.layouts import CHANNELS_LAST, as_contiguous, has_channels_last_strides, is_channels_last
 from . import run_steps
 from .live_modules import needs_gradient
 from .parts import ConvPart, Part, scale_shift
@@ -34,7 +34,7 @@ def run_recipe(recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor)
     if not is_channels_last(x):
         values[0] = x.contiguous(memory_format=CHANNELS_LAST)
         # Eager's convolution returns channels_last if its input or its weight is, and it stays so from there on.
-        restore = not any(is_channels_last(conv.weight) for conv in run.live.convs)
+        restore = not has_channels_last_strides(x) and not any(is_channels_last(conv.weight) for conv in run.live.convs)
 
     def run_part(part: Part, values: Values) -> Tensor:
         return run_steps.run_part(part, values, run.backend, convolve)

@@ -20,6 +20,11 @@ NEEDS = {"d2l_keras": ("mlxtend",), "d2l_pytorch": ("mlxtend",), "slim": (), "to
 VARYING, END = WRITER["VARYING"], WRITER["END"]
 
 
+def of_pages(*rows):
+    """Parameters that begin with a page's name. Running a page takes some ten seconds."""
+    return [pytest.param(*row, marks=pytest.mark.slow) for row in rows]
+
+
 @cache
 def run(name):
     """Runs a page once for all tests."""
@@ -44,7 +49,7 @@ def page(tmp_path):
     return write
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", of_pages(*zip(PAGES)))
 def test_pages_show_what_their_code_prints(name):
     printed(name)
     for output in run(name):
@@ -60,7 +65,7 @@ def test_all_four_are_here():
 # Chance is 10 %. Of the pages' own seeds with AVX-512 and three others with AVX2 the worst came to 75 %, 68 %, 87 % and 65 %.
 @pytest.mark.parametrize(
     "name, pattern, bars",
-    (
+    of_pages(
         ("d2l_pytorch", r"epoch 2, .* test acc (\S+)$|^fused: test acc (\S+)$", (0.5, 0.5, 0.5)),
         ("d2l_keras", r"^Test accuracy: (\S+)$", (0.5,)),
         ("torchvision", r"test images: (\S+) %$", (50.0, 50.0)),
@@ -78,7 +83,7 @@ def tuple_of(found):
 
 @pytest.mark.parametrize(
     "name, pattern",
-    (
+    of_pages(
         ("d2l_pytorch", r"^epoch 1, loss (\S+), train acc (\S+), "),
         ("d2l_keras", r"^Epoch 1/\d - loss: (\S+) - accuracy: (\S+) - "),
         ("torchvision", r"^\[1\] loss: (\S+), accuracy: (\S+) %$"),
@@ -89,6 +94,7 @@ def test_fused_networks_learn_as_plain_ones(name, pattern):
     assert [*map(float, fused)] == pytest.approx([*map(float, plain)], rel=0.02)
 
 
+@pytest.mark.slow
 def test_times_are_in_the_texts_format():
     text = printed("slim")
     moment = r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6}: "
@@ -118,7 +124,7 @@ def test_pages_name_their_machine_and_data(name):
         assert preset in PRESETS
 
 
-@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("name", of_pages(*zip(PAGES)))
 def test_writing_what_is_shown_changes_nothing(name):
     printed(name)
     text = PAGES[name].read_text()

@@ -38,7 +38,7 @@ def operations(program):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("freeze", (False, True), ids=("fused", "frozen"))
-@pytest.mark.parametrize("strict", (False, True), ids=("", "strict"))
+@pytest.mark.parametrize("strict", (False, pytest.param(True, marks=pytest.mark.slow)), ids=("", "strict"))
 @torch.no_grad()
 def test_on_a_cpu_the_program_is_the_plain_models(strict, freeze, layout, model):
     """Node by node, with the model's own keys; and the fused model runs fused afterwards."""

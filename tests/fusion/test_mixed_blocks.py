@@ -571,6 +571,17 @@ def test_modules_replaced_by_others_of_their_class(name):
     assert len(convolutions_that_ran(fused, x)) == count
 
 
+def test_a_slice_of_channels_keeps_eagers_layout():
+    """Its strides are those of channels_last, so eager's convolution returns that."""
+    torch.manual_seed(0)
+    plain = randomise_batch_norms_(PlainResidual(8)).eval()
+    fused, whole = rk.fuse(plain), torch.randn(2, 24, 9, 7).contiguous(memory_format=torch.channels_last)
+    for x in (whole[:, 8:16], whole[:, ::3], whole[:, :8, 2:, 1:]):
+        assert check(plain, fused, x).is_contiguous(memory_format=torch.channels_last)
+        with torch.no_grad():
+            assert fused(x).stride() == plain(x).stride()
+
+
 def test_an_empty_batch_takes_its_own_way():
     class Early(nn.Module):
         def __init__(self):
