@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
 
 from .fusible import is_known, is_prelu, original_class, shared_children, signature
 from .gather_runs import Runs
@@ -63,7 +64,6 @@ class _Planner:
         self.nodes = list(forward.graph.nodes)
         self.numbers = {node: i for i, node in enumerate(self.nodes)}
         self.x = self.nodes[0]
-        self.calls = Counter(str(node.target) for node in self.nodes if node.op == "call_module")
         self.shared = shared_children(self.module)
         self.source: dict[Node, Node] = {}
         self.operations: dict[Node, Operation] = {}
@@ -77,6 +77,12 @@ class _Planner:
             self.source[node] = node
             if node.op not in ("placeholder", "output") and not is_of_own_conv(node):
                 self._read(node)
+        # Runs are known by their convolutions: none may be in two.
+        convs = Counter(operation.path for operation in self.operations.values() if operation.kind == "conv")
+        for node, operation in [*self.operations.items()]:
+            if operation.kind == "conv" and (convs[operation.path] > 1 or operation.path in self.shared):
+                self._check_other(node)
+                del self.operations[node]
         self.reads += Reads(check_mutation(self.nodes, self.x, self.source, dict(self.children)), NOTHING)
         groups, members = self._runs()
         return self._made(groups, members)
@@ -85,10 +91,7 @@ class _Planner:
         """Takes a node for one of our operations, or checks that it may run as it is."""
         try:
             operation, seen = operation_of(node, self.children, self.source, self.training)
-            path, kind = operation.path, operation.kind
-            # Runs are known by their convolutions: none may be in two.
-            known = kind != "conv" or (self.calls[path] <= 1 and path not in self.shared)
-            known = known and not (kind == "call" and _is_in_no_program(self.children[path]))
+            known = not (operation.kind == "call" and _is_in_no_program(self.children[operation.path]))
         except CannotRead:
             known = False
         if not known:
@@ -174,7 +177,7 @@ class _Planner:
             tuple(self.module._modules),
             called=tuple(dict.fromkeys(map(boundary, others))),
             seen=() if self.x in ours else ("",),
-            outputs=tuple(self.source[node] in ours for node in output.all_input_nodes),
+            outputs=tuple(_is_number(leaf) or self.source[leaf] in ours for leaf in pytree.tree_leaves(output.args[0])),
             reads=self.reads + self.layouts.reads,
             instructions=_with_frees(made, result),
             result=result,
@@ -276,6 +279,19 @@ class _Planner:
 def _is_in_no_program(module: nn.Module) -> bool:
     """Whether a run with this module in it would run step by step on the CPU."""
     return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or is_prelu(module)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value is no tensor, but a constant, a shape or what is computed from one."""
+    if not isinstance(value, Node):
+        return True
+    if value.op == "call_method":
+        return value.target in ("size", "dim", "numel")
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in ("shape", "dtype", "device", "ndim")
+    return bool(value.all_input_nodes) and all(map(_is_number, value.all_input_nodes))
 
 
 def _inputs_of(node: Node) -> Iterable[Node]:

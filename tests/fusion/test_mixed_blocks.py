@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import resnet_kernels as rk
 from helpers.mixed_blocks import BLOCKS, Conv2d, SEBlock, SqueezeExcitation
@@ -233,6 +234,7 @@ class _Variant(nn.Module):
         self.narrow = nn.Conv2d(4, 8, 1)
         self.relu = nn.ReLU(inplace=True)
         self.gate = SqueezeExcitation(8)
+        self.own = Conv2d(8, 8, 3, padding=1)
         self.kept = nn.Parameter(torch.ones(8, 1, 1))
 
 
@@ -295,6 +297,16 @@ def _value_read_twice(self, x):
     return F.relu(self.bn1(y)) + F.relu(self.bn2(y)) + self.gate(x)
 
 
+def _called_twice(self, x):
+    y = F.relu(self.bn1(self.own(x)))
+    return self.gate(y) + self.bn2(self.own(F.relu(self.bn2(self.conv2(y))))) + x
+
+
+def _returns_a_constant(self, x):
+    y = F.relu(self.bn1(self.conv1(x)))
+    return [y, 3, F.relu(self.bn2(self.conv2(y)) + self.gate(x))]
+
+
 def _unused(self, x):
     self.gate(x)
     return F.relu(self.bn1(self.conv1(x)) + x).sum((2, 3))
@@ -321,6 +333,8 @@ def test_aliases_and_odd_forwards(forward, around):
         with torch.no_grad():
             y, eager = fused(ours), plain(theirs)
         torch.testing.assert_close(y, eager, rtol=1e-4, atol=1e-4)
+        for a, b in zip(pytree.tree_leaves(y), pytree.tree_leaves(eager)):
+            assert not isinstance(a, Tensor) or a.stride() == b.stride()
         close(ours, theirs)  # neither has written over its input, or both have
     assert forward in (_writes_over_its_input, _module_that_writes) or convolutions_that_ran(fused, x)
 
