@@ -6,6 +6,7 @@ import dis
 import os
 import sysconfig
 import types
+import warnings
 import weakref
 from functools import cache
 from typing import Any
@@ -58,6 +59,11 @@ AMBIENT = frozenset(
     if name.lstrip("_").startswith(("is_", "are_", "get_")) and name not in _ASKS_A_TENSOR
 )
 ASKS_FOR_TENSORS, IS_TENSOR = "its forward asks whether a value is a Tensor", torch.is_tensor.__code__
+# A context that leaves everything as it was before: detectron2's Conv2d enters it.
+QUIET_CONTEXT, *_ENTERED = (
+    getattr(warnings.catch_warnings, name).__code__ for name in ("__init__", "__enter__", "__exit__")
+)
+QUIET_CODE = frozenset({QUIET_CONTEXT, *_ENTERED})
 TENSOR_CLASSES = frozenset({"Tensor", "Parameter", "TensorType", "FloatTensor", "TensorBase"})
 
 _instructions: weakref.WeakKeyDictionary[types.CodeType, dict[int, tuple[str, Any]]] = weakref.WeakKeyDictionary()

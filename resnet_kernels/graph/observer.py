@@ -28,6 +28,8 @@ from .known_code import (
     FREE,
     GLOBALS,
     IS_TENSOR,
+    QUIET_CODE,
+    QUIET_CONTEXT,
     TENSOR_CLASSES,
     WITH,
     instructions_of,
@@ -91,6 +93,7 @@ class Observer:
         self._holders: dict[int, Any] = {}  # Python modules and classes that code got as globals
         # The frame that is about to call isinstance with a class of tensors, and where.
         self._asking: tuple[types.FrameType, int] | None = None
+        self._may_enter: types.FrameType | None = None  # the frame whose next context leaves everything as it was
         self._entered: set[types.CodeType] = set()
         self._functions: dict[types.CodeType, types.FunctionType] = {}
         for state in self._states:
@@ -173,6 +176,10 @@ class Observer:
     def _on_call(self, frame: types.FrameType, event: str, argument: Any) -> Any:
         code = frame.f_code
         origin = origin_of(code.co_filename)
+        # Only what was just made for it may be entered.
+        self._may_enter = frame.f_back if code is QUIET_CONTEXT else None
+        if code in QUIET_CODE:
+            return None
         if origin == "user":
             self._enter(frame)
             frame.f_trace_lines, frame.f_trace_opcodes = False, True
@@ -254,7 +261,8 @@ class Observer:
                 self._asked.add(argument)
                 self._attribute(argument)
         elif operation in WITH or (operation == "LOAD_SPECIAL" and "enter" in str(argument)):
-            self.refuse("its forward enters a context (a `with` statement)")
+            if self._may_enter is not frame:
+                self.refuse("its forward enters a context (a `with` statement)")
         elif operation in ("STORE_GLOBAL", "DELETE_GLOBAL"):
             self.refuse(f"its forward sets the global {argument}")
         elif operation in ("STORE_DEREF", "DELETE_DEREF") and argument in frame.f_code.co_freevars:

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import resnet_kernels as rk
-from helpers.mixed_blocks import BLOCKS, Conv2d, SEBlock, SqueezeExcitation
+from helpers.mixed_blocks import BLOCKS, Conv2d, QuietConv2d, SEBlock, SqueezeExcitation
 from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.own_kernels import onednn_alone  # noqa: F401  # a fixture
 from helpers.small_resnet import PlainResidual, close, convolutions_that_ran
@@ -650,3 +651,37 @@ def test_a_run_does_not_write_over_what_others_read():
     assert second.steps[-1].residual == 0 and second.steps[-1].overwrites_residual
     for _ in range(2):
         check(plain, fused, x)
+
+
+def test_a_context_that_catches_warnings():
+    """detectron2's newest Conv2d enters it. Filters of warnings are as they were afterwards."""
+    torch.manual_seed(0)
+    plain = randomise_batch_norms_(
+        nn.Sequential(QuietConv2d(8, 8, 3, norm=nn.BatchNorm2d(8), activation=nn.ReLU()), PlainResidual(8))
+    ).eval()
+    before = [*warnings.filters]
+    fused, x = rk.fuse(plain), torch.randn(2, 8, 9, 9)
+    assert warnings.filters == before
+    check(plain, fused, x)
+    assert len(convolutions_that_ran(fused, x)) == 3
+
+
+class _Context:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+
+@pytest.mark.parametrize("make", [_Context, torch.no_grad, lambda: (warnings.catch_warnings(), _Context())[1]])
+def test_other_contexts_are_refused(make):
+    def forward(self, x):
+        with make():
+            return F.relu(self.bn(self.conv(x)) + x)
+
+    plain = randomise_batch_norms_(type("Block", (_Asking,), {"forward": forward})()).eval()
+    report = rk.explain(plain)
+    assert not report.fused and any(word in report.unfused[0].reason for word in ("context", "of torch.autograd")), str(
+        report
+    )

@@ -122,7 +122,7 @@ class Detectron(nn.Module):
         return F.relu_(y)
 
 
-class OldConv2d(Conv2d):
+class QuietConv2d(Conv2d):
     """As Conv2d, with the context that later versions of detectron2 enter around the question."""
 
     def forward(self, x):
