@@ -42,6 +42,10 @@ def _import(package: str, extra: str):
         raise ValueError(
             f'{package} is needed for this model: pip install "resnet_kernels[{extra}]" ({error})'
         ) from error
+    except Exception as error:  # torchvision built for another PyTorch raises RuntimeError
+        raise ValueError(
+            f"{package} is installed, but its import fails ({error}): is torchvision built for torch {torch.__version__}?"
+        ) from error
 
 
 def image_size(name: str) -> int:

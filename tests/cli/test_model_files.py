@@ -193,3 +193,14 @@ def test_an_example_input_gives_every_command_its_sizes(file, capsys):
 def test_an_example_input_that_is_wrong(body, message, file, capsys):
     path = file(f"{MODEL}import torch\ndef example_input(): return {body}\n")
     assert message in one_line_and_status_2(capsys, "verify", "--device", "cpu", "--model", path)
+
+
+def test_a_torchvision_of_another_pytorch_is_one_clear_line(monkeypatch, tmp_path, capsys):
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "__init__.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "timm", raising=False)
+    assert cli.main(["explain", "--model", "timm:resnet18"]) == 2
+    error = capsys.readouterr().err
+    assert "timm is installed, but its import fails (operator torchvision::nms does not exist)" in error
+    assert error.count("\n") == 1 and torch.__version__ in error
