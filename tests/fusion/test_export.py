@@ -167,6 +167,7 @@ def test_aot_inductor_can_refuse_other_layouts(model, tmp_path):
     assert done.stdout == "refused\n", done.stderr
 
 
+@pytest.mark.slow(unless=lambda freeze: freeze)
 @pytest.mark.parametrize("freeze", (False, True), ids=("fused", "frozen"))
 def test_onnx(freeze, model, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")

@@ -107,6 +107,7 @@ def test_the_library_counts_activations_as_python_does():
     ]  # fmt: skip
 
 
+@pytest.mark.slow(unless=lambda isa: isa == "avx2")  # which nearly every machine has
 @pytest.mark.parametrize("isa", ISAS)
 def test_on_every_instruction_set(isa):
     found = skip_unless_compiled()
