@@ -27,12 +27,12 @@ import resnet_kernels as rk
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.perf import environment, timing
+from resnet_kernels.runtime.profiler_ranges import PREFIX
 
 from .. import other_models as others
 from .readme_tables import fill
 
 RESULTS = Path(__file__).parents[1] / "results" / "coverage" / "networks.json"
-_RANGE = "module:"
 
 
 class Net(NamedTuple):
@@ -141,7 +141,7 @@ def that_ran(fused: nn.Module, x: Tensor) -> set[str]:
     """Returns the paths of the convolutions that run in fused kernels in a call, as a profiler sees them."""
     with torch.no_grad(), profile() as profiled:
         fused(x)
-    names = [event.name.removeprefix(_RANGE) for event in profiled.function_events if event.name.startswith(_RANGE)]
+    names = [event.name.removeprefix(PREFIX) for event in profiled.function_events if event.name.startswith(PREFIX)]
     first = {step.split("+")[0] for name in names for step in name.split(" -> ")}
     # A Conv2d with a norm of its own is a module of one step, "conv+norm".
     return convolutions_of(fused) & (first | {name.removesuffix(".conv") for name in first})

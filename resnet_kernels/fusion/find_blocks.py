@@ -157,11 +157,12 @@ def _as_called(reader: graph_reader.Reader, path: str, below: list[Finding]) -> 
         if node.op == "call_module":
             takes_one = len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], Node)
             calls.setdefault(_join(path, str(node.target)), []).append(takes_one)
+    inlined = {_join(path, name) for name in reader.ran_into}
     found = []
     for finding in below:
         children = any(called.startswith(f"{finding.path}.") for called in calls)
-        inlined = finding.path in {_join(path, name) for name in reader.ran_into}
-        if isinstance(finding.plan, ContainerPlan) and children and not inlined and finding.path not in calls:
+        is_passed_by = children and finding.path not in inlined and finding.path not in calls
+        if isinstance(finding.plan, ContainerPlan) and is_passed_by:
             continue
         takes_one = isinstance(finding.plan, Recipe) or bool(finding.plan is not None and finding.plan.instructions)
         if takes_one and not any(calls.get(finding.path, [True])):

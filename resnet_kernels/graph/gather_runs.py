@@ -20,9 +20,7 @@ class Runs:
     """
 
     def __init__(self, operations: Mapping[Node, Operation], readers: Mapping[Node, int], apart: set[Node]):
-        marked = {
-            node: replace(operation, alone=node in apart) for node, operation in operations.items()
-        }  # fmt: skip
+        marked = {node: replace(operation, alone=node in apart) for node, operation in operations.items()}
         self.order = {node: i for i, node in enumerate(operations)}
         self.groups = group(marked, readers)
         self._readers = readers

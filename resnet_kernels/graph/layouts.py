@@ -24,7 +24,7 @@ from .tracing import mutates, trace
 # Their output has no layout: it has fewer dimensions, or is no tensor.
 _LAST_FUNCTIONS = frozenset({torch.flatten, torch.mean, torch.sum, torch.numel, F.linear})
 _LAST_METHODS = frozenset({"flatten", "mean", "sum", "size", "dim", "numel"})
-_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
+ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 # Their output is laid out as their input is.
 _FUNCTIONS = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.getitem, torch.add,
@@ -147,7 +147,7 @@ class LayoutView:
             child = self._children[str(node.target)]
             return isinstance(child, (nn.Flatten, nn.Linear)) or self._seen_by(str(node.target))[0]
         if node.op == "call_function" and node.target is getattr:
-            return node.args[1] in _ATTRIBUTES
+            return node.args[1] in ATTRIBUTES
         return node.target in (_LAST_FUNCTIONS if node.op == "call_function" else _LAST_METHODS)
 
     def reads_blind(self, node: Node) -> bool:

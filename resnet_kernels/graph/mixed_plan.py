@@ -12,56 +12,45 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .fusible import is_known, is_prelu, original_class, shared_children, signature
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
-from .layouts import LayoutView, boundaries
+from .layouts import ATTRIBUTES, LayoutView, boundaries
 from .operations import check_mutation, is_of_own_conv, operation_of, small_convolutions
 from .pure_operations import METHODS, NAMES, is_new, writes_nothing
 from .reads import NOTHING, Reads
 from .recipe import CannotRead, ContainerPlan, ConvStep, Instruction, Recipe, Slot, Watched
 from .tracing import mutates
 
-
-class Forward(NamedTuple):
-    """A forward that was read.
-
-    module: whose forward it is. graph: of it. children: the module's children by path. reads: what it read besides.
-    ran_into: paths of the modules whose own forward ran. training: whether it is the one in train() mode.
-    """
-
-    module: nn.Module
-    graph: Graph
-    children: Mapping[str, nn.Module]
-    reads: Reads
-    ran_into: frozenset[str]
-    training: bool
+if TYPE_CHECKING:
+    from .reader import Reader
 
 
-def mixed_plan(forward: Forward, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]]) -> ContainerPlan:
+def mixed_plan(reader: Reader, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]]) -> ContainerPlan:
     """The plan of a module whose forward runs as instructions.
 
     Args:
-        forward: of the module.
+        reader: of the module.
         fused: the fused modules in it, with their plans.
 
     Raises:
         CannotRead: an operation is not known to do nothing but compute, or nothing can be fused.
     """
-    return _Planner(forward, fused).plan()
+    return _Planner(reader, fused).plan()
 
 
 class _Planner:
-    def __init__(self, forward: Forward, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]]):
-        self.module, self.graph, self.children, self.reads, self.ran_into, self.training = forward
-        self.nodes = list(forward.graph.nodes)
+    def __init__(self, reader: Reader, fused: Sequence[tuple[nn.Module, Recipe | ContainerPlan]]):
+        self.module, self.graph, self.children = reader.module, reader.graph, reader.children
+        self.reads, self.ran_into, self.training = reader.reads, reader.ran_into, reader.training
+        self.nodes = list(reader.graph.nodes)
         self.numbers = {node: i for i, node in enumerate(self.nodes)}
         self.x = self.nodes[0]
         self.shared = shared_children(self.module)
@@ -83,7 +72,7 @@ class _Planner:
             if operation.kind == "conv" and (convs[operation.path] > 1 or operation.path in self.shared):
                 self._check_other(node)
                 del self.operations[node]
-        self.reads += Reads(check_mutation(self.nodes, self.x, self.source, dict(self.children)), NOTHING)
+        self.reads += Reads(check_mutation(self.nodes, self.x, self.source, self.children), NOTHING)
         groups, members = self._runs()
         return self._made(groups, members)
 
@@ -114,9 +103,7 @@ class _Planner:
             raise CannotRead(f"its forward calls {name}")
 
     def _runs(self) -> tuple[dict[Node, Group], dict[Node, list[Node]]]:
-        readers = Counter(
-            self.source[i] for node in self.nodes if self.source[node] is node for i in _inputs_of(node)
-        )  # fmt: skip
+        readers = Counter(self.source[i] for node in self.nodes if self.source[node] is node for i in _inputs_of(node))
         apart: set[Node] = set()
         while True:
             runs = Runs(self.operations, readers, apart)
@@ -159,8 +146,7 @@ class _Planner:
                 made.append(self._sum(node, sums[node]))
             else:
                 made.append(self._plain(node))
-            inputs = [self.source[i] for i in node.all_input_nodes] if at is node and node not in sums else []
-            inputs = [*groups[node].inputs] if node in sums else inputs
+            inputs = groups[node].inputs if node in sums else [self.source[i] for i in node.all_input_nodes]
             passes = node in sums or self.layouts.passes_on(node)
             if node in recipes or (passes and any(i in ours for i in inputs)):
                 ours.add(node)
@@ -290,7 +276,7 @@ def _is_number(value: Any) -> bool:
     if value.op != "call_function":
         return False
     if value.target is getattr:
-        return value.args[1] in ("shape", "dtype", "device", "ndim")
+        return value.args[1] in ATTRIBUTES
     return bool(value.all_input_nodes) and all(map(_is_number, value.all_input_nodes))
 
 

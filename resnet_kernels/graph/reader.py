@@ -23,7 +23,7 @@ from torch.fx import Node
 from .container_plan import changes_nothing, container_plan
 from .fusible import is_wrapper, signature
 from .group_steps import Operation, group, schedule
-from .mixed_plan import Forward, mixed_plan
+from .mixed_plan import mixed_plan
 from .operations import check_mutation, is_of_own_conv, operation_of
 from .own_conv import is_own_conv
 from .reads import NOT_NARROWED, NOTHING, Reads
@@ -99,18 +99,14 @@ class Reader:
             CannotRead: an operation is not known to do nothing but compute, or nothing can be fused.
         """
         into = Into(wrappers=True, lists=True)
-        plan = mixed_plan(Reader(self.module, into=into).forward(), fused)
+        plan = mixed_plan(Reader(self.module, into=into), fused)
         quiet = changes_nothing(plan, self.children, [module for module, _ in fused])
         try:
-            training = mixed_plan(Reader(self.module, True, into).forward(), fused)
+            training = mixed_plan(Reader(self.module, True, into), fused)
         except CannotRead:
             return replace(plan, trains=False, quiet=quiet)
         assert plan.reads is not None and training.reads is not None
         return replace(plan, trains=training == plan, quiet=quiet, reads=plan.reads + training.reads)
-
-    def forward(self) -> Forward:
-        """The forward, for `mixed_plan`."""
-        return Forward(self.module, self.graph, self.children, self.reads, self.ran_into, self.training)
 
 
 def _recipe(reader: Reader) -> Recipe:

@@ -4,16 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.pure_operations import FUNCTIONS
 from ..graph.recipe import ContainerPlan, Instruction, Slot
-from ..kernels import activations
-from ..kernels.activations import RELU, Activation
-from ..ops import add_relu
-from . import checked_calls, fused_block
+from . import checked_calls, fused_block, run_steps
 from .live_modules import child_at, has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, FusedState
 
@@ -91,7 +87,7 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
     kwargs = {name: _resolved(value, values) for name, value in instruction.kwargs}
     if kind == "add":
         x, residual = args
-        return _add(x, residual, kwargs.get("activation"))
+        return run_steps.add_as_it_lies(x, residual, kwargs.get("activation"), "auto")
     if instruction.sees_layout:
         args, kwargs = checked_calls.as_eager(args), checked_calls.as_eager(kwargs)
     if kind == "function":
@@ -101,13 +97,6 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
     child = child_at(module, target)
     assert child is not None, "the instructions are current"
     return child(*args, **kwargs)
-
-
-def _add(x: Tensor, residual: Tensor, activation: Activation | None) -> Tensor:
-    same = x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride()
-    if activation == RELU and same:
-        return add_relu(x, residual)
-    return activations.apply(activation, torch.add(x, residual))
 
 
 def _resolved(value: Any, values: Values) -> Any:

@@ -93,10 +93,15 @@ def with_residual(
 
 def add(x: Tensor, residual: Tensor, activation: Activation | None, backend: str) -> Tensor:
     """x + residual and what follows, channels_last. Shapes broadcast and dtypes promote as in eager."""
+    return add_as_it_lies(x, residual, activation, backend).contiguous(memory_format=torch.channels_last)
+
+
+def add_as_it_lies(x: Tensor, residual: Tensor, activation: Activation | None, backend: str) -> Tensor:
+    """`add`, in the layout that eager's add gives."""
     same = x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride()
     if activation == RELU and same:
         return add_relu(x, residual, backend=backends.as_requested(backend))
-    y = torch.add(x, residual).contiguous(memory_format=torch.channels_last)
+    y = torch.add(x, residual)
     # Nobody else has the sum, but what computes gradients may need it.
     writes = activation == RELU or not y.requires_grad
     return activations.apply_over(activation, y) if writes else activations.apply(activation, y)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from benchmarks.other_models import Conv2d
+
 
 class SqueezeExcitation(nn.Module):
     def __init__(self, channels):
@@ -86,25 +88,6 @@ class DenseBlock(nn.ModuleDict):
         for layer in self.values():
             features.append(layer(features))
         return torch.cat(features, 1)
-
-
-class Conv2d(nn.Conv2d):
-    """detectron2's Conv2d, with norm and activation inside, and what it does about empty batches."""
-
-    def __init__(self, *args, norm=None, activation=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.norm, self.activation = norm, activation
-
-    def forward(self, x):
-        if not torch.jit.is_scripting():
-            if x.numel() == 0 and self.training:
-                assert not isinstance(self.norm, nn.SyncBatchNorm), "SyncBatchNorm does not support empty inputs"
-        x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
-        if self.norm is not None:
-            x = self.norm(x)
-        if self.activation is not None:
-            x = self.activation(x)
-        return x
 
 
 class Detectron(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -39,42 +41,10 @@ def fused_names(model):
     return [row.path for row in rk.explain(model).fused]
 
 
-def ran_fused(module, x):
-    """How many recipes this call runs fused."""
-    seen = []
+@contextlib.contextmanager
+def recipes_seen(note):
+    """Spans calls of which each recipe that runs fused is noted, with the state of its module."""
     original, run_chain, run_verified = inference.run_recipes, chains.run, checked_calls.run_verified
-
-    def spy(blocks, *rest):
-        seen.extend(str(recipe) for recipe, *_ in blocks)
-        return original(blocks, *rest)
-
-    def spy_on_chain(container, state, chain, x):
-        ran = run_chain(container, state, chain, x)
-        seen.extend(chain.parts if ran is not None else ())
-        return ran
-
-    def spy_on_verified(block, *rest):
-        ran = run_verified(block, *rest)
-        seen.extend([] if ran is None else [block])
-        return ran
-
-    inference.run_recipes, chains.run, checked_calls.run_verified = spy, spy_on_chain, spy_on_verified
-    try:
-        with torch.no_grad():
-            module(x)
-    finally:
-        inference.run_recipes, chains.run, checked_calls.run_verified = original, run_chain, run_verified
-    return len(seen)
-
-
-def convolutions_that_ran(module, x):
-    """The paths of the convolutions that run in fused kernels in this call."""
-    seen = set()
-    original, run_chain, run_verified = inference.run_recipes, chains.run, checked_calls.run_verified
-
-    def note(state, recipe):
-        steps = (step for step in recipe.steps if isinstance(step, ConvStep))
-        seen.update(f"{state.path}.{step.conv}".strip(".") for step in steps)
 
     def spy(blocks, *rest):
         for recipe, state, _ in blocks:
@@ -96,10 +66,29 @@ def convolutions_that_ran(module, x):
 
     inference.run_recipes, chains.run, checked_calls.run_verified = spy, spy_on_chain, spy_on_verified
     try:
-        with torch.no_grad():
-            module(x)
+        yield
     finally:
         inference.run_recipes, chains.run, checked_calls.run_verified = original, run_chain, run_verified
+
+
+def ran_fused(module, x):
+    """How many recipes this call runs fused."""
+    seen = []
+    with recipes_seen(lambda state, recipe: seen.append(recipe)), torch.no_grad():
+        module(x)
+    return len(seen)
+
+
+def convolutions_that_ran(module, x):
+    """The paths of the convolutions that run in fused kernels in this call."""
+    seen = set()
+
+    def note(state, recipe):
+        steps = (step for step in recipe.steps if isinstance(step, ConvStep))
+        seen.update(f"{state.path}.{step.conv}".strip(".") for step in steps)
+
+    with recipes_seen(note), torch.no_grad():
+        module(x)
     return seen
 
 
