@@ -1,6 +1,6 @@
 """The ways to run a convolution on the CPU: our own kernels (kernels/cpu) and oneDNN's fused operation.
 
-    winograd, direct, grouped    kernels/cpu/convolution.py
+    winograd, direct, grouped, depthwise    kernels/cpu/convolution.py
     onednn                       onednn.py
 
 A fused module packs weights once and asks `for_packed`, so that a table or the rule decides for each layer and size. The op
@@ -33,7 +33,7 @@ def own_shapes(x_shape: tuple[int, ...], weight_shape: tuple[int, ...], geometry
 
 
 # Steps of the micro-kernel in which a weight is packed, per element: a call of the op packs anew, a fused module does not.
-_PACKING = {"winograd": 20.0, "direct": 0.6, "grouped": 0.6}
+_PACKING = {"winograd": 20.0, "direct": 0.6, "grouped": 0.6, "depthwise": 0.6}
 
 
 def for_packed(

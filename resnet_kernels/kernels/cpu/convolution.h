@@ -24,7 +24,7 @@ typedef struct {
     int64_t activation, pre_relu;
     int64_t groups;
     double slope; /* of LEAKY_RELU */
-    const float *x, *weight; /* weight: packed by pack_direct, pack_groups or pack_winograd */
+    const float *x, *weight; /* weight: packed by a function of run.c */
     const float *scale, *bias, *residual;
     const float *pre_scale, *pre_shift; /* (c_in), both or none */
     float *y;                           /* may be residual's memory */
@@ -38,7 +38,7 @@ typedef struct {
 
 /* convolution.py, KINDS. The last three are no convolutions: act(x * scale + bias + residual), and pools without padded
  * windows of nothing but padding; they use the fields of a convolution that they have. */
-enum { DIRECT, WINOGRAD, GROUPED, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
+enum { DIRECT, WINOGRAD, GROUPED, DEPTHWISE, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
 
 /* activations.py, KINDS, behind the answer that there is none. */
 enum { NO_ACTIVATION, RELU, RELU6, LEAKY_RELU, SILU, GELU, GELU_TANH, HARDSWISH };

@@ -2,6 +2,7 @@
 
     winograd   3x3 at stride 1 with 16 products for 2x2 outputs instead of 36 (winograd.h)
     grouped    groups of as many input channels as output channels, whose rows are copied first (grouped.h)
+    depthwise  groups of one channel, which are read where they lie (depthwise.h)
     direct     every other geometry without groups, as rows of pixels times panels of weights (direct.h); a 1x1 convolution is
                its simplest case, and a stem's max-pool can follow in the same pass
 
@@ -36,7 +37,7 @@ _SIZES = (
     "groups",
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
-KINDS = ("direct", "winograd", "grouped", "elementwise", "max_pool", "average_pool")
+KINDS = ("direct", "winograd", "grouped", "depthwise", "elementwise", "max_pool", "average_pool")
 _POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "y")
 
 # Prepared calls that are kept.
@@ -155,6 +156,8 @@ def unpack(name: str, packed: Tensor, shape: tuple[int, ...]) -> Tensor:
         k = torch.arange(c_in)
         taps = packed.view(panels, -1, c_in, found.panel)[:, :, lanes % c_in ^ k, lanes - lanes % c_in + k]
         return taps.permute(0, 2, 3, 1).reshape(-1, c_in, kernel_h, kernel_w)[:c_out].contiguous()
+    if name == "depthwise":
+        return packed.view(kernel_h * kernel_w, -1).t().reshape(-1, 1, kernel_h, kernel_w)[:c_out].contiguous()
     if name != "winograd":
         taps = packed.view(panels, kernel_h * kernel_w, c_in, found.panel).permute(0, 3, 2, 1)
         return taps.reshape(-1, c_in, kernel_h, kernel_w)[:c_out].contiguous()

@@ -4,6 +4,7 @@
 #include "direct.h"
 #include "winograd.h"
 #include "grouped.h"
+#include "depthwise.h"
 #include "pointwise.h"
 #include "winograd_taps.h"
 
@@ -30,6 +31,7 @@ const Kernels KERNELS = {
         [DIRECT] = {direct_tasks, direct_scratch, direct_run},
         [WINOGRAD] = {winograd_tasks, winograd_scratch, winograd_run},
         [GROUPED] = {grouped_tasks, grouped_scratch, grouped_run},
+        [DEPTHWISE] = {depthwise_tasks, no_scratch, depthwise_run},
         [ELEMENTWISE] = {elementwise_tasks, no_scratch, elementwise_run},
         [MAX_POOL] = {pool_tasks, no_scratch, max_pool_run},
         [AVERAGE_POOL] = {pool_tasks, no_scratch, average_pool_run},

@@ -15,7 +15,7 @@ from ..geometry import Geometry
 from . import library
 from .library import Library, Missing
 
-KERNELS = ("winograd", "direct", "grouped")
+KERNELS = ("winograd", "direct", "grouped", "depthwise")
 
 # Plans kept: a net has some 25 layers that differ, times a few sizes of batch and image.
 _CACHED = 4096
@@ -25,6 +25,8 @@ _MOST_UNEVEN = 1.25
 _WAITING = 0.25
 # Fewer channels than this are copied into runs of a kernel's row: a tap alone would be shorter than a loop's overhead.
 _FEW_CHANNELS = 16
+# Pixels that `depthwise` computes at once.
+_PIXELS = 8
 # Most taps that are added up in one chain (convolution.h, SUM_BLOCK).
 _SUM_BLOCK = 256
 
@@ -108,8 +110,8 @@ def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str 
     if dtype != torch.float32:
         return f"runs float32, got {dtype}"
     stride, _, dilation, groups = shapes.geometry
-    if (name == "grouped") != (groups != 1):
-        return f"runs convolutions {'with' if name == 'grouped' else 'without'} groups, got groups={groups}"
+    if (name in ("grouped", "depthwise")) != (groups != 1):
+        return f"runs convolutions {'without' if groups != 1 else 'with'} groups, got groups={groups}"
     if min(*shapes.x, *shapes.weight, *shapes.out) < 1:
         return f"needs sizes of at least 1, got {shapes.x} and {shapes.weight}"
     if name == "winograd" and (shapes.weight[2:], stride, dilation) != ((3, 3), (1, 1), (1, 1)):
@@ -117,6 +119,8 @@ def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str 
     if name == "winograd" and (shapes.copies or shapes.pool):
         return "reads channels_last images, and has no pool behind it"
     if name == "grouped" and (reason := _why_not_grouped(shapes, found)) is not None:
+        return reason
+    if name == "depthwise" and (reason := _why_not_depthwise(shapes)) is not None:
         return reason
     if threads > 1 and found.parallel is None:
         return f"found no OpenMP runtime of PyTorch's to run {threads} threads on"
@@ -131,13 +135,23 @@ def _why_not_grouped(shapes: Shapes, found: Library) -> str | None:
     vector, c_in = found.panel // 2, width * shapes.geometry.groups
     if (shapes.x[1], c_out) != (c_in, c_in):
         return f"runs groups with as many input channels as output channels, got {shapes.x} and {shapes.weight}"
-    # For groups of one channel oneDNN has a kernel of its own, which was up to twice as fast as one like ours for two.
     if width % found.panel and (width == 1 or width > vector or vector % width):
         return f"runs groups of 2, 4, ... {vector} channels, or of a multiple of {found.panel}, got {width}"
     if width < vector and kernel_h * kernel_w > _SUM_BLOCK:
         return f"adds up at most {_SUM_BLOCK} taps of such narrow groups, got {kernel_h}x{kernel_w}"
     if shapes.pool or not shapes.copies:
         return "copies rows, and has no pool behind it"
+    return None
+
+
+def _why_not_depthwise(shapes: Shapes) -> str | None:
+    c_out, width, kernel_h, kernel_w = shapes.weight
+    if (width, c_out) != (1, shapes.geometry.groups) or shapes.x[1] != c_out:
+        return f"runs groups of one channel, got {shapes.x} and {shapes.weight} in {shapes.geometry.groups} groups"
+    if kernel_h * kernel_w > _SUM_BLOCK:
+        return f"adds up at most {_SUM_BLOCK} taps, got {kernel_h}x{kernel_w}"
+    if shapes.pool or shapes.copies:
+        return "reads channels_last images, and has no pool behind it"
     return None
 
 
@@ -172,7 +186,7 @@ def _blocks(name: str, shapes: Shapes, rows: int) -> list[int]:
     n, _, out_h, out_w = shapes.out
     if shapes.pool:
         return [*range(1, min(8, shapes.pool.out_size(out_h, out_w)[0]) + 1)]
-    if shapes.copies:
+    if shapes.copies or name == "depthwise":
         return [*range(1, min(16, out_h) + 1)]
     units = n * -(-out_h // 2) * -(-out_w // 2) if name == "winograd" else n * out_h * out_w
     sizes = [rows * i for i in ((1, 2, 4, 8, 16) if name == "winograd" else (1, 2, 4, 8, 16, 32))]
@@ -192,6 +206,8 @@ class _Costs(NamedTuple):
         transform_in: of a channel of a tile. transform_out: of a panel of a tile, back.
         pointers: of a pixel's taps, each k.
         copies: a pixel of a panel to the copy for `grouped`. ends: of its sums for a pixel of a panel.
+        depthwise: what a pixel of a panel takes there beside its taps, in products of a panel. turns: of pixels that are
+            computed at once there, whatever the panels.
         l2: bytes of a thread's tiles and products that stay in the L2 cache.
         bytes: from beyond it in the time of a step.
         whole_steps: whether fewer rows than the micro-kernel has take as long as all; else half of them at least.
@@ -203,16 +219,18 @@ class _Costs(NamedTuple):
     pointers: float
     copies: float
     ends: float
+    depthwise: float
+    turns: float
     l2: int
     bytes: int
     whole_steps: bool
 
 
-_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 0.9, 1.0, 200_000, 24, True)
+_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 0.9, 1.0, 13.0, 8.0, 200_000, 24, True)
 # A step is four times AVX2's on processors that run AVX-512 at half width. Of the cuts that were measured for 14 layers at
 # batch 1 and 8 it chooses one that takes 5% longer than the best on average. What lies beyond the L2 cache costs half as much
 # since it is in large pages: that, and the cache's size, were chosen by whole networks (AMD EPYC, Zen 4, two cores, 2026-11).
-_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 420_000, 192, False)}
+_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 8.0, 2.0, 420_000, 192, False)}
 
 
 def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) -> tuple[float, float, int]:
@@ -246,6 +264,10 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
         tasks = n * -(-height // block)
         cost = task(min(rows, out_h) * out_w, all_panels)
         return cost, cost * n * height / block, tasks
+    if name == "depthwise":
+        cost = block * out_w * panels * (kernel_h * kernel_w + costs.depthwise) / found.rows
+        cost += block * -(-out_w // _PIXELS) * costs.turns
+        return cost, cost * n * out_h / block * all_panels / panels, n * -(-out_h // block) * across
     if shapes.copies:
         cost = task(block * out_w, panels)
         if name == "grouped":
@@ -270,6 +292,8 @@ def _copied_pixels(shapes: Shapes, rows: int) -> int:
 def copies(x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> bool:
     """Whether rows of a channels_last x are copied.
 
-    `grouped` always does, `direct` where x has few channels and the kernel several taps in a row.
+    `grouped` always does, `direct` where x has few channels and the kernel several taps in a row, `depthwise` never.
     """
+    if weight_shape[1] == 1:
+        return x_shape[1] == 1 and weight_shape[3] > 1
     return x_shape[1] != weight_shape[1] or (x_shape[1] < _FEW_CHANNELS and weight_shape[3] > 1)

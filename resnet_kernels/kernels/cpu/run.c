@@ -27,7 +27,7 @@ const Kernels *rk_kernels(int64_t number)
 }
 
 /* The version of this interface. Python refuses any other. */
-EXPORT int64_t rk_interface(void) { return 7; }
+EXPORT int64_t rk_interface(void) { return 8; }
 
 /* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
 EXPORT int64_t rk_panel(int64_t number)
@@ -188,6 +188,23 @@ static void pack_groups(void *job, int64_t task, int64_t thread)
     pack_rows(pack, task, pack->c_in < pack->kernels->panel / 2);
 }
 
+/* The weight of groups of one channel: (taps, panels * panel). */
+static void pack_depthwise(void *job, int64_t task, int64_t thread)
+{
+    Pack *pack = job;
+    int64_t panel = pack->kernels->panel, step = blocks(pack->c_out, panel) * panel;
+    float *to = pack->packed + task * panel, strange = 0;
+    (void)thread;
+    for (int64_t h = 0; h < pack->kernel_h; h++)
+        for (int64_t w = 0; w < pack->kernel_w; w++, to += step)
+            for (int64_t i = 0; i < panel; i++) {
+                to[i] = weight_at(pack, task * panel + i, 0, h, w);
+                strange += to[i] * 0;
+            }
+    if (strange != 0)
+        atomic_store(&pack->refused, 1);
+}
+
 static int sign(float value) { return (value > 0) - (value < 0); }
 
 /* The tap in the middle, as taps_of computes it (winograd.h). */
@@ -289,7 +306,7 @@ EXPORT int64_t rk_pack(int64_t number, int64_t kind, const float *weight, const 
                        float *packed, int64_t threads, Parallel *parallel)
 {
     void (*const pack_kind[])(void *, int64_t, int64_t) = {
-        [DIRECT] = pack_direct, [WINOGRAD] = pack_winograd, [GROUPED] = pack_groups,
+        [DIRECT] = pack_direct, [WINOGRAD] = pack_winograd, [GROUPED] = pack_groups, [DEPTHWISE] = pack_depthwise,
     };
     const Kernels *of = rk_kernels(number);
     Pack pack = {
