@@ -19,14 +19,14 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .fusible import is_known, is_prelu, original_class, shared_children, signature
+from .fusible import is_known, is_plain_sequential, is_prelu, original_class, shared_children, signature
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
 from .layouts import ATTRIBUTES, LayoutView, boundaries
 from .operations import check_mutation, is_of_own_conv, operation_of, small_convolutions
 from .pure_operations import METHODS, NAMES, is_new, writes_nothing
 from .reads import NOTHING, Reads
-from .recipe import CannotRead, ContainerPlan, ConvStep, Instruction, Recipe, Slot, Watched
+from .recipe import CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Instruction, Recipe, Slot, Watched
 from .tracing import mutates
 
 if TYPE_CHECKING:
@@ -155,6 +155,7 @@ class _Planner:
         inlined = (self.ran_into | behind | self._written_over(taken)) - {""}
         output = self.nodes[-1]
         result = self._slots(output.args[0])
+        instructions = _with_frees(made, result)
         boundary = boundaries(self.fused)
         others = [str(n.target) for n in self.nodes if n.op == "call_module" and n not in taken and self.source[n] is n]
         return ContainerPlan(
@@ -165,10 +166,51 @@ class _Planner:
             seen=() if self.x in ours else ("",),
             outputs=tuple(_is_number(leaf) or self.source[leaf] in ours for leaf in pytree.tree_leaves(output.args[0])),
             reads=self.reads + self.layouts.reads,
-            instructions=_with_frees(made, result),
+            chains=tuple(self._chains(instructions)),
+            instructions=instructions,
             result=result,
             watched=(*self._watched(inlined, True), *self._watched(self.layouts.looked_into, False)),
         )
+
+    def _chains(self, instructions: Sequence[Instruction]) -> Iterator[Chain]:
+        """The instructions, two at least, that follow one another, each on what only the one before it has made."""
+        members: list[str] = []
+        parts: list[ChainPart] = []
+        around: list[tuple[str, tuple[str, ...]]] = []
+        last: Instruction | None = None
+        for instruction in [*instructions, None]:
+            found = None if instruction is None else self._chain_of(instruction)
+            goes_on = last is not None and instruction is not None and _follows(last, instruction)
+            if found is None or not goes_on:
+                if len(members) > 1:
+                    yield Chain(tuple(members), tuple(parts), around=tuple(around))
+                members, parts, around = [], [], []
+            last = None if found is None else instruction
+            if found is not None and instruction is not None:
+                members.append(instruction.target)
+                parts += found.parts
+                around += found.around
+
+    def _chain_of(self, instruction: Instruction) -> Chain | None:
+        """The recipes that an instruction stands for, one after the other; None if it is something else."""
+        path = instruction.target
+        if instruction.kind == "run":
+            return Chain((path,), (ChainPart("", path),))
+        plan = self.fused.get(path)
+        if instruction.kind != "module" or plan is None or not _takes_one(instruction):
+            return None
+        if isinstance(plan, Recipe):
+            return Chain((path,), (ChainPart(path, None),))
+        # A stage: its blocks are a chain of its own.
+        child = self.children[path]
+        if plan.instructions or not is_plain_sequential(child) or len(plan.chains) != 1:
+            return None
+        (own,) = plan.chains
+        if own.head is not None or [*own.members] != [name for name in plan.called if name not in plan.absorbed]:
+            return None
+        parts = tuple(ChainPart(f"{path}.{part.path}".rstrip("."), part.run) for part in own.parts)
+        around = tuple((f"{path}.{where}", names) for where, names in own.around)
+        return Chain((path,), parts, around=((path, tuple(child._modules)), *around))
 
     def _watched(self, paths: Collection[str], inlined: bool) -> Iterator[Watched]:
         for path in sorted(paths):
@@ -285,6 +327,16 @@ def _inputs_of(node: Node) -> Iterable[Node]:
     found: list[Node] = []
     torch.fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) or n)  # type: ignore[func-returns-value]  # adds it
     return found
+
+
+def _takes_one(instruction: Instruction) -> bool:
+    """Whether an instruction's only argument is a value."""
+    return len(instruction.args) == 1 and type(instruction.args[0]) is Slot and not instruction.kwargs
+
+
+def _follows(first: Instruction, second: Instruction) -> bool:
+    """Whether an instruction takes what the one before it made, and is the last to read it."""
+    return _takes_one(second) and second.args == (Slot(first.out),) and first.out in second.frees
 
 
 def _name(recipe: Recipe) -> str:

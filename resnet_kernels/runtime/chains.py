@@ -55,7 +55,9 @@ class Ran(NamedTuple):
     last: Tensor | None = None
 
 
-def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x: Any) -> Ran | None:
+def run(
+    container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x: Any, is_read_by_ours: bool = False
+) -> Ran | None:
     """Runs a chain on x as one program; None if that can't be, and its members have to run one by one.
 
     Args:
@@ -63,6 +65,7 @@ def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x:
         state: of the container.
         chain: of its plan.
         x: what the first member gets.
+        is_read_by_ours: whether the output stays channels_last, whatever eager's layout is: instructions ask for that.
     """
     if state.normalize is not None and chain.members[0] == state.plan.entry:
         x = state.normalize(x, dtype_of(container))
@@ -91,7 +94,7 @@ def run(container: nn.Module, state: FusedState[ContainerPlan], chain: Chain, x:
     if members[-1] in state.plan.seen:
         y = checked_calls.as_eager(y)
     # Eager's convolution returns channels_last if its input or its weight is. At the entry the container sees to it.
-    if members[0] != state.plan.entry and not has_channels_last_strides(x):
+    if not is_read_by_ours and members[0] != state.plan.entry and not has_channels_last_strides(x):
         weights = (conv.weight for section in sections for conv in section.live.convs)
         y = y if any(map(is_channels_last, weights)) else as_contiguous(y)
     return Ran(y, frozenset(members))

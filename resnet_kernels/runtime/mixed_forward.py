@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.pure_operations import FUNCTIONS
-from ..graph.recipe import ContainerPlan, Instruction, Slot
-from . import checked_calls, fused_block, run_steps
+from ..graph.recipe import Chain, ContainerPlan, Instruction, Slot
+from . import chains, checked_calls, fused_block, run_steps
 from .live_modules import child_at, has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, FusedState
 
@@ -43,15 +43,31 @@ def run(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor) -> Any:
     values: Values = {0: x}
     # What is known about the outputs of runs.
     known: dict[int, BlockInput] = {}
+    chained = {chain.members[0]: chain for chain in state.plan.chains} if checked_calls.is_inside_verified() else {}
+    done: frozenset[str] = frozenset()  # the members of a chain that ran
     for instruction in state.plan.instructions:
-        out = instruction.out
-        if instruction.kind == "run":
+        out, member = instruction.out, instruction.target if instruction.kind in ("run", "module") else ""
+        ran = _run_chain(module, state, chained[member], instruction, values) if member in chained else None
+        if ran is not None:
+            values[out], known[out], done = ran.y, BlockInput(True, None, (state.backend, "cpu")), ran.members
+        elif member in done:
+            # What the chain has made goes through the hands of its members.
+            (slot,) = instruction.args
+            values[out], known[out] = values[slot.value], known[slot.value]
+        elif instruction.kind == "run":
             values[out], known[out] = _run(module, state, instruction, values, known)
         else:
             values[out] = _call(module, instruction, values)
         for dead in instruction.frees:
             del values[dead]
     return _resolved(state.plan.result, values)
+
+
+def _run_chain(
+    module: nn.Module, state: FusedState[ContainerPlan], chain: Chain, first: Instruction, values: Values
+) -> chains.Ran | None:
+    (slot,) = first.args
+    return chains.run(module, state, chain, values[slot.value], is_read_by_ours=True)
 
 
 def _run(

@@ -124,11 +124,11 @@ class _Maker:
         value = self.truth[x]
         shape = (images, *value.shape[1:])
         kind = self.draw.choice(
-            ("winograd", "winograd", "direct", "direct", "grouped", "grouped", "elementwise", "elementwise", "pool")
+            ("winograd", "winograd", "direct", "direct", "grouped", "depthwise", "elementwise", "elementwise", "pool")
         )
         if kind == "pool" and (min(shape[2:]) < 2 or self.draw.random() < 0.2):
             return convolution.global_average(shape), None, value.sum((2, 3), keepdim=True) / value[0, 0].numel()
-        if kind == "grouped" and shape[1] % 4:
+        if (kind == "grouped" and shape[1] % 4) or (kind == "depthwise" and shape[1] == 1):
             kind = "direct"
         if kind in plans.KERNELS:
             return self.convolution(kind, value, shape, inner)
@@ -145,11 +145,11 @@ class _Maker:
         self, name: str, value: Tensor, shape: tuple[int, ...], inner: set[int]
     ) -> tuple[Kernel, int | None, Tensor]:
         winograd, c_in = name == "winograd", shape[1]
-        groups = 1
+        groups = c_in if name == "depthwise" else 1
         if name == "grouped":
             groups = self.draw.choice([c_in // size for size in (2, 4) if c_in > size])
         size, stride = (3, 1) if winograd else self.draw.choice(((1, 1), (3, 1), (1, 1), (3, 1), (3, 2), (1, 2)))
-        c_out = c_in if name == "grouped" else self.draw.choice((c_in, c_in, c_in, 8, 20, 70))
+        c_out = c_in if groups > 1 else self.draw.choice((c_in, c_in, c_in, 8, 20, 70))
         # Few taps, or values would grow beyond what is exact. Winograd's transform divides by four.
         weight = torch.zeros(c_out, c_in // groups * size**2, dtype=torch.float64)
         for row in weight:

@@ -38,6 +38,11 @@ def group_sizes() -> list[int]:
     return [*(size for size in (2, 4, 8, 16) if size <= vector), 2 * vector, 4 * vector]
 
 
+def of_groups(groups: int, c_in: int) -> tuple[str, ...]:
+    """The kernels for convolutions of so many groups, with as many outputs as inputs."""
+    return ("winograd", "direct") if groups == 1 else ("depthwise",) if groups == c_in else ("grouped",)
+
+
 def is_fused_convolution(event: str) -> bool:
     """Whether a profiler's event is a convolution on the CPU with all that follows it: oneDNN's, or a kernel of ours."""
     return "mkldnn::_convolution_pointwise" in event or event.startswith("resnet_kernels::conv_bias_act.")

@@ -43,7 +43,7 @@ def _structure():
 
 
 Convolution = _structure()
-DIRECT, WINOGRAD, GROUPED = range(3)
+DIRECT, WINOGRAD, GROUPED, DEPTHWISE = range(4)
 
 
 class Buffer:
@@ -165,7 +165,7 @@ def example(driver, draw):
     def integers(*shape, most=3):
         return np.array([draw.randint(-most, most) for _ in range(int(np.prod(shape)))], np.float32).reshape(shape)
 
-    kind = draw.choice((DIRECT, DIRECT, WINOGRAD, WINOGRAD, GROUPED))
+    kind = draw.choice((DIRECT, DIRECT, WINOGRAD, WINOGRAD, GROUPED, DEPTHWISE))
     winograd = kind == WINOGRAD
     copies = kind == GROUPED or (kind == DIRECT and draw.random() < 0.5)
     n, c_in = draw.choice((1, 2, 3)), draw.choice((1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 300))
@@ -176,7 +176,9 @@ def example(driver, draw):
         width = draw.choice([*(size for size in (2, 4, 8, 16) if size <= vector), driver.panel, 2 * driver.panel])
         groups, together = draw.randint(1, 9 if width <= vector else 3), max(1, width // driver.panel)
         c_in = c_out = width * groups
-    height, width = draw.randint(1, 9), draw.randint(1, 9)
+    if kind == DEPTHWISE:
+        groups = c_out = c_in = draw.choice((2, 3, 4, 5, 8, 9, 15, 16, 20, 24, 33, 70))
+    height, width = draw.randint(1, 9), draw.randint(1, 9) if kind != DEPTHWISE else draw.randint(1, 20)
     kernel, stride, dilation = (3, 3), (1, 1), (1, 1)
     if not winograd:
         kernel = draw.choice((1, 2, 3, 5)), draw.choice((1, 2, 3, 5))
@@ -255,6 +257,7 @@ def huge(driver):
         (DIRECT, 0, 9, 1),
         (DIRECT, 1, 9, 1),
         (GROUPED, 1, c_in, 65),
+        (DEPTHWISE, 0, c_in, c_in),
     ):
         shape = c_out, c_in // groups, 3, 3
         weight = np.array([4 * draw.randint(-1, 1) for _ in range(int(np.prod(shape)))], np.float32).reshape(shape)

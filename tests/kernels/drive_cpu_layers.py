@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 
-DIRECT, ELEMENTWISE, MAX_POOL, AVERAGE_POOL = 0, 3, 4, 5
+DIRECT, ELEMENTWISE, MAX_POOL, AVERAGE_POOL = 0, 4, 5, 6
 CHANNELS = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70)
 
 

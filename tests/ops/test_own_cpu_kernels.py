@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import resnet_kernels as rk
 from helpers.convolutions import Case, integers, operands, truth
 from helpers.oracle import assert_within_budget
-from helpers.own_kernels import assert_like_eager, bind, group_sizes, skip_unless_compiled
+from helpers.own_kernels import assert_like_eager, bind, group_sizes, of_groups, skip_unless_compiled
 from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.cpu import convolution, library, plans
 from resnet_kernels.kernels.cpu.plans import KERNELS, Pool, Shapes
@@ -52,6 +52,9 @@ def test_any_geometry_is_exact_on_integers(
         sizes, pools = group_sizes(), False
         groups, width = 2 + c_in % 4, sizes[c_out % len(sizes)]
         c_in = c_out = groups * width
+    if name == "depthwise":
+        groups, width, pools, planar, activates = 1 + c_in, 1, False, False, False
+        c_in = c_out = groups
     geometry = Geometry(stride, padding, dilation, groups)
     shape = (n, c_out, *geometry.out_size(size, kernel))
     if min(shape) < 1:
@@ -105,6 +108,9 @@ LAYERS = (
     Case("32 groups of 32", 1, 1024, 7, 7, 1024, groups=32),
     Case("8 groups of 64", 1, 512, 7, 7, 512, groups=8),
     Case("2 groups of 512, 1x1", 1, 1024, 7, 7, 1024, (1, 1), padding=0, groups=2),
+    Case("depthwise", 1, 144, 56, 56, 144, groups=144),
+    Case("depthwise 5x5, stride 2", 1, 72, 28, 28, 72, (5, 5), 2, 2, groups=72),
+    Case("depthwise 7x7", 1, 96, 14, 14, 96, (7, 7), padding=3, groups=96),
     Case("16x16 taps of groups of 4", 1, 32, 24, 24, 32, (16, 16), padding=8, groups=8),
 )
 
@@ -117,7 +123,7 @@ def test_sums_are_as_accurate_as_eagers(case, threads):
     x, weight, *_ = operands(case, torch.float32, "cpu", real=True)
     x, geometry = x.contiguous(memory_format=CHANNELS_LAST), normalize(case.stride, case.padding, 1, case.groups)
     eager = F.conv2d(x, weight, None, case.stride, case.padding, 1, case.groups)
-    for name in ("winograd", "direct") if case.groups == 1 else ("grouped",):
+    for name in of_groups(case.groups, case.c_in):
         if name != "winograd" or (case.kernel == (3, 3) and case.stride == 1):
             y = bind(name, x, weight, geometry)(x, activation=None)
             assert_within_budget(y, eager, truth(case, x, weight, None, None, None, False), name)
@@ -174,13 +180,13 @@ def test_a_large_value_overflowed(kind):
 @pytest.mark.parametrize("kind", ("normal", "half zeros"))
 def test_a_value_left_its_group(value, kind):
     """The last group has lanes without channels beside it, or other groups."""
-    for width in group_sizes():
+    for width in (1, *group_sizes()):
         weight, x = _weights(kind, 3 * width, width) * 1e-3, torch.randn(30, 3 * width, 5, 6)
         for pixel in range(30):
             x[pixel, pixel * 7 % (3 * width), pixel // 6, pixel % 6] = value
         x = x.contiguous(memory_format=CHANNELS_LAST)
         expected = [F.conv2d(x.to(d), weight.to(d), padding=1, groups=3) for d in (torch.float32, torch.float64)]
-        y = bind("grouped", x, weight, normalize(1, 1, 1, 3))(x, activation=None)
+        y = bind("depthwise" if width == 1 else "grouped", x, weight, normalize(1, 1, 1, 3))(x, activation=None)
         assert_like_eager(y, *expected, f"groups of {width}")
         assert y.isfinite().view(30, 3, width, 5, 6).all((2, 3, 4)).sum() == (90 if value == 2e38 else 60)
 
@@ -231,7 +237,7 @@ def test_a_weight_for_the_gradient_is_that_of_the_rotated_taps(shape, layout):
 def test_denormals_were_lost(name):
     """Multiples of four of the smallest one: also Winograd's products of them are exact."""
     x = integers((2, 16, 7, 7), -20000, 20000, torch.float32, "cpu").contiguous(memory_format=CHANNELS_LAST) * 2**-147
-    groups = 4 if name == "grouped" else 1
+    groups = {"grouped": 4, "depthwise": 16}.get(name, 1)
     weight = integers((16, 16 // groups, 3, 3), -1, 1, torch.float32, "cpu")
     run = bind(name, x, weight, normalize(1, 1, 1, groups))
     expected = F.conv2d(x.double(), weight.double(), padding=1, groups=groups)
@@ -259,13 +265,14 @@ def test_a_weight_came_back_changed(shape):
 
 
 def test_a_weight_of_groups_came_back_changed():
-    for width in group_sizes():
+    for width in (1, *group_sizes()):
+        name = "depthwise" if width == 1 else "grouped"
         weight = torch.randn(5 * width, width, 3, 2)
         for copy in (weight, weight.contiguous(memory_format=CHANNELS_LAST)):
-            packed = convolution.pack("grouped", copy)
-            assert torch.equal(convolution.unpack("grouped", packed, tuple(weight.shape)), weight), width
+            packed = convolution.pack(name, copy)
+            assert torch.equal(convolution.unpack(name, packed, tuple(weight.shape)), weight), width
         weight[-1, -1, 2, 1] = float("nan")
-        assert convolution.pack("grouped", weight) is None
+        assert convolution.pack(name, weight) is None
 
 
 SIZED = Shapes((2, 24, 9, 8), (24, 4, 3, 3), normalize(1, 1, 1, 6), True)
@@ -292,8 +299,32 @@ def test_groups_that_are_refused(what):
     assert "float32, got torch.bfloat16" in plans.why_not("grouped", SIZED, torch.bfloat16, 1)
 
 
+DEPTHWISE = Shapes((2, 24, 9, 8), (24, 1, 3, 3), normalize(1, 1, 1, 24))
+REFUSED_DEPTHWISE = {
+    "no groups": (DEPTHWISE._replace(weight=(24, 24, 3, 3), geometry=SAME_3X3), "with groups, got groups=1"),
+    "two channels": (DEPTHWISE._replace(weight=(24, 2, 3, 3), geometry=normalize(1, 1, 1, 12)), "groups of one channel"),
+    "two outputs": (DEPTHWISE._replace(weight=(48, 1, 3, 3)), "groups of one channel"),
+    "another input": (DEPTHWISE._replace(x=(2, 48, 9, 8)), "groups of one channel"),
+    "a pool": (DEPTHWISE._replace(pool=Pool(2, 2, (0, 0, 0, 0))), "has no pool behind it"),
+    "copied rows": (DEPTHWISE._replace(copies=True), "reads channels_last images"),
+    "many taps": (DEPTHWISE._replace(x=(1, 24, 40, 40), weight=(24, 1, 17, 16)), "adds up at most 256 taps"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED_DEPTHWISE)
+def test_depthwise_convolutions_that_are_refused(what):
+    shapes, reason = REFUSED_DEPTHWISE[what]
+    assert reason in plans.why_not("depthwise", shapes, torch.float32, 1)
+    assert plans.why_not("depthwise", DEPTHWISE, torch.float32, 1) is None
+    assert plans.why_not("direct", DEPTHWISE, torch.float32, 1) and plans.why_not("grouped", DEPTHWISE, torch.float32, 1)
+
+
 @pytest.mark.parametrize("inference", (False, True))
-@pytest.mark.parametrize("case", (Case("", 2, 24, 9, 8, 40), Case("groups", 2, 40, 9, 8, 40, groups=10)), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    (Case("", 2, 24, 9, 8, 40), Case("groups", 2, 40, 9, 8, 40, groups=10), Case("depthwise", 2, 40, 9, 8, 40, groups=40)),
+    ids=str,
+)
 def test_the_op_ran_something_else(case, inference):
     """Also on layouts that our kernels don't read as they are."""
     x, weight, bias, residual, scale = operands(case, torch.float32, "cpu")
@@ -313,7 +344,7 @@ def test_the_op_ran_something_else(case, inference):
         ours = [
             event.key for event in profiled.key_averages() if event.key.startswith("resnet_kernels::conv_bias_act.")
         ]
-        assert len(ours) == 1 and ours[0].endswith(".grouped") == (case.groups > 1)
+        assert len(ours) == 1 and ours[0].rpartition(".")[2] in of_groups(case.groups, case.c_in)
         assert torch.equal(y.double(), expected)
 
 
@@ -330,3 +361,15 @@ def test_gradients_of_the_op():
         results.append([y.detach(), *torch.autograd.grad(y.square().sum(), leaves)])
     for what, *each in zip(("y", "x", "weight", "bias", "residual", "scale"), *results):
         assert_within_budget(*each, what)
+
+
+def test_a_weight_of_more_channels_was_taken_for_depthwise():
+    with pytest.raises(ValueError, match=r"must have one input channel, got \(24, 2, 3, 3\)"):
+        convolution.pack("depthwise", torch.ones(24, 2, 3, 3))
+
+
+def test_depthwise_activated_on_the_way_in():
+    x, weight = torch.ones(1, 24, 5, 5).contiguous(memory_format=CHANNELS_LAST), torch.ones(24, 1, 3, 3)
+    run = bind("depthwise", x, weight, normalize(1, 1, 1, 24), None, None, (torch.ones(24), torch.ones(24), True))
+    with pytest.raises(ValueError, match="depthwise activates x only where it copies rows"):
+        run(x)

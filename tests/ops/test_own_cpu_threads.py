@@ -39,6 +39,8 @@ def test_a_result_depended_on_the_number_of_threads(name, shape):
     if name == "grouped":
         weight, geometry = torch.randn(4 * shape[1], 4, 3, 3), normalize(1, 1, 1, shape[1])
         shape = (shape[0], 4 * shape[1], *shape[2:])
+    if name == "depthwise":
+        weight, geometry = torch.randn(shape[1], 1, 3, 3), normalize(1, 1, 1, shape[1])
     x, results = torch.randn(shape).contiguous(memory_format=CHANNELS_LAST), []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
@@ -71,7 +73,10 @@ def test_set_num_threads_was_not_obeyed(monkeypatch):
 
 @pytest.fixture(scope="module")
 def layers():
-    """Each distinct convolution of ResNet-18, ResNet-50 and ResNeXt-50 on 224x224: x's shape, weight's shape, geometry."""
+    """Convolutions: x's shape, weight's shape, geometry.
+
+    All that differ in ResNet-18, ResNet-50 and ResNeXt-50 on 224x224, and four of MobileNets' depthwise ones.
+    """
     found = {}
 
     def note(conv, inputs):
@@ -85,6 +90,9 @@ def layers():
                 if isinstance(conv, torch.nn.Conv2d):
                     conv.register_forward_pre_hook(note)
             net(torch.empty(2, 3, 224, 224))
+    for channels, size, kernel, stride in ((32, 112, 3, 1), (96, 112, 3, 2), (240, 28, 5, 1), (480, 14, 5, 1)):
+        geometry = normalize(stride, kernel // 2, 1, channels)
+        found[(2, channels, size, size), (channels, 1, kernel, kernel), geometry] = None
     return [*found]
 
 
@@ -99,7 +107,7 @@ def _busiest(name, shapes, threads):
     """The largest share of a thread over the mean, if threads take tasks one by one; in steps of the micro-kernel."""
     found, plan = library.find(), plans.plan_for(name, shapes, threads)
     n, c_out, out_h, out_w = shapes.out
-    if shapes.copies:
+    if shapes.copies or name == "depthwise":
         blocks = [min(plan.block, out_h - row) * out_w for _ in range(n) for row in range(0, out_h, plan.block)]
     else:
         units = n * -(-out_h // 2) * -(-out_w // 2) if name == "winograd" else n * out_h * out_w
@@ -121,6 +129,13 @@ def _busiest(name, shapes, threads):
     steps = [
         (each_row[rows] + costs.weights + of_copies(rows)) * each + pixels * rows for rows in blocks for each in columns
     ]
+    if name == "depthwise":
+        taps, turns = shapes.weight[2] * shapes.weight[3], -(-out_w // 8)
+        steps = [
+            rows * each * (taps + costs.depthwise) / found.rows + rows // out_w * turns * costs.turns
+            for rows in blocks
+            for each in columns
+        ]
     arguments = convolution._sized(name, shapes, threads)[1].arguments
     counted = found.calls.rk_tasks(found.number, convolution.KINDS.index(name), ctypes.byref(arguments))
     assert len(steps) == plan.tasks == counted
@@ -146,7 +161,8 @@ def test_threads_were_left_without_work(batch, layers):
                 expected = {
                     "winograd": ("3x3", "without groups"),
                     "direct": ("without groups",),
-                    "grouped": ("with groups",),
+                    "grouped": ("with groups", "runs groups of 2"),
+                    "depthwise": ("with groups", "groups of one channel"),
                 }
                 assert reason is None or any(text in reason for text in ("too few tasks", *expected[name])), reason
     assert served[1] == served[2] == len(layers), served

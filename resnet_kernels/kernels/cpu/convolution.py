@@ -125,6 +125,8 @@ def pack(name: str, weight: Tensor, for_gradient: bool = False, is_kept: bool = 
         raise ValueError(
             f"weight must be float32 on the CPU, 4-D and not empty, got {weight.dtype} {tuple(weight.shape)}"
         )
+    if name == "depthwise" and weight.shape[1] != 1:
+        raise ValueError(f"the weight of groups of one channel must have one input channel, got {tuple(weight.shape)}")
     weight, four = weight.resolve_neg(), ctypes.c_int64 * 4
     shape, strides, first = tuple(weight.shape), weight.stride(), weight.data_ptr()
     if for_gradient:
@@ -317,7 +319,7 @@ class Bound:
 
         Args:
             activation: comes last; None for none.
-            preactivation: what x goes through first; `direct` has to copy for that.
+            preactivation: what x goes through first; `direct` has to copy for that, and `depthwise` never does.
         """
         arguments = self._with(activation, preactivation)
         if arguments.copies:
@@ -333,8 +335,8 @@ class Bound:
         arguments = Arguments.from_buffer_copy(self._arguments)
         arguments.activate(activation)
         if preactivation is not None:
-            if self.name == "direct" and not self.shapes.copies:
-                raise ValueError("direct activates x only where it copies rows")
+            if self.name == "depthwise" or (self.name == "direct" and not self.shapes.copies):
+                raise ValueError(f"{self.name} activates x only where it copies rows")
             scale, shift, relu = preactivation
             for what, vector in (("preactivation.scale", scale), ("preactivation.shift", shift)):
                 _check(what, vector, self.shapes.x[1:2])
@@ -357,7 +359,7 @@ class Bound:
             residual: the output's shape, channels_last; None for zeros.
             activation: comes last; None for none.
             overwrite_residual: write the result over the residual.
-            preactivation: what x goes through first; `direct` has to copy for that.
+            preactivation: what x goes through first; `direct` has to copy for that, and `depthwise` never does.
 
         Raises:
             ValueError: a tensor has another shape, dtype or device than it was made for.
