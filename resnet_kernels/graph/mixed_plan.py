@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .fusible import is_known, is_plain_sequential, is_prelu, original_class, shared_children, signature
+from .fusible import is_known, is_prelu, original_class, shared_children, signature
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
 from .layouts import ATTRIBUTES, LayoutView, boundaries
@@ -176,41 +176,26 @@ class _Planner:
         """The instructions, two at least, that follow one another, each on what only the one before it has made."""
         members: list[str] = []
         parts: list[ChainPart] = []
-        around: list[tuple[str, tuple[str, ...]]] = []
         last: Instruction | None = None
         for instruction in [*instructions, None]:
-            found = None if instruction is None else self._chain_of(instruction)
-            goes_on = last is not None and instruction is not None and _follows(last, instruction)
-            if found is None or not goes_on:
+            part = None if instruction is None else self._chain_part(instruction)
+            if part is None or last is None or instruction is None or not _follows(last, instruction):
                 if len(members) > 1:
-                    yield Chain(tuple(members), tuple(parts), around=tuple(around))
-                members, parts, around = [], [], []
-            last = None if found is None else instruction
-            if found is not None and instruction is not None:
+                    yield Chain(tuple(members), tuple(parts))
+                members, parts = [], []
+            last = None
+            if instruction is not None and part is not None:
                 members.append(instruction.target)
-                parts += found.parts
-                around += found.around
+                parts.append(part)
+                last = instruction
 
-    def _chain_of(self, instruction: Instruction) -> Chain | None:
-        """The recipes that an instruction stands for, one after the other; None if it is something else."""
+    def _chain_part(self, instruction: Instruction) -> ChainPart | None:
+        """The recipe that an instruction stands for; None if it is something else."""
         path = instruction.target
         if instruction.kind == "run":
-            return Chain((path,), (ChainPart("", path),))
-        plan = self.fused.get(path)
-        if instruction.kind != "module" or plan is None or not _takes_one(instruction):
-            return None
-        if isinstance(plan, Recipe):
-            return Chain((path,), (ChainPart(path, None),))
-        # A stage: its blocks are a chain of its own.
-        child = self.children[path]
-        if plan.instructions or not is_plain_sequential(child) or len(plan.chains) != 1:
-            return None
-        (own,) = plan.chains
-        if own.head is not None or [*own.members] != [name for name in plan.called if name not in plan.absorbed]:
-            return None
-        parts = tuple(ChainPart(f"{path}.{part.path}".rstrip("."), part.run) for part in own.parts)
-        around = tuple((f"{path}.{where}", names) for where, names in own.around)
-        return Chain((path,), parts, around=((path, tuple(child._modules)), *around))
+            return ChainPart("", path)
+        is_block = instruction.kind == "module" and isinstance(self.fused.get(path), Recipe)
+        return ChainPart(path, None) if is_block and _takes_one(instruction) else None
 
     def _watched(self, paths: Collection[str], inlined: bool) -> Iterator[Watched]:
         for path in sorted(paths):

@@ -10,6 +10,7 @@ from ..graph import fusible
 from ..graph.pure_operations import FUNCTIONS
 from ..graph.recipe import Chain, ContainerPlan, Instruction, Slot
 from . import chains, checked_calls, fused_block, run_steps
+from .fused_module import is_fused_as_is
 from .live_modules import child_at, has_global_hooks, has_hooks
 from .state import UNKNOWN, BlockInput, FusedState
 
@@ -29,8 +30,8 @@ def _is_as_read(module: nn.Module, plan: ContainerPlan) -> bool:
         if child is None or fusible.original_class(child) is not cls or fusible.signature(child) != signature:
             return False
         own = child.__dict__
-        if "forward" in own:
-            return False
+        if "forward" in own or not (type(child) is cls or is_fused_as_is(child)):
+            return False  # a user's class over a fused one has other code
         if inlined and (
             own.get("_compiled_call_impl") is not None or child.training != module.training or has_hooks(child)
         ):

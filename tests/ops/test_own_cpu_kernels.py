@@ -302,7 +302,10 @@ def test_groups_that_are_refused(what):
 DEPTHWISE = Shapes((2, 24, 9, 8), (24, 1, 3, 3), normalize(1, 1, 1, 24))
 REFUSED_DEPTHWISE = {
     "no groups": (DEPTHWISE._replace(weight=(24, 24, 3, 3), geometry=SAME_3X3), "with groups, got groups=1"),
-    "two channels": (DEPTHWISE._replace(weight=(24, 2, 3, 3), geometry=normalize(1, 1, 1, 12)), "groups of one channel"),
+    "two channels": (
+        DEPTHWISE._replace(weight=(24, 2, 3, 3), geometry=normalize(1, 1, 1, 12)),
+        "groups of one channel",
+    ),
     "two outputs": (DEPTHWISE._replace(weight=(48, 1, 3, 3)), "groups of one channel"),
     "another input": (DEPTHWISE._replace(x=(2, 48, 9, 8)), "groups of one channel"),
     "a pool": (DEPTHWISE._replace(pool=Pool(2, 2, (0, 0, 0, 0))), "has no pool behind it"),
@@ -316,13 +319,19 @@ def test_depthwise_convolutions_that_are_refused(what):
     shapes, reason = REFUSED_DEPTHWISE[what]
     assert reason in plans.why_not("depthwise", shapes, torch.float32, 1)
     assert plans.why_not("depthwise", DEPTHWISE, torch.float32, 1) is None
-    assert plans.why_not("direct", DEPTHWISE, torch.float32, 1) and plans.why_not("grouped", DEPTHWISE, torch.float32, 1)
+    assert plans.why_not("direct", DEPTHWISE, torch.float32, 1) and plans.why_not(
+        "grouped", DEPTHWISE, torch.float32, 1
+    )
 
 
 @pytest.mark.parametrize("inference", (False, True))
 @pytest.mark.parametrize(
     "case",
-    (Case("", 2, 24, 9, 8, 40), Case("groups", 2, 40, 9, 8, 40, groups=10), Case("depthwise", 2, 40, 9, 8, 40, groups=40)),
+    (
+        Case("", 2, 24, 9, 8, 40),
+        Case("groups", 2, 40, 9, 8, 40, groups=10),
+        Case("depthwise", 2, 40, 9, 8, 40, groups=40),
+    ),
     ids=str,
 )
 def test_the_op_ran_something_else(case, inference):

@@ -71,7 +71,9 @@ def test_a_fused_block_changed_what_is_not_finite(spoiled):
                 weight[:8][weight[:8].abs() < 0.05] = 0
             elif spoiled is not None:
                 weight[3, 5, 1, 2] = float(spoiled)
-    assert spoiled in (None, "pruned") or all(convolution.pack(name, weight.detach()) is None for name in of_groups(1, 16))
+    assert spoiled in (None, "pruned") or all(
+        convolution.pack(name, weight.detach()) is None for name in of_groups(1, 16)
+    )
     assert_runs_like_eager(net, ours, x)
     assert_runs_like_eager(net, ours, torch.randn(2, 16, 5, 6))
     if spoiled not in (None, "pruned"):
