@@ -104,12 +104,14 @@ class _Search:
             if looks_like_block and not below:
                 return [Finding(module, path, [Row(path, kind, False, reason=str(error))])]
             return below
-        self.small.update(_join(path, name) for name in small_convolutions(reader.graph, reader.children))
+        small = small_convolutions(reader.graph, reader.children)
+        self.small.update(_join(path, name) for name in small)
         reason = None
         if reader.has_own_conv() or reader.has_wrappers():
             try:
                 recipe = reader.recipe()
-                if recipe.fuses:
+                convs = {step.conv for step in recipe.steps if isinstance(step, ConvStep)}
+                if recipe.fuses and not convs <= {*small}:
                     return [Finding(module, path, [Row(path, kind, True, str(recipe))], recipe, reader.is_residual())]
                 return []
             except CannotRead as error:

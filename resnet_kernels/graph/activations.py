@@ -128,10 +128,32 @@ _ELEMENTWISE_METHODS = frozenset({"add", "sub", "mul", "div", "pow", "neg", "sig
 
 
 def computed_by(graph: Graph) -> Activation | None:
-    """The activation that a forward's own arithmetic computes, such as `x * torch.sigmoid(x)`; None if it is none.
+    """The activation that a forward's own arithmetic computes, such as `x * torch.sigmoid(x)`; None if it is none."""
+    if (computed := _on_numbers(graph)) is None:
+        return None
+    x, y = computed
+    known = [Activation(name) for name in KINDS if name != "leaky_relu"]
+    slope = -y[0].item()
+    if slope != 0 and math.isfinite(slope):
+        known.append(Activation("leaky_relu", slope))
+    return next((one for one in known if _is_close(y, one(x))), None)
 
-    The graph, which writes over nothing, is run in fp64 on numbers of its own, from very small to very large.
-    """
+
+def sigmoid_by(graph: Graph) -> str | None:
+    """Which sigmoid a forward's own arithmetic computes, "sigmoid" or "hardsigmoid"; None if it is none."""
+    if (computed := _on_numbers(graph)) is None:
+        return None
+    x, y = computed
+    return next((f.__name__ for f in (torch.sigmoid, F.hardsigmoid) if _is_close(y, f(x))), None)
+
+
+def _is_close(y: Tensor, other: Tensor) -> bool:
+    return torch.allclose(y, other, rtol=1e-9, atol=1e-12)
+
+
+def _on_numbers(graph: Graph) -> tuple[Tensor, Tensor] | None:
+    """The numbers, -1 first, on which a graph that writes over nothing was run in fp64, from very small to very large, and what it
+    made of each; None if it is no function of single numbers."""
     kind: Any = {"dtype": torch.float64, "device": "cpu"}
     wide = torch.logspace(-6, 30, 721, **kind)
     x = torch.cat([torch.tensor([-1.0], **kind), torch.linspace(-12, 12, 4801, **kind), wide, -wide])
@@ -139,13 +161,7 @@ def computed_by(graph: Graph) -> Activation | None:
         y = _run(graph, x)
     except (RuntimeError, TypeError, ValueError):  # eager refuses it, too
         return None
-    if y is None or y.shape != x.shape or y.dtype != x.dtype:
-        return None
-    known = [Activation(name) for name in KINDS if name != "leaky_relu"]
-    slope = -y[0].item()
-    if slope != 0 and math.isfinite(slope):
-        known.append(Activation("leaky_relu", slope))
-    return next((one for one in known if torch.allclose(y, one(x), rtol=1e-9, atol=1e-12)), None)
+    return None if y is None or y.shape != x.shape or y.dtype != x.dtype else (x, y)
 
 
 def _run(graph: Graph, x: Tensor) -> Tensor | None:

@@ -25,6 +25,7 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
+from .gates import averages_images
 from .layouts import boundaries, layouts, prefixes
 from .operations import reads_of_child, small_convolutions
 from .reads import NOTHING, Reads
@@ -204,7 +205,7 @@ def _norm_of_head(last: Node, children: Mapping[str, nn.Module]) -> Head | None:
     if bn is None or not is_batch_norm(bn) or has_act(bn) or why_not_bn(bn) is not None:
         return None
     is_relu = act.op == "call_function" and act.target in (F.relu, torch.relu) and not act.kwargs.get("inplace")
-    if not (is_relu and act.args == (norm,) and _averages(mean, act) and _calls(conv, mean, children, nn.Conv2d)):
+    if not (is_relu and act.args == (norm,) and averages_images(mean) and mean.args[0] is act and _calls(conv, mean, children, nn.Conv2d)):
         return None
     return Head(str(norm.target), None, str(conv.target), is_norm=True) if _flattens(flatten, conv) else None
 
@@ -218,16 +219,6 @@ def _does(node: Node, name: str) -> bool:
 def _flattens(node: Node, x: Node) -> bool:
     """Whether a node flattens x from the channels on."""
     return _does(node, "flatten") and (node.args, node.kwargs) in (((x, 1), {}), ((x,), {"start_dim": 1}))
-
-
-def _averages(node: Node, x: Node) -> bool:
-    """Whether a node averages x over an image's pixels, and keeps both dimensions."""
-    if not _does(node, "mean"):
-        return False
-    given = dict(zip(("x", "dim", "keepdim"), node.args)) | node.kwargs
-    dims = given.pop("dim", None)
-    axes = sorted(d % 4 for d in dims) if isinstance(dims, (tuple, list)) and all(type(d) is int for d in dims) else []
-    return axes == [2, 3] and given == {"x": x, "keepdim": True}
 
 
 def _calls(node: Node, x: Node, children: Mapping[str, nn.Module], cls: type[nn.Module]) -> bool:

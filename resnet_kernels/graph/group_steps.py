@@ -66,7 +66,7 @@ Group = ConvGroup | NormGroup | CallGroup
 class Operation:
     """A node that computes something.
 
-    kind: "conv", "bn", "activation", "add" or "call". path: the module's, "" for a function. activation: which one it is; of a
+    kind: "conv", "bn", "activation", "add" or "call"; of squeeze-and-excitation, "mean", "sigmoid", "hardsigmoid" or "mul". path: the module's, "" for a function. activation: which one it is; of a
     BN, the one that it ends in by itself (timm's BatchNormAct2d). alone: an add that joins no convolution and no BN.
     """
 
@@ -106,6 +106,13 @@ def _join(
 ) -> Group | None:
     """Takes the group that an operation joins out of `groups`, and returns it with the operation in it."""
     sources = operation.inputs
+    if operation.kind == "mul":
+        x, gate = sources
+        made_by = groups.get(gate)
+        if not isinstance(made_by, CallGroup) or made_by.what not in ("sigmoid", "hardsigmoid"):
+            return None
+        del groups[gate]
+        return CallGroup(f"{made_by.what}_mul", False, (x, *made_by.inputs))
     if operation.kind == "add" and (operation.alone or sources[0] is sources[1]):
         return None
     able = [s for s in sources if s in groups and readers[s] == 1 and _accepts(groups[s], operation.kind)]

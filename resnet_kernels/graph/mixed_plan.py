@@ -20,6 +20,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from .fusible import is_known, is_prelu, original_class, shared_children, signature
+from .gates import find_gates
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
 from .layouts import ATTRIBUTES, LayoutView, boundaries
@@ -53,6 +54,8 @@ class _Planner:
         self.nodes = list(reader.graph.nodes)
         self.numbers = {node: i for i, node in enumerate(self.nodes)}
         self.x = self.nodes[0]
+        self.gates = find_gates(reader.graph, reader.children, reader.training)
+        self.reads += self.gates.reads
         self.shared = shared_children(self.module)
         self.source: dict[Node, Node] = {}
         self.operations: dict[Node, Operation] = {}
@@ -79,8 +82,9 @@ class _Planner:
     def _read(self, node: Node) -> None:
         """Takes a node for one of our operations, or checks that it may run as it is."""
         try:
-            operation, seen = operation_of(node, self.children, self.source, self.training)
-            known = not (operation.kind == "call" and _is_in_no_program(self.children[operation.path]))
+            operation, seen = operation_of(node, self.children, self.source, self.training, self.gates)
+            is_left = operation.kind == "call" and _is_in_no_program(self.children[operation.path])
+            known = node in self.gates.inside or not is_left
         except CannotRead:
             known = False
         if not known:
@@ -120,14 +124,14 @@ class _Planner:
         taken: dict[Node, Node] = {}  # operations of runs, by the run's last group
         for last, nodes in sorted(members.items(), key=lambda item: self.numbers[item[0]]):
             recipe = self._recipe(nodes, groups, joined)
-            if recipe.fuses and not small.intersection(_convolutions(recipe)):
+            if recipe.fuses and not small.issuperset(_convolutions(recipe)):
                 recipes[last] = recipe
                 taken.update((operation, last) for node in nodes for operation in joined[node])
         if not recipes:
             raise CannotRead("nothing in it can be fused")
         sums = {
             node: found for node, found in groups.items()
-            if node not in taken and isinstance(found, CallGroup) and not found.is_module and len(found.inputs) == 2
+            if node not in taken and isinstance(found, CallGroup) and not found.is_module and found.what.startswith("add")
         }  # fmt: skip
         taken.update((operation, node) for node in sums for operation in joined[node])
         self._check_written(taken)

@@ -26,6 +26,7 @@ from .fusible import (
     why_not_conv,
     why_not_patched,
 )
+from .gates import Gates
 from .group_steps import Operation
 from .own_conv import is_own_conv, own_conv_path
 from .reads import NOTHING, Read, Reads, described
@@ -51,7 +52,7 @@ def is_of_own_conv(node: Node) -> bool:
 
 
 def operation_of(
-    node: Node, children: Mapping[str, nn.Module], source: Mapping[Node, Node], training: bool
+    node: Node, children: Mapping[str, nn.Module], source: Mapping[Node, Node], training: bool, gates: Gates
 ) -> tuple[Operation, Reads]:
     """The operation of a node, of kind "identity" if it passes its input on, and what it rests on.
 
@@ -60,12 +61,18 @@ def operation_of(
         children: the module's children by path.
         source: the node that computed a value, by the nodes that pass it on.
         training: whether the forward is the one in train() mode.
+        gates: the squeeze-and-excitations of the forward.
 
     Raises:
         CannotRead: it is none of ours.
     """
     seen, path = Reads((), NOTHING), ""
     activation: Activation | None = None
+    if (found := gates.kinds.get(node)) is not None:
+        inputs = _inputs(node, found, source)
+        if found == "mul" and source[gates.factors[node]] is inputs[0]:
+            inputs = inputs[::-1]
+        return Operation(found, str(node.target) if node.op == "call_module" else "", inputs), seen
     if node.op == "call_module":
         path = str(node.target)
         kind, seen, activation = _kind_of_module(node, children, training)
@@ -135,7 +142,7 @@ def _kind_of_module(
 
 
 def _inputs(node: Node, kind: str, source: Mapping[Node, Node]) -> tuple[Node, ...]:
-    arguments = node.args[: 2 if kind == "add" else 1]
+    arguments = node.args[: 2 if kind in ("add", "mul") else 1]
     nodes = tuple(source[argument] for argument in arguments if isinstance(argument, Node))
     if len(nodes) < len(arguments):
         raise CannotRead(f"its forward computes with a constant ({node.format_node()})")

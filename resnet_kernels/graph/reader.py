@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from .container_plan import changes_nothing, container_plan
 from .fusible import is_wrapper, signature
+from .gates import find_gates, is_gate
 from .group_steps import Operation, group, schedule
 from .mixed_plan import mixed_plan
 from .operations import check_mutation, is_of_own_conv, operation_of
@@ -56,6 +57,10 @@ class Reader:
         """Whether a child is a convolution, norm and activation under one name."""
         return any(child is not None and is_wrapper(child) for child in self.module._modules.values())
 
+    def _gates(self) -> frozenset[str]:
+        """The paths of the squeeze-and-excitations in the module."""
+        return frozenset(path for path, child in self.children.items() if path and is_gate(child))
+
     def recipe(self) -> Recipe:
         """The module's whole forward as steps.
 
@@ -63,8 +68,8 @@ class Reader:
             CannotRead: if a part of the forward is none of our steps.
         """
         # Only what is seen as a whole is sure to be a block: the network itself keeps its wrappers.
-        into = Into(wrappers=self.has_wrappers())
-        recipe = _recipe(Reader(self.module, into=into) if into.wrappers else self)
+        into = Into(wrappers=self.has_wrappers(), gates=self._gates())
+        recipe = _recipe(Reader(self.module, into=into) if into != Into() else self)
         try:
             training = _recipe(Reader(self.module, True, into))
         except CannotRead:
@@ -98,7 +103,7 @@ class Reader:
         Raises:
             CannotRead: an operation is not known to do nothing but compute, or nothing can be fused.
         """
-        into = Into(wrappers=True, lists=True)
+        into = Into(wrappers=True, lists=True, gates=self._gates())
         plan = mixed_plan(Reader(self.module, into=into), fused)
         quiet = changes_nothing(plan, self.children, [module for module, _ in fused])
         try:
@@ -119,12 +124,13 @@ def _recipe(reader: Reader) -> Recipe:
     # Identities vanish: `source` is the node that computed a value.
     source: dict[Node, Node] = {}
     operations: dict[Node, Operation] = {}
-    reads = reader.reads
+    gates = find_gates(reader.graph, reader.children, reader.training)
+    reads = reader.reads + gates.reads
     for node in nodes:
         source[node] = node
         if node.op in ("placeholder", "output") or is_of_own_conv(node):
             continue
-        operation, seen = operation_of(node, reader.children, source, reader.training)
+        operation, seen = operation_of(node, reader.children, source, reader.training, gates)
         reads += seen
         if operation.kind == "identity":
             source[node] = operation.inputs[0]

@@ -75,9 +75,10 @@ class NormStep:
 
 @dataclass(frozen=True)
 class CallStep:
-    """values[out] = what(*values[inputs]): a child module by its path, or an add, an activation or both.
+    """values[out] = what(*values[inputs]): a child module by its path, an add, an activation or both, an average or a gate.
 
-    what: the path, or a name such as "add", "silu" or "add_relu". activation: comes last; None for a module, and for an add.
+    what: the path, or a name such as "add", "silu", "add_relu"; "mean", of whole images; "mul", "sigmoid_mul" or
+    "hardsigmoid_mul", which multiply them. activation: comes last; None for a module, and for an add.
     """
 
     what: str

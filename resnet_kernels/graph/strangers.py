@@ -61,6 +61,17 @@ def role_of(module: nn.Module, training: bool) -> Role:
     return Role(None, reads)
 
 
+def sigmoid_of(module: nn.Module, training: bool) -> tuple[str | None, Reads]:
+    """Which sigmoid a stranger's forward computes, "sigmoid" or "hardsigmoid", and what it reads; None if it is none."""
+    try:
+        graph, reads, _ = trace(module, training)
+    except CannotRead:
+        return None, Reads()
+    if any(mutates(node, {}) for node in graph.nodes if node.op != "call_module"):
+        return None, reads
+    return activations.sigmoid_by(graph), reads
+
+
 def _frozen_bn_eps(module: nn.Module, graph: Graph) -> float | None:
     """The eps of a forward that is ((x - mean) / sqrt(var + eps)) * weight + bias; None if it is another one.
 

@@ -90,7 +90,8 @@ class Tracer(GraphAppendingTracer):
         """A call of a module by the forward."""
         if not path:
             raise CannotRead("its forward calls itself")
-        if is_plain_sequential(clone) or path in self._convs or self._looks_into(clone, args, kwargs):
+        is_asked_for = path in self._convs or path in self._into.gates
+        if is_plain_sequential(clone) or is_asked_for or self._looks_into(clone, args, kwargs):
             if self.observer is not None:
                 self.observer.ran_into.add(path)
             # Without its hooks: they are the user's, and would see proxies.
@@ -146,10 +147,15 @@ def _rebound(value: Any, clones: Mapping[int, nn.Module]) -> Any:
 
 
 class Into(NamedTuple):
-    """Modules that a trace looks into. wrappers: see fusible.is_wrapper. lists: those called with anything but one tensor."""
+    """Modules that a trace looks into.
+
+    wrappers: see fusible.is_wrapper. lists: those called with anything but one tensor. gates: the paths of those that are
+    squeeze-and-excitations (gates.py).
+    """
 
     wrappers: bool = False
     lists: bool = False
+    gates: frozenset[str] = frozenset()
 
 
 _memory = threading.local()

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..graph import fusible
@@ -23,6 +24,14 @@ from . import profiler_ranges
 from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
 
 Values = dict[int, Tensor]
+
+# Of squeeze-and-excitation, by the name of a CallStep: the average of whole images, and what multiplies them.
+CALLS: dict[str, Callable[..., Tensor]] = {
+    "mean": lambda x: x.mean((2, 3), keepdim=True),
+    "mul": torch.mul,
+    "sigmoid_mul": lambda x, gate: x * torch.sigmoid(gate),
+    "hardsigmoid_mul": lambda x, gate: x * F.hardsigmoid(gate),
+}
 
 
 def run_steps(
@@ -154,10 +163,12 @@ def _count_batch(bn: BatchNorm) -> float:
 
 
 def _call(part: CallPart, values: Values, backend: str) -> Tensor:
-    """A child module, an add, an activation, or both."""
+    """A child module, an add, an activation or both, an average or a gate."""
     inputs = [values[i] for i in part.step.inputs]
     if part.child is not None:
         return part.child(*inputs)
+    if part.step.what in CALLS:
+        return CALLS[part.step.what](*inputs).contiguous(memory_format=torch.channels_last)
     if len(inputs) == 1:
         return activations.apply(part.step.activation, inputs[0])
     return add(inputs[0], inputs[1], part.step.activation, backend)

@@ -1,4 +1,4 @@
-"""Chains of mixed forwards on the CPU: blocks and runs that follow one another are one program, until an edit says otherwise."""
+"""Chains of mixed forwards on the CPU: blocks and runs that follow one another are one program, until an edit ends that."""
 
 from __future__ import annotations
 

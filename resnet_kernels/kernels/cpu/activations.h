@@ -58,7 +58,8 @@ INLINE Vector silu_of(Vector v) { return v * sigmoid(v); }
 INLINE Vector gelu_of(Vector v) { return v * normal_cdf(v); }
 /* 0.5 * (1 + tanh(u)) is sigmoid(2 * u). */
 INLINE Vector gelu_tanh_of(Vector v) { return v * sigmoid(v * (1.59576912f + 0.0713548163f * v * v)); }
-INLINE Vector hardswish_of(Vector v) { return v * (select_of(v > 3, all_of(6), relu(v + 3)) / 6); }
+INLINE Vector hardsigmoid_of(Vector v) { return select_of(v > 3, all_of(6), relu(v + 3)) / 6; }
+INLINE Vector hardswish_of(Vector v) { return v * hardsigmoid_of(v); }
 
 /* Activates `count` floats. */
 static void activate_floats(int activation, float slope, float *p, int64_t count)
@@ -89,6 +90,10 @@ static void activate_floats(int activation, float slope, float *p, int64_t count
         EACH_VECTOR(gelu_tanh_of(v))
     case HARDSWISH:
         EACH_VECTOR(hardswish_of(v))
+    case SIGMOID:
+        EACH_VECTOR(sigmoid(v))
+    case HARDSIGMOID:
+        EACH_VECTOR(hardsigmoid_of(v))
     }
 #undef EACH_VECTOR
 }

@@ -36,12 +36,17 @@ typedef struct {
     void (*run)(const Convolution *convolution, int64_t task, float *scratch);
 } Kernel;
 
-/* convolution.py, KINDS. The last three are no convolutions: act(x * scale + bias + residual), and pools without padded
- * windows of nothing but padding; they use the fields of a convolution that they have. */
-enum { DIRECT, WINOGRAD, GROUPED, DEPTHWISE, ELEMENTWISE, MAX_POOL, AVERAGE_POOL, KINDS };
+/* convolution.py, KINDS. The last four are no convolutions, and use the fields of one that they have:
+ *
+ *     ELEMENTWISE     act(x * scale + bias + residual)
+ *     GATE            x * act(residual), with a residual of one pixel an image: squeeze-and-excitation
+ *     MAX_POOL        a maximum, and a mean, over windows of which none lies in the padding alone
+ *     AVERAGE_POOL
+ */
+enum { DIRECT, WINOGRAD, GROUPED, DEPTHWISE, ELEMENTWISE, GATE, MAX_POOL, AVERAGE_POOL, KINDS };
 
-/* activations.py, KINDS, behind the answer that there is none. */
-enum { NO_ACTIVATION, RELU, RELU6, LEAKY_RELU, SILU, GELU, GELU_TANH, HARDSWISH };
+/* activations.py, KINDS, behind the answer that there is none; and the two that only gates have. */
+enum { NO_ACTIVATION, RELU, RELU6, LEAKY_RELU, SILU, GELU, GELU_TANH, HARDSWISH, SIGMOID, HARDSIGMOID };
 
 /* The kernels of one instruction set. */
 typedef struct {

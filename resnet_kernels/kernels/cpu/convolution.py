@@ -37,7 +37,7 @@ _SIZES = (
     "groups",
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
-KINDS = ("direct", "winograd", "grouped", "depthwise", "elementwise", "max_pool", "average_pool")
+KINDS = ("direct", "winograd", "grouped", "depthwise", "elementwise", "gate", "max_pool", "average_pool")
 _POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "y")
 
 # Prepared calls that are kept.
@@ -70,6 +70,7 @@ class Kernel(NamedTuple):
         tasks: their number.
         keeps: tensors whose addresses are among the arguments.
         copies: whether it reads x by its strides.
+        residual_shape: of its second input, where that is not out_shape.
     """
 
     kind: str
@@ -80,6 +81,7 @@ class Kernel(NamedTuple):
     tasks: int
     keeps: tuple[Tensor | None, ...] = ()
     copies: bool = False
+    residual_shape: tuple[int, ...] | None = None
 
     @property
     def flops(self) -> int:
@@ -264,11 +266,39 @@ def pooling(kind: str, x_shape: tuple[int, ...], pool: Pool, threads: int) -> Ke
     return _kernel(kind, arguments, x_shape, (n, channels, *size))[1]
 
 
-def global_average(x_shape: tuple[int, ...]) -> Kernel:
-    """Returns the kernel of the mean over an image's pixels: (N, C, H, W) -> (N, C, 1, 1), on channels_last images."""
+# By name, what gates may be made of.
+GATES = {"mul": 0, "sigmoid_mul": 1 + len(KINDS_OF_ACTIVATIONS), "hardsigmoid_mul": 2 + len(KINDS_OF_ACTIVATIONS)}
+
+
+def gate(name: str, x_shape: tuple[int, ...], threads: int) -> Kernel:
+    """Returns the kernel of x * act(gates), with gates of one pixel an image, (N, C, 1, 1), on channels_last images.
+
+    Args:
+        name: of `GATES`, says what act is: nothing, a sigmoid, or its piecewise linear form.
+        x_shape: (N, C, H, W), not empty.
+        threads: that a call may use.
+    """
     n, channels, height, width = x_shape
+    block = max(1, min(_MOST_FLOATS // channels, n * height * width // (_TASKS * threads), height * width))
+    arguments = Arguments(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=block)
+    arguments.activation = GATES[name]
+    return _kernel("gate", arguments, x_shape, x_shape)[1]._replace(residual_shape=(n, channels, 1, 1))
+
+
+def global_average(x_shape: tuple[int, ...], threads: int) -> Kernel:
+    """Returns the kernel of the mean over an image's pixels: (N, C, H, W) -> (N, C, 1, 1), on channels_last images.
+
+    Args:
+        x_shape: not empty.
+        threads: that a call may use.
+    """
+    n, channels, height, width = x_shape
+    found = library.find()
+    assert isinstance(found, Library), "there are kernels"
+    panels = -(-channels // found.panel)
+    each = max(1, panels * n // (_TASKS * threads))
     arguments = Arguments(
-        batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=1,
+        batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=1, panels=min(each, panels),
         pool_h=1, pool_w=1, pool_kernel=max(height, width), pool_stride=1,
     )  # fmt: skip
     return _kernel("average_pool", arguments, x_shape, (n, channels, 1, 1))[1]

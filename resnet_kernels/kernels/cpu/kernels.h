@@ -33,6 +33,7 @@ const Kernels KERNELS = {
         [GROUPED] = {grouped_tasks, grouped_scratch, grouped_run},
         [DEPTHWISE] = {depthwise_tasks, no_scratch, depthwise_run},
         [ELEMENTWISE] = {elementwise_tasks, no_scratch, elementwise_run},
+        [GATE] = {gate_tasks, gate_scratch, gate_run},
         [MAX_POOL] = {pool_tasks, no_scratch, max_pool_run},
         [AVERAGE_POOL] = {pool_tasks, no_scratch, average_pool_run},
     },

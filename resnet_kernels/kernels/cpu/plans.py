@@ -125,7 +125,7 @@ def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str 
     if threads > 1 and found.parallel is None:
         return f"found no OpenMP runtime of PyTorch's to run {threads} threads on"
     plan = plan_for(name, shapes, threads)
-    if plan.unevenness > _MOST_UNEVEN:
+    if plan.unevenness > _MOST_UNEVEN and plan.cost > _COSTS_OF.get(found.isa, _COSTS).alone:
         return f"has too few tasks for {threads} threads: the busiest gets {plan.unevenness:.2f} times the mean"
     return None
 
@@ -211,6 +211,7 @@ class _Costs(NamedTuple):
         l2: bytes of a thread's tiles and products that stay in the L2 cache.
         bytes: from beyond it in the time of a step.
         whole_steps: whether fewer rows than the micro-kernel has take as long as all; else half of them at least.
+        alone: steps that one thread is done with, some 8 us, before another operation would have begun.
     """
 
     weights: float
@@ -224,13 +225,14 @@ class _Costs(NamedTuple):
     l2: int
     bytes: int
     whole_steps: bool
+    alone: int
 
 
-_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 0.9, 1.0, 13.0, 8.0, 200_000, 24, True)
+_COSTS = _Costs(1.0, 0.8, 10.0, 1 / 16, 0.9, 1.0, 13.0, 8.0, 200_000, 24, True, 4000)
 # A step is four times AVX2's on processors that run AVX-512 at half width. Of the cuts that were measured for 14 layers at
 # batch 1 and 8 it chooses one that takes 5% longer than the best on average. What lies beyond the L2 cache costs half as much
 # since it is in large pages: that, and the cache's size, were chosen by whole networks (AMD EPYC, Zen 4, two cores, 2026-11).
-_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 8.0, 2.0, 420_000, 192, False)}
+_COSTS_OF = {"avx512": _Costs(0.35, 0.5, 6.0, 1 / 64, 0.4, 0.4, 8.0, 2.0, 420_000, 192, False, 1000)}
 
 
 def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) -> tuple[float, float, int]:

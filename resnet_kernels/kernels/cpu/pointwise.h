@@ -41,7 +41,35 @@ static void elementwise_run(const Convolution *c, int64_t task, float *scratch)
     }
 }
 
-static int64_t pool_tasks(const Convolution *c) { return c->batch * blocks(c->pool_h, c->block); }
+static int64_t gate_tasks(const Convolution *c) { return c->batch * blocks(c->out_h * c->out_w, c->block); }
+
+static int64_t gate_scratch(const Convolution *c) { return c->c_out; }
+
+/* One task: `block` pixels of an image. */
+static void gate_run(const Convolution *c, int64_t task, float *gates)
+{
+    int64_t area = c->out_h * c->out_w, per_image = blocks(area, c->block), image = task / per_image, channels = c->c_out;
+    int64_t begin = task % per_image * c->block, end = least(area, begin + c->block), at = (image * area + begin) * channels;
+    const float *x = c->x + at;
+    float *y = c->y + at;
+    memcpy(gates, c->residual + image * channels, sizeof(float) * channels);
+    activate_floats((int)c->activation, 0, gates, channels);
+    for (int64_t pixel = begin; pixel < end; pixel++, x += channels, y += channels) {
+        int64_t k = 0;
+        for (; k + WIDTH <= channels; k += WIDTH)
+            store(y + k, load(x + k) * load(gates + k));
+        for (; k < channels; k++)
+            y[k] = x[k] * gates[k];
+    }
+}
+
+/* Panels of channels of a task of a pool; all of them if nothing is said. */
+static int64_t pool_panels(const Convolution *c) { return c->panels ? c->panels : panels_of(c, PANEL); }
+
+static int64_t pool_tasks(const Convolution *c)
+{
+    return c->batch * blocks(c->pool_h, c->block) * blocks(panels_of(c, PANEL), pool_panels(c));
+}
 
 static float larger_one(float a, float b) { return b > a || b != b ? b : a; }
 
@@ -56,12 +84,14 @@ static Window window_of(const Convolution *c, int64_t h, int64_t w)
     return (Window){most(0, top), least(c->in_h, top + c->pool_kernel), most(0, left), least(c->in_w, left + c->pool_kernel)};
 }
 
-/* One task: `block` pooled rows of an image. `average` is known at compile time. An average adds up rows, and then their sums:
+/* One task: `block` pooled rows of an image, some panels. `average` is known at compile time. An average adds up rows, and then their sums:
  * one chain over all pixels would err more than torch.mean does. */
 INLINE void pool_run(const Convolution *c, int64_t task, int average)
 {
-    int64_t per_image = blocks(c->pool_h, c->block), image = task / per_image, channels = c->c_in;
-    int64_t begin = task % per_image * c->block, end = least(c->pool_h, begin + c->block);
+    int64_t across = blocks(panels_of(c, PANEL), pool_panels(c)), first_k = task % across * pool_panels(c) * PANEL;
+    int64_t per_image = blocks(c->pool_h, c->block), block = task / across, image = block / per_image, channels = c->c_in;
+    int64_t begin = block % per_image * c->block, end = least(c->pool_h, begin + c->block);
+    int64_t end_k = least(channels, first_k + pool_panels(c) * PANEL);
     const float *x = c->x + image * c->in_h * c->in_w * channels;
     for (int64_t h = begin; h < end; h++)
         for (int64_t w = 0; w < c->pool_w; w++) {
@@ -69,8 +99,22 @@ INLINE void pool_run(const Convolution *c, int64_t task, int average)
             float count = (float)((at.h1 - at.h0) * (at.w1 - at.w0));
             float *y = c->y + ((image * c->pool_h + h) * c->pool_w + w) * channels;
             const float *first = x + (at.h0 * c->in_w + at.w0) * channels;
-            int64_t k = 0;
-            for (; k + WIDTH <= channels; k += WIDTH) {
+            int64_t k = first_k;
+            /* Four vectors of a pixel are two or four lines: one at a time, each would be fetched on its own. */
+            for (; average && k + 4 * WIDTH <= end_k; k += 4 * WIDTH) {
+                Vector sums[4] = {{0}, {0}, {0}, {0}};
+                for (int64_t i = at.h0; i < at.h1; i++) {
+                    Vector rows[4] = {{0}, {0}, {0}, {0}};
+                    for (int64_t j = at.w0; j < at.w1; j++)
+                        UNROLLED(q, 4)
+                            rows[q] += load(x + (i * c->in_w + j) * channels + k + q * WIDTH);
+                    UNROLLED(q, 4)
+                        sums[q] += rows[q];
+                }
+                UNROLLED(q, 4)
+                    store(y + k + q * WIDTH, sums[q] / count);
+            }
+            for (; k + WIDTH <= end_k; k += WIDTH) {
                 Vector v = average ? (Vector){0} : load(first + k);
                 for (int64_t i = at.h0; i < at.h1; i++) {
                     Vector row = average ? (Vector){0} : v;
@@ -82,7 +126,7 @@ INLINE void pool_run(const Convolution *c, int64_t task, int average)
                 }
                 store(y + k, average ? v / count : v);
             }
-            for (; k < channels; k++) {
+            for (; k < end_k; k++) {
                 float v = average ? 0 : first[k];
                 for (int64_t i = at.h0; i < at.h1; i++) {
                     float row = average ? 0 : v;

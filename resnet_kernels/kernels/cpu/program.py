@@ -59,7 +59,8 @@ class Layer(NamedTuple):
 
     Attributes:
         kernel: with all but the addresses of x, residual and the result.
-        x, residual, out: what it reads and writes, as many images as the kernel's shapes say. residual: None for none.
+        x, residual, out: what it reads and writes, as many images as the kernel's shapes say. residual: None for none; of a
+            gate, what multiplies x.
         label: for profilers.
     """
 
@@ -169,7 +170,7 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
         kernel = layer.kernel
         for part, shape in (
             (layer.x, kernel.x_shape),
-            (layer.residual, kernel.out_shape),
+            (layer.residual, kernel.residual_shape or kernel.out_shape),
             (layer.out, kernel.out_shape),
         ):
             if part is None:
@@ -217,7 +218,7 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
 
 def _over_residual(values: dict[int, _Value], layer: Layer, i: int) -> int:
     """The place of a layer's residual, if its result may be written over it; else -1."""
-    if layer.residual is None:
+    if layer.residual is None or layer.kernel.residual_shape is not None:
         return -1
     residual, out, images = values[layer.residual.value], values[layer.out.value], layer.kernel.out_shape[0]
     is_dead = residual.users[-1] == i and residual.users.count(i) == 1

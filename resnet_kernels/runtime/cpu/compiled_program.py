@@ -272,7 +272,7 @@ class _Layers:
                 raise _HasNoKernel
             kernel = convolution.elementwise(shape, norm.scale, norm.shift, RELU, self._threads)
             value = self._layer(kernel, value, None, linear.pool_path)
-        pooled = self._layer(convolution.global_average(shape), value, None, linear.pool_path)
+        pooled = self._layer(convolution.global_average(shape, self._threads), value, None, linear.pool_path)
         if linear.norm is not None:
             self.average = pooled
         bound = linear.bound(*self._shapes[pooled][:2])
@@ -282,8 +282,8 @@ class _Layers:
 
     def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
         """Adds a layer; returns the number of its output."""
-        if residual is not None and self._shapes[residual] != kernel.out_shape:
-            raise _HasNoKernel  # an add that broadcasts
+        if residual is not None and self._shapes[residual] != (kernel.residual_shape or kernel.out_shape):
+            raise _HasNoKernel  # it broadcasts
         out = len(self._shapes)
         self._shapes[out] = kernel.out_shape
         self.layers.append(Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label))
@@ -309,10 +309,15 @@ class _Layers:
         return kernel
 
     def _call(self, part: CallPart, inputs: list[int], label: str) -> int:
-        """An add, an activation or a pool."""
+        """An add, an activation, a gate or a pool."""
         shape = self._shapes[inputs[0]]
+        is_mean = part.step.what == "mean" if part.child is None else _averages_images(part.child)
+        if is_mean:
+            return self._layer(convolution.global_average(shape, self._threads), inputs[0], None, label)
         if part.child is None:
             other = inputs[1] if len(inputs) > 1 else None
+            if part.step.what in convolution.GATES:
+                return self._layer(convolution.gate(part.step.what, shape, self._threads), inputs[0], other, label)
             kernel = convolution.elementwise(shape, None, None, part.step.activation, self._threads)
             return self._layer(kernel, inputs[0], other, label)
         if type(part.child) is nn.Identity:
@@ -346,6 +351,10 @@ def _pool(child: nn.Module, size: Sequence[int]) -> tuple[str, plans.Pool]:
     raise _HasNoKernel
 
 
+def _averages_images(child: nn.Module) -> bool:
+    return type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
+
+
 def _average(child: nn.AvgPool2d, size: Sequence[int]) -> plans.Pool | None:
     """An average pool on images of this (h, w) as our kernels take it; None for windows that they don't."""
     kernel, stride, padding = map(plain_setting, (child.kernel_size, child.stride, child.padding))
@@ -363,7 +372,8 @@ def _average(child: nn.AvgPool2d, size: Sequence[int]) -> plans.Pool | None:
 
 # What a pool's result depends on.
 _POOL_SETTINGS = (
-    "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices", "count_include_pad", "divisor_override"
+    "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices", "count_include_pad", "divisor_override",
+    "output_size",
 )  # fmt: skip
 
 
