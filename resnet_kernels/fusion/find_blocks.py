@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from ..graph import fusible
 from ..graph import reader as graph_reader
+from ..graph.gates import is_gate
 from ..graph.operations import small_convolutions
 from ..graph.recipe import CannotRead, ContainerPlan, ConvStep, Recipe
 from ..graph.tracing import remembering
@@ -104,14 +105,12 @@ class _Search:
             if looks_like_block and not below:
                 return [Finding(module, path, [Row(path, kind, False, reason=str(error))])]
             return below
-        small = small_convolutions(reader.graph, reader.children)
-        self.small.update(_join(path, name) for name in small)
+        self.small.update(_join(path, name) for name in small_convolutions(reader.graph, reader.children))
         reason = None
         if reader.has_own_conv() or reader.has_wrappers():
             try:
                 recipe = reader.recipe()
-                convs = {step.conv for step in recipe.steps if isinstance(step, ConvStep)}
-                if recipe.fuses and not convs <= {*small}:
+                if recipe.fuses and not is_gate(module):
                     return [Finding(module, path, [Row(path, kind, True, str(recipe))], recipe, reader.is_residual())]
                 return []
             except CannotRead as error:

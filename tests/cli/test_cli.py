@@ -49,8 +49,8 @@ def test_explain(capsys, as_json):
 
 def test_explain_timm(capsys):
     pytest.importorskip("timm", reason="needs timm")
-    assert cli.main(["explain", "--model", "timm:seresnet18"]) == 0
-    assert "se is a SEModule" in capsys.readouterr().out
+    assert cli.main(["explain", "--model", "timm:ecaresnet26t"]) == 0
+    assert "se is a EcaModule" in capsys.readouterr().out
 
 
 def test_verify_and_its_exit_status(capsys, monkeypatch):

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import resnet_kernels as rk
-from helpers.mixed_blocks import BLOCKS, Conv2d, QuietConv2d, SEBlock, SqueezeExcitation
+from helpers.mixed_blocks import (
+    BLOCKS, Conv2d, LinearExcitation, LinearSEBlock, QuietConv2d, SqueezeExcitation
+)  # fmt: skip
 from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.own_kernels import onednn_alone  # noqa: F401  # a fixture
 from helpers.small_resnet import PlainResidual, close, convolutions_that_ran
@@ -186,7 +188,7 @@ def test_edited_weights_and_replaced_modules(name):
 
 
 def test_an_opaque_module_that_becomes_one_that_sees_layouts():
-    plain, *_ = built("squeeze-and-excitation")
+    plain, *_ = built("linear squeeze-and-excitation")
     block = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), plain).eval()
     fused, x = rk.fuse(block), torch.randn(2, 3, 12, 12)
     check(block, fused, x)
@@ -234,7 +236,7 @@ class _Variant(nn.Module):
         self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
         self.narrow = nn.Conv2d(4, 8, 1)
         self.relu = nn.ReLU(inplace=True)
-        self.gate = SqueezeExcitation(8)
+        self.gate = LinearExcitation(8)
         self.own = Conv2d(8, 8, 3, padding=1)
         self.kept = nn.Parameter(torch.ones(8, 1, 1))
 
@@ -446,7 +448,7 @@ def test_on_triton(name, device):
     check(plain, fused, x)
 
 
-@pytest.mark.parametrize("name", ["squeeze-and-excitation", "split", "dense", "tree"])
+@pytest.mark.parametrize("name", ["linear squeeze-and-excitation", "split", "dense", "tree"])
 def test_training_on_triton(name, device, monkeypatch):
     """Batch statistics, running statistics and gradients are eager's; the runs are ours."""
     skip_unless_runnable("triton", device, torch.float32)
@@ -538,12 +540,12 @@ def test_an_operation_that_sees_layouts_gets_eagers():
 def test_a_module_of_another_class_sees_eagers_layout():
     """What was looked into is watched: another module in its place may see layouts."""
 
-    class Viewing(SqueezeExcitation):
+    class Viewing(LinearExcitation):
         def forward(self, x):
             return x * x.view(x.shape[0], -1).amax(1).view(-1, 1, 1, 1)
 
     torch.manual_seed(0)
-    plain = randomise_batch_norms_(nn.Sequential(PlainResidual(8), SEBlock(), PlainResidual(16))).eval()
+    plain = randomise_batch_norms_(nn.Sequential(PlainResidual(8), LinearSEBlock(), PlainResidual(16))).eval()
     fused, x = rk.fuse(plain), torch.randn(2, 8, 12, 10)
     check(plain, fused, x)
     for m in (plain, fused):

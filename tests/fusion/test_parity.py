@@ -159,6 +159,7 @@ def test_batch_norm_classes_of_other_blocks_are_torchvisions(device):
         ("resnetv2_50", {}, 16),  # pre-activation, BatchNormAct2d, shortcuts in a module of their own
         ("resnetv2_50d", {}, 17),
         ("resnetv2_18", {}, 8),
+        ("seresnet18", {}, 9),
     ],
 )
 def test_timm(name, options, count, device):
@@ -169,7 +170,6 @@ def test_timm(name, options, count, device):
 @pytest.mark.parametrize(
     "name, reason",
     [
-        ("seresnet18", "se is a SEModule"),
         ("resnetblur18", "aa is a BlurPool2d"),
         ("ecaresnet26t", "EcaModule"),
         ("resnet18", None),

@@ -21,15 +21,28 @@ class SqueezeExcitation(nn.Module):
         return x * self.fc2(F.relu(self.fc1(x.mean((2, 3), keepdim=True)))).sigmoid()
 
 
+class LinearExcitation(nn.Module):
+    """The same with linear layers, as its authors have it: no step of ours."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(channels, channels // 2), nn.Linear(channels // 2, channels)
+
+    def forward(self, x):
+        return x * self.fc2(F.relu(self.fc1(x.mean((2, 3))))).sigmoid()[:, :, None, None]
+
+
 class SEBlock(nn.Module):
-    """A residual block with squeeze-and-excitation, as timm's seresnet has it; 3 of its 5 convolutions can be fused."""
+    """A residual block with squeeze-and-excitation, as timm's seresnet has it: all of it is steps of ours."""
+
+    excitation: type[nn.Module] = SqueezeExcitation
 
     def __init__(self, c_in=8, c_out=16, stride=2):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False), nn.BatchNorm2d(c_out)
         self.conv2, self.bn2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False), nn.BatchNorm2d(c_out)
         self.act = nn.ReLU(inplace=True)
-        self.se = SqueezeExcitation(c_out)
+        self.se = self.excitation(c_out)
         self.downsample = nn.Sequential(nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out))
 
     def forward(self, x):
@@ -37,6 +50,12 @@ class SEBlock(nn.Module):
         y = self.se(self.bn2(self.conv2(y)))
         y += self.downsample(x)
         return self.act(y)
+
+
+class LinearSEBlock(SEBlock):
+    """It has other operations in it: its forward is instructions."""
+
+    excitation = LinearExcitation
 
 
 class SplitBlock(nn.Module):
@@ -184,7 +203,8 @@ class Tree(nn.Module):
 
 # By name: the block, the channels of its input, and how many of its convolutions run in fused kernels.
 BLOCKS = {
-    "squeeze-and-excitation": (SEBlock, 8, 3),
+    "squeeze-and-excitation": (SEBlock, 8, 5),
+    "linear squeeze-and-excitation": (LinearSEBlock, 8, 3),
     "split": (SplitBlock, 12, 4),
     "dense": (DenseBlock, 8, 6),
     "detectron2": (Detectron, 8, 3),

@@ -174,8 +174,11 @@ def example(driver, draw):
     if kind == GROUPED:
         vector = driver.panel // 2
         width = draw.choice([*(size for size in (2, 4, 8, 16) if size <= vector), driver.panel, 2 * driver.panel])
-        groups, together = draw.randint(1, 9 if width <= vector else 3), max(1, width // driver.panel)
-        c_in = c_out = width * groups
+        out = width
+        if draw.random() < 0.3:  # more output channels, or fewer
+            width, out = draw.choice((vector, vector + 1, 2 * vector + 3)), draw.choice((1, 2, 3)) * driver.panel
+        groups, together = draw.randint(1, 9 if width <= vector else 3), max(1, out // driver.panel)
+        c_in, c_out = width * groups, out * groups
     if kind == DEPTHWISE:
         groups = c_out = c_in = draw.choice((2, 3, 4, 5, 8, 9, 15, 16, 20, 24, 33, 70))
     height, width = draw.randint(1, 9), draw.randint(1, 9) if kind != DEPTHWISE else draw.randint(1, 20)

@@ -8,8 +8,8 @@ import math
 
 import numpy as np
 
-DIRECT, ELEMENTWISE, MAX_POOL, AVERAGE_POOL = 0, 4, 5, 6
-CHANNELS = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70)
+DIRECT, ELEMENTWISE, GATE, MAX_POOL, AVERAGE_POOL = 0, 4, 5, 6, 7
+CHANNELS = (1, 3, 4, 7, 8, 9, 15, 16, 17, 31, 32, 33, 70, 139)
 
 
 def integers(draw, *shape, most=3):
@@ -96,11 +96,34 @@ def pool(driver, draw):
     sizes = dict(
         batch=n, c_in=channels, in_h=height, in_w=width, c_out=channels, block=draw.randint(1, 4),
         pool_h=size[0], pool_w=size[1], pool_kernel=kernel, pool_stride=stride, pool_top=padding[0], pool_left=padding[2],
+        panels=draw.choice((0, 0, 1, 2)),
     )  # fmt: skip
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(truth.shape, np.nan), at_end)}
     driver.convolve(AVERAGE_POOL if average else MAX_POOL, draw.choice((1, 1, 1, 2)), buffers, **sizes)
     return None if is_equal(buffers["y"].array, truth) else f"average={average} {padding} {sizes}"
+
+
+# Gates by the kernels' numbers. Where the arguments are odd multiples of three, the results are exact.
+GATES = {0: lambda s: s, 9: lambda s: np.clip(s + 3, 0, 6) / 6, 8: lambda s: 1 / (1 + np.exp(-s, dtype=np.float64))}
+
+
+def gate(driver, draw):
+    """Images times a number a channel, NaN among both. A sigmoid's results are rounded."""
+    n, height, width, channels = draw.randint(1, 3), draw.randint(1, 5), draw.randint(1, 5), draw.choice(CHANNELS)
+    x, gates, kind = integers(draw, n, height, width, channels), integers(draw, n, channels), draw.choice([*GATES])
+    gates *= 3 if kind == 9 else 1
+    for values in (x, gates):
+        values.ravel()[[draw.randrange(values.size) for _ in range(draw.randint(0, 2))]] = np.nan
+    sizes = dict(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 30), activation=kind)
+    at_end = draw.random() < 0.7
+    buffers = {"x": driver.make(x, at_end), "residual": driver.make(gates, at_end)}
+    buffers["y"] = driver.make(np.full(x.shape, np.nan), at_end)
+    driver.convolve(GATE, draw.choice((1, 1, 1, 2)), buffers, **sizes)
+    truth = x * GATES[kind](gates)[:, None, None]
+    found = buffers["y"].array.reshape(truth.shape)
+    right = np.allclose(found, truth, rtol=1e-6, atol=0, equal_nan=True) if kind == 8 else is_equal(found, truth)
+    return None if right else f"gate {kind} {sizes}"
 
 
 def program(driver, draw):
@@ -170,4 +193,4 @@ def program(driver, draw):
     return f"program on {threads} threads, {shape}: {told}: slots {wrong}" if wrong else None
 
 
-EXAMPLES = (elementwise, pool, program)
+EXAMPLES = (elementwise, gate, pool, program)

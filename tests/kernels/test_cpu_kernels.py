@@ -180,6 +180,12 @@ BUGS = {
     "ragged channels": ("winograd.h", "memset(rest, 0, sizeof rest);", ""),
     "lost block of sums": ("vectors.h", "total_step, summed > 0,", "total_step, 0 * summed,"),
     "activated padding": ("winograd.h", "if (c->pre_scale && pixels[i])", "if (c->pre_scale)"),
+    "gates of the first image": ("pointwise.h", "c->residual + image * channels", "c->residual"),
+    "pixels of the next image": ("pointwise.h", "least(area, begin + c->block)", "begin + c->block"),
+    "gates that are no numbers of 0 to 1": ("pointwise.h", "activate_floats((int)c->activation, 0, gates, channels);", ""),
+    "last channels without a gate": ("pointwise.h", "x[k] * gates[k]", "x[k]"),
+    "channels of the next task": ("pointwise.h", "task % across * pool_panels(c) * PANEL", "0 * across"),
+    "one vector of four": ("pointwise.h", "store(y + k + q * WIDTH, sums[q] / count);", "store(y + k + q * WIDTH, sums[0] / count);"),
     "window of the pool": (
         "direct.h",
         "least(c->out_h, h0 + c->pool_kernel)",
@@ -230,6 +236,8 @@ BUGS = {
     "sum of another channel": ("grouped.h", "EXCHANGED(2, PAIR(i, 2, 3))", "EXCHANGED(1, PAIR(i, 2, 3))"),
     "weights of another channel": ("run.c", "task * panel + (narrow ? i ^ c : i)", "task * panel + i"),
     "pixels that are none were written": ("narrow_groups.h", "if (row + i < count) \\", "if (1) \\"),
+    "channels of the first group": ("grouped.h", "panel / together * step", "0 * panel"),
+    "panels of two groups": ("grouped.h", "c->c_out / c->groups % PANEL == 0", "group_size(c) % PANEL == 0"),
     "channels behind the last group": ("grouped.h", "least(step, c->c_in - channel)", "step"),
     "copied rows of another panel": (
         "grouped.h",

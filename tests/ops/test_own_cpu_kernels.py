@@ -107,6 +107,7 @@ LAYERS = (
     Case("32 groups of 16", 1, 512, 14, 14, 512, groups=32),
     Case("32 groups of 32", 1, 1024, 7, 7, 1024, groups=32),
     Case("8 groups of 64", 1, 512, 7, 7, 512, groups=8),
+    Case("2 groups of 128 to 256", 1, 256, 14, 14, 512, groups=2),
     Case("2 groups of 512, 1x1", 1, 1024, 7, 7, 1024, (1, 1), padding=0, groups=2),
     Case("depthwise", 1, 144, 56, 56, 144, groups=144),
     Case("depthwise 5x5, stride 2", 1, 72, 28, 28, 72, (5, 5), 2, 2, groups=72),
@@ -278,8 +279,10 @@ def test_a_weight_of_groups_came_back_changed():
 SIZED = Shapes((2, 24, 9, 8), (24, 4, 3, 3), normalize(1, 1, 1, 6), True)
 REFUSED = {
     "without groups": (SIZED._replace(weight=(24, 24, 3, 3), geometry=SAME_3X3), "with groups, got groups=1"),
-    "more outputs": (SIZED._replace(weight=(48, 4, 3, 3)), "as many input channels as output channels"),
-    "depthwise": (SIZED._replace(weight=(24, 1, 3, 3), geometry=normalize(1, 1, 1, 24)), "channels, or of a multiple of"),
+    "more outputs": (SIZED._replace(weight=(48, 4, 3, 3)), "got 4 to 8"),
+    "fewer outputs": (SIZED._replace(weight=(18, 4, 3, 3)), "got 4 to 3"),
+    "another input": (SIZED._replace(x=(2, 30, 9, 8)), "for 6 groups"),
+    "depthwise": (SIZED._replace(weight=(24, 1, 3, 3), geometry=normalize(1, 1, 1, 24)), "got 1 to 1"),
     "three channels": (SIZED._replace(weight=(24, 3, 3, 3), geometry=normalize(1, 1, 1, 8)), "got 3"),
     "a pool": (SIZED._replace(pool=Pool(2, 2, (0, 0, 0, 0))), "has no pool behind it"),
     "x as it is": (SIZED._replace(copies=False), "copies rows"),

@@ -149,13 +149,15 @@ def _busiest(name, shapes, threads):
 @pytest.mark.parametrize("batch", (1, 8))
 def test_threads_were_left_without_work(batch, layers):
     assert len(layers) > 25
+    found = library.find()
+    alone = plans._COSTS_OF.get(found.isa, plans._COSTS).alone
     served = dict.fromkeys(range(1, 65), 0)
     for threads in served:
         for shape, weight_shape, geometry in layers:
             shapes = cpu_candidates.own_shapes((batch, *shape[1:]), weight_shape, geometry)
             for name in KERNELS:
                 reason = plans.why_not(name, shapes, torch.float32, threads)
-                if reason is None:
+                if reason is None and plans.plan_for(name, shapes, threads).cost > alone:
                     assert _busiest(name, shapes, threads) < 1.25 + 1e-9, (name, shapes, threads)
                 served[threads] += name != "winograd" and reason is None
                 expected = {

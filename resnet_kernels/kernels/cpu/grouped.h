@@ -1,11 +1,13 @@
-/* Convolutions of groups with as many input channels as output channels.
+/* Convolutions of groups of several channels.
  *
  * A task copies the rows of x that it needs (direct.h), panel by panel: the output channels of a panel read the same channels of
- * x, so a copy stays in the L1 cache. What follows depends on a group's channels:
+ * x, so a copy stays in the L1 cache. What follows depends on a group's output channels:
  *
  *     a multiple of PANEL    the micro-kernel, on a group's panels
  *     WIDTH                  the micro-kernel, with a group in each vector of a panel
  *     2, 4 or 8, if fewer     narrow_groups.h, with several groups in a vector
+ *
+ * The last two have as many input channels.
  */
 
 #if WIDTH == 4
@@ -96,8 +98,14 @@ enum { MOST_PIXELS = 8 };
 
 static int64_t group_size(const Convolution *c) { return c->c_in / c->groups; }
 
-/* Panels that read the same channels of x. */
-static int64_t panels_together(const Convolution *c) { return most(1, group_size(c) / PANEL); }
+/* Whether panels belong to a group each. */
+static int is_wide(const Convolution *c) { return c->c_out / c->groups % PANEL == 0; }
+
+static int is_narrow(const Convolution *c) { return !is_wide(c) && group_size(c) < WIDTH; }
+
+/* Panels that read the same channels of x, and how many those are. */
+static int64_t panels_together(const Convolution *c) { return is_wide(c) ? c->c_out / c->groups / PANEL : 1; }
+static int64_t channels_together(const Convolution *c) { return is_wide(c) ? group_size(c) : PANEL; }
 
 static int64_t grouped_tasks(const Convolution *c)
 {
@@ -113,9 +121,10 @@ static int64_t offset_of_tap(const Convolution *c, int64_t tap, int64_t step)
 /* The copy, sums, pointers to each pixel's taps, offsets of taps. */
 static int64_t grouped_scratch(const Convolution *c)
 {
-    int64_t count = c->block * c->out_w, taps = c->kernel_h * c->kernel_w, step = panels_together(c) * PANEL;
-    int64_t pointers = group_size(c) < WIDTH ? count + MOST_PIXELS + taps : taps * count;
-    return (copied_height(c, c->block) * copied_width(c) + count) * step + 2 * pointers;
+    int64_t count = c->block * c->out_w, taps = c->kernel_h * c->kernel_w;
+    int64_t pointers = is_narrow(c) ? count + MOST_PIXELS + taps : taps * count;
+    int64_t copied = copied_height(c, c->block) * copied_width(c) * channels_together(c);
+    return copied + copied % 2 + count * panels_together(c) * PANEL + 2 * pointers;
 }
 
 /* Computes `count` pixels of panels `panel` to `last`, which read the same channels. rows: pointers to their taps, the first
@@ -124,8 +133,8 @@ static void convolve_groups(const Convolution *c, const float *const *rows, int6
                             int64_t panel, int64_t last, float *total, const Output *out)
 {
     int64_t taps = c->kernel_h * c->kernel_w, size = group_size(c);
-    if (size >= WIDTH) {
-        multiply(size == WIDTH ? two_groups : micro_kernels, rows, count, taps, size, count, c->weight, panel, last, total,
+    if (!is_narrow(c)) {
+        multiply(is_wide(c) ? micro_kernels : two_groups, rows, count, taps, size, count, c->weight, panel, last, total,
                  (last - panel) * PANEL, out, 0, c->weight + last * taps * size * PANEL, NULL);
         return;
     }
@@ -153,18 +162,18 @@ static void grouped_run(const Convolution *c, int64_t task, float *scratch)
     int64_t first = task % across * c->panels, last = least(panels, first + c->panels), block = task / across;
     int64_t per_image = blocks(c->out_h, c->block), image = block / per_image;
     int64_t begin = block % per_image * c->block, end = least(c->out_h, begin + c->block);
-    int64_t count = (end - begin) * c->out_w, step = together * PANEL, width = copied_width(c);
-    int64_t taps = c->kernel_h * c->kernel_w, is_narrow = group_size(c) < WIDTH;
-    float *total = scratch + copied_height(c, c->block) * width * step;
-    const float **rows = (const float **)(total + c->block * c->out_w * step);
+    int64_t count = (end - begin) * c->out_w, step = channels_together(c), width = copied_width(c);
+    int64_t taps = c->kernel_h * c->kernel_w, copied = copied_height(c, c->block) * width * step;
+    float *total = scratch + copied + copied % 2;
+    const float **rows = (const float **)(total + c->block * c->out_w * together * PANEL);
     int64_t *offsets = (int64_t *)(rows + count + MOST_PIXELS); /* of narrow groups alone, which have one pointer a pixel */
-    for (int64_t tap = 0; tap < (is_narrow ? 1 : taps); tap++) {
+    for (int64_t tap = 0; tap < (is_narrow(c) ? 1 : taps); tap++) {
         const float **to = rows + tap * count, *row = scratch + offset_of_tap(c, tap, step);
         for (int64_t h = 0; h < end - begin; h++, row += c->stride_h * width * step)
             for (int64_t w = 0; w < c->out_w; w++)
                 *to++ = row + w * c->stride_w * step;
     }
-    if (is_narrow) {
+    if (is_narrow(c)) {
         for (int64_t i = 0; i < MOST_PIXELS; i++)
             rows[count + i] = rows[0];
         for (int64_t tap = 0; tap < taps; tap++)
@@ -172,7 +181,7 @@ static void grouped_run(const Convolution *c, int64_t task, float *scratch)
     }
     Output out = output_of(c, (image * c->out_h + begin) * c->out_w);
     for (int64_t panel = first; panel < last; panel += together) {
-        int64_t channel = panel * PANEL;
+        int64_t channel = panel / together * step;
         copy_rows(c, image, begin, end, channel, least(step, c->c_in - channel), step, scratch);
         convolve_groups(c, rows, count, offsets, panel, panel + together, total, &out);
     }

@@ -132,11 +132,16 @@ def why_not(name: str, shapes: Shapes, dtype: torch.dtype, threads: int) -> str 
 
 def _why_not_grouped(shapes: Shapes, found: Library) -> str | None:
     c_out, width, kernel_h, kernel_w = shapes.weight
-    vector, c_in = found.panel // 2, width * shapes.geometry.groups
-    if (shapes.x[1], c_out) != (c_in, c_in):
-        return f"runs groups with as many input channels as output channels, got {shapes.x} and {shapes.weight}"
-    if width % found.panel and (width == 1 or width > vector or vector % width):
-        return f"runs groups of 2, 4, ... {vector} channels, or of a multiple of {found.panel}, got {width}"
+    vector, groups = found.panel // 2, shapes.geometry.groups
+    if shapes.x[1] != width * groups or c_out % groups:
+        return f"got {shapes.x} and {shapes.weight} for {groups} groups"
+    out = c_out // groups
+    is_wide = out % found.panel == 0 and width >= vector
+    if not is_wide and (width != out or width == 1 or width > vector or vector % width):
+        return (
+            f"runs groups of 2, 4, ... {vector} channels, or of {vector} at least to a multiple of {found.panel}, got {width} "
+            f"to {out}"
+        )
     if width < vector and kernel_h * kernel_w > _SUM_BLOCK:
         return f"adds up at most {_SUM_BLOCK} taps of such narrow groups, got {kernel_h}x{kernel_w}"
     if shapes.pool or not shapes.copies:
@@ -157,7 +162,8 @@ def _why_not_depthwise(shapes: Shapes) -> str | None:
 
 def panels_together(shapes: Shapes, panel: int) -> int:
     """Returns how many panels of output channels read the same channels of a group; 1 without groups."""
-    return 1 if shapes.geometry.groups == 1 else max(1, shapes.weight[1] // panel)
+    groups = shapes.geometry.groups
+    return 1 if groups == 1 else max(1, shapes.weight[0] // groups // panel)
 
 
 @functools.lru_cache(_CACHED)
@@ -273,7 +279,8 @@ def _cost(name: str, shapes: Shapes, found: Library, block: int, panels: int) ->
     if shapes.copies:
         cost = task(block * out_w, panels)
         if name == "grouped":
-            cost += _copied_pixels(shapes, block) * panels * costs.copies + block * out_w * panels * costs.ends
+            copied = panels * shapes.x[1] / c_out
+            cost += _copied_pixels(shapes, block) * copied * costs.copies + block * out_w * panels * costs.ends
         return cost, cost * n * out_h / block * all_panels / panels, n * -(-out_h // block) * across
     full, rest = divmod(units, block)
     of_all = sum(
