@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .fusible import is_known, is_prelu, original_class, shared_children, signature
+from .fusible import is_known, original_class, shared_children, signature
 from .gates import find_gates
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
@@ -295,7 +295,7 @@ class _Planner:
 
 def _is_in_no_program(module: nn.Module) -> bool:
     """Whether a run with this module in it would run step by step on the CPU."""
-    return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or is_prelu(module)
+    return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
 
 
 def _is_number(value: Any) -> bool:

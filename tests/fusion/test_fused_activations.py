@@ -9,14 +9,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrize
 
 import resnet_kernels as rk
 from helpers.activations import MODULES
-from helpers.cpu_chains import assert_next_call_like_eager
+from helpers.cpu_chains import assert_next_call_like_eager, programs  # noqa: F401  # a fixture
 from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.own_kernels import onednn_alone, skip_unless_compiled  # noqa: F401  # a fixture
 from resnet_kernels.graph.recipe import CallStep, ConvStep, NormStep
 from resnet_kernels.kernels.activations import RELU, Activation
+from resnet_kernels.kernels.cpu import library
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import onednn
 from resnet_kernels.runtime.state import state_of
@@ -320,6 +322,106 @@ def test_a_prelu_is_called_as_itself(device):
             loss = model(x.to(next(model.parameters()).dtype)).square().sum()
             found.append(torch.autograd.grad(loss, [*model.parameters()]))
         assert_all_within_budget(*found, backend)
+
+
+class Faces(nn.Module):
+    """insightface's block, with every kind of step before a PReLU."""
+
+    def __init__(self, channels: int = 20):
+        super().__init__()
+        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(channels) for _ in range(3))
+        self.conv1, self.conv2, self.conv3, self.conv4 = (
+            nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False) for groups in (1, 5, 20, 1)
+        )
+        self.prelus = nn.ModuleList(nn.PReLU(channels) for _ in range(6))
+        for prelu in self.prelus:
+            nn.init.normal_(prelu.weight)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x):
+        y = self.prelus[0](self.bn1(self.conv1(self.bn0(x))))
+        y = self.prelus[2](self.bn2(self.prelus[1](self.conv2(y))))
+        y = self.prelus[3](self.conv3(y) + y)
+        return self.prelus[5](self.pool(self.prelus[4](self.conv4(y)) + x))
+
+
+@pytest.fixture
+def faces(monkeypatch):
+    monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
+    torch.manual_seed(0)
+    plain = randomise_batch_norms_(Faces()).eval()
+    return plain, rk.fuse(plain), torch.randn(2, 20, 14, 10)
+
+
+def test_prelus_are_parts_of_programs(faces, programs):  # noqa: F811
+    plain, fused, x = faces
+    for kernel in (1, 3):  # `direct`, too
+        for model in (plain, fused):
+            model.conv1 = nn.Conv2d(20, 20, kernel, padding=kernel // 2, bias=False)
+            nn.init.ones_(model.conv1.weight)
+        programs.clear()
+        assert_next_call_like_eager(plain, fused, x)
+        assert_next_call_like_eager(plain, fused, x.contiguous(memory_format=CHANNELS_LAST))
+        assert len(programs) == 2 and programs[0] <= 9
+    (program,) = [p for p in fused._rk_state.copies.compiled.values() if p.runs]
+    labels = [layer.label for layer in program._program.layers]
+    assert sum("prelus" in label for label in labels) == 6
+    assert [label for label in labels if label.startswith("prelus")] == ["prelus.5"], "the others end other steps"
+
+
+def _slope_of_all(prelu):
+    prelu.weight = nn.Parameter(torch.tensor([0.3]))
+
+
+def _too_few(prelu):
+    prelu.weight = nn.Parameter(torch.ones(7))
+
+
+class _Halved(nn.Module):
+    def forward(self, weight):
+        return weight / 2
+
+
+def _freed(prelu):
+    prelu.weight.untyped_storage().resize_(0)
+    prelu.weight = nn.Parameter(torch.full((20,), 0.7))
+
+
+PRELU_EDITS = {
+    "in place": lambda prelu: prelu.weight.data.mul_(-2),
+    "by NumPy": lambda prelu: prelu.weight.detach().numpy().__imul__(3),
+    "other memory": lambda prelu: setattr(prelu.weight, "data", prelu.weight.data * 2),
+    "another parameter": lambda prelu: setattr(prelu, "weight", nn.Parameter(prelu.weight.detach() * 2)),
+    "one for all channels": _slope_of_all,
+    "NaN for all channels": lambda prelu: setattr(prelu, "weight", nn.Parameter(torch.tensor([float("nan")]))),
+    "NaN": lambda prelu: prelu.weight.data.fill_(float("nan")),
+    "too few": _too_few,
+    "strided": lambda prelu: setattr(prelu, "weight", nn.Parameter(torch.ones(20, 2)[:, 0] * 0.5)),
+    "negated": lambda prelu: setattr(prelu, "weight", nn.Parameter(torch._neg_view(prelu.weight.detach()))),
+    "parametrized": lambda prelu: parametrize.register_parametrization(prelu, "weight", _Halved()),
+    "freed": _freed,
+    "a hook": lambda prelu: prelu.register_forward_hook(lambda module, inputs, y: 2 * y),
+    "its forward": lambda prelu: setattr(prelu, "forward", lambda x: 3 * x),
+    "double": lambda prelu: prelu.double(),
+}
+
+
+@pytest.mark.parametrize("edit", PRELU_EDITS)
+@pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning")
+def test_an_edit_of_a_prelu_was_not_seen(edit, faces):
+    plain, fused, x = faces
+    before = assert_next_call_like_eager(plain, fused, x)
+    for number in (0, 5):
+        for model in (plain, fused):
+            with torch.no_grad():
+                PRELU_EDITS[edit](model.prelus[number])
+        for _ in range(2):
+            y = assert_next_call_like_eager(plain, fused, x, edit)
+        assert isinstance(y, Exception) or not torch.equal(y, before)
+    if edit == "one for all channels":  # its value is a part of the program
+        for model in (plain, fused):
+            model.prelus[0].weight.data.fill_(-0.5)
+        assert not torch.equal(assert_next_call_like_eager(plain, fused, x, edit), y)
 
 
 def test_timms_prelu_is_called_as_itself():

@@ -73,7 +73,7 @@ class Plain:
         self.address = self.array.ctypes.data
 
 
-def reference(x, weight, stride, dilation, padding, scale, bias, residual, last, pre, pool):
+def reference(x, weight, stride, dilation, padding, scale, bias, residual, last, slopes, pre, pool):
     """The convolution in int64; x is (N, H, W, C), weight (O, C of a group, kernel_h, kernel_w)."""
     x = x.astype(np.int64)
     if pre is not None:
@@ -97,7 +97,7 @@ def reference(x, weight, stride, dilation, padding, scale, bias, residual, last,
     y = y if scale is None else y * scale.astype(np.int64)
     y = y if bias is None else y + bias.astype(np.int64)
     y = y if residual is None else y + residual.astype(np.int64)
-    y = drive_cpu_layers.activated(y, last)
+    y = drive_cpu_layers.activated(y, last, np.int64(slopes))
     if pool is None:
         return y
     kernel, step, pad = pool
@@ -235,8 +235,9 @@ def example(driver, draw):
         buffers["y"] = buffers["residual"]
     if pre is not None:
         buffers["pre_scale"], buffers["pre_shift"] = (driver.make(v, at_end) for v in pre[:2])
-    driver.convolve(kind, draw.choice((1, 1, 2, 3)), buffers, **sizes)
-    truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, last, pre, pool)
+    slopes, more = drive_cpu_layers.slopes_of(driver, draw, last, c_out, at_end)
+    driver.convolve(kind, draw.choice((1, 1, 2, 3)), buffers | more, **sizes)
+    truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, last, slopes, pre, pool)
     if np.array_equal(buffers["y"].array.reshape(shape), truth):
         return None
     return f"kind={kind} pool={pool} pre={pre is not None} {sizes}"
@@ -274,7 +275,7 @@ def huge(driver):
             copies=copies, x_image=height * width * c_in, x_channel=1, x_row=width * c_in, x_column=c_in,
             groups=groups,
         )  # fmt: skip
-        truth = reference(last[None], weight, (1, 1), (1, 1), (0, 0, 0, 0), None, None, None, 0, None, None)
+        truth = reference(last[None], weight, (1, 1), (1, 1), (0, 0, 0, 0), None, None, None, 0, 0, None, None)
         assert np.array_equal(y.array.reshape(truth.shape), truth), f"huge: kind={kind} copies={copies}"
     LIBC.munmap(base, size)
 

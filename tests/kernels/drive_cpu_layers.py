@@ -22,25 +22,35 @@ def is_equal(found, truth):
 
 # Activations that leave integers integers, by convolution.h's numbers, and the slope of the last one.
 ACTIVATIONS, SLOPE = (0, 1, 2, 3), -2
+# The one with a slope a channel.
+PRELU = 10
 
 
 def any_activation(draw):
-    return draw.choice((*ACTIVATIONS, 1))
+    return draw.choice((*ACTIVATIONS, 1, PRELU))
 
 
-def activated(y, activation):
-    """NaN stays."""
+def activated(y, activation, slopes=SLOPE):
+    """NaN stays. slopes: one for all channels, or of PRELU one each."""
     if activation in (1, 2):
         return np.clip(y, 0, 6) if activation == 2 else np.maximum(y, 0)
-    return np.where(y > 0, y, SLOPE * y) if activation == 3 else y
+    return np.where(y > 0, y, slopes * y) if activation in (3, PRELU) else y
 
 
-def finished(x, scale, bias, residual, activation):
+def slopes_of(driver, draw, activation, channels, at_end):
+    """Slopes for `activated`, and the buffer of them that PRELU has."""
+    if activation != PRELU:
+        return SLOPE, {}
+    slopes = integers(draw, channels)
+    return slopes, {"slopes": driver.make(slopes, at_end)}
+
+
+def finished(x, scale, bias, residual, activation, slopes=SLOPE):
     """act(x * scale + bias + residual)."""
     y = x if scale is None else x * scale
     y = y if bias is None else y + bias
     y = y if residual is None else y + residual
-    return activated(y, activation)
+    return activated(y, activation, slopes)
 
 
 def windows(x, kernel, stride, padding, size):
@@ -70,8 +80,9 @@ def elementwise(driver, draw):
             buffers[name] = driver.make(values, at_end)
     if residual is not None and draw.random() < 0.5:
         buffers["y"] = buffers["residual"]
-    driver.convolve(ELEMENTWISE, draw.choice((1, 1, 1, 2)), buffers, **sizes)
-    truth = finished(x, scale, bias, residual, sizes["activation"])
+    slopes, more = slopes_of(driver, draw, sizes["activation"], channels, at_end)
+    driver.convolve(ELEMENTWISE, draw.choice((1, 1, 1, 2)), buffers | more, **sizes)
+    truth = finished(x, scale, bias, residual, sizes["activation"], slopes)
     return None if is_equal(buffers["y"].array, truth) else f"elementwise {[*buffers]} {sizes}"
 
 

@@ -159,6 +159,8 @@ BUGS = {
     ),
     "dropped activation of a pixel": ("pointwise.h", "activate_rows(&out, 0, 1, 0, channels);", ""),
     "activation of channels that are none": ("activations.h", "least(end, out->c_out) - first", "end - first"),
+    "slopes of the first channels": ("activations.h", "out->slopes + first", "out->slopes"),
+    "slope of the last channels": ("activations.h", "p[k] * slopes[k]", "p[k]"),
     "dropped activation of the last channels": ("activations.h", "memcpy(p, rest, sizeof(float) * count);", ""),
     "swapped scale and shift": ("micro_kernel.h", "a##i *= s0", "a##i += s0"),
     "residual of the next row": (

@@ -98,11 +98,26 @@ static void activate_floats(int activation, float slope, float *p, int64_t count
 #undef EACH_VECTOR
 }
 
+static void prelu_floats(const float *slopes, float *p, int64_t count)
+{
+    int64_t k = 0;
+    for (; k + WIDTH <= count; k += WIDTH) {
+        Vector v = load(p + k);
+        store(p + k, select_of(v > 0, v, v * load(slopes + k)));
+    }
+    for (; k < count; k++)
+        p[k] = p[k] > 0 ? p[k] : p[k] * slopes[k];
+}
+
 /* Activates channels `first` to `end`, of which those below c_out exist, of `count` rows. Nothing is left to do behind a ReLU. */
 static __attribute__((noinline)) void activate_rows(const Output *out, int64_t row, int64_t count, int64_t first, int64_t end)
 {
     if (!out->later)
         return;
+    int64_t channels = least(end, out->c_out) - first;
     for (float *y = out->y + row * out->step + first; count > 0; count--, y += out->step)
-        activate_floats(out->later, out->slope, y, least(end, out->c_out) - first);
+        if (out->later == PRELU)
+            prelu_floats(out->slopes + first, y, channels);
+        else
+            activate_floats(out->later, out->slope, y, channels);
 }

@@ -27,6 +27,7 @@ typedef struct {
     const float *x, *weight; /* weight: packed by a function of run.c */
     const float *scale, *bias, *residual;
     const float *pre_scale, *pre_shift; /* (c_in), both or none */
+    const float *slopes;                /* (c_out), of PRELU */
     float *y;                           /* may be residual's memory */
 } Convolution;
 
@@ -45,8 +46,8 @@ typedef struct {
  */
 enum { DIRECT, WINOGRAD, GROUPED, DEPTHWISE, ELEMENTWISE, GATE, MAX_POOL, AVERAGE_POOL, KINDS };
 
-/* activations.py, KINDS, behind the answer that there is none; and the two that only gates have. */
-enum { NO_ACTIVATION, RELU, RELU6, LEAKY_RELU, SILU, GELU, GELU_TANH, HARDSWISH, SIGMOID, HARDSIGMOID };
+/* activations.py, KINDS, behind the answer that there is none; two that only gates have; and Leaky ReLU with a slope a channel. */
+enum { NO_ACTIVATION, RELU, RELU6, LEAKY_RELU, SILU, GELU, GELU_TANH, HARDSWISH, SIGMOID, HARDSIGMOID, PRELU };
 
 /* The kernels of one instruction set. */
 typedef struct {

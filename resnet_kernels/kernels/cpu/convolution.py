@@ -38,8 +38,10 @@ _SIZES = (
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
 KINDS = ("direct", "winograd", "grouped", "depthwise", "elementwise", "gate", "max_pool", "average_pool")
-_POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "y")
+_POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "slopes", "y")
 
+# convolution.h's number of nn.PReLU.
+_PRELU = 3 + len(KINDS_OF_ACTIVATIONS)
 # Prepared calls that are kept.
 _CACHED = 4096
 
@@ -82,6 +84,21 @@ class Kernel(NamedTuple):
     keeps: tuple[Tensor | None, ...] = ()
     copies: bool = False
     residual_shape: tuple[int, ...] | None = None
+
+    def with_slopes(self, slopes: Tensor) -> Kernel:
+        """Returns it with nn.PReLU's activation at its end, in the place of none.
+
+        Args:
+            slopes: (C_out,), or (1,) for all channels, fp32, contiguous. A vector is read in each call, as it is then.
+        """
+        arguments = Arguments.from_buffer_copy(self.arguments)
+        assert not arguments.activation, "a kernel has one activation"
+        if slopes.numel() == 1:
+            arguments.activate(Activation("leaky_relu", slopes.item()))
+            return self._replace(arguments=arguments)
+        _check("slopes", slopes, self.out_shape[1:2])
+        arguments.activation, arguments.slopes = _PRELU, slopes.data_ptr()
+        return self._replace(arguments=arguments, keeps=(*self.keeps, slopes))
 
     @property
     def flops(self) -> int:
@@ -266,7 +283,7 @@ def pooling(kind: str, x_shape: tuple[int, ...], pool: Pool, threads: int) -> Ke
     return _kernel(kind, arguments, x_shape, (n, channels, *size))[1]
 
 
-# By name, what gates may be made of.
+# By name, what gates may be made of, as convolution.h's activations.
 GATES = {"mul": 0, "sigmoid_mul": 1 + len(KINDS_OF_ACTIVATIONS), "hardsigmoid_mul": 2 + len(KINDS_OF_ACTIVATIONS)}
 
 

@@ -133,7 +133,8 @@ static void convolve_copied(const Convolution *c, int64_t image, int64_t begin, 
 static Output output_at(const Convolution *c, float *y, const float *residual, int64_t step)
 {
     int relu = c->activation == RELU;
-    return (Output){y, residual, c->scale, c->bias, step, c->c_out, relu, relu ? 0 : (int)c->activation, (float)c->slope};
+    int later = relu ? 0 : (int)c->activation;
+    return (Output){y, residual, c->scale, c->bias, step, c->c_out, relu, later, (float)c->slope, c->slopes};
 }
 
 static Output output_of(const Convolution *c, int64_t pixel)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ...graph import fusible
 from ...graph.recipe import Recipe
 from ...kernels.activations import RELU, Activation
 from ...kernels.cpu import convolution, plans
@@ -223,6 +224,7 @@ class _Layers:
         """Adds a recipe, on what the one before it made."""
         recipe, parts, packs = section.recipe, section.live.parts, section.copies.packs
         on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
+        prelus = neighbors.prelus_behind(parts, recipe.result)
         numbers = {0: self.result}  # of the program's values, by the recipe's
         pending: dict[int, Preactivation] = {}  # by the recipe's number of what the BN makes
         for part in parts:
@@ -232,10 +234,14 @@ class _Layers:
                 if part.child is not None:
                     self.pools.append((part.child, _settings(part.child)))
                 if part.step.out in numbers:
-                    continue  # the convolution has pooled
+                    continue  # the step before it has pooled, or activated
                 if any(value in pending for value in part.step.inputs):
                     raise _HasNoKernel
-                numbers[part.step.out] = self._call(part, [numbers[value] for value in part.step.inputs], label)
+                kernel, x, residual = self._call(part, [numbers[value] for value in part.step.inputs])
+                if kernel is None:
+                    numbers[part.step.out] = x
+                    continue
+                numbers[part.step.out] = self._activated(kernel, x, residual, label, prelus.get(part.step.out), numbers)
                 continue
             residual = None if part.step.residual is None else numbers[part.step.residual]
             if isinstance(part, NormPart):
@@ -256,7 +262,7 @@ class _Layers:
                 kernel = self._convolution(
                     packs.get(pack_name(part)), shape, part.step.activation, pending.get(first), pool
                 )
-            numbers[part.step.out] = self._layer(kernel, x, residual, label)
+            numbers[part.step.out] = self._activated(kernel, x, residual, label, prelus.get(part.step.out), numbers)
             if isinstance(part, ConvPart) and kernel.arguments.pool_h:
                 reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)
                 numbers[reader.step.out] = numbers[part.step.out]
@@ -279,6 +285,19 @@ class _Layers:
         if bound is None:
             raise _HasNoKernel
         self.result = self._layer(bound.kernel(None), pooled, None, linear.path)
+
+    def _activated(
+        self, kernel: Kernel, x: int, residual: int | None, label: str, prelu: CallPart | None, numbers: dict[int, int]
+    ) -> int:
+        """`_layer`, with the PReLU that follows, whose value gets its number, too."""
+        if prelu is None or prelu.child is None:
+            return self._layer(kernel, x, residual, label)
+        slopes = neighbors.slopes_of(prelu.child, kernel.out_shape[1])
+        if slopes is None:
+            raise _HasNoKernel
+        out = self._layer(kernel.with_slopes(slopes), x, residual, f"{label}+{prelu.step.what}")
+        numbers[prelu.step.out] = out
+        return out
 
     def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
         """Adds a layer; returns the number of its output."""
@@ -308,22 +327,25 @@ class _Layers:
         kernel: Kernel = bound.kernel(activation, preactivation)
         return kernel
 
-    def _call(self, part: CallPart, inputs: list[int], label: str) -> int:
-        """An add, an activation, a gate or a pool."""
-        shape = self._shapes[inputs[0]]
-        is_mean = part.step.what == "mean" if part.child is None else _averages_images(part.child)
-        if is_mean:
-            return self._layer(convolution.global_average(shape, self._threads), inputs[0], None, label)
-        if part.child is None:
-            other = inputs[1] if len(inputs) > 1 else None
-            if part.step.what in convolution.GATES:
-                return self._layer(convolution.gate(part.step.what, shape, self._threads), inputs[0], other, label)
-            kernel = convolution.elementwise(shape, None, None, part.step.activation, self._threads)
-            return self._layer(kernel, inputs[0], other, label)
-        if type(part.child) is nn.Identity:
-            return inputs[0]
-        kind, pool = _pool(part.child, shape[2:])
-        return self._layer(convolution.pooling(kind, shape, pool, self._threads), inputs[0], None, label)
+    def _call(self, part: CallPart, inputs: list[int]) -> tuple[Kernel | None, int, int | None]:
+        """An add, an activation, a gate or a pool: its kernel, what that reads, and its residual; no kernel for an identity."""
+        x, other = inputs[0], inputs[1] if len(inputs) > 1 else None
+        shape, child, what = self._shapes[x], part.child, part.step.what
+        if child is None and what in convolution.GATES:
+            return convolution.gate(what, shape, self._threads), x, other
+        if what == "mean" if child is None else _averages_images(child):
+            return convolution.global_average(shape, self._threads), x, None
+        if child is None:
+            return convolution.elementwise(shape, None, None, part.step.activation, self._threads), x, other
+        if type(child) is nn.Identity:
+            return None, x, None
+        if fusible.is_prelu(child):
+            slopes = neighbors.slopes_of(child, shape[1])
+            if slopes is None:
+                raise _HasNoKernel
+            return convolution.elementwise(shape, None, None, None, self._threads).with_slopes(slopes), x, None
+        kind, pool = _pool(child, shape[2:])
+        return convolution.pooling(kind, shape, pool, self._threads), x, None
 
 
 def _runs_ours(pack: Any, size: torch.Size) -> bool:
@@ -378,7 +400,16 @@ _POOL_SETTINGS = (
 
 
 def _settings(child: nn.Module) -> list[Any]:
+    if fusible.is_prelu(child):
+        slopes = child._parameters.get("weight")
+        return [] if slopes is None else _as_read(slopes)
     return [plain_setting(child.__dict__.get(name)) for name in _POOL_SETTINGS]
+
+
+def _as_read(slopes: Tensor) -> list[Any]:
+    """Where a PReLU's slopes are: kernels read them there, but one for all channels is a part of the kernel."""
+    value = slopes.item() if slopes.numel() == 1 and slopes.device.type == "cpu" else None
+    return [type(slopes), slopes.shape, slopes.dtype, slopes.data_ptr(), slopes.is_contiguous(), slopes.is_neg(), value]
 
 
 # Shapes of a chain's input for which programs are kept.

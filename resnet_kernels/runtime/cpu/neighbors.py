@@ -6,11 +6,13 @@ neither needs a pass over memory of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ...graph import fusible
 from ...kernels.activations import RELU
 from ...kernels.cpu.convolution import Bound, Preactivation
 from ...kernels.cpu.plans import Pool
@@ -50,6 +52,32 @@ def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
             if not more and isinstance(reader, CallPart) and isinstance(reader.child, nn.MaxPool2d):
                 found[part.step.out] = reader.child
     return found
+
+
+def prelus_behind(parts: Sequence[Part], result: int) -> dict[int, CallPart]:
+    """Returns calls of a PReLU by the number of the value that they alone read, and that a step of ours without one makes."""
+    readers = Counter(value for part in parts for value in part.step.inputs)
+    makers = {part.step.out: part for part in parts if part.step.out != result}
+    found = {}
+    for part in parts:
+        if isinstance(part, CallPart) and fusible.is_prelu(part.child) and readers[part.step.inputs[0]] == 1:
+            maker = makers.get(part.step.inputs[0])
+            is_able = isinstance(maker, (ConvPart, NormPart)) or (isinstance(maker, CallPart) and maker.step.what == "add")
+            if maker is not None and is_able and maker.step.activation is None:
+                found[maker.step.out] = part
+    return found
+
+
+def slopes_of(child: nn.Module, channels: int) -> Tensor | None:
+    """Returns a PReLU's slopes as our kernels take them; None for others, where eager may have an error."""
+    slopes = child._parameters.get("weight")
+    if slopes is None or type(slopes) is not nn.Parameter or slopes.layout is not torch.strided or slopes.is_neg():
+        return None
+    if slopes.device.type != "cpu" or slopes.dtype != torch.float32 or slopes.dim() != 1 or not slopes.is_contiguous():
+        return None
+    if slopes.numel() == 1:
+        return slopes.detach() if bool(slopes.isfinite()) else None
+    return slopes.detach() if slopes.numel() == channels and slopes.data_ptr() else None
 
 
 def preactivation_of(pack: object, part: NormPart, channels: int) -> Preactivation | None:
