@@ -197,8 +197,13 @@ def _mixed(reader: graph_reader.Reader, path: str, below: list[Finding], plan: C
     kept = [f for f in below if any(f.path == name or f.path.startswith(f"{name}.") for name in called)]
     gain = mixed.convolutions + _convolutions(kept) - plan.convolutions - _convolutions(below)
     # A forward that mostly calls others keeps its Python: there a chain may reach over several of them.
-    is_block = reader.is_residual() and mixed.convolutions >= _convolutions(kept)
+    is_block = mixed.convolutions >= _convolutions(kept) and (reader.is_residual() or _is_better_than_python(mixed))
     return _Mixed(mixed, kept) if gain > 0 or (gain == 0 and is_block) else None
+
+
+def _is_better_than_python(plan: ContainerPlan) -> bool:
+    """Whether instructions leave out what Python's code would do, or do it faster (runtime/mixed_forward.py)."""
+    return any(i.kind != "module" and i.target in ("contiguous", "sum", "torch.sum") for i in plan.instructions)
 
 
 def _convolutions(findings: list[Finding]) -> int:

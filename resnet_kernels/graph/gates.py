@@ -73,8 +73,8 @@ def is_gate(module: nn.Module) -> bool:
     return isinstance(result, Node) and result in factors and x in result.args
 
 
-def averages_images(node: Node) -> bool:
-    """Whether a function or a method averages x over an image's pixels, and keeps both dimensions."""
+def averages_images(node: Node, keeps: bool = True) -> bool:
+    """Whether a function or a method averages x over an image's pixels. keeps: only if it keeps both dimensions."""
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
         return (node.args[1:], node.kwargs) in (((size,), {}) for size in (1, (1, 1)))
     is_mean = (node.op, node.target) == ("call_method", "mean") or (node.op == "call_function" and node.target is torch.mean)
@@ -83,6 +83,8 @@ def averages_images(node: Node) -> bool:
     given = dict(zip(("x", "dim", "keepdim"), node.args)) | node.kwargs
     dims = given.pop("dim", None)
     axes = sorted(d % 4 for d in dims) if isinstance(dims, (tuple, list)) and all(type(d) is int for d in dims) else []
+    if not keeps:
+        given["keepdim"] = True
     return axes == [2, 3] and given == {"x": node.args[0], "keepdim": True}
 
 

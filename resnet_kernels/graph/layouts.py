@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +17,44 @@ from torch.fx import Graph, Node
 from torch.utils import _pytree as pytree
 
 from . import activations
+from .gates import averages_images
 from .reads import NOTHING, Reads
 from .recipe import CannotRead, ContainerPlan, Recipe
 from .tracing import mutates, trace
 
 # Their output has no layout: it has fewer dimensions, or is no tensor.
-_LAST_FUNCTIONS = frozenset({torch.flatten, torch.mean, torch.sum, torch.numel, F.linear})
-_LAST_METHODS = frozenset({"flatten", "mean", "sum", "size", "dim", "numel"})
+_LAST_FUNCTIONS = frozenset({torch.flatten, torch.mean, torch.numel, F.linear})
+_LAST_METHODS = frozenset({"flatten", "mean", "size", "dim", "numel"})
 ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
-# Their output is laid out as their input is.
+# Their output is laid out as their input is, or may be: giving it eager's layout once more changes nothing.
 _FUNCTIONS = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.getitem, torch.add,
-     torch.mul, torch.cat, torch.sigmoid, F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
+     torch.mul, torch.cat, torch.split, torch.chunk, torch.narrow, torch.stack, torch.sum, torch.reshape, torch.sigmoid, F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
      F.adaptive_max_pool2d, *activations.FUNCTIONS}
 )  # fmt: skip
 # They draw a number for each element, in the order in which elements lie in memory.
 _DRAWS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
-_METHODS = frozenset({"add", "add_", "mul", "mul_", "sub", "relu", "relu_", "sigmoid"})
+_METHODS = frozenset(
+    {"add", "add_", "mul", "mul_", "sub", "relu", "relu_", "sigmoid", "split", "chunk", "narrow", "sum", "reshape", "expand_as"}
+)  # fmt: skip
+
+
+def is_made_contiguous(node: Node) -> bool:
+    """Whether a node is `x.contiguous()`, which changes nothing but the layout."""
+    return (node.op, node.target) == ("call_method", "contiguous") and len(node.args) == 1 and not node.kwargs
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is no tensor, but a constant, a shape or what is computed from one."""
+    if not isinstance(value, Node):
+        return True
+    if value.op == "call_method":
+        return value.target in ("size", "dim", "numel")
+    if value.op != "call_function":
+        return False
+    if value.target is getattr:
+        return value.args[1] in ATTRIBUTES
+    return bool(value.all_input_nodes) and all(map(is_number, value.all_input_nodes))
 
 
 class Layouts(NamedTuple):
@@ -115,6 +136,7 @@ class LayoutView:
     ):
         self._children, self._fused, self._members, self._into = children, fused, members, into
         self._reads_blind: dict[Node, bool] = {}
+        self._single: dict[Node, bool] = {}
         self._modules: dict[str, tuple[bool, bool]] = {}
         self.boundary = boundaries(fused)
         self.looked_into: set[str] = set()
@@ -128,7 +150,7 @@ class LayoutView:
     def passes_on(self, node: Node) -> bool:
         """Whether a node computes the same from either layout, and gives its output the layout of its input."""
         if node.op != "call_module":
-            return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS)
+            return node.target in (_FUNCTIONS if node.op == "call_function" else _METHODS) or is_made_contiguous(node)
         child = self._children[str(node.target)]
         if type(child).__module__.startswith("torch.nn."):
             return not isinstance(child, (nn.Flatten, nn.Linear, *_DRAWS))
@@ -141,7 +163,7 @@ class LayoutView:
         if self.is_fused(node):
             plan = self._fused.get(self.boundary(str(node.target)))
             return not (isinstance(plan, ContainerPlan) and "" in plan.seen)
-        if self.passes_on(node):
+        if self.passes_on(node) or self._is_of_single_pixels(node) or is_number(node):
             return True
         if node.op == "call_module":
             child = self._children[str(node.target)]
@@ -149,6 +171,19 @@ class LayoutView:
         if node.op == "call_function" and node.target is getattr:
             return node.args[1] in ATTRIBUTES
         return node.target in (_LAST_FUNCTIONS if node.op == "call_function" else _LAST_METHODS)
+
+    def _is_of_single_pixels(self, node: Node) -> bool:
+        """Whether all that an operation reads are averages of images, or made of them: these lie alike in both layouts."""
+        if node not in self._single:
+            inputs = node.all_input_nodes
+            reads = [i for i in inputs if not is_number(i)]
+            is_operation = node.op in ("call_function", "call_method", "call_module")
+            self._single[node] = (
+                is_operation
+                and bool(reads)
+                and all(averages_images(i, False) or self._is_of_single_pixels(i) for i in reads)
+            )
+        return self._single[node]
 
     def reads_blind(self, node: Node) -> bool:
         """Whether a node, and all that read what it passes on, compute the same from either layout."""

@@ -23,7 +23,7 @@ from .fusible import is_known, original_class, shared_children, signature
 from .gates import find_gates
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
-from .layouts import ATTRIBUTES, LayoutView, boundaries
+from .layouts import LayoutView, boundaries, is_number
 from .operations import check_mutation, is_of_own_conv, operation_of, small_convolutions
 from .pure_operations import METHODS, NAMES, is_new, writes_nothing
 from .reads import NOTHING, Reads
@@ -168,7 +168,7 @@ class _Planner:
             tuple(self.module._modules),
             called=tuple(dict.fromkeys(map(boundary, others))),
             seen=() if self.x in ours else ("",),
-            outputs=tuple(_is_number(leaf) or self.source[leaf] in ours for leaf in pytree.tree_leaves(output.args[0])),
+            outputs=tuple(is_number(leaf) or self.source[leaf] in ours for leaf in pytree.tree_leaves(output.args[0])),
             reads=self.reads + self.layouts.reads,
             chains=tuple(self._chains(instructions)),
             instructions=instructions,
@@ -296,19 +296,6 @@ class _Planner:
 def _is_in_no_program(module: nn.Module) -> bool:
     """Whether a run with this module in it would run step by step on the CPU."""
     return isinstance(module, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d))
-
-
-def _is_number(value: Any) -> bool:
-    """Whether a value is no tensor, but a constant, a shape or what is computed from one."""
-    if not isinstance(value, Node):
-        return True
-    if value.op == "call_method":
-        return value.target in ("size", "dim", "numel")
-    if value.op != "call_function":
-        return False
-    if value.target is getattr:
-        return value.args[1] in ATTRIBUTES
-    return bool(value.all_input_nodes) and all(map(_is_number, value.all_input_nodes))
 
 
 def _inputs_of(node: Node) -> Iterable[Node]:

@@ -295,9 +295,14 @@ def apart() -> Iterator[None]:
         _call_state.contiguous = before
 
 
+def is_eagers_contiguous() -> bool:
+    """Whether values inside the outermost container would be contiguous in eager, while ours are channels_last."""
+    return bool(getattr(_call_state, "contiguous", None))
+
+
 def as_eager(value: Any) -> Any:
     """A value inside a container with its tensors in the layout that they have in eager, for code that sees it."""
-    if not getattr(_call_state, "contiguous", None):
+    if not is_eagers_contiguous():
         return value
     # A detection backbone returns a dict of features.
     is_structure = isinstance(value, (dict, list, tuple))
@@ -306,7 +311,7 @@ def as_eager(value: Any) -> Any:
 
 def call_as_eager(run: Callable[[Any], Any], x: Any) -> Any:
     """run(x) with x as eager has it, for code of the user's that may write over x; see `as_eager`."""
-    if not getattr(_call_state, "contiguous", None) or not isinstance(x, Tensor):
+    if not is_eagers_contiguous() or not isinstance(x, Tensor):
         return run(x)
     own, version = counted(as_contiguous, x)
     y = run(own)

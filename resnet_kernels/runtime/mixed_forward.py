@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..graph import fusible
@@ -107,13 +108,37 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
         return run_steps.add_as_it_lies(x, residual, kwargs.get("activation"), "auto")
     if instruction.sees_layout:
         args, kwargs = checked_calls.as_eager(args), checked_calls.as_eager(kwargs)
+    if target in ("sum", "torch.sum"):
+        return _sum(*args, **kwargs)
     if kind == "function":
         return FUNCTIONS[target](*args, **kwargs)
     if kind == "method":
+        if target == "contiguous" and not instruction.sees_layout and checked_calls.is_eagers_contiguous():
+            return args[0]  # what sees its layout gets eager's anyhow
         return getattr(args[0], target)(*args[1:], **kwargs)
     child = child_at(module, target)
     assert child is not None, "the instructions are current"
     return child(*args, **kwargs)
+
+
+# Most slices of a sum that are added one by one.
+_MOST_SLICES = 4
+
+
+def _sum(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """torch.sum. A few groups of channels of channels_last images, as split attention has them, are added one by one.
+
+    PyTorch's kernel for such strides takes 30 times as long, and gives a contiguous result (0.76 ms instead of 22 us for two
+    groups of 64 channels of 56x56 pixels on two AVX-512 cores; torch 2.13).
+    """
+    dim = (*args, *kwargs.values())
+    is_over_groups = dim in ((1,), ((1,),), ([1],)) and [*kwargs] in ([], ["dim"]) and type(x) is Tensor and x.dim() == 5
+    if not is_over_groups or x.stride(2) != 1 or not 2 <= x.shape[1] <= _MOST_SLICES:
+        return torch.sum(x, *args, **kwargs)
+    first, *others = x.unbind(1)
+    for other in others:
+        first = first + other
+    return first
 
 
 def _resolved(value: Any, values: Values) -> Any:

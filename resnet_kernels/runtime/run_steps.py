@@ -166,7 +166,8 @@ def _call(part: CallPart, values: Values, backend: str) -> Tensor:
     """A child module, an add, an activation or both, an average or a gate."""
     inputs = [values[i] for i in part.step.inputs]
     if part.child is not None:
-        return part.child(*inputs)
+        # PyTorch goes by strides, and those of a batch of one may be anything.
+        return part.child(*inputs).contiguous(memory_format=torch.channels_last)
     if part.step.what in CALLS:
         return CALLS[part.step.what](*inputs).contiguous(memory_format=torch.channels_last)
     if len(inputs) == 1:

@@ -18,7 +18,7 @@ from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.own_kernels import onednn_alone  # noqa: F401  # a fixture
 from helpers.small_resnet import PlainResidual, close, convolutions_that_ran
 from resnet_kernels.models.random_weights import randomise_batch_norms_
-from resnet_kernels.runtime import fused_module, training
+from resnet_kernels.runtime import checked_calls, fused_module, mixed_forward, training
 
 CASES = list(BLOCKS)
 
@@ -687,3 +687,49 @@ def test_other_contexts_are_refused(make):
     assert not report.fused and any(word in report.unfused[0].reason for word in ("context", "of torch.autograd")), str(
         report
     )
+
+
+@pytest.mark.parametrize("name", ("split", "split attention", "dense"))
+def test_no_layout_is_converted_on_the_way(name, monkeypatch):
+    """Splits, sums of groups and `contiguous()` compute the same from channels_last: no instruction asks for eager's layout."""
+    plain, channels, _ = built(name)
+    fused, x = rk.fuse(plain), torch.randn(2, channels, 12, 12)
+    check(plain, fused, x)
+    assert not any(instruction.sees_layout for instruction in fused._rk_state.plan.instructions)
+    asked, original = [], checked_calls.as_eager
+    monkeypatch.setattr(checked_calls, "as_eager", lambda value: asked.append(value) or original(value))
+    check(plain, fused, x)
+    assert not asked
+
+
+def test_groups_of_channels_are_added_as_eager_adds_them():
+    """In each form of a sum over five dimensions, among them some that PyTorch itself computes."""
+    x = torch.randn(2, 3 * 8, 6, 5)
+    for shape in ((2, 3, 8, 6, 5), (2, 1, 24, 6, 5), (2, 12, 2, 6, 5)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            y = x.contiguous(memory_format=layout).reshape(shape)
+            for args, kwargs in (((1,), {}), ((), {"dim": 1}), (((1,),), {}), ((), {"dim": [1]}), ((2,), {}), ((), {})):
+                torch.testing.assert_close(mixed_forward._sum(y, *args, **kwargs), y.sum(*args, **kwargs))
+            assert mixed_forward._sum(y, 1, True).shape == y.sum(1, True).shape
+            assert mixed_forward._sum(y, 1, dtype=torch.float64).dtype == torch.float64
+
+
+def test_a_batch_of_one_whose_stride_is_odd():
+    """Regression: PyTorch's pools go by strides, so their output was contiguous, which the next kernel refused."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pool, self.conv, self.bn = nn.AvgPool2d(3, 1, 1), nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return F.relu(self.bn(self.conv(self.pool(x))) + x)
+
+    plain = randomise_batch_norms_(Pooled()).eval()
+    fused = rk.fuse(plain)
+    whole = torch.randn(1, 16, 9, 7).contiguous(memory_format=torch.channels_last).reshape(1, 2, 8, 9, 7)
+    x = whole[:, 0] + whole[:, 1]
+    assert x.is_contiguous(memory_format=torch.channels_last) and x.stride(0) == 8
+    for _ in range(2):
+        with torch.no_grad():
+            close(fused(x), plain(x))

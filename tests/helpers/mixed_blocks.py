@@ -82,6 +82,28 @@ class SplitBlock(nn.Module):
         return self.relu(y + x)
 
 
+class SplitAttention(nn.Module):
+    """ResNeSt's block, as timm has it: two groups of channels, weighted by a softmax over their averages."""
+
+    def __init__(self, channels=8, radix=2):
+        super().__init__()
+        wide, self.radix = radix * channels, radix
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, wide, 3, padding=1, groups=2, bias=False), nn.BatchNorm2d(wide)
+        self.fc1, self.fc2 = nn.Conv2d(channels, 8, 1), nn.Conv2d(8, wide, 1)
+        self.pool = nn.AvgPool2d(3, 1, padding=1)
+        self.conv3, self.bn3 = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        y = F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))))
+        n, c, h, w = y.shape
+        y = y.reshape(n, self.radix, c // self.radix, h, w)
+        average = y.sum(dim=1).mean((2, 3), keepdim=True)
+        weights = F.softmax(self.fc2(F.relu(self.fc1(average))).view(n, self.radix, -1), dim=1)
+        y = (y * weights.reshape(n, self.radix, c // self.radix, 1, 1)).sum(dim=1).contiguous()
+        return F.relu(self.bn3(self.conv3(self.pool(y))) + x)
+
+
 class DenseLayer(nn.Module):
     """torchvision's _DenseLayer: BN and ReLU come first, and its input is a tensor or a list of them."""
 
@@ -206,6 +228,7 @@ BLOCKS = {
     "squeeze-and-excitation": (SEBlock, 8, 5),
     "linear squeeze-and-excitation": (LinearSEBlock, 8, 3),
     "split": (SplitBlock, 12, 4),
+    "split attention": (SplitAttention, 8, 3),
     "dense": (DenseBlock, 8, 6),
     "detectron2": (Detectron, 8, 3),
     "checkpointed": (Checkpointed, 8, 2),
