@@ -152,8 +152,11 @@ def _is_close(y: Tensor, other: Tensor) -> bool:
 
 
 def _on_numbers(graph: Graph) -> tuple[Tensor, Tensor] | None:
-    """The numbers, -1 first, on which a graph that writes over nothing was run in fp64, from very small to very large, and what it
-    made of each; None if it is no function of single numbers."""
+    """Runs a graph that writes over nothing in fp64, on numbers of its own, -1 first, from very small to very large.
+
+    Returns:
+        The numbers, and what it made of each; None if it is no function of single numbers.
+    """
     kind: Any = {"dtype": torch.float64, "device": "cpu"}
     wide = torch.logspace(-6, 30, 721, **kind)
     x = torch.cat([torch.tensor([-1.0], **kind), torch.linspace(-12, 12, 4801, **kind), wide, -wide])

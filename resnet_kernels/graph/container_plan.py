@@ -205,7 +205,13 @@ def _norm_of_head(last: Node, children: Mapping[str, nn.Module]) -> Head | None:
     if bn is None or not is_batch_norm(bn) or has_act(bn) or why_not_bn(bn) is not None:
         return None
     is_relu = act.op == "call_function" and act.target in (F.relu, torch.relu) and not act.kwargs.get("inplace")
-    if not (is_relu and act.args == (norm,) and averages_images(mean) and mean.args[0] is act and _calls(conv, mean, children, nn.Conv2d)):
+    if not (
+        is_relu
+        and act.args == (norm,)
+        and averages_images(mean)
+        and mean.args[0] is act
+        and _calls(conv, mean, children, nn.Conv2d)
+    ):
         return None
     return Head(str(norm.target), None, str(conv.target), is_norm=True) if _flattens(flatten, conv) else None
 

@@ -104,7 +104,7 @@ def activation_behind(bn: nn.Module) -> Activation | None:
 
 
 def is_prelu(module: nn.Module | None) -> bool:
-    """Whether a module is a PReLU. Its slopes are a weight, which our programs on the CPU read, and no other kernel of ours."""
+    """Whether a module is a PReLU. Its slopes are a weight, which programs on the CPU read, and no other kernel of ours."""
     return type(module) is nn.PReLU or _is_one_of(type(module), _PRELU_ELSEWHERE)
 
 

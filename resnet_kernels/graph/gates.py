@@ -76,8 +76,10 @@ def is_gate(module: nn.Module) -> bool:
 def averages_images(node: Node, keeps: bool = True) -> bool:
     """Whether a function or a method averages x over an image's pixels. keeps: only if it keeps both dimensions."""
     if node.op == "call_function" and node.target is F.adaptive_avg_pool2d:
-        return (node.args[1:], node.kwargs) in (((size,), {}) for size in (1, (1, 1)))
-    is_mean = (node.op, node.target) == ("call_method", "mean") or (node.op == "call_function" and node.target is torch.mean)
+        return node.args[1:] in ((1,), ((1, 1),)) and not node.kwargs
+    is_mean = (node.op, node.target) == ("call_method", "mean") or (
+        node.op == "call_function" and node.target is torch.mean
+    )
     if not is_mean:
         return False
     given = dict(zip(("x", "dim", "keepdim"), node.args)) | node.kwargs

@@ -66,8 +66,9 @@ Group = ConvGroup | NormGroup | CallGroup
 class Operation:
     """A node that computes something.
 
-    kind: "conv", "bn", "activation", "add" or "call"; of squeeze-and-excitation, "mean", "sigmoid", "hardsigmoid" or "mul". path: the module's, "" for a function. activation: which one it is; of a
-    BN, the one that it ends in by itself (timm's BatchNormAct2d). alone: an add that joins no convolution and no BN.
+    kind: "conv", "bn", "activation", "add" or "call"; of squeeze-and-excitation, "mean", "sigmoid", "hardsigmoid" or "mul".
+    path: the module's, "" for a function. activation: which one it is; of a BN, the one that it ends in by itself (timm's
+    BatchNormAct2d). alone: an add that joins no convolution and no BN.
     """
 
     kind: str

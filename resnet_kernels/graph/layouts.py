@@ -29,13 +29,13 @@ ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim"})
 # Their output is laid out as their input is, or may be: giving it eager's layout once more changes nothing.
 _FUNCTIONS = frozenset(
     {operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, operator.getitem, torch.add,
-     torch.mul, torch.cat, torch.split, torch.chunk, torch.narrow, torch.stack, torch.sum, torch.reshape, torch.sigmoid, F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
-     F.adaptive_max_pool2d, *activations.FUNCTIONS}
+     torch.mul, torch.cat, torch.split, torch.chunk, torch.narrow, torch.stack, torch.sum, torch.reshape, torch.sigmoid,
+     F.interpolate, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d, *activations.FUNCTIONS}
 )  # fmt: skip
 # They draw a number for each element, in the order in which elements lie in memory.
 _DRAWS = (nn.Dropout, nn.AlphaDropout, nn.RReLU)
 _METHODS = frozenset(
-    {"add", "add_", "mul", "mul_", "sub", "relu", "relu_", "sigmoid", "split", "chunk", "narrow", "sum", "reshape", "expand_as"}
+    "add add_ mul mul_ sub relu relu_ sigmoid split chunk narrow sum reshape expand_as".split()
 )  # fmt: skip
 
 

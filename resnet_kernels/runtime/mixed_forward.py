@@ -132,7 +132,9 @@ def _sum(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     groups of 64 channels of 56x56 pixels on two AVX-512 cores; torch 2.13).
     """
     dim = (*args, *kwargs.values())
-    is_over_groups = dim in ((1,), ((1,),), ([1],)) and [*kwargs] in ([], ["dim"]) and type(x) is Tensor and x.dim() == 5
+    is_over_groups = (
+        dim in ((1,), ((1,),), ([1],)) and [*kwargs] in ([], ["dim"]) and type(x) is Tensor and x.dim() == 5
+    )
     if not is_over_groups or x.stride(2) != 1 or not 2 <= x.shape[1] <= _MOST_SLICES:
         return torch.sum(x, *args, **kwargs)
     first, *others = x.unbind(1)

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 import resnet_kernels as rk
 from helpers.activations import MODULES
-from helpers.cpu_chains import assert_next_call_like_eager, programs  # noqa: F401  # a fixture
+from helpers.cpu_chains import assert_next_call_like_eager
 from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.own_kernels import onednn_alone, skip_unless_compiled  # noqa: F401  # a fixture
 from resnet_kernels.graph.recipe import CallStep, ConvStep, NormStep
@@ -127,7 +127,7 @@ def test_networks_on_the_cpu(name, programs):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", MODULES)
-def test_networks_on_onednn(name, dtype, onednn_alone):  # noqa: F811
+def test_networks_on_onednn(name, dtype, onednn_alone):
     if onednn.why_not(dtype):
         pytest.skip(f"oneDNN {onednn.why_not(dtype)}")
     plain = net(name).to(dtype)
@@ -137,7 +137,7 @@ def test_networks_on_onednn(name, dtype, onednn_alone):  # noqa: F811
         assert fused(x).isfinite().all()
 
 
-def test_a_slope_beyond_one_made_onednn_lose_a_nan(onednn_alone):  # noqa: F811
+def test_a_slope_beyond_one_made_onednn_lose_a_nan(onednn_alone):
     """Bounds on sums grow by the slope: oneDNN's own ReLU behind it must not run where a sum may overflow."""
 
     class Steep(nn.Module):
@@ -353,7 +353,7 @@ def faces(monkeypatch):
     return plain, rk.fuse(plain), torch.randn(2, 20, 14, 10)
 
 
-def test_prelus_are_parts_of_programs(faces, programs):  # noqa: F811
+def test_prelus_are_parts_of_programs(faces, programs):
     plain, fused, x = faces
     for kernel in (1, 3):  # `direct`, too
         for model in (plain, fused):

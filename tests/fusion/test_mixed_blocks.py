@@ -12,7 +12,12 @@ from torch.utils import _pytree as pytree
 
 import resnet_kernels as rk
 from helpers.mixed_blocks import (
-    BLOCKS, Conv2d, LinearExcitation, LinearSEBlock, QuietConv2d, SqueezeExcitation
+    BLOCKS,
+    Conv2d,
+    LinearExcitation,
+    LinearSEBlock,
+    QuietConv2d,
+    SqueezeExcitation,
 )  # fmt: skip
 from helpers.oracle import assert_within_budget, error, skip_unless_runnable
 from helpers.own_kernels import onednn_alone  # noqa: F401  # a fixture
@@ -691,7 +696,7 @@ def test_other_contexts_are_refused(make):
 
 @pytest.mark.parametrize("name", ("split", "split attention", "dense"))
 def test_no_layout_is_converted_on_the_way(name, monkeypatch):
-    """Splits, sums of groups and `contiguous()` compute the same from channels_last: no instruction asks for eager's layout."""
+    """Splits, sums of groups and `contiguous()` compute the same from channels_last, so nothing asks for eager's layout."""
     plain, channels, _ = built(name)
     fused, x = rk.fuse(plain), torch.randn(2, channels, 12, 12)
     check(plain, fused, x)

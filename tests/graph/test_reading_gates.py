@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
-from helpers.cpu_chains import assert_next_call_like_eager, programs  # noqa: F401  # a fixture
+from helpers.cpu_chains import assert_next_call_like_eager
 from helpers.own_kernels import skip_unless_compiled
 from helpers.small_resnet import convolutions_that_ran
 from resnet_kernels.graph.recipe import CallStep, Recipe
@@ -95,7 +95,7 @@ def _is_read(net):
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_that_are_steps(form, programs, monkeypatch, threads_as_before):  # noqa: F811
+def test_forms_that_are_steps(form, programs, monkeypatch, threads_as_before):
     monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
     torch.manual_seed(0)
     net = randomise_batch_norms_(Block(*FORMS[form])).eval()
@@ -196,7 +196,7 @@ def test_what_is_left_to_pytorch(other):
         assert_next_call_like_eager(net, ours, x, other)
 
 
-def test_a_gate_of_one_channel_broadcasts(programs):  # noqa: F811
+def test_a_gate_of_one_channel_broadcasts(programs):
     """It is read, but no kernel of ours has it: the steps run one by one."""
     skip_unless_compiled()
     net = randomise_batch_norms_(Block(*FORM[1:])).eval()

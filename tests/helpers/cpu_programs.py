@@ -127,7 +127,11 @@ class _Maker:
             ("winograd", "winograd", "direct", "direct", "grouped", "depthwise", "elementwise", "elementwise", "pool")
         )
         if kind == "pool" and (min(shape[2:]) < 2 or self.draw.random() < 0.2):
-            return convolution.global_average(shape, self.threads), None, value.sum((2, 3), keepdim=True) / value[0, 0].numel()
+            return (
+                convolution.global_average(shape, self.threads),
+                None,
+                value.sum((2, 3), keepdim=True) / value[0, 0].numel(),
+            )
         if (kind == "grouped" and shape[1] % 4) or (kind == "depthwise" and shape[1] == 1):
             kind = "direct"
         if kind in plans.KERNELS:

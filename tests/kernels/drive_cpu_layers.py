@@ -126,7 +126,9 @@ def gate(driver, draw):
     gates *= 3 if kind == 9 else 1
     for values in (x, gates):
         values.ravel()[[draw.randrange(values.size) for _ in range(draw.randint(0, 2))]] = np.nan
-    sizes = dict(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 30), activation=kind)
+    sizes = dict(
+        batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 30), activation=kind
+    )
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "residual": driver.make(gates, at_end)}
     buffers["y"] = driver.make(np.full(x.shape, np.nan), at_end)

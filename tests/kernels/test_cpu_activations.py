@@ -103,9 +103,10 @@ def test_the_library_counts_activations_as_python_does():
     text = (Path(convolution.__file__).parent / "convolution.h").read_text()
     (names,) = [line for line in text.splitlines() if line.startswith("enum { NO_ACTIVATION")]
     assert [name.strip(" {};") for name in names.removeprefix("enum").split(",")] == [
-        "NO_ACTIVATION", *(kind.upper() for kind in KINDS), "SIGMOID", "HARDSIGMOID"
+        "NO_ACTIVATION", *(kind.upper() for kind in KINDS), "SIGMOID", "HARDSIGMOID", "PRELU"
     ]  # fmt: skip
     assert convolution.GATES == {"mul": 0, "sigmoid_mul": 1 + len(KINDS), "hardsigmoid_mul": 2 + len(KINDS)}
+    assert convolution._PRELU == 3 + len(KINDS)
 
 
 @pytest.mark.slow(unless=lambda isa: isa == "avx2")  # which nearly every machine has

@@ -184,10 +184,18 @@ BUGS = {
     "activated padding": ("winograd.h", "if (c->pre_scale && pixels[i])", "if (c->pre_scale)"),
     "gates of the first image": ("pointwise.h", "c->residual + image * channels", "c->residual"),
     "pixels of the next image": ("pointwise.h", "least(area, begin + c->block)", "begin + c->block"),
-    "gates that are no numbers of 0 to 1": ("pointwise.h", "activate_floats((int)c->activation, 0, gates, channels);", ""),
+    "gates that are no numbers of 0 to 1": (
+        "pointwise.h",
+        "activate_floats((int)c->activation, 0, gates, channels);",
+        "",
+    ),
     "last channels without a gate": ("pointwise.h", "x[k] * gates[k]", "x[k]"),
     "channels of the next task": ("pointwise.h", "task % across * pool_panels(c) * PANEL", "0 * across"),
-    "one vector of four": ("pointwise.h", "store(y + k + q * WIDTH, sums[q] / count);", "store(y + k + q * WIDTH, sums[0] / count);"),
+    "one vector of four": (
+        "pointwise.h",
+        "store(y + k + q * WIDTH, sums[q] / count);",
+        "store(y + k + q * WIDTH, sums[0] / count);",
+    ),
     "window of the pool": (
         "direct.h",
         "least(c->out_h, h0 + c->pool_kernel)",

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import resnet_kernels as rk
-from helpers.cpu_chains import assert_next_call_like_eager, programs, result  # noqa: F401  # a fixture
-from helpers.own_kernels import skip_unless_compiled, threads_as_before  # noqa: F401  # a fixture
+from helpers.cpu_chains import assert_next_call_like_eager, result
+from helpers.own_kernels import skip_unless_compiled
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning")
 
 
 @pytest.fixture(autouse=True)
-def _wherever_they_can(threads_as_before, monkeypatch):  # noqa: F811
+def _wherever_they_can(threads_as_before, monkeypatch):
     monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
 
 
@@ -35,8 +35,10 @@ class Inverted(nn.Module):
         super().__init__()
         self.adds, wide = stride == 1 and c_in == c_out, 6 * c_in
         self.conv = nn.Sequential(
-            _conv_bn(c_in, wide, 1), _conv_bn(wide, wide, 5 if stride == 1 else 3, stride, wide), _conv_bn(wide, c_out, 1, act=None)
-        )  # fmt: skip
+            _conv_bn(c_in, wide, 1),
+            _conv_bn(wide, wide, 5 if stride == 1 else 3, stride, wide),
+            _conv_bn(wide, c_out, 1, act=None),
+        )
 
     def forward(self, x):
         return x + self.conv(x) if self.adds else self.conv(x)
@@ -75,7 +77,7 @@ def x():
     return torch.randn(2, 3, 40, 36)
 
 
-def test_the_whole_of_it_is_one_program(nets, x, programs):  # noqa: F811
+def test_the_whole_of_it_is_one_program(nets, x, programs):
     net, ours = nets
     (chain,) = ours._rk_state.plan.chains
     assert ours._rk_state.plan.instructions and len(chain.parts) == 7
@@ -88,7 +90,7 @@ def test_the_whole_of_it_is_one_program(nets, x, programs):  # noqa: F811
     assert rk.verify(net, ours, x)
 
 
-def test_a_value_in_the_middle_that_others_read(x, programs):  # noqa: F811
+def test_a_value_in_the_middle_that_others_read(x, programs):
     """The chain ends there, and another one begins."""
 
     class Two(nn.Module):
@@ -163,7 +165,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_an_edit_was_not_seen(name, nets, x, programs):  # noqa: F811
+def test_an_edit_was_not_seen(name, nets, x, programs):
     net, ours = nets
     edit, is_whole = EDITS[name]
     before = result(ours, x)
@@ -178,7 +180,7 @@ def test_an_edit_was_not_seen(name, nets, x, programs):  # noqa: F811
         assert not torch.equal(y, before), "the edit changes the result"
 
 
-def test_gradients_and_other_dtypes_take_their_own_way(nets, x, programs):  # noqa: F811
+def test_gradients_and_other_dtypes_take_their_own_way(nets, x, programs):
     net, ours = nets
     ours(x).sum().backward()
     net(x).sum().backward()

@@ -62,7 +62,9 @@ def prelus_behind(parts: Sequence[Part], result: int) -> dict[int, CallPart]:
     for part in parts:
         if isinstance(part, CallPart) and fusible.is_prelu(part.child) and readers[part.step.inputs[0]] == 1:
             maker = makers.get(part.step.inputs[0])
-            is_able = isinstance(maker, (ConvPart, NormPart)) or (isinstance(maker, CallPart) and maker.step.what == "add")
+            is_able = isinstance(maker, (ConvPart, NormPart)) or (
+                isinstance(maker, CallPart) and maker.step.what == "add"
+            )
             if maker is not None and is_able and maker.step.activation is None:
                 found[maker.step.out] = part
     return found
