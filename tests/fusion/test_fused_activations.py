@@ -127,7 +127,7 @@ def test_networks_on_the_cpu(name, programs):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("name", MODULES)
-def test_networks_on_onednn(name, dtype, onednn_alone):
+def test_networks_on_onednn(name, dtype, onednn_alone):  # noqa: F811
     if onednn.why_not(dtype):
         pytest.skip(f"oneDNN {onednn.why_not(dtype)}")
     plain = net(name).to(dtype)
@@ -137,7 +137,7 @@ def test_networks_on_onednn(name, dtype, onednn_alone):
         assert fused(x).isfinite().all()
 
 
-def test_a_slope_beyond_one_made_onednn_lose_a_nan(onednn_alone):
+def test_a_slope_beyond_one_made_onednn_lose_a_nan(onednn_alone):  # noqa: F811
     """Bounds on sums grow by the slope: oneDNN's own ReLU behind it must not run where a sum may overflow."""
 
     class Steep(nn.Module):

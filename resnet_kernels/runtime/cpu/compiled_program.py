@@ -328,7 +328,7 @@ class _Layers:
         return kernel
 
     def _call(self, part: CallPart, inputs: list[int]) -> tuple[Kernel | None, int, int | None]:
-        """The kernel of an add, an activation, a gate or a pool, what it reads, and its residual; no kernel for an identity."""
+        """The kernel of an add, an activation, a gate or a pool, what it reads, its residual; no kernel for an identity."""
         x, other = inputs[0], inputs[1] if len(inputs) > 1 else None
         shape, child, what = self._shapes[x], part.child, part.step.what
         if child is None and what in convolution.GATES:
