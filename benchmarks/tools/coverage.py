@@ -36,38 +36,35 @@ RESULTS = Path(__file__).parents[1] / "results" / "coverage" / "networks.json"
 
 
 class Net(NamedTuple):
-    """A network. build: makes it. tiny: makes one of its family with few layers. size: of images. timed: its speed counts."""
+    """A network. build: makes it. tiny: makes one of its family with few layers. size: of images."""
 
     name: str
     source: str
     build: Callable[[], nn.Module]
     tiny: Callable[[], nn.Module]
     size: int = 224
-    timed: bool = False
 
 
-def _of_torchvision(
-    name: str, timed: bool = False, size: int = 224, tiny: dict[str, Any] | None = None, **options: Any
-):
+def _of_torchvision(name: str, size: int = 224, tiny: dict[str, Any] | None = None, **options: Any):
     def build(**more: Any) -> nn.Module:
         import torchvision
 
         return torchvision.models.get_model(name, weights=None, **options, **more)
 
-    return Net(name, "torchvision", build, lambda: build(**(tiny or {})), size, timed)
+    return Net(name, "torchvision", build, lambda: build(**(tiny or {})), size)
 
 
-def _of_timm(name: str, timed: bool = False, size: int = 224, tiny: str | None = None, **options: Any):
+def _of_timm(name: str, size: int = 224, tiny: str | None = None, **options: Any):
     def build(called: str) -> nn.Module:
         import timm
 
         return timm.create_model(called, pretrained=False, **options)
 
-    return Net(name, "timm", lambda: build(name), lambda: build(tiny or name), size, timed)
+    return Net(name, "timm", lambda: build(name), lambda: build(tiny or name), size)
 
 
-def _rewritten(name: str, of: str, cls: type[nn.Module], timed: bool = False, size: int = 224, **tiny: Any) -> Net:
-    return Net(name, f"as in {of}", cls, lambda: cls(**tiny), size, timed)
+def _rewritten(name: str, of: str, cls: type[nn.Module], size: int = 224, **tiny: Any) -> Net:
+    return Net(name, f"as in {of}", cls, lambda: cls(**tiny), size)
 
 
 def _feature_extractor(layers: tuple[int, ...] = (3, 4, 6, 3)) -> nn.Module:
@@ -80,37 +77,36 @@ def _feature_extractor(layers: tuple[int, ...] = (3, 4, 6, 3)) -> nn.Module:
 
 _SMALL: dict[str, Any] = {"layers": (1, 2, 1, 1), "width": 8}
 NETS = (
-    _of_torchvision("densenet121", timed=True)._replace(tiny=lambda: _dense()),
-    _of_torchvision("mobilenet_v2", timed=True, tiny={"width_mult": 0.1}),
+    _of_torchvision("densenet121")._replace(tiny=lambda: _dense()),
+    _of_torchvision("mobilenet_v2", tiny={"width_mult": 0.1}),
     _of_torchvision("mobilenet_v3_large", tiny={"reduced_tail": True}),
-    _of_torchvision("efficientnet_b0", timed=True),
+    _of_torchvision("efficientnet_b0"),
     _of_torchvision("regnet_y_400mf"),
     _of_torchvision("googlenet", aux_logits=False, init_weights=False),
     _of_torchvision("shufflenet_v2_x1_0"),
     _of_torchvision("convnext_tiny"),
     Net("r3d_18", "torchvision", lambda: _video(), lambda: _video(), 0),
-    Net("create_feature_extractor(resnet50)", "torchvision", _feature_extractor, lambda: _feature_extractor((1, 1, 1, 1)),
-        timed=True),
-    _of_timm("darknet53", timed=True, tiny="darknet17"),
+    Net("create_feature_extractor(resnet50)", "torchvision", _feature_extractor, lambda: _feature_extractor((1, 1, 1, 1))),
+    _of_timm("darknet53", tiny="darknet17"),
     _of_timm("cspresnet50", tiny="cspresnet50d"),
-    _of_timm("seresnet50", timed=True, tiny="seresnet18"),
+    _of_timm("seresnet50", tiny="seresnet18"),
     _of_timm("ecaresnet26t", tiny="ecaresnet26t"),
     _of_timm("resnetrs50", tiny="seresnet18"),
-    _of_timm("res2net50_26w_4s", timed=True, tiny="res2net50_14w_8s"),
+    _of_timm("res2net50_26w_4s", tiny="res2net50_14w_8s"),
     _of_timm("resnest26d", tiny="resnest14d"),
     _of_timm("skresnet34", tiny="skresnet18"),
-    _of_timm("dla34", timed=True, tiny="dla46_c"),
+    _of_timm("dla34", tiny="dla46_c"),
     _of_timm("inception_resnet_v2", size=299, tiny="inception_resnet_v2"),
     _of_timm("hrnet_w18_small", tiny="hrnet_w18_small"),
     _of_timm("resnetblur50", tiny="resnetblur18"),
-    _rewritten("ResNet-50, FrozenBatchNorm", "detectron2", others.DetectronResNet, timed=True, **_SMALL),
+    _rewritten("ResNet-50, FrozenBatchNorm", "detectron2", others.DetectronResNet, **_SMALL),
     _rewritten("ResNet-50, with_cp", "OpenMMLab", others.MMResNet, **_SMALL),
     _rewritten("iresnet50", "insightface", others.IResNet, size=112, num_features=16, **_SMALL),
     _rewritten("RN50", "CLIP", others.CLIPResNet, **_SMALL),
     _rewritten("YOLOv8n's backbone", "Ultralytics", others.YoloBackbone, layers=(1, 1), width=8),
     _rewritten("ResNet-50", "transformers", others.HFResNet, **_SMALL),
     Net("Unet(resnet34)", "as in segmentation_models_pytorch", lambda: others.SMPUnet(rk.models.resnet34()),
-        lambda: others.SMPUnet(rk.models.resnet18()), timed=True),
+        lambda: others.SMPUnet(rk.models.resnet18())),
 )  # fmt: skip
 
 
@@ -170,7 +166,7 @@ def measure(net: Net, seconds: float, progress: Callable[[str], object]) -> dict
         "error": result.output.error,
         "budget": result.output.budget,
     }
-    if seconds and net.timed:
+    if seconds:
         eager = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
@@ -244,9 +240,7 @@ def main(arguments: Iterable[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tools.coverage", description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="measure, and write this file")
     parser.add_argument("--before", type=Path, help="a file of an older version, for the column of that name")
-    parser.add_argument(
-        "--seconds", type=float, default=0.0, help="time for each network that is timed (default: none is)"
-    )
+    parser.add_argument("--seconds", type=float, default=0.0, help="time for each network (default: none is timed)")
     parser.add_argument("--write", type=Path, help="the page whose table is written")
     options = parser.parse_args(None if arguments is None else [*arguments])
     warnings.simplefilter("ignore")

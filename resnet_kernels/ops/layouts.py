@@ -58,10 +58,16 @@ def write_back(x: Tensor, copy: Tensor, version: int | None) -> None:
 
 
 def as_contiguous(value: Any) -> Any:
-    """A 4-D tensor with a contiguous one's strides, also those of dimensions of size 1; other values as they are."""
-    if not isinstance(value, Tensor) or value.dim() != 4:
+    """A tensor of three to five dimensions as a contiguous one; other values as they are.
+
+    Of a 4-D tensor the strides of dimensions of size 1 are a contiguous one's, too. The others are what code makes of images:
+    groups of their channels, sums over rows.
+    """
+    if not isinstance(value, Tensor) or value.dim() not in (3, 4, 5):
         return value
     value = value.contiguous()
+    if value.dim() != 4:
+        return value
     n, c, h, w = value.shape
     return (
         value if value.stride() == (c * h * w, h * w, w, 1) or value.numel() == 0 else value.flatten().view(n, c, h, w)

@@ -113,12 +113,17 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
     if kind == "function":
         return FUNCTIONS[target](*args, **kwargs)
     if kind == "method":
-        if target == "contiguous" and not instruction.sees_layout and checked_calls.is_eagers_contiguous():
-            return args[0]  # what sees its layout gets eager's anyhow
+        if target == "contiguous" and not instruction.sees_layout and _stands_for_contiguous(args[0]):
+            return args[0]
         return getattr(args[0], target)(*args[1:], **kwargs)
     child = child_at(module, target)
     assert child is not None, "the instructions are current"
     return child(*args, **kwargs)
+
+
+def _stands_for_contiguous(x: Any) -> bool:
+    """Whether a value inside a container may stay channels_last where eager's is made contiguous: who sees its layout gets that."""
+    return checked_calls.is_eagers_contiguous() and isinstance(x, Tensor) and x.dim() == 4
 
 
 # Most slices of a sum that are added one by one.

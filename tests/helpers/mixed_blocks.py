@@ -104,6 +104,25 @@ class SplitAttention(nn.Module):
         return F.relu(self.bn3(self.conv3(self.pool(y))) + x)
 
 
+class Shuffled(nn.Module):
+    """ShuffleNet's unit: a half of the channels, and a shuffle of five dimensions."""
+
+    def __init__(self, channels=16):
+        super().__init__()
+        half = channels // 2
+        self.conv1, self.bn1 = nn.Conv2d(half, half, 1, bias=False), nn.BatchNorm2d(half)
+        self.conv2, self.bn2 = nn.Conv2d(half, half, 3, padding=1, groups=half, bias=False), nn.BatchNorm2d(half)
+        self.conv3, self.bn3 = nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        one, other = x.chunk(2, dim=1)
+        y = torch.cat((one, F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(other))))))), 1)
+        n, c, h, w = y.shape
+        y = y.reshape(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        rows = y.reshape(n, 2, c // 2, h, w).sum(3).view(n, c, 1, w)
+        return F.relu(self.bn3(self.conv3(y)) + rows)
+
+
 class DenseLayer(nn.Module):
     """torchvision's _DenseLayer: BN and ReLU come first, and its input is a tensor or a list of them."""
 
@@ -229,6 +248,7 @@ BLOCKS = {
     "linear squeeze-and-excitation": (LinearSEBlock, 8, 3),
     "split": (SplitBlock, 12, 4),
     "split attention": (SplitAttention, 8, 3),
+    "shuffled": (Shuffled, 16, 3),
     "dense": (DenseBlock, 8, 6),
     "detectron2": (Detectron, 8, 3),
     "checkpointed": (Checkpointed, 8, 2),
