@@ -166,7 +166,7 @@ def measure(net: Net, seconds: float, progress: Callable[[str], object]) -> dict
         "error": result.output.error,
         "budget": result.output.budget,
     }
-    if seconds:
+    if seconds and x.dim() == 4:  # clips have no channels_last
         eager = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # PyTorch's types lack it
         x = x.contiguous(memory_format=torch.channels_last)
         with torch.inference_mode():
