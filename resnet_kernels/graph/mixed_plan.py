@@ -177,14 +177,14 @@ class _Planner:
         )
 
     def _chains(self, instructions: Sequence[Instruction]) -> Iterator[Chain]:
-        """The instructions, two at least, that follow one another, each on what only the one before it has made."""
+        """The instructions that follow one another, each on what only the one before it has made; one alone, too."""
         members: list[str] = []
         parts: list[ChainPart] = []
         last: Instruction | None = None
         for instruction in [*instructions, None]:
             part = None if instruction is None else self._chain_part(instruction)
             if part is None or last is None or instruction is None or not _follows(last, instruction):
-                if len(members) > 1:
+                if members:
                     yield Chain(tuple(members), tuple(parts))
                 members, parts = [], []
             last = None

@@ -11,9 +11,11 @@ from torch import nn
 
 import resnet_kernels as rk
 from helpers.cpu_chains import assert_next_call_like_eager, result
+from helpers.mixed_blocks import LinearSEBlock
 from helpers.own_kernels import skip_unless_compiled
 from resnet_kernels.kernels.cpu import library
 from resnet_kernels.models.random_weights import randomise_batch_norms_
+from resnet_kernels.runtime import fused_container
 
 pytestmark = pytest.mark.filterwarnings("ignore:resnet_kernels:RuntimeWarning")
 
@@ -190,3 +192,106 @@ def test_gradients_and_other_dtypes_take_their_own_way(nets, x, programs):
     with torch.no_grad():
         y = copy.deepcopy(ours).double()(x.double())
     assert torch.allclose(y, copy.deepcopy(net).double()(x.double())) and programs == []
+
+
+SCALE = 1.0
+
+
+class Scaled(LinearSEBlock):
+    """Its forward reads a flag, and a global variable."""
+
+    flag = False
+
+    def forward(self, x):
+        y = super().forward(x)
+        return -y if self.flag else y * SCALE
+
+
+class Others(nn.Module):
+    """Mixed forwards inside of one whose Python code runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = _conv_bn(3, 8, stride=2)
+        self.stages = nn.ModuleList((Scaled(8, 16), Scaled(16, 16, 1)))
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for i, stage in enumerate(self.stages):
+            x = stage(x) + i
+        return self.fc(x.mean((2, 3)))
+
+
+@pytest.fixture
+def nested():
+    torch.manual_seed(0)
+    net = randomise_batch_norms_(Others()).eval()
+    return net, rk.fuse(net)
+
+
+def _another_fc(model):
+    torch.manual_seed(3)
+    model.stages[1].se.fc1 = nn.Linear(16, 8)
+
+
+NESTED_EDITS = {
+    "flag": lambda m: setattr(m.stages[0], "flag", True),
+    "weight": lambda m: m.stages[1].conv2.weight.data.mul_(2),
+    "weight of a linear layer": lambda m: m.stages[0].se.fc1.weight.data.mul_(2),
+    "another linear layer": _another_fc,
+    "hook on a block": lambda m: m.stages[0].register_forward_hook(_twice),
+    "hook between runs": lambda m: m.stages[0].se.fc2.register_forward_hook(_twice),
+    "hook in a run": lambda m: m.stages[1].bn1.register_forward_hook(_twice),
+    "forward of a block": lambda m: setattr(m.stages[1], "forward", lambda x: 2 * x),
+    "forward of a module": lambda m: setattr(m.stages[1].se, "forward", lambda x: 2 * x),
+    "another block": lambda m: m.stages.__setitem__(1, nn.Identity()),
+}
+
+
+def test_mixed_forwards_inside_a_network_run_at_once(nested, x, monkeypatch):
+    net, ours = nested
+    assert all(stage._rk_state.plan.instructions for stage in ours.stages)
+    first = assert_next_call_like_eager(net, ours, x)
+    result(ours, x)  # the first call has packed weights, so that the second one looks at all modules again
+    asked, original = [], fused_container._plain_call
+    monkeypatch.setattr(fused_container, "_plain_call", lambda *a: asked.append(a[0]) or original(*a))
+    for _ in range(2):
+        assert torch.equal(result(ours, x), first)
+    assert asked == [ours] * 2, "only the network itself asks"
+
+
+@pytest.mark.parametrize("name", NESTED_EDITS)
+def test_an_edit_of_a_mixed_forward_inside_a_network_was_not_seen(name, nested, x):
+    net, ours = nested
+    before = assert_next_call_like_eager(net, ours, x)
+    for model in nested:
+        NESTED_EDITS[name](model)
+    for _ in range(2):
+        assert not torch.equal(assert_next_call_like_eager(net, ours, x, name), before)
+
+
+def test_a_global_variable_that_a_mixed_forward_reads(nested, x, monkeypatch):
+    net, ours = nested
+    before = assert_next_call_like_eager(net, ours, x)
+    monkeypatch.setitem(globals(), "SCALE", 3.0)
+    assert not torch.equal(assert_next_call_like_eager(net, ours, x), before)
+    monkeypatch.undo()
+    assert torch.equal(assert_next_call_like_eager(net, ours, x), before)
+
+
+def test_autocast_and_gradients_inside_a_network(nested, x):
+    net, ours = nested
+    for _ in range(2):
+        assert_next_call_like_eager(net, ours, x)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, eager = result(ours, x), result(net, x)
+        assert y.dtype == eager.dtype
+        torch.testing.assert_close(y.float(), eager.float(), rtol=0.1, atol=0.1)
+        grads = []
+        for model in nested:
+            model.zero_grad()
+            model(x).square().sum().backward()
+            grads.append([p.grad.clone() for p in model.parameters()])
+        for own, of_eager in zip(*grads):
+            torch.testing.assert_close(own, of_eager, rtol=1e-3, atol=1e-3)
