@@ -46,8 +46,8 @@ class FusedContainer(Fused):
         if state.unread and not torch.compiler.is_compiling():
             eligibility.read_again(self, state)
         like = args[0] if args else None
-        if len(args) == 1 and not kwargs and _runs_at_once(self, state, like):
-            return mixed_forward.run(self, state, like)
+        if len(args) == 1 and not kwargs and _runs_at_once(self, state, args[0]):
+            return mixed_forward.run(self, state, args[0])
         if state.normalize is not None:
             like = like_normalized(self, state, args)
         found = _plain_call(self, state, like) if len(args) == 1 and not kwargs else None
@@ -80,7 +80,7 @@ class FusedContainer(Fused):
 
 
 def _runs_at_once(module: nn.Module, state: FusedState[ContainerPlan], x: Any) -> bool:
-    """Whether a module inside another one runs its instructions on x without a check: that one's call has found it as it was."""
+    """Whether a module inside another one runs its instructions on x without a check: that one's call found it as it was."""
     if not (state.plan.instructions and state.normalize is None and checked_calls.is_inside_verified()):
         return False
     if torch.is_grad_enabled() or not eligibility.is_ordinary(x) or x.dim() != 4 or not is_channels_last(x):

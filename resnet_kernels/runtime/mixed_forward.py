@@ -122,7 +122,7 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
 
 
 def _stands_for_contiguous(x: Any) -> bool:
-    """Whether a value inside a container may stay channels_last where eager's is made contiguous: who sees its layout gets that."""
+    """Whether a value stays channels_last where eager's is made contiguous: an operation that sees its layout gets that."""
     return checked_calls.is_eagers_contiguous() and isinstance(x, Tensor) and x.dim() == 4
 
 

@@ -51,8 +51,8 @@ def recipes_seen(note):
             note(state, recipe)
         return original(blocks, *rest)
 
-    def spy_on_chain(container, state, chain, x):
-        ran = run_chain(container, state, chain, x)
+    def spy_on_chain(container, state, chain, *rest, **options):
+        ran = run_chain(container, state, chain, *rest, **options)
         for part in chain.parts if ran is not None else ():
             own = state_of(container.get_submodule(part.path))
             note(own, own.plan if part.run is None else own.plan.runs[part.run])
