@@ -55,9 +55,10 @@ def test_the_page_is_what_the_file_says():
     assert fill(page, {"coverage": coverage.table(results)}) == page
     assert [row["name"] for row in results["networks"]] == [net.name for net in coverage.NETS]
     assert all(row["fused"] >= row["fused_before"] for row in results["networks"])
-    # The page says why.
-    assert {row["name"] for row in results["networks"] if not row["verified"]} <= {"resnest26d"}
-    assert sum("times_eager" in row for row in results["networks"]) >= 10
+    assert all(row["verified"] for row in results["networks"])
+    # Where something is fused it pays.
+    assert all(row["times_eager"] > 1 for row in results["networks"] if row["fused"] and "times_eager" in row)
+    assert sum("times_eager" in row for row in results["networks"]) >= 25
     assert f"[{len(coverage.NETS)} networks](docs/models.md)" in (ROOT / "README.md").read_text()
 
 
