@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.pure_operations import FUNCTIONS
-from ..graph.recipe import Chain, ContainerPlan, Instruction, Slot
+from ..graph.recipe import ContainerPlan, Instruction, Slot
 from . import chains, checked_calls, fused_block, run_steps
 from .fused_module import is_fused_as_is
 from .live_modules import child_at, has_global_hooks, has_hooks
@@ -49,7 +49,9 @@ def run(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor) -> Any:
     done: frozenset[str] = frozenset()  # the members of a chain that ran
     for instruction in state.plan.instructions:
         out, member = instruction.out, instruction.target if instruction.kind in ("run", "module") else ""
-        ran = _run_chain(module, state, chained[member], instruction, values) if member in chained else None
+        ran = None
+        if (chain := chained.get(member)) is not None:
+            ran = chains.run(module, state, chain, values[instruction.args[0].value], is_read_by_ours=True)
         if ran is not None:
             values[out], known[out], done = ran.y, BlockInput(True, None, (state.backend, "cpu")), ran.members
         elif member in done:
@@ -63,13 +65,6 @@ def run(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor) -> Any:
         for dead in instruction.frees:
             del values[dead]
     return _resolved(state.plan.result, values)
-
-
-def _run_chain(
-    module: nn.Module, state: FusedState[ContainerPlan], chain: Chain, first: Instruction, values: Values
-) -> chains.Ran | None:
-    (slot,) = first.args
-    return chains.run(module, state, chain, values[slot.value], is_read_by_ours=True)
 
 
 def _run(
@@ -108,7 +103,7 @@ def _call(module: nn.Module, instruction: Instruction, values: Values) -> Any:
         return run_steps.add_as_it_lies(x, residual, kwargs.get("activation"), "auto")
     if instruction.sees_layout:
         args, kwargs = checked_calls.as_eager(args), checked_calls.as_eager(kwargs)
-    if target in ("sum", "torch.sum"):
+    if kind != "module" and target in ("sum", "torch.sum"):
         return _sum(*args, **kwargs)
     if kind == "function":
         return FUNCTIONS[target](*args, **kwargs)

@@ -355,6 +355,7 @@ def test_a_folder_of_others_is_left_alone(few, tmp_path, capsys):
     assert capsys.readouterr().err.count("error: --out") == 2
 
 
+@pytest.mark.slow
 def test_a_killed_report_is_in_nobodys_way(few, tmp_path):
     """Its temporary folder made the next one say that the folder was another program's."""
     old, new = (tmp_path / f".report-{name}" for name in ("old", "new"))

@@ -84,6 +84,7 @@ def test_explain_fits_a_terminal_and_is_whole_in_a_pipe(capsys, monkeypatch):
     assert max(map(len, shown[:end].splitlines())) <= 80 and words(shown) == words(piped)
 
 
+@pytest.mark.slow
 def test_verify_fits_a_terminal(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
@@ -174,6 +175,7 @@ def test_ctrl_c_is_a_line_and_status_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "\nstopped\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_ended():
     """As in `explain | head -1`: no traceback."""
     command = [sys.executable, "-m", "resnet_kernels", "explain", "--model", "resnet18", "--device", "cpu"]

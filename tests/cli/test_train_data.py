@@ -236,6 +236,7 @@ def _with_moments(state, value):
     return {**state, "optimizer": {**state["optimizer"], "state": {**own, 0: {**own[0], "exp_avg": value}}}}
 
 
+@pytest.mark.slow
 def test_checkpoints_that_can_not_go_on(tmp_path, capsys):
     train = (*TRAIN, "--output", str(tmp_path))
     path = tmp_path / "checkpoint.pt"

@@ -76,6 +76,7 @@ print("the same")
 """
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_saved_program_needs_nothing_of_this_package(model, tmp_path):
     x = images()
@@ -185,6 +186,7 @@ def test_onnx(freeze, model, tmp_path):
         )
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_has_no_operators_of_ours(model, tmp_path):
     """So such a model is unfused first, as docs/deployment.md says."""

@@ -738,3 +738,20 @@ def test_a_batch_of_one_whose_stride_is_odd():
     for _ in range(2):
         with torch.no_grad():
             close(fused(x), plain(x))
+
+
+def test_a_module_whose_name_is_that_of_a_function():
+    class Named(LinearSEBlock):
+        def __init__(self):
+            super().__init__()
+            self.sum, self.contiguous = nn.Upsample(scale_factor=2), nn.MaxPool2d(2)
+
+        def forward(self, x):
+            return self.contiguous(self.sum(super().forward(x)))
+
+    torch.manual_seed(0)
+    plain = randomise_batch_norms_(Named()).eval()
+    fused = rk.fuse(plain)
+    assert {"sum", "contiguous"} <= {i.target for i in fused._rk_state.plan.instructions if i.kind == "module"}
+    for _ in range(2):
+        check(plain, fused, torch.randn(2, 8, 12, 10))

@@ -14,6 +14,7 @@ import resnet_kernels as rk
 SECONDS = 2
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_calls_beside_fuse_unfuse_and_explain_give_the_models_result():
     torch.manual_seed(0)

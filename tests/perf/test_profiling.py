@@ -118,8 +118,10 @@ def test_a_backward_is_of_its_forwards_ranges(fused):
     model = rk.fuse(model) if fused else model
     rows = rows_of(model, lambda: model(X).sum().backward())
     for kind in ("conv", "bn"):
-        there = {row.range for row in rows if not row.backward and row.kind == kind and row.range != ""}
-        back = {row.range for row in rows if row.backward and row.kind == kind}
+        # Not by `row.kind`: on a busy machine the count of a BN's batches may take longer than the BN.
+        of_kind = [row for row in rows if kind in {kernel.kind for kernel in row.kernels}]
+        there = {row.range for row in of_kind if not row.backward and row.range != ""}
+        back = {row.range for row in of_kind if row.backward}
         assert there == back and len(there) == 12
     calls = [(row.call, row.backward) for row in rows if row.range == "layer1.0.relu"]
     assert sorted(calls) == [(0, False), (0, True), (1, False), (1, True)]
@@ -342,6 +344,7 @@ def test_command(capsys, tmp_path):
     assert "module:layer4.1.conv2+bn2+add+relu" in trace.read_text()
 
 
+@pytest.mark.slow
 def test_command_rows_are_the_slowest_first_and_the_rest_is_summed_up(capsys):
     assert cli.main(["profile", "--model", "d2l_resnet18", "--device", "cpu", "--eager", "--top", "3"]) == 0
     text = capsys.readouterr().out
@@ -351,6 +354,7 @@ def test_command_rows_are_the_slowest_first_and_the_rest_is_summed_up(capsys):
     assert milliseconds == sorted(milliseconds, reverse=True)
 
 
+@pytest.mark.slow
 def test_command_json_of_a_training_step(capsys):
     assert (
         cli.main(["profile", "--model", "d2l_resnet18", "--device", "cpu", "--backward", "--steps", "1", "--json"]) == 0

@@ -140,6 +140,7 @@ def test_an_add_that_broadcasts(what, called, monkeypatch):
     assert_within_budget(y, run(stage, x), run(copy.deepcopy(stage).double(), x.double()))
 
 
+@pytest.mark.slow
 def test_bytes_decide(called):
     """ResNet-50 in bf16: outputs are the larger at batch 256, the weights of the last stages at batch 1."""
     large = forms_of(models.resnet50, 256, torch.bfloat16)
