@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 from ...fusion.report import FuseReport, Row
 from ...kernels.activations import KINDS
+from ...runtime.run_steps import CALLS
 from . import words
 from .alike import ARROW, PLUS, Group, stages
 
@@ -28,7 +29,7 @@ _FRAME, _FRAME_EDGE = "#f6f8fa", "#d1d9e0"
 _FUSED, _FUSED_EDGE = "#d5e8f5", "#0072b2"
 _OPERATION = "#eef6fb"
 _LEFT_OUT, _LEFT_OUT_EDGE = "#fdeee2", "#b34700"
-_OPERATIONS = {"add", *KINDS, *(f"add_{kind}" for kind in KINDS)}
+_OPERATIONS = {"add", *KINDS, *(f"add_{kind}" for kind in KINDS), *CALLS}
 # A row that is fused, but runs eager as things stand, looks like one that is left out: eager is what runs.
 
 
