@@ -16,7 +16,7 @@ from torch import nn
 from ..graph.recipe import ContainerPlan, Recipe
 from ..ops import backends, tuned_table
 from ..ops.dtypes import autocast_dtype
-from ..runtime import eligibility, fused_module
+from ..runtime import eligibility, fused_module, mixed_forward
 from ..runtime.fused_block import FusedBlock
 from ..runtime.fused_container import FusedContainer
 from ..runtime.gpu import multi_layer
@@ -218,6 +218,8 @@ def _rows_now(findings: list[Finding], *, tables: bool = False) -> tuple[Row, ..
                     rows.append(replace(row, fused=False, reason="is another one than was fused: call fuse_ again"))
                     continue
                 reason = eligibility.why_not_now(finding.module, recipe, state)
+                if not reason and isinstance(state.plan, ContainerPlan) and state.plan.instructions:
+                    reason = mixed_forward.why_not(finding.module, state.plan)
                 hook = not reason and has_hooks(finding.module) and isinstance(state.plan, Recipe)
                 by_table = "" if reason or not tables else _decided_by_table(finding.module, recipe, state.backend)
                 apart = "a hook on it has to fire" if hook else ""

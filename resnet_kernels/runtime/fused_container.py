@@ -89,15 +89,16 @@ def _runs_at_once(module: nn.Module, state: FusedState[ContainerPlan], x: Any) -
         return False
     key = id(module), "at once", x.dtype, x.device, autocast_dtype(x)
     found = checked_calls.derived(
-        key, lambda: _plain_call(module, state, x) and mixed_forward.may_run(module, state.plan)
+        key, lambda: _plain_call(module, state, x) and mixed_forward.why_not(module, state.plan) is None
     )
     return bool(found) and (state.reads is None or state.reads.changed_outside(module) is None)
 
 
 def _forward(self: nn.Module, state: FusedState[ContainerPlan], original: Callable[..., Any], x: Tensor) -> Any:
     if state.plan.instructions:
-        if mixed_forward.may_run(self, state.plan):
+        if (reason := mixed_forward.why_not(self, state.plan)) is None:
             return mixed_forward.run(self, state, x)
+        eligibility.say_runs_eager(f"in a {type(self).__name__}, {reason}")
         return checked_calls.call_as_eager(lambda x: original(self, x), x)
     return _run_stage(self, state, x, UNKNOWN) if _is_stage(self, state) else original(view_of(self, state), x)
 

@@ -18,26 +18,35 @@ from .state import UNKNOWN, BlockInput, FusedState
 Values = dict[int, Any]
 
 
-def may_run(module: nn.Module, plan: ContainerPlan) -> bool:
-    """Whether the instructions stand for the forward: the modules that were looked into are as they were, without hooks."""
+def why_not(module: nn.Module, plan: ContainerPlan) -> str | None:
+    """The reason why the instructions don't stand for the forward now; None if they do.
+
+    They do while the modules that were looked into are as they were, in the mode of the container, without hooks.
+    """
     if has_global_hooks():
-        return False
-    return checked_calls.derived((id(module), "watched"), lambda: _is_as_read(module, plan))
+        return "a global module hook is registered"
+    return checked_calls.derived((id(module), "watched"), lambda: _why_changed(module, plan))
 
 
-def _is_as_read(module: nn.Module, plan: ContainerPlan) -> bool:
+def _why_changed(module: nn.Module, plan: ContainerPlan) -> str | None:
     for path, cls, signature, inlined in plan.watched:
         child = child_at(module, path)
         if child is None or fusible.original_class(child) is not cls or fusible.signature(child) != signature:
-            return False
+            return f"{path} is another module now: call fuse_ again"
         own = child.__dict__
+        # A user's class over a fused one has other code.
         if "forward" in own or not (type(child) is cls or is_fused_as_is(child)):
-            return False  # a user's class over a fused one has other code
-        if inlined and (
-            own.get("_compiled_call_impl") is not None or child.training != module.training or has_hooks(child)
-        ):
-            return False
-    return True
+            return f"{path} has another forward now"
+        if not inlined:
+            continue
+        if own.get("_compiled_call_impl") is not None:
+            return f"{path} is compiled by itself"
+        if has_hooks(child):
+            return f"a hook on {path} has to fire"
+        # A Sequential computes the same in either mode. torch.ao's are made in train() mode.
+        if child.training != module.training and not fusible.is_plain_sequential(child):
+            return f"{path} is in another mode than the module around it"
+    return None
 
 
 def run(module: nn.Module, state: FusedState[ContainerPlan], x: Tensor) -> Any:

@@ -3,11 +3,13 @@
 import copy
 import operator
 import pickle
+import warnings
 
 import pytest
 import torch
 import torch.fx
 from torch import nn
+from torch.ao.quantization import quantize_fx
 from torch.utils import _pytree as pytree
 
 import resnet_kernels as rk
@@ -154,3 +156,14 @@ def test_normalize_and_freeze():
     for _ in range(2):
         with torch.no_grad():
             close(fused(x), plain(images))
+
+
+def test_a_module_that_torch_ao_has_fused():
+    """Regression: its ConvReLU2d are in train() mode, whatever the model's is, so that calls ran eager without a word."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they move to another package
+        plain = quantize_fx.fuse_fx(randomise_batch_norms_(rk.models.resnet18()).eval())
+    fused, x = rk.fuse(plain), torch.randn(2, 3, 48, 40)
+    assert any(module.training for module in plain.modules())
+    assert len(convolutions_that_ran(fused, x)) == rk.explain(fused).convolutions == 20
+    assert rk.verify(plain, fused, x)

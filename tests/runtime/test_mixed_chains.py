@@ -182,6 +182,19 @@ def test_an_edit_was_not_seen(name, nets, x, programs):
         assert not torch.equal(y, before), "the edit changes the result"
 
 
+def test_a_report_says_why_instructions_do_not_run(nets, x):
+    _, ours = nets
+    assert "runs eager now" not in str(rk.explain(ours))
+    handle = ours.features.register_forward_hook(lambda module, inputs, y: None)
+    assert "runs eager now: a hook on features has to fire" in str(rk.explain(ours))
+    with pytest.warns(RuntimeWarning, match="in a Mobile, a hook on features has to fire"):
+        result(ours, x)
+    handle.remove()
+    assert "runs eager now" not in str(rk.explain(ours))
+    ours.classifier.forward = lambda x: x
+    assert "classifier has another forward now" in str(rk.explain(ours))
+
+
 def test_gradients_and_other_dtypes_take_their_own_way(nets, x, programs):
     net, ours = nets
     ours(x).sum().backward()
