@@ -207,7 +207,7 @@ def test_an_opaque_module_that_becomes_one_that_sees_layouts():
     with pytest.warns(RuntimeWarning, match="se is another module now: call fuse_ again"):
         check(block, fused, x)
     for m in (block, fused):
-        m[3].se = Viewing()
+        m[3].se = Viewing().eval()
     check(block, fused, x)
     check(block, rk.fuse(block), x)
 
