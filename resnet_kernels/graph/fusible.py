@@ -131,7 +131,10 @@ def why_not_conv(conv: nn.Module) -> str | None:
     if is_not_materialized(conv):
         return NOT_MATERIALIZED
     if not isinstance(conv, nn.Conv2d) or type(conv) not in (nn.Conv2d, Conv2dSame):
-        return f"is a {type(conv).__name__}, only Conv2d is fused"
+        name = type(conv).__name__
+        # Libraries give their own classes PyTorch's name: torch.ao's reference of a quantized one.
+        name = f"{type(conv).__module__}.{name}" if name == "Conv2d" else name
+        return f"is a {name}, only Conv2d is fused"
     if conv.padding_mode != "zeros":
         return f"has padding_mode={conv.padding_mode!r}, only zeros are fused"
     return why_not_patched(conv)

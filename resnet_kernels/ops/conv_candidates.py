@@ -2,8 +2,8 @@
 
 cudnn                     one fused operation of cuDNN where there is a ReLU and no scale; plans multiply scales into weights
 cudnn+epilogue            cuDNN's convolution, then one pass for all that follows it; no weight is folded
-cpu, eager                on the CPU one of the three below; plain PyTorch
-winograd, direct, grouped, onednn  our own CPU kernels and oneDNN's fused operation (cpu_candidates.py)
+cpu, eager                on the CPU one of the next five; plain PyTorch
+winograd, direct, grouped, depthwise, onednn    our own CPU kernels and oneDNN's fused operation (cpu_candidates.py)
 triton                    a kernel of ours with a tile that it chooses itself: Hopper's where that takes the convolution, else
                           the portable one. No table holds this name
 pointer 128x64x64 w4 s3   a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages

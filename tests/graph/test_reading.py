@@ -9,7 +9,7 @@ from torch import nn
 
 from resnet_kernels import models
 from resnet_kernels.fusion.blocks import fuse_block_
-from resnet_kernels.graph import reader
+from resnet_kernels.graph import fusible, reader
 from resnet_kernels.graph.recipe import CannotRead
 
 
@@ -234,3 +234,10 @@ def test_a_residual_that_is_added_twice_is_written_over_the_second_time_alone():
     net, x = Net().eval(), torch.randn(2, 4, 5, 5)
     with torch.no_grad():
         torch.testing.assert_close(fuse_block_(copy.deepcopy(net))(x), net(x))
+
+
+def test_a_class_of_pytorchs_name_is_told_by_its_module():
+    """Regression: "is a Conv2d, only Conv2d is fused" was said of torch.ao's reference of a quantized convolution."""
+    conv = type("Conv2d", (nn.Conv2d,), {"__module__": "a.library"})(3, 3, 1)
+    assert fusible.why_not_conv(conv) == "is a a.library.Conv2d, only Conv2d is fused"
+    assert fusible.why_not_conv(nn.Conv2d(3, 3, 1)) is None
