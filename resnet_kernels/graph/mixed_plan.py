@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
-from .fusible import is_known, original_class, shared_children, signature
+from .fusible import is_known, is_plain_sequential, original_class, shared_children, signature
 from .gates import find_gates
 from .gather_runs import Runs
 from .group_steps import CallGroup, Group, Operation, schedule
@@ -156,7 +156,7 @@ class _Planner:
                 ours.add(node)
         # Neither do the activations run that are a part of an add.
         behind = {self.operations[operation].path for node in sums for operation in joined[node]}
-        inlined = (self.ran_into | behind | self._written_over(taken)) - {""}
+        inlined = (self.ran_into | behind | self._written_over(taken) | self._passed_on()) - {""}
         output = self.nodes[-1]
         result = self._slots(output.args[0])
         instructions = _with_frees(made, result)
@@ -204,7 +204,14 @@ class _Planner:
     def _watched(self, paths: Collection[str], inlined: bool) -> Iterator[Watched]:
         for path in sorted(paths):
             child = self.children[path]
-            yield Watched(path, original_class(child), signature(child), inlined)
+            has_mode = path in self.ran_into | self._passed_on() and not (
+                is_plain_sequential(child) or type(child) is nn.Identity
+            )
+            yield Watched(path, original_class(child), signature(child), inlined, has_mode)
+
+    def _passed_on(self) -> set[str]:
+        """The modules that only pass their input on, such as a dropout in eval mode."""
+        return {str(n.target) for n in self.nodes if n.op == "call_module" and self.source[n] is not n}
 
     def _written_over(self, taken: Collection[Node]) -> set[str]:
         """The modules whose output eager writes over, where a run or an add makes a new value: a hook could tell."""

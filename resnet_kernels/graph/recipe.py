@@ -223,12 +223,17 @@ class Instruction(NamedTuple):
 
 
 class Watched(NamedTuple):
-    """A module that was looked into. cls, signature: as they were. inlined: its forward does not run, and no hook fires."""
+    """A module that was looked into, or that does nothing in eval mode.
+
+    cls, signature: as they were. inlined: its forward does not run, and no hook fires. has_mode: it may compute something else
+    in the mode that the container is not in.
+    """
 
     path: str
     cls: type[nn.Module]
     signature: tuple[Any, ...]
     inlined: bool
+    has_mode: bool = True
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def why_not(module: nn.Module, plan: ContainerPlan) -> str | None:
 
 
 def _why_changed(module: nn.Module, plan: ContainerPlan) -> str | None:
-    for path, cls, signature, inlined in plan.watched:
+    for path, cls, signature, inlined, has_mode in plan.watched:
         child = child_at(module, path)
         if child is None or fusible.original_class(child) is not cls or fusible.signature(child) != signature:
             return f"{path} is another module now: call fuse_ again"
@@ -43,8 +43,7 @@ def _why_changed(module: nn.Module, plan: ContainerPlan) -> str | None:
             return f"{path} is compiled by itself"
         if has_hooks(child):
             return f"a hook on {path} has to fire"
-        # A Sequential computes the same in either mode. torch.ao's are made in train() mode.
-        if child.training != module.training and not fusible.is_plain_sequential(child):
+        if has_mode and child.training != module.training:
             return f"{path} is in another mode than the module around it"
     return None
 

@@ -195,6 +195,40 @@ def test_a_report_says_why_instructions_do_not_run(nets, x):
     assert "classifier has another forward now" in str(rk.explain(ours))
 
 
+def test_a_dropout_that_drops_in_a_network_in_eval_mode(nets, x):
+    """Regression: for many samples of a result ("Monte Carlo dropout") dropouts alone are in train() mode; ours did nothing."""
+    net, ours = nets
+    before = result(ours, x)
+    for model in nets:
+        model.classifier[0].train()
+    results = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        eager = result(net, x)
+        torch.manual_seed(seed)
+        results.append(result(ours, x))
+        torch.testing.assert_close(results[-1], eager, rtol=1e-4, atol=1e-5)
+        assert not torch.equal(results[-1], before)
+    assert not torch.equal(results[0], results[1])
+    for model in nets:
+        model.eval()
+    assert torch.equal(result(ours, x), before)
+    seen = []
+    ours.classifier[0].register_forward_hook(lambda module, inputs, y: seen.append(y.shape))
+    result(ours, x)
+    assert seen == [(2, 70)]
+
+
+def test_an_identity_has_no_mode(x, programs):
+    """Users put one in place of a layer after eval()."""
+    net = randomise_batch_norms_(Mobile()).eval()
+    net.classifier[0] = nn.Identity()
+    ours = rk.fuse(net)
+    assert net.classifier[0].training
+    assert_next_call_like_eager(net, ours, x)
+    assert programs == WHOLE
+
+
 def test_gradients_and_other_dtypes_take_their_own_way(nets, x, programs):
     net, ours = nets
     ours(x).sum().backward()
