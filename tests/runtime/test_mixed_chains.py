@@ -196,7 +196,7 @@ def test_a_report_says_why_instructions_do_not_run(nets, x):
 
 
 def test_a_dropout_that_drops_in_a_network_in_eval_mode(nets, x):
-    """Regression: for many samples of a result ("Monte Carlo dropout") dropouts alone are in train() mode; ours did nothing."""
+    """Regression: for samples of a result ("Monte Carlo dropout") dropouts alone are in train() mode; ours did nothing."""
     net, ours = nets
     before = result(ours, x)
     for model in nets:
