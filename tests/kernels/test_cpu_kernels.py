@@ -272,7 +272,7 @@ BUGS = {
     ),
     "dropped activation of depthwise": ("depthwise.h", "activate_rows(&out, p.row, p.count, first, end);", ""),
     "ReLU before the residual": ("depthwise.h", "out->relu && !out->residual", "out->relu"),
-    "dropped ReLU behind the residual": ("depthwise.h", "out->relu ? relu(v) : v", "v"),
+    "dropped ReLU behind the residual": ("depthwise.h", "out->relu ? relu_one(v) : v", "v"),
     "weights of missing channels": (
         "run.c",
         "to += step)\n            for",

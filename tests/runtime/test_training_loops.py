@@ -132,7 +132,7 @@ for backend in ("none", "auto", "triton"):
         optimizer.step()
     torch.save(net.state_dict(), os.path.join(sys.argv[1], f"{backend}-{rank}.pt"))
 dist.barrier()
-# Without PyTorch's own way out: gloo's threads now and then end a process in it ("terminate called without an active exception").
+# Without PyTorch's own way out, in which gloo now and then ends a process ("terminate called without an active exception").
 os._exit(0)
 """
 

@@ -24,9 +24,10 @@ static void store_lanes(const Output *out, int64_t row, int64_t count, int64_t a
     for (int64_t r = 0; r < count; r++) {
         int64_t begin = (row + r) * out->step + at, lane = first - at;
         float *y = out->y + begin, *lanes = sums[r];
-        if (out->residual) {
-            Vector v = load(lanes) + load(out->residual + begin);
-            store(lanes, out->relu ? relu(v) : v);
+        /* The channels before belong to another task, which may write over its share of the residual meanwhile. */
+        for (int64_t k = lane; out->residual && k < WIDTH; k++) {
+            float v = lanes[k] + out->residual[begin + k];
+            lanes[k] = out->relu ? relu_one(v) : v;
         }
         for (; lane % 4; lane++)
             y[lane] = lanes[lane];
