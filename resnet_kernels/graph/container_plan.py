@@ -17,6 +17,7 @@ from .fusible import (
     has_act,
     is_batch_norm,
     is_frozen,
+    is_global_average,
     is_known,
     is_plain_max_pool,
     original_class,
@@ -237,8 +238,7 @@ def _calls(node: Node, x: Node, children: Mapping[str, nn.Module], cls: type[nn.
 def head_is_as_read(pool: Any, flatten: Any, linear: Any) -> bool:
     """Whether a head's modules are what they have to be: a global average, flattening from the channels on, a product."""
     return (
-        type(pool) is nn.AdaptiveAvgPool2d
-        and pool.output_size in (1, (1, 1))
+        is_global_average(pool)
         and (flatten is None or (type(flatten) is nn.Flatten and (flatten.start_dim, flatten.end_dim) == (1, -1)))
         and type(linear) is nn.Linear
         and all(why_not_patched(child) is None for child in (pool, flatten, linear) if child is not None)

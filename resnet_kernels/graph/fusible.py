@@ -103,6 +103,11 @@ def activation_behind(bn: nn.Module) -> Activation | None:
     return activations.of_module(bn._modules["act"]) if has_act(bn) else None
 
 
+def is_global_average(module: nn.Module | None) -> bool:
+    """Whether a module is PyTorch's average over whole images, down to one pixel."""
+    return type(module) is nn.AdaptiveAvgPool2d and module.output_size in (1, (1, 1))
+
+
 def is_prelu(module: nn.Module | None) -> bool:
     """Whether a module is a PReLU. Its slopes are a weight, which programs on the CPU read, and no other kernel of ours."""
     return type(module) is nn.PReLU or _is_one_of(type(module), _PRELU_ELSEWHERE)

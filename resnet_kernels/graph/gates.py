@@ -17,7 +17,7 @@ from torch import nn
 from torch.fx import Graph, Node
 
 from . import activations
-from .fusible import is_batch_norm, is_known, is_quiet, why_not_bn, why_not_conv, why_not_patched
+from .fusible import is_batch_norm, is_global_average, is_known, is_quiet, why_not_bn, why_not_conv, why_not_patched
 from .reads import NOTHING, Reads
 from .recipe import CannotRead
 from .strangers import role_of, sigmoid_of
@@ -127,7 +127,7 @@ def _is_average_module(node: Node, children: Mapping[str, nn.Module]) -> bool:
     if node.op != "call_module":
         return False
     child = children[str(node.target)]
-    return type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1)) and why_not_patched(child) is None
+    return is_global_average(child) and why_not_patched(child) is None
 
 
 def _sigmoid(node: Node, children: Mapping[str, nn.Module], training: bool) -> tuple[str | None, Reads]:

@@ -156,7 +156,9 @@ class _Planner:
                 ours.add(node)
         # Neither do the activations run that are a part of an add.
         behind = {self.operations[operation].path for node in sums for operation in joined[node]}
-        inlined = (self.ran_into | behind | self._written_over(taken) | self._passed_on()) - {""}
+        # A dropout, say, that passes its input on in eval mode.
+        passed_on = {str(n.target) for n in self.nodes if n.op == "call_module" and self.source[n] is not n}
+        inlined = (self.ran_into | behind | self._written_over(taken) | passed_on) - {""}
         output = self.nodes[-1]
         result = self._slots(output.args[0])
         instructions = _with_frees(made, result)
@@ -170,28 +172,27 @@ class _Planner:
             seen=() if self.x in ours else ("",),
             outputs=tuple(is_number(leaf) or self.source[leaf] in ours for leaf in pytree.tree_leaves(output.args[0])),
             reads=self.reads + self.layouts.reads,
-            chains=tuple(self._chains(instructions)),
+            chains=self._chains(instructions),
             instructions=instructions,
             result=result,
-            watched=(*self._watched(inlined, True), *self._watched(self.layouts.looked_into, False)),
+            watched=(
+                *self._watched(inlined, True, self.ran_into | passed_on),
+                *self._watched(self.layouts.looked_into, False, ()),
+            ),
         )
 
-    def _chains(self, instructions: Sequence[Instruction]) -> Iterator[Chain]:
+    def _chains(self, instructions: Sequence[Instruction]) -> tuple[Chain, ...]:
         """The instructions that follow one another, each on what only the one before it has made; one alone, too."""
-        members: list[str] = []
-        parts: list[ChainPart] = []
-        last: Instruction | None = None
-        for instruction in [*instructions, None]:
-            part = None if instruction is None else self._chain_part(instruction)
-            if part is None or last is None or instruction is None or not _follows(last, instruction):
-                if members:
-                    yield Chain(tuple(members), tuple(parts))
-                members, parts = [], []
-            last = None
-            if instruction is not None and part is not None:
-                members.append(instruction.target)
-                parts.append(part)
-                last = instruction
+        chains: list[Chain] = []
+        last: Instruction | None = None  # of the chain that may go on
+        for instruction in instructions:
+            part = self._chain_part(instruction)
+            if part is not None:
+                goes_on = last is not None and _follows(last, instruction)
+                before = chains.pop() if goes_on else Chain((), ())
+                chains.append(Chain((*before.members, instruction.target), (*before.parts, part)))
+            last = None if part is None else instruction
+        return tuple(chains)
 
     def _chain_part(self, instruction: Instruction) -> ChainPart | None:
         """The recipe that an instruction stands for; None if it is something else."""
@@ -201,17 +202,12 @@ class _Planner:
         is_block = instruction.kind == "module" and isinstance(self.fused.get(path), Recipe)
         return ChainPart(path, None) if is_block and _takes_one(instruction) else None
 
-    def _watched(self, paths: Collection[str], inlined: bool) -> Iterator[Watched]:
+    def _watched(self, paths: Collection[str], inlined: bool, with_mode: Collection[str]) -> Iterator[Watched]:
         for path in sorted(paths):
             child = self.children[path]
-            has_mode = path in self.ran_into | self._passed_on() and not (
-                is_plain_sequential(child) or type(child) is nn.Identity
-            )
+            has_no_mode = is_plain_sequential(child) or type(child) is nn.Identity
+            has_mode = path in with_mode and not has_no_mode
             yield Watched(path, original_class(child), signature(child), inlined, has_mode)
-
-    def _passed_on(self) -> set[str]:
-        """The modules that only pass their input on, such as a dropout in eval mode."""
-        return {str(n.target) for n in self.nodes if n.op == "call_module" and self.source[n] is not n}
 
     def _written_over(self, taken: Collection[Node]) -> set[str]:
         """The modules whose output eager writes over, where a run or an add makes a new value: a hook could tell."""

@@ -141,11 +141,6 @@ static void depthwise_any(const Pixels *p, const Output *out)
     }
 }
 
-static int64_t depthwise_tasks(const Convolution *c)
-{
-    return c->batch * blocks(c->out_h, c->block) * blocks(panels_of(c, PANEL), c->panels);
-}
-
 /* One task: `block` output rows of an image, some panels. */
 static void depthwise_run(const Convolution *c, int64_t task, float *scratch)
 {

@@ -215,14 +215,19 @@ static void direct_run(const Convolution *c, int64_t task, float *scratch)
              (last - first) * PANEL, &out, 0, c->weight, zeros);
 }
 
+/* Number of tasks of `block` output rows of an image and some panels. */
+static int64_t row_tasks(const Convolution *c)
+{
+    return c->batch * blocks(c->out_h, c->block) * blocks(panels_of(c, PANEL), c->panels);
+}
+
 static int64_t direct_tasks(const Convolution *c)
 {
     if (c->pool_h)
         return c->batch * blocks(c->pool_h, c->block);
-    int64_t across = blocks(panels_of(c, PANEL), c->panels);
     if (c->copies)
-        return c->batch * blocks(c->out_h, c->block) * across;
-    return blocks(c->batch * c->out_h * c->out_w, c->block) * across;
+        return row_tasks(c);
+    return blocks(c->batch * c->out_h * c->out_w, c->block) * blocks(panels_of(c, PANEL), c->panels);
 }
 
 static int64_t direct_scratch(const Convolution *c)

@@ -107,11 +107,6 @@ static int is_narrow(const Convolution *c) { return !is_wide(c) && group_size(c)
 static int64_t panels_together(const Convolution *c) { return is_wide(c) ? c->c_out / c->groups / PANEL : 1; }
 static int64_t channels_together(const Convolution *c) { return is_wide(c) ? group_size(c) : PANEL; }
 
-static int64_t grouped_tasks(const Convolution *c)
-{
-    return c->batch * blocks(c->out_h, c->block) * blocks(panels_of(c, PANEL), c->panels);
-}
-
 /* Floats of a copy from a pixel's first tap to another one. */
 static int64_t offset_of_tap(const Convolution *c, int64_t tap, int64_t step)
 {

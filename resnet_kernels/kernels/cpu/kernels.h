@@ -30,8 +30,8 @@ const Kernels KERNELS = {
     {
         [DIRECT] = {direct_tasks, direct_scratch, direct_run},
         [WINOGRAD] = {winograd_tasks, winograd_scratch, winograd_run},
-        [GROUPED] = {grouped_tasks, grouped_scratch, grouped_run},
-        [DEPTHWISE] = {depthwise_tasks, no_scratch, depthwise_run},
+        [GROUPED] = {row_tasks, grouped_scratch, grouped_run},
+        [DEPTHWISE] = {row_tasks, no_scratch, depthwise_run},
         [ELEMENTWISE] = {elementwise_tasks, no_scratch, elementwise_run},
         [GATE] = {gate_tasks, gate_scratch, gate_run},
         [MAX_POOL] = {pool_tasks, no_scratch, max_pool_run},

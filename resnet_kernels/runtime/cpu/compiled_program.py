@@ -292,10 +292,7 @@ class _Layers:
         """`_layer`, with the PReLU that follows, whose value gets its number, too."""
         if prelu is None or prelu.child is None:
             return self._layer(kernel, x, residual, label)
-        slopes = neighbors.slopes_of(prelu.child, kernel.out_shape[1])
-        if slopes is None:
-            raise _HasNoKernel
-        out = self._layer(kernel.with_slopes(slopes), x, residual, f"{label}+{prelu.step.what}")
+        out = self._layer(_with_prelu(kernel, prelu.child), x, residual, f"{label}+{prelu.step.what}")
         numbers[prelu.step.out] = out
         return out
 
@@ -333,19 +330,24 @@ class _Layers:
         shape, child, what = self._shapes[x], part.child, part.step.what
         if child is None and what in convolution.GATES:
             return convolution.gate(what, shape, self._threads), x, other
-        if what == "mean" if child is None else _averages_images(child):
+        if what == "mean" if child is None else fusible.is_global_average(child):
             return convolution.global_average(shape, self._threads), x, None
         if child is None:
             return convolution.elementwise(shape, None, None, part.step.activation, self._threads), x, other
         if type(child) is nn.Identity:
             return None, x, None
         if fusible.is_prelu(child):
-            slopes = neighbors.slopes_of(child, shape[1])
-            if slopes is None:
-                raise _HasNoKernel
-            return convolution.elementwise(shape, None, None, None, self._threads).with_slopes(slopes), x, None
+            return _with_prelu(convolution.elementwise(shape, None, None, None, self._threads), child), x, None
         kind, pool = _pool(child, shape[2:])
         return convolution.pooling(kind, shape, pool, self._threads), x, None
+
+
+def _with_prelu(kernel: Kernel, child: nn.Module) -> Kernel:
+    """A kernel that ends in a PReLU."""
+    slopes = neighbors.slopes_of(child, kernel.out_shape[1])
+    if slopes is None:
+        raise _HasNoKernel
+    return kernel.with_slopes(slopes)
 
 
 def _runs_ours(pack: Any, size: torch.Size) -> bool:
@@ -371,10 +373,6 @@ def _pool(child: nn.Module, size: Sequence[int]) -> tuple[str, plans.Pool]:
     if type(child) is nn.AvgPool2d and (pool := _average(child, size)) is not None:
         return "average_pool", pool
     raise _HasNoKernel
-
-
-def _averages_images(child: nn.Module) -> bool:
-    return type(child) is nn.AdaptiveAvgPool2d and child.output_size in (1, (1, 1))
 
 
 def _average(child: nn.AvgPool2d, size: Sequence[int]) -> plans.Pool | None:
