@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from ..kernels.activations import Activation
 from . import activations
 from .fusible import (
     has_act,
@@ -20,6 +21,7 @@ from .fusible import (
     is_global_average,
     is_known,
     is_plain_max_pool,
+    is_prelu,
     original_class,
     shared_children,
     why_not_bn,
@@ -30,7 +32,7 @@ from .gates import averages_images
 from .layouts import boundaries, layouts, prefixes
 from .operations import reads_of_child, small_convolutions
 from .reads import NOTHING, Reads
-from .recipe import CallStep, CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Head, Recipe, Step
+from .recipe import CallStep, CannotRead, Chain, ChainPart, ContainerPlan, ConvStep, Head, PReLUAt, Recipe, Step
 from .tracing import trace
 
 
@@ -73,8 +75,10 @@ def container_plan(
         last = node
         bn = member(_only_reader(last), lambda m: is_batch_norm(m) and not has_act(m) and why_not_bn(m) is None)
         last = last if bn is None else next(iter(last.users))
-        act = member(_only_reader(last), lambda m: activations.of_module(m) is not None and why_not_patched(m) is None)
-        activation = None if act is None else activations.of_module(children[act])
+        act = member(_only_reader(last), _is_activation)
+        activation: Activation | PReLUAt | None = None
+        if act is not None:
+            activation = PReLUAt(act) if is_prelu(children[act]) else activations.of_module(children[act])
         last = last if act is None else next(iter(last.users))
         pool = member(_only_reader(last), lambda m: is_plain_max_pool(m) and why_not_patched(m) is None)
         followers = [path for path in (bn, act, pool) if path is not None]
@@ -125,6 +129,11 @@ def container_plan(
         chains=chains,
         reads=reads,
     )
+
+
+def _is_activation(module: nn.Module) -> bool:
+    is_one = is_prelu(module) or activations.of_module(module) is not None
+    return is_one and why_not_patched(module) is None
 
 
 def _chains(

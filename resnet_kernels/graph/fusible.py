@@ -109,13 +109,13 @@ def is_global_average(module: nn.Module | None) -> bool:
 
 
 def is_prelu(module: nn.Module | None) -> bool:
-    """Whether a module is a PReLU. Its slopes are a weight, which programs on the CPU read, and no other kernel of ours."""
+    """Whether a module is a PReLU, whose slopes are a weight."""
     return type(module) is nn.PReLU or _is_one_of(type(module), _PRELU_ELSEWHERE)
 
 
 def is_called(module: nn.Module) -> bool:
     """Whether a block calls a module as itself, in a step of its own."""
-    return type(module) in POOLS or is_prelu(module)
+    return type(module) in POOLS
 
 
 def is_quiet(module: nn.Module | None) -> bool:

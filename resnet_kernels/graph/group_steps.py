@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch.fx import Node
 
 from ..kernels.activations import Activation
-from .recipe import CallStep, CannotRead, ConvStep, NormStep, Step
+from .recipe import CallStep, CannotRead, ConvStep, NormStep, PReLUAt, Step
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ConvGroup:
     conv: str
     x: Node
     bn: str | None = None
-    activation: Activation | None = None
+    activation: Activation | PReLUAt | None = None
     residual: Node | None = None
     sum: Node | None = None
 
@@ -39,7 +39,7 @@ class NormGroup:
 
     bn: str
     x: Node
-    activation: Activation | None
+    activation: Activation | PReLUAt | None
     residual: Node | None = None
     sum: Node | None = None
 
@@ -74,7 +74,7 @@ class Operation:
     kind: str
     path: str
     inputs: tuple[Node, ...]
-    activation: Activation | None = None
+    activation: Activation | PReLUAt | None = None
     alone: bool = False
 
 
@@ -97,9 +97,10 @@ def _alone(operation: Operation) -> Group:
         return ConvGroup(operation.path, operation.inputs[0])
     if operation.kind == "bn":
         return NormGroup(operation.path, operation.inputs[0], operation.activation)
-    is_module = operation.kind == "call"
-    what = operation.path if is_module else str(operation.activation or operation.kind)
-    return CallGroup(what, is_module, operation.inputs, operation.activation)
+    if operation.kind == "call" or isinstance(operation.activation, PReLUAt):
+        return CallGroup(operation.path, True, operation.inputs)
+    what = str(operation.activation or operation.kind)
+    return CallGroup(what, False, operation.inputs, operation.activation)
 
 
 def _join(
@@ -116,13 +117,14 @@ def _join(
         return CallGroup(f"{made_by.what}_mul", False, (x, *made_by.inputs))
     if operation.kind == "add" and (operation.alone or sources[0] is sources[1]):
         return None
-    able = [s for s in sources if s in groups and readers[s] == 1 and _accepts(groups[s], operation.kind)]
+    able = [s for s in sources if s in groups and readers[s] == 1 and _accepts(groups[s], operation)]
     if not able:
         return None
     # Both sides of an add may end in a convolution. The deeper branch takes the add; the shortcut is its residual.
     source = max(able, key=lambda s: (_depth(s, groups), order[s]))
     joined = groups.pop(source)
     if isinstance(joined, CallGroup):
+        assert not isinstance(operation.activation, PReLUAt)
         return replace(joined, what=f"add_{operation.activation}", activation=operation.activation)
     if operation.kind == "add":
         return replace(joined, residual=next(s for s in sources if s is not source), sum=node)
@@ -132,10 +134,12 @@ def _join(
     return replace(joined, bn=operation.path, activation=operation.activation)
 
 
-def _accepts(group: Group, kind: str) -> bool:
+def _accepts(group: Group, operation: Operation) -> bool:
     """Whether a group's step has a place for one more operation."""
+    kind = operation.kind
     if isinstance(group, CallGroup):
-        return kind == "activation" and group.what == "add" and not group.is_module
+        is_constant = kind == "activation" and not isinstance(operation.activation, PReLUAt)
+        return is_constant and group.what == "add" and not group.is_module
     if kind == "bn":
         return isinstance(group, ConvGroup) and not (group.bn or group.activation or group.residual)
     if kind == "add":

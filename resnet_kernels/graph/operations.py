@@ -21,6 +21,7 @@ from .fusible import (
     is_known,
     is_not_materialized,
     is_plain_max_pool,
+    is_prelu,
     is_quiet,
     why_not_bn,
     why_not_conv,
@@ -30,7 +31,7 @@ from .gates import Gates
 from .group_steps import Operation
 from .own_conv import is_own_conv, own_conv_path
 from .reads import NOTHING, Read, Reads, described
-from .recipe import CannotRead
+from .recipe import CannotRead, PReLUAt
 from .strangers import role_of
 from .tracing import is_add, is_identity, mutates
 
@@ -67,7 +68,7 @@ def operation_of(
         CannotRead: it is none of ours.
     """
     seen, path = Reads((), NOTHING), ""
-    activation: Activation | None = None
+    activation: Activation | PReLUAt | None = None
     if (found := gates.kinds.get(node)) is not None:
         inputs = _inputs(node, found, source)
         if found == "mul" and source[gates.factors[node]] is inputs[0]:
@@ -109,7 +110,7 @@ def _kind_of_function(node: Node) -> str:
 
 def _kind_of_module(
     node: Node, children: Mapping[str, nn.Module], training: bool
-) -> tuple[str, Reads, Activation | None]:
+) -> tuple[str, Reads, Activation | PReLUAt | None]:
     """The kind of a called module, what it rests on, and its activation if it is or ends in one."""
     path = str(node.target)
     child = children[path]
@@ -125,7 +126,10 @@ def _kind_of_module(
     if is_conv:
         return "conv", seen, None
     kind: str | None
-    if is_known(child):
+    activation: Activation | PReLUAt | None
+    if is_prelu(child):
+        kind, activation = "activation", PReLUAt(path)
+    elif is_known(child):
         activation = activation_behind(child) if is_bn else activations.of_module(child)
         kind = "bn" if is_bn else "activation" if activation else "identity" if is_quiet(child) else None
     else:

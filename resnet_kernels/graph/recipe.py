@@ -5,6 +5,7 @@ A recipe holds paths, no module and no tensor. Each call of a fused module looks
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,6 +15,20 @@ if TYPE_CHECKING:
     from torch import nn
 
     from .reads import Reads
+
+
+class PReLUAt(NamedTuple):
+    """PReLU at the end of a step. module: its path; each call reads its slopes."""
+
+    module: str
+
+    def __str__(self) -> str:
+        return self.module
+
+    @property
+    def gain(self) -> float:
+        """As `Activation.gain`: slopes may be anything."""
+        return math.inf
 
 
 class CannotRead(Exception):
@@ -30,7 +45,7 @@ class ConvStep:
 
     conv: str
     bn: str | None
-    activation: Activation | None
+    activation: Activation | PReLUAt | None
     x: int
     out: int
     residual: int | None = None
@@ -55,7 +70,7 @@ class NormStep:
     """act(bn(values[x]) + values[residual]) -> values[out]: a BN that comes before its convolution."""
 
     bn: str
-    activation: Activation | None
+    activation: Activation | PReLUAt | None
     x: int
     out: int
     residual: int | None = None
@@ -96,7 +111,7 @@ class CallStep:
         self.__dict__.update(_with_activation(state if "activation" in state else state | older))
 
 
-def _joined(*names: str | bool | Activation | None) -> str:
+def _joined(*names: str | bool | Activation | PReLUAt | None) -> str:
     return "+".join(str(name) for name in names if name)
 
 

@@ -1,6 +1,7 @@
 """Activations that a fused operation may end in, as data. None in the place of one says that nothing follows.
 
 `KINDS` are, in PyTorch's words, relu, relu6, leaky_relu(negative_slope), silu, gelu, gelu(approximate="tanh") and hardswish.
+`PReLU` has a tensor in it: its slopes are learned. Where tensors have no place, in keys of tables and of plans, it is `PRELU`.
 """
 
 from __future__ import annotations
@@ -88,50 +89,132 @@ class Activation(_Fields):
         return max(1.0, abs(self.slope))
 
 
+class PReLU:
+    """PReLU with its slopes: x where x is above 0, else x * slope. Equal to itself alone.
+
+    Source: He et al. 2015 (arXiv:1502.01852), equation 1.
+    """
+
+    __slots__ = ("slopes",)
+    kind = "prelu"
+    slope = 0.0
+    # Slopes may be anything.
+    gain = math.inf
+
+    def __init__(self, slopes: Tensor):
+        """Wraps slopes, which operations read in each call, and differentiate.
+
+        Args:
+            slopes: (C,) for each channel, or (1,) for all of them, in the data's dtype or float32.
+
+        Raises:
+            TypeError: no tensor, or not of a floating-point dtype.
+            ValueError: it has not one dimension.
+        """
+        if not isinstance(slopes, Tensor) or not slopes.is_floating_point():
+            what = slopes.dtype if isinstance(slopes, Tensor) else type(slopes).__name__
+            raise TypeError(f"slopes must be a floating-point tensor, got {what}")
+        if slopes.dim() != 1:
+            raise ValueError(f"slopes must have shape (C,) or (1,), got {tuple(slopes.shape)}")
+        self.slopes = slopes
+
+    def __str__(self) -> str:
+        """Name in reports and in the keys of tables."""
+        return self.kind
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Returns the activation of x, (N, C, ...), by PyTorch's own function."""
+        return F.prelu(x, self.slopes.to(x.dtype))
+
+    def over(self, x: Tensor) -> Tensor:
+        """Returns the activation of x, in memory of its own: PyTorch's function has no other form."""
+        return self(x)
+
+
 RELU = Activation("relu")
+# Of any PReLU, whatever its slopes.
+PRELU = tuple.__new__(Activation, ("prelu", 0.0))
+# What a fused operation may end in.
+Last = Activation | PReLU | None
 
 
-def apply(activation: Activation | None, x: Tensor) -> Tensor:
+def apply(activation: Last, x: Tensor) -> Tensor:
     """Returns the activation of x by PyTorch's own function; x itself for None."""
     return x if activation is None else activation(x)
 
 
-def apply_over(activation: Activation | None, x: Tensor) -> Tensor:
-    """Returns the activation of x, written over x; x as it is for None."""
+def apply_over(activation: Last, x: Tensor) -> Tensor:
+    """Returns the activation of x, written over x where PyTorch can; x as it is for None."""
     return x if activation is None else activation.over(x)
 
 
-def as_arguments(activation: Activation | None) -> tuple[str | None, float]:
-    """Returns an activation as an operation's schema has it: `str? activation, float slope`."""
+def without_slopes(activation: Last) -> Activation | None:
+    """Returns an activation for keys: `PRELU` for a PReLU."""
+    return PRELU if isinstance(activation, PReLU) else activation
+
+
+def slopes_of(activation: Last) -> Tensor | None:
+    """Returns a PReLU's slopes, (C,) or (1,); None for another activation."""
+    return activation.slopes if isinstance(activation, PReLU) else None
+
+
+def slopes_by_channel(activation: Last, channels: int) -> Tensor | None:
+    """Returns a PReLU's slopes as our kernels read them, (channels,) and contiguous; None for another activation."""
+    slopes = slopes_of(activation)
+    return None if slopes is None else slopes.detach().expand(channels).resolve_neg().contiguous()
+
+
+def as_arguments(activation: Last) -> tuple[str | None, float]:
+    """Returns an activation but for its slopes as an operation's schema has it: `str? activation, float slope`."""
     return (None, 0.0) if activation is None else (activation.kind, activation.slope)
 
 
-def from_arguments(kind: str | None, slope: float) -> Activation | None:
-    """Returns the activation that `as_arguments` took apart."""
+def from_arguments(kind: str | None, slope: float, slopes: Tensor | None = None) -> Last:
+    """Returns the activation that `as_arguments` and `slopes_of` took apart."""
     if kind == "relu":
         return RELU
+    if slopes is not None:
+        return PReLU(slopes)
     return None if kind is None else Activation(kind, slope)
 
 
-def as_constexprs(activation: Activation | None) -> dict[str, str | float | None]:
+def as_constexprs(activation: Last) -> dict[str, str | float | None]:
     """Returns an activation as our kernels have it at compile time (elementwise.activate)."""
     kind, slope = as_arguments(activation)
     return dict(ACT=kind, SLOPE=slope)
 
 
-def chosen(relu: bool, activation: str | Activation | None) -> Activation | None:
+def chosen(relu: bool, activation: str | Last) -> Last:
     """Returns what a public function's arguments `relu` and `activation` ask for; `activation`, if given, overrides `relu`.
 
     Raises:
-        TypeError: `activation` is neither a string nor an Activation.
+        TypeError: `activation` is neither a string nor an Activation nor a PReLU.
         ValueError: a string that is not among KINDS.
     """
     if activation is None:
         return RELU if relu else None
-    if isinstance(activation, Activation):
+    if isinstance(activation, (Activation, PReLU)):
         return activation
     if not isinstance(activation, str):
-        raise TypeError(f"activation must be a str, an Activation or None, got {type(activation).__name__}")
+        raise TypeError(f"activation must be a str, an Activation, a PReLU or None, got {type(activation).__name__}")
     if activation not in KINDS:
-        raise ValueError(f"activation must be one of {', '.join(KINDS)}, or an Activation, got {activation!r}")
+        raise ValueError(f"activation must be one of {', '.join(KINDS)}, an Activation or a PReLU, got {activation!r}")
     return Activation(activation)
+
+
+def check_slopes(activation: Last, x: Tensor, channels: int) -> None:
+    """Checks that a PReLU's slopes fit an operation on x.
+
+    Raises:
+        ValueError: their number is neither 1 nor `channels`; they are on another device, or in another dtype than x's or fp32.
+    """
+    slopes = slopes_of(activation)
+    if slopes is None:
+        return
+    if slopes.shape[0] not in (1, channels):
+        raise ValueError(f"PReLU's slopes must have shape ({channels},) or (1,), got {tuple(slopes.shape)}")
+    if slopes.device != x.device:
+        raise ValueError(f"PReLU's slopes must be on x's device {x.device}, got {slopes.device}")
+    if slopes.dtype not in (x.dtype, torch.float32):
+        accepted = " or ".join(str(dtype) for dtype in dict.fromkeys((x.dtype, torch.float32)))
+        raise ValueError(f"PReLU's slopes must be of dtype {accepted}, got {slopes.dtype}")

@@ -4,6 +4,7 @@
     backward   dz = dy * act'(z), where z is what act has read; of ReLU, dy where y > 0. It is the residual's gradient
                dweight = sum(dz * (x - mean)) * rstd,    dbias = sum(dz)
                dx = weight * rstd * (dz - dbias / rows - (x - mean) * rstd * dweight / rows)
+               dslopes = sum(dy * z where z is not above 0), of PReLU
 
 Cost in reads and writes of one activation each: forward 1 for the statistics and 2 to apply them (3 with a residual),
 backward 2 to reduce and 3 to apply. Eager BN, add and ReLU take 6 (9) forward and 8 (9) backward. With a residual the
@@ -27,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise
-from .activations import Activation, as_constexprs
+from .activations import Activation, Last, as_constexprs, slopes_by_channel, without_slopes
 from .batch_norm_device import lane_sum, load_affine, load_partial, normalize, row_tile, rstd_of, store_partial
 from .batch_norm_tiles import (
     CACHED,
@@ -137,8 +138,9 @@ def _forward_kernel(
     y_ptr,
     mean_ptr,  # (n_channels,)
     rstd_ptr,  # (n_channels,); with VARIANCE the running variance
-    weight_ptr,  # (n_channels,) or None, bias too
+    weight_ptr,  # (n_channels,) or None, and so the next two
     bias_ptr,
+    slopes_ptr,  # PReLU's
     n_rows,
     n_channels,
     eps,
@@ -156,7 +158,7 @@ def _forward_kernel(
     y = normalize(x - mean[None, :], scale, bias)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    y = elementwise.activate(y, ACT, SLOPE)
+    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -170,7 +172,7 @@ def launch(
     training: bool,
     momentum: float,
     eps: float,
-    activation: Activation | None,
+    activation: Last,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs the forward on checked operands.
 
@@ -193,7 +195,7 @@ def launch(
     rows, channels = x.numel() // x.shape[1], x.shape[1]
     y = torch.empty_like(x)
     mean, rstd = _statistics(x, running_mean, running_var, momentum, eps) if training else (None, None)
-    _forward(rows, channels, x.element_size(), eps, activation, not training)(
+    _forward(rows, channels, x.element_size(), eps, without_slopes(activation), not training)(
         x.device,
         x_ptr=x,
         residual_ptr=channels_last(residual),
@@ -202,6 +204,7 @@ def launch(
         rstd_ptr=rstd if training else contiguous(running_var),
         weight_ptr=contiguous(weight),
         bias_ptr=contiguous(bias),
+        slopes_ptr=slopes_by_channel(activation, channels),
     )
     return y, mean, rstd
 

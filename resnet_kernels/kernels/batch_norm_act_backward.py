@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise
-from .activations import RELU, Activation, as_constexprs
+from .activations import RELU, Activation, Last, as_constexprs, slopes_by_channel, slopes_of, without_slopes
 from .batch_norm_device import lane_sum, load_affine, load_partial, normalize, row_tile, rstd_of, store_partial
 from .batch_norm_tiles import (
     CACHED,
@@ -31,13 +31,14 @@ from .layouts import channels_last, contiguous
 
 @triton.jit
 def _through(
-    dy, kept_ptr, at, offs, mask, centered, scale, bias, DTYPE: tl.constexpr, ACT: tl.constexpr, SLOPE: tl.constexpr
-):
-    """dz from dy: through the activation.
+    dy, kept_ptr, at, offs, mask, centered, scale, bias, DTYPE: tl.constexpr, ACT: tl.constexpr, slope
+):  # fmt: skip
+    """dz from dy: through the activation; and what its slope's gradient is the sum of, or dy itself without PReLU.
 
     ReLU needs y's sign alone: kept_ptr holds y, and without it y is computed again and rounded to DTYPE. Other activations
     need what they have read, which is computed again: kept_ptr holds the residual in it.
     """
+    at_slope = dy
     if ACT == "relu":
         if kept_ptr is not None:
             y = tl.load(kept_ptr + at + offs, mask=mask, other=0.0)
@@ -49,8 +50,13 @@ def _through(
         z = normalize(centered, scale, bias)
         if kept_ptr is not None:
             z += tl.load(kept_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-        dy = elementwise.activation_gradient(z, dy, ACT, SLOPE)
-    return dy
+        if ACT == "prelu":
+            # Not `z <= 0`, which would leave a NaN out that PyTorch has in its sum. Outside of the data 0 * inf may be one.
+            at_slope = tl.where((z > 0) | (mask == 0), 0.0, dy * z)
+        dy = elementwise.activation_gradient(z, dy, ACT, slope)
+        if ACT == "prelu":
+            dy = tl.where(mask, dy, 0.0)
+    return dy, at_slope
 
 
 @triton.jit
@@ -63,7 +69,9 @@ def _reduce_kernel(
     rstd_ptr,
     weight_ptr,
     bias_ptr,
+    slopes_ptr,
     partial_ptr,  # (2, n_splits, n_channels) fp64: sums of dz and of dz * (x - mean)
+    slopes_partial_ptr,  # (n_splits, n_channels) fp64, or None: sums for the slopes' gradient
     n_rows,
     n_channels,
     rows_per_split,
@@ -81,26 +89,37 @@ def _reduce_kernel(
     mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    sum_at_slope = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
+    slope = elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0)
     for row in tl.range(start, end, BLOCK_ROWS, num_stages=STAGES):
         mask = (row + lane < end)[:, None] & mask_c[None, :]
         dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         centered = tl.where(mask, x - mean[None, :], 0.0)
-        dz = _through(dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, SLOPE)
+        dz, at_slope = _through(
+            dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, slope
+        )  # fmt: skip
         if dz_ptr is not None:
             tl.store(dz_ptr + at + offs, dz.to(dz_ptr.dtype.element_ty), mask=mask)
         sum_dz += dz
         sum_dz_x += dz * centered
+        if slopes_partial_ptr is not None:
+            sum_at_slope += at_slope
         at += BLOCK_ROWS * n_channels
     store_partial(partial_ptr, lane_sum(sum_dz), lane_sum(sum_dz_x), n_channels, offs_c, mask_c)
+    if slopes_partial_ptr is not None:
+        slopes_ptrs = slopes_partial_ptr + tl.program_id(0) * n_channels + offs_c
+        tl.store(slopes_ptrs, lane_sum(sum_at_slope), mask=mask_c)
 
 
 @triton.jit
 def _finish_reduce_kernel(
     partial_ptr,  # as _reduce_kernel writes it
+    slopes_partial_ptr,  # as _reduce_kernel writes it, or None
     rstd_ptr,
     dweight_ptr,  # (n_channels,) or None, dbias too
     dbias_ptr,
+    dslopes_ptr,  # (n_channels,), with slopes_partial_ptr
     coefficient_ptr,  # (2, n_channels) fp32 or None: _backward_kernel subtracts the first + the second * (x - mean) from dz
     n_rows,
     n_channels,
@@ -110,7 +129,7 @@ def _finish_reduce_kernel(
     BLOCK_SPLITS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
 ):
-    sums_dz, sums_dz_x, _, _, offs_c, mask_c = load_partial(
+    sums_dz, sums_dz_x, mask, offs_s, offs_c, mask_c = load_partial(
         partial_ptr, n_splits, n_channels, BLOCK_SPLITS, BLOCK_CHANNELS
     )  # fmt: skip
     rstd = tl.load(rstd_ptr + offs_c, mask=mask_c, other=1.0).to(tl.float32)
@@ -123,6 +142,12 @@ def _finish_reduce_kernel(
         tl.store(dweight_ptr + offs_c, dweight.to(tl.float32).to(dweight_ptr.dtype.element_ty), mask=mask_c)
     if dbias_ptr is not None:
         tl.store(dbias_ptr + offs_c, dbias.to(tl.float32).to(dbias_ptr.dtype.element_ty), mask=mask_c)
+    if slopes_partial_ptr is not None:
+        slopes_ptrs = slopes_partial_ptr + offs_s[:, None] * n_channels + offs_c[None, :]
+        dslopes = tl.sum(tl.load(slopes_ptrs, mask=mask, other=0.0), 0)
+        if dslopes_ptr.dtype.element_ty != tl.float64:
+            dslopes = dslopes.to(tl.float32)
+        tl.store(dslopes_ptr + offs_c, dslopes.to(dslopes_ptr.dtype.element_ty), mask=mask_c)
     if coefficient_ptr is not None:
         rows = n_rows.to(tl.float64)
         tl.store(coefficient_ptr + offs_c, (dbias / rows).to(tl.float32), mask=mask_c)
@@ -139,6 +164,7 @@ def _backward_kernel(
     rstd_ptr,
     weight_ptr,
     bias_ptr,
+    slopes_ptr,
     coefficient_ptr,  # (2, n_channels), or None in eval mode
     n_rows,
     n_channels,
@@ -155,11 +181,12 @@ def _backward_kernel(
     mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     centered = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    dz = _through(dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, SLOPE)
+    slope = elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0)
+    dz, _ = _through(dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, slope)
     if coefficient_ptr is not None:
         constant = tl.load(coefficient_ptr + offs_c, mask=mask_c, other=0.0)
-        slope = tl.load(coefficient_ptr + n_channels + offs_c, mask=mask_c, other=0.0)
-        dz -= constant[None, :] + centered * slope[None, :]
+        factor = tl.load(coefficient_ptr + n_channels + offs_c, mask=mask_c, other=0.0)
+        dz -= constant[None, :] + centered * factor[None, :]
     tl.store(dx_ptr + at + offs, (dz * scale[None, :]).to(dx_ptr.dtype.element_ty), mask=mask)
 
 
@@ -173,9 +200,9 @@ def launch(
     rstd: Tensor,
     training: bool,
     eps: float,
-    activation: Activation | None,
-    needs: tuple[bool, bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    activation: Last,
+    needs: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
     """Runs the backward.
 
     Args:
@@ -189,16 +216,18 @@ def launch(
         training: whether mean and rstd are the batch's, so that dx has to account for them.
         eps: the forward's.
         activation: the forward's.
-        needs: which of dx, dz (the residual's gradient), dweight and dbias to compute.
+        needs: which of dx, dz (the residual's gradient), dweight, dbias and dslopes to compute.
 
     Returns:
-        dx, dz, dweight, dbias; None for each that `needs` leaves out.
+        dx, dz, dweight, dbias, and dslopes as the slopes are; None for each that `needs` leaves out.
     """
     dy, x = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (dy, x))
     kept = channels_last(kept)
-    needs_x, needs_dz, needs_weight, needs_bias = needs
+    needs_x, needs_dz, needs_weight, needs_bias, needs_slopes = needs
     rows, channels = x.numel() // x.shape[1], x.shape[1]
-    split, reduce, finish, apply = _launchers(rows, channels, x.element_size(), eps, activation, not training, needs_dz)
+    split, reduce, finish, apply = _launchers(
+        rows, channels, x.element_size(), eps, without_slopes(activation), not training, needs_dz
+    )
     dz = torch.empty_like(x) if needs_dz else None
     dx = torch.empty_like(x) if needs_x else None
     dtype = torch.float32 if weight is None else weight.dtype
@@ -206,21 +235,37 @@ def launch(
         torch.empty(channels, dtype=dtype, device=x.device) if needed else None for needed in (needs_weight, needs_bias)
     )
     coefficients = torch.empty((2, channels), dtype=torch.float32, device=x.device) if training and needs_x else None
+    slopes, dslopes, slopes_partial = slopes_by_channel(activation, channels), None, None
+    own_slopes = slopes_of(activation)
+    has_one_slope = own_slopes is not None and own_slopes.shape[0] == 1 != channels
+    if needs_slopes:
+        assert slopes is not None, "PReLU alone has slopes"
+        # One slope's gradient is the sum of all channels', and a sum of rounded ones would err more than eager's.
+        dslopes = torch.empty_like(slopes, dtype=torch.float64 if has_one_slope else slopes.dtype)
+        slopes_partial = torch.empty((split.n_splits, channels), dtype=torch.float64, device=x.device)
     affine = dict(
         mean_ptr=contiguous(mean), rstd_ptr=contiguous(rstd), weight_ptr=contiguous(weight), bias_ptr=contiguous(bias)
     )
-    if any(value is not None for value in (dz, dweight, dbias, coefficients)):
+    if any(value is not None for value in (dz, dweight, dbias, dslopes, coefficients)):
         partial = torch.empty((2, split.n_splits, channels), dtype=torch.float64, device=x.device)
-        reduce(x.device, dy_ptr=dy, x_ptr=x, kept_ptr=kept, dz_ptr=dz, **affine, partial_ptr=partial)
+        reduce(
+            x.device, dy_ptr=dy, x_ptr=x, kept_ptr=kept, dz_ptr=dz, **affine, slopes_ptr=slopes, partial_ptr=partial,
+            slopes_partial_ptr=slopes_partial,
+        )  # fmt: skip
         finish(
-            x.device, partial_ptr=partial, rstd_ptr=affine["rstd_ptr"], dweight_ptr=dweight, dbias_ptr=dbias,
-            coefficient_ptr=coefficients,
+            x.device, partial_ptr=partial, slopes_partial_ptr=slopes_partial, rstd_ptr=affine["rstd_ptr"],
+            dweight_ptr=dweight, dbias_ptr=dbias, dslopes_ptr=dslopes, coefficient_ptr=coefficients,
         )  # fmt: skip
     if dx is not None:
         # dz has come through the activation already.
-        upper, kept = (dy, kept) if dz is None else (dz, None)
-        apply(x.device, dy_ptr=upper, x_ptr=x, kept_ptr=kept, dx_ptr=dx, **affine, coefficient_ptr=coefficients)
-    return dx, dz, dweight, dbias
+        upper, kept, own = (dy, kept, slopes) if dz is None else (dz, None, None)
+        apply(
+            x.device, dy_ptr=upper, x_ptr=x, kept_ptr=kept, dx_ptr=dx, **affine, slopes_ptr=own,
+            coefficient_ptr=coefficients,
+        )  # fmt: skip
+    if slopes is not None and dslopes is not None and has_one_slope:
+        dslopes = dslopes.sum(0, keepdim=True).to(slopes.dtype)
+    return dx, dz, dweight, dbias, dslopes
 
 
 def split_of(rows: int, channels: int, itemsize: int, activation: Activation | None) -> Split:

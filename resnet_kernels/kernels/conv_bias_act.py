@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise, launching, limits, target
-from .activations import Activation, as_constexprs
+from .activations import Activation, as_constexprs, slopes_by_channel, without_slopes
 from .geometry import Geometry
 from .layouts import channels_last, contiguous
 from .operands import ConvOperands
@@ -106,6 +106,7 @@ def _conv_bias_act_kernel(
     w_ptr,  # (groups * c_out, KERNEL_H, KERNEL_W, c_in)
     scale_ptr,  # (groups * c_out,) or None
     bias_ptr,  # (groups * c_out,) or None
+    slopes_ptr,  # (groups * c_out,) or None: PReLU's
     residual_ptr,  # as y, or None
     y_ptr,  # (n, out_h, out_w, groups * c_out)
     n_pixels,  # n * out_h * out_w, below 2**31
@@ -205,7 +206,7 @@ def _conv_bias_act_kernel(
     mask_y = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + y_offset, mask=mask_y, other=0.0).to(tl.float32)
-    acc = elementwise.activate(acc, ACT, SLOPE)
+    acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_n, 0))
     tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 
@@ -239,11 +240,11 @@ def launch(operands: ConvOperands, config: ConvConfig | None = None) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     weight = weight.contiguous(memory_format=torch.channels_last)
     config, grid, fixed, prepared = _plan(
-        x.shape, weight.shape, geometry, activation, x.dtype, target.allows_tf32(x.dtype), config
+        x.shape, weight.shape, geometry, without_slopes(activation), x.dtype, target.allows_tf32(x.dtype), config
     )  # fmt: skip
     tensors = dict(
         x_ptr=x, w_ptr=weight, scale_ptr=contiguous(scale), bias_ptr=contiguous(bias),
-        residual_ptr=channels_last(residual), y_ptr=y,
+        slopes_ptr=slopes_by_channel(activation, c_out), residual_ptr=channels_last(residual), y_ptr=y,
     )  # fmt: skip
     launching.launch(
         _conv_bias_act_kernel, grid, x.device, tensors, fixed, prepared,

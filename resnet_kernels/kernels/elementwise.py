@@ -45,14 +45,26 @@ def _tanh_argument(x):
 
 
 @triton.jit
-def activate(x, ACT: tl.constexpr, SLOPE: tl.constexpr):
-    """An activation of fp32 x: ACT is one of activations.KINDS, or None for x itself; SLOPE is Leaky ReLU's."""
+def slope_of(slopes_ptr, SLOPE: tl.constexpr, offs_c, mask_c, AXIS: tl.constexpr):
+    """The slope of the negative side: PReLU's of each channel, with a new AXIS; else SLOPE, Leaky ReLU's.
+
+    AXIS: the pixels' in a tile, 0 or 1.
+    """
+    if slopes_ptr is not None:
+        return tl.expand_dims(tl.load(slopes_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32), AXIS)
+    else:
+        return SLOPE
+
+
+@triton.jit
+def activate(x, ACT: tl.constexpr, slope):
+    """An activation of fp32 x: ACT is "prelu" or one of activations.KINDS, or None for x itself; slope is of `slope_of`."""
     if ACT == "relu":
         x = relu(x)
     elif ACT == "relu6":
         x = tl.where(x > 6.0, 6.0, relu(x))
-    elif ACT == "leaky_relu":
-        x = tl.where(x > 0, x, x * SLOPE)
+    elif ACT == "leaky_relu" or ACT == "prelu":
+        x = tl.where(x > 0, x, x * slope)
     elif ACT == "silu":
         x = x * sigmoid(x)
     elif ACT == "gelu":
@@ -62,33 +74,33 @@ def activate(x, ACT: tl.constexpr, SLOPE: tl.constexpr):
     elif ACT == "hardswish":
         x = x * (tl.where(x > 3.0, 6.0, relu(x + 3.0)) / 6.0)
     else:
-        tl.static_assert(ACT is None, "ACT must be one of activations.KINDS, or None")
+        tl.static_assert(ACT is None, "ACT must be one of activations.KINDS, prelu or None")
     return x
 
 
 @triton.jit
-def activation_gradient(x, dy, ACT: tl.constexpr, SLOPE: tl.constexpr):
+def activation_gradient(x, dy, ACT: tl.constexpr, slope):
     """The gradient of `activate`'s x from that of its result, with torch's own choices at the kinks; `relu` is not here.
 
     A NaN in x lets the gradient through where torch does.
     """
     if ACT == "relu6":
         dy = tl.where((x <= 0) | (x >= 6.0), 0.0, dy)
-    elif ACT == "leaky_relu":
-        dy = tl.where(x > 0, dy, dy * SLOPE)
+    elif ACT == "leaky_relu" or ACT == "prelu":
+        dy = tl.where(x > 0, dy, dy * slope)
     elif ACT == "silu":
         dy = dy * (sigmoid(x) + x * sigmoid_slope(x))
     elif ACT == "gelu":
         dy = dy * (normal_cdf(x) + x * (0.3989422804014327 * tl.exp(-0.5 * x * x)))
     elif ACT == "gelu_tanh":
         u = _tanh_argument(x)
-        slope = x * (1.5957691216057308 + 0.2140644488147888 * x * x)
+        inner = x * (1.5957691216057308 + 0.2140644488147888 * x * x)
         # Far from zero the second term is none; its factors would give inf * 0.
-        dy = dy * (sigmoid(u) + tl.where(tl.abs(x) > 20.0, 0.0, sigmoid_slope(u) * slope))
+        dy = dy * (sigmoid(u) + tl.where(tl.abs(x) > 20.0, 0.0, sigmoid_slope(u) * inner))
     elif ACT == "hardswish":
         dy = tl.where(x <= -3.0, 0.0, tl.where(x < 3.0, dy * (x / 3.0 + 0.5), dy))
     else:
-        tl.static_assert(ACT is None, "ACT must be one of activations.KINDS but relu, or None")
+        tl.static_assert(ACT is None, "ACT must be one of activations.KINDS but relu, prelu or None")
     return dy
 
 

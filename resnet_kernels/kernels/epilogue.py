@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import elementwise, limits
-from .activations import RELU, Activation, as_constexprs
+from .activations import RELU, Activation, Last, as_constexprs, slopes_by_channel, without_slopes
 from .launching import Launcher
 from .layouts import channels_last, contiguous
 
@@ -43,11 +43,12 @@ def _affine(x, scale_ptr, shift_ptr, offs_c, mask_c):
 @triton.jit
 def _epilogue_kernel(
     x_ptr,  # (n_rows, n_channels), residual and y too; y may be x
-    scale_ptr,  # (n_channels,) or None, and so the three below
+    scale_ptr,  # (n_channels,) or None, and so the four below
     shift_ptr,
     residual_ptr,  # or None
     residual_scale_ptr,
     residual_shift_ptr,
+    slopes_ptr,  # PReLU's
     y_ptr,
     n_rows,
     n_channels,
@@ -72,7 +73,7 @@ def _epilogue_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         y += _affine(residual, residual_scale_ptr, residual_shift_ptr, offs_c, mask_c)
-    y = elementwise.activate(y, ACT, SLOPE)
+    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -90,7 +91,7 @@ def launch(
     residual: Tensor | None = None,
     residual_scale: Tensor | None = None,
     residual_shift: Tensor | None = None,
-    activation: Activation | None = RELU,
+    activation: Last = RELU,
     *,
     overwrite: bool = False,
 ) -> Tensor:
@@ -109,10 +110,10 @@ def launch(
     x = x.contiguous(memory_format=torch.channels_last)
     y = x if overwrite else torch.empty_like(x)
     if y.numel():
-        _launcher(x.numel() // x.shape[1], x.shape[1], x.element_size(), activation)(
+        _launcher(x.numel() // x.shape[1], x.shape[1], x.element_size(), without_slopes(activation))(
             x.device, x_ptr=x, scale_ptr=contiguous(scale), shift_ptr=contiguous(shift),
             residual_ptr=channels_last(residual), residual_scale_ptr=contiguous(residual_scale),
-            residual_shift_ptr=contiguous(residual_shift), y_ptr=y,
+            residual_shift_ptr=contiguous(residual_shift), slopes_ptr=slopes_by_channel(activation, x.shape[1]), y_ptr=y,
         )  # fmt: skip
     return y
 

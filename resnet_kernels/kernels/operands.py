@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .activations import RELU, Activation
+from .activations import RELU, Last
 from .geometry import Geometry
 
 
@@ -29,7 +29,7 @@ class ConvOperands(NamedTuple):
     residual: Tensor | None = None
     scale: Tensor | None = None
     geometry: Geometry = Geometry()
-    activation: Activation | None = RELU
+    activation: Last = RELU
 
     def folded(self) -> ConvOperands:
         """Returns operands without a scale: a copy of the weight has it, in x's dtype."""

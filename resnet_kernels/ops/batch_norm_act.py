@@ -14,18 +14,19 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..kernels import activations
-from ..kernels.activations import RELU, Activation
+from ..kernels.activations import RELU, Activation, Last, PReLU
 from . import backends, reference, tuned_table
 from .library import LIBRARY, is_watched
 
 LIBRARY.define(
     "batch_norm_act(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, Tensor(a!)? running_mean, "
     "Tensor(b!)? running_var, bool training, float momentum, float eps, str? activation, float slope, "
-    "str backend) -> (Tensor, Tensor, Tensor)"
+    "str backend, Tensor? slopes=None) -> (Tensor, Tensor, Tensor)"
 )
 LIBRARY.define(
     "batch_norm_act_backward(Tensor dy, Tensor x, Tensor? kept, Tensor? weight, Tensor? bias, Tensor mean, Tensor rstd, "
-    "bool training, float eps, str? activation, float slope, bool[4] needs) -> (Tensor, Tensor, Tensor, Tensor)"
+    "bool training, float eps, str? activation, float slope, bool[5] needs, Tensor? slopes=None) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -62,16 +63,17 @@ def untuned(problem: NormProblem, dtype: torch.dtype, device: torch.device) -> s
     return "eager" if problem.training or not backends.passes_on_triton("tuned", device, dtype) else "triton"
 
 
-def _is_ours(x: Tensor, residual: Tensor | None, activation: Activation | None, backend: str, learns: bool) -> bool:
+def _is_ours(x: Tensor, residual: Tensor | None, activation: Last, backend: str, learns: bool) -> bool:
     return _runs_ours(x, residual, activation, backends.resolve(backend, x.device, x.dtype), learns)
 
 
-def _runs_ours(x: Tensor, residual: Tensor | None, activation: Activation | None, backend: str, learns: bool) -> bool:
+def _runs_ours(x: Tensor, residual: Tensor | None, activation: Last, backend: str, learns: bool) -> bool:
     """Whether a resolved backend means our kernels."""
     if backend == "tuned" and all(type(size) is int for size in x.shape):
         # While torch.compile traces, sizes may be symbols, which no table has: PyTorch runs those.
         batch, channels, height, width = x.shape
-        problem = NormProblem(channels, height, width, residual is not None, activation, learns)
+        last = activations.without_slopes(activation)
+        problem = NormProblem(channels, height, width, residual is not None, last, learns)
         found = tuned_table.choice(problem, batch, x.dtype, x.device, _can_run)
         backend = found or untuned(problem, x.dtype, x.device)
     return backend == "triton" and x.numel() > 0
@@ -86,9 +88,9 @@ def _by_pytorch(x, residual, weight, bias, running_mean, running_var, training, 
 
 
 def _batch_norm_act(
-    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend
+    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend, slopes=None
 ):  # fmt: skip
-    activation = activations.from_arguments(kind, slope)
+    activation = activations.from_arguments(kind, slope, slopes)
     arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation)
     if not _is_ours(x, residual, activation, backend, training):
         return _by_pytorch(*arguments)
@@ -98,8 +100,10 @@ def _batch_norm_act(
     return (y, mean, rstd) if training else (y, _nothing(x), _nothing(x))
 
 
-def _fake(x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend):
-    activation = activations.from_arguments(kind, slope)
+def _fake(
+    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend, slopes=None
+):  # fmt: skip
+    activation = activations.from_arguments(kind, slope, slopes)
     y = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     if not (training and _is_ours(x, residual, activation, backend, training)):
         return y, _nothing(x), _nothing(x)
@@ -114,16 +118,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation, backend
-    ):
+        ctx, x, residual, weight, bias, slopes, running_mean, running_var, training, momentum, eps, activation, backend
+    ):  # fmt: skip
         with torch._C._AutoDispatchBelowAutograd():
             y, mean, rstd = torch.ops.resnet_kernels.batch_norm_act.default(
                 x, residual, weight, bias, running_mean, running_var, training, momentum, eps,
-                *activations.as_arguments(activation), backend,
+                *activations.as_arguments(activation), backend, slopes,
             )  # fmt: skip
         ctx.mark_non_differentiable(mean, rstd)
         statistics = (mean, rstd) if training else (running_mean, running_var)
-        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, activation))
+        _keep(ctx, x, residual, weight, bias, slopes, y, statistics, (training, eps, activation))
         return y, mean, rstd
 
     @staticmethod
@@ -136,14 +140,17 @@ class _Direct(torch.autograd.Function):
     """`_Function` for `undispatched`: y alone, without the dispatcher's way into Python and back."""
 
     @staticmethod
-    def forward(ctx, x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation):
+    def forward(
+        ctx, x, residual, weight, bias, slopes, running_mean, running_var, training, momentum, eps, activation
+    ):  # fmt: skip
         from ..kernels import batch_norm_act as kernel
 
+        last = activation if slopes is None else PReLU(slopes)
         y, mean, rstd = kernel.launch(
-            x, residual, weight, bias, running_mean, running_var, training, momentum, eps, activation
+            x, residual, weight, bias, running_mean, running_var, training, momentum, eps, last
         )
         statistics = (mean, rstd) if training else (running_mean, running_var)
-        _keep(ctx, x, residual, weight, bias, y, statistics, (training, eps, activation))
+        _keep(ctx, x, residual, weight, bias, slopes, y, statistics, (training, eps, activation))
         return y
 
     @staticmethod
@@ -154,8 +161,11 @@ class _Direct(torch.autograd.Function):
         return *_gradients(ctx, dy, _backward_op if is_watched() else kernel.launch), *(None,) * 6
 
 
-def _keep(ctx, x, residual, weight, bias, y, statistics, settings) -> None:
-    """Saves what backward reads and nothing else: autograd forbids in-place changes to saved tensors."""
+def _keep(ctx, x, residual, weight, bias, slopes, y, statistics, settings) -> None:
+    """Saves what backward reads and nothing else: autograd forbids in-place changes to saved tensors.
+
+    settings: training, eps, and the activation without its slopes.
+    """
     *_, activation = settings
     ctx.set_materialize_grads(False)
     ctx.settings = settings
@@ -163,60 +173,68 @@ def _keep(ctx, x, residual, weight, bias, y, statistics, settings) -> None:
     kept = None if activation is None or residual is None else y if activation == RELU else residual
     # y alone gives ReLU's mask; all else is computed again.
     kept_bias = None if activation is None or kept is y else bias
-    ctx.save_for_backward(x, kept, weight, kept_bias, *statistics)
+    ctx.save_for_backward(x, kept, weight, kept_bias, *statistics, slopes)
 
 
 def _backward_op(dy, x, kept, weight, bias, mean, rstd, training, eps, activation, needs):
     return torch.ops.resnet_kernels.batch_norm_act_backward.default(
-        dy, x, kept, weight, bias, mean, rstd, training, eps, *activations.as_arguments(activation), needs
-    )
+        dy, x, kept, weight, bias, mean, rstd, training, eps, *activations.as_arguments(activation), needs,
+        activations.slopes_of(activation),
+    )  # fmt: skip
 
 
 def _gradients(ctx, dy, backward) -> tuple[Tensor | None, ...]:
-    """The gradients of x, residual, weight and bias. backward: our kernels', by the op or by themselves."""
+    """The gradients of x, residual, weight, bias and slopes. backward: our kernels', by the op or by themselves."""
     if dy is None:
-        return (None,) * 4
+        return (None,) * 5
     training, eps, activation = ctx.settings
-    needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-    needs = (needs_x, needs_residual and activation is not None, needs_weight, needs_bias)
-    gradients = backward(dy, *ctx.saved_tensors, training, eps, activation, needs)
-    dx, dresidual, dweight, dbias = (g if needed else None for g, needed in zip(gradients, needs))
+    needs_x, needs_residual, needs_weight, needs_bias, needs_slopes = ctx.needs_input_grad[:5]
+    needs = (needs_x, needs_residual and activation is not None, needs_weight, needs_bias, needs_slopes)
+    *saved, slopes = ctx.saved_tensors
+    last = activation if slopes is None else PReLU(slopes)
+    gradients = backward(dy, *saved, training, eps, last, needs)
+    dx, dresidual, dweight, dbias, dslopes = (g if needed else None for g, needed in zip(gradients, needs))
     if needs_residual and activation is None:
         dresidual = dy
     if dbias is not None and dbias.dtype != ctx.bias_dtype:
         dbias = dbias.to(ctx.bias_dtype)
-    return dx, dresidual, dweight, dbias
+    return dx, dresidual, dweight, dbias, dslopes
 
 
-def _backward(dy, x, kept, weight, bias, mean, rstd, training, eps, kind, slope, needs):
+def _backward(dy, x, kept, weight, bias, mean, rstd, training, eps, kind, slope, needs, slopes=None):
     from ..kernels import batch_norm_act_backward as kernel
 
-    activation = activations.from_arguments(kind, slope)
+    activation = activations.from_arguments(kind, slope, slopes)
     gradients = kernel.launch(dy, x, kept, weight, bias, mean, rstd, training, eps, activation, needs)
     return tuple(_nothing(x) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(dy, x, kept, weight, bias, mean, rstd, training, eps, kind, slope, needs):
+def _backward_fake(dy, x, kept, weight, bias, mean, rstd, training, eps, kind, slope, needs, slopes=None):
     data = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
     vector = torch.empty(x.shape[1], dtype=torch.float32 if weight is None else weight.dtype, device=x.device)
-    whole = (data, data.clone(), vector, vector.clone())
+    whole = (data, data.clone(), vector, vector.clone(), vector if slopes is None else torch.empty_like(slopes))
     return tuple(value if needed else _nothing(x) for value, needed in zip(whole, needs))
 
 
-def _wants_gradients(arguments) -> bool:
-    return torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments)
+def _wants_gradients(tensors) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _autograd(*arguments):
-    x, residual, *settings, kind, slope, backend = arguments
-    if _wants_gradients(arguments):
-        activation = activations.from_arguments(kind, slope)
-        if not _is_ours(x, residual, activation, backend, learns=True):
-            return _by_pytorch(x, residual, *settings, activation)
+def _autograd(
+    x, residual, weight, bias, running_mean, running_var, training, momentum, eps, kind, slope, backend, slopes=None
+):  # fmt: skip
+    settings = (running_mean, running_var, training, momentum, eps)
+    if _wants_gradients((x, residual, weight, bias, running_mean, running_var, slopes)):
+        last = activations.from_arguments(kind, slope, slopes)
+        if not _is_ours(x, residual, last, backend, learns=True):
+            return _by_pytorch(x, residual, weight, bias, *settings, last)
         # By name: below autograd the op can't see that gradients are wanted, and would decide anew.
-        return _Function.apply(x, residual, *settings, activation, "triton")
+        activation = activations.without_slopes(last)
+        return _Function.apply(x, residual, weight, bias, slopes, *settings, activation, "triton")
     with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.resnet_kernels.batch_norm_act.default(*arguments)
+        return torch.ops.resnet_kernels.batch_norm_act.default(
+            x, residual, weight, bias, *settings, kind, slope, backend, slopes
+        )
 
 
 def undispatched(
@@ -229,7 +247,7 @@ def undispatched(
     training: bool,
     momentum: float,
     eps: float,
-    activation: Activation | None,
+    activation: Last,
     backend: str,
 ) -> Tensor:
     """The op's y for a caller who has checked the operands and resolved the backend.
@@ -237,18 +255,20 @@ def undispatched(
     In training our kernels are called past PyTorch's dispatcher, unless somebody would see the operation there: on its way
     through Python and back a BN's forward and backward take the host a third longer.
     """
-    arguments = (x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
-    direct = _wants_gradients(arguments) and not is_watched() and type(x) is Tensor
+    slopes = activations.slopes_of(activation)
+    settings = (running_mean, running_var, training, momentum, eps)
+    tensors = (x, residual, weight, bias, running_mean, running_var, slopes)
+    direct = _wants_gradients(tensors) and not is_watched() and type(x) is Tensor
     if direct and _runs_ours(x, residual, activation, backend, learns=True):
-        return _Direct.apply(*arguments, activation)
-    return _op(*arguments, activation, backend)
+        return _Direct.apply(x, residual, weight, bias, slopes, *settings, activations.without_slopes(activation))
+    return _op(x, residual, weight, bias, *settings, activation, backend)
 
 
 def _op(*arguments) -> Tensor:
     """The op's y. arguments: as `undispatched` has them."""
     *operands, activation, backend = arguments
     op = torch.ops.resnet_kernels.batch_norm_act.default
-    return op(*operands, *activations.as_arguments(activation), backend)[0]
+    return op(*operands, *activations.as_arguments(activation), backend, activations.slopes_of(activation))[0]
 
 
 LIBRARY.impl("batch_norm_act", _batch_norm_act, "CompositeExplicitAutograd")
@@ -270,10 +290,10 @@ def batch_norm_act(
     momentum: float,
     eps: float,
     relu: bool = True,
-    activation: str | Activation | None = None,
+    activation: str | Activation | PReLU | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns act(BN(x) + residual), differentiable in x, residual, weight and bias.
+    """Returns act(BN(x) + residual), differentiable in x, residual, weight, bias and PReLU's slopes.
 
     Args:
         x: (N, C, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
@@ -290,7 +310,7 @@ def batch_norm_act(
         eps: added to the variance; above 0 in training, at least 0 else.
         relu: False leaves the ReLU away, which comes last by default.
         activation: what comes last in the place of the ReLU, whatever `relu` says: "relu", "relu6", "leaky_relu", "silu",
-            "gelu", "gelu_tanh" or "hardswish", or an Activation, such as Activation("leaky_relu", 0.1).
+            "gelu", "gelu_tanh" or "hardswish"; an Activation, such as Activation("leaky_relu", 0.1); or PReLU(slopes).
         backend: "triton" runs two passes over data forward and two backward; so does "auto" where a measured table shows
             that they win. Else PyTorch's own BN, add and activation run. RESNET_KERNELS_BACKEND overrides the argument.
 
@@ -298,7 +318,7 @@ def batch_norm_act(
         x's shape and dtype, channels_last.
 
     Raises:
-        TypeError: an argument is no tensor, or x not floating point; an activation that is no string and no Activation.
+        TypeError: an argument is no tensor, or x not floating point; an activation of another type than these.
         ValueError: a shape, dtype, device, range, activation or backend name that doesn't fit; one value per channel in
             training.
         RuntimeError: an explicit backend can't run here.
@@ -308,6 +328,7 @@ def batch_norm_act(
     last = activations.chosen(relu, activation)
     backends.check_name(backend)
     _check(x, residual, weight, bias, running_mean, running_var, training, momentum, eps)
+    activations.check_slopes(last, x, x.shape[1])
     arguments = (x, residual, weight, bias, running_mean, running_var, bool(training), momentum, eps, last)
     if is_watched():
         return _op(*arguments, backend)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import activations
-from ..kernels.activations import RELU, Activation
+from ..kernels.activations import RELU, Activation, Last, PReLU
 from ..kernels.geometry import Geometry, IntOrPair, Padding, check_operands, normalize
 from ..kernels.operands import ConvOperands
 from . import backends, conv_candidates, onednn, reference
@@ -19,28 +19,32 @@ from .library import LIBRARY
 
 LIBRARY.define(
     "conv_bias_act(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor? scale, SymInt[2] stride, "
-    "SymInt[4] padding, SymInt[2] dilation, SymInt groups, str? activation, float slope, str backend) -> Tensor"
+    "SymInt[4] padding, SymInt[2] dilation, SymInt groups, str? activation, float slope, str backend, "
+    "Tensor? slopes=None) -> Tensor"
 )
 
 
 def _conv_bias_act(
-    x, weight, bias, residual, scale, stride, padding, dilation, groups, activation, slope, backend
+    x, weight, bias, residual, scale, stride, padding, dilation, groups, activation, slope, backend, slopes=None
 ):  # fmt: skip
     # The backend is resolved inside the op, so torch.compile sees one op on every machine.
     name = backends.resolve(backend, x.device, x.dtype)
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
-    operands = ConvOperands(x, weight, bias, residual, scale, geometry, activations.from_arguments(activation, slope))
+    last = activations.from_arguments(activation, slope, slopes)
+    operands = ConvOperands(x, weight, bias, residual, scale, geometry, last)
     return conv_candidates.run(conv_candidates.winner(operands) if name == "tuned" else name, operands)
 
 
-def _fake(x, weight, bias, residual, scale, stride, padding, dilation, groups, activation, slope, backend):
+def _fake(
+    x, weight, bias, residual, scale, stride, padding, dilation, groups, activation, slope, backend, slopes=None
+):  # fmt: skip
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     shape = geometry.out_shape(x.shape, weight.shape)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _setup_context(ctx, inputs, output):
-    x, weight, bias, _, scale, stride, padding, dilation, groups, activation, _, _ = inputs
+    x, weight, bias, _, scale, stride, padding, dilation, groups, activation, *_ = inputs
     if activation not in (None, "relu"):
         raise NotImplementedError(
             f"conv_bias_act has no gradient through {activation}: call rk.ops.conv_bias_act, which has"
@@ -76,7 +80,7 @@ def _backward(ctx, grad_y):
             top, _, left, _ = ctx.geometry.padding
             grad_x = grad_x[:, :, top : top + x.shape[2], left : left + x.shape[3]]
     grad_residual = grad_y if needs_residual else None
-    return grad_x, grad_weight, grad_bias, grad_residual, grad_scale, None, None, None, None, None, None, None
+    return grad_x, grad_weight, grad_bias, grad_residual, grad_scale, *(None,) * 8
 
 
 LIBRARY.impl("conv_bias_act", _conv_bias_act, "CompositeExplicitAutograd")
@@ -93,7 +97,7 @@ def run_checked(
     residual: Tensor | None,
     scale: Tensor | None,
     geometry: Geometry,
-    activation: Activation | None,
+    activation: Last,
     backend: str,
 ) -> Tensor:
     """The op for a caller who has checked the operands, with gradients through any activation.
@@ -101,14 +105,15 @@ def run_checked(
     ReLU's backward needs only the sign of the output. That of other activations needs what they have read, which the op
     doesn't store: where gradients are wanted they are PyTorch's own, behind the op.
     """
-    after = None
+    after: Last = None
     if activation is not None and activation != RELU and torch.is_grad_enabled():
-        tensors = (x, weight, bias, residual, scale)
+        tensors = (x, weight, bias, residual, scale, activations.slopes_of(activation))
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
             activation, after = None, activation
     y = torch.ops.resnet_kernels.conv_bias_act.default(
-        x, weight, bias, residual, scale, *geometry, *activations.as_arguments(activation), backend
-    )
+        x, weight, bias, residual, scale, *geometry, *activations.as_arguments(activation), backend,
+        activations.slopes_of(activation),
+    )  # fmt: skip
     return activations.apply(after, y)
 
 
@@ -124,10 +129,10 @@ def conv_bias_act(
     dilation: IntOrPair = 1,
     groups: int = 1,
     relu: bool = True,
-    activation: str | Activation | None = None,
+    activation: str | Activation | PReLU | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Returns act(conv(x, weight) * scale + bias + residual), differentiable in all five tensors.
+    """Returns act(conv(x, weight) * scale + bias + residual), differentiable in all five tensors, and in PReLU's slopes.
 
     Args:
         x: (N, C_in, H, W), float16, bfloat16, float32, or float64 (eager only). channels_last is read as it is, any other
@@ -142,14 +147,14 @@ def conv_bias_act(
         groups: divides C_in and C_out.
         relu: False leaves the ReLU away, which comes last by default.
         activation: what comes last in the place of the ReLU, whatever `relu` says: "relu", "relu6", "leaky_relu", "silu",
-            "gelu", "gelu_tanh" or "hardswish", or an Activation, such as Activation("leaky_relu", 0.1).
+            "gelu", "gelu_tanh" or "hardswish"; an Activation, such as Activation("leaky_relu", 0.1); or PReLU(slopes).
         backend: "auto", "triton", "cudnn", "cpu" or "eager"; the environment's RESNET_KERNELS_BACKEND overrides it.
 
     Returns:
         (N, C_out, out_h, out_w), x's dtype (autocast's under autocast), channels_last.
 
     Raises:
-        TypeError: an argument is no tensor, or of a dtype that doesn't fit; an activation that is no string and no Activation.
+        TypeError: an argument is no tensor, or of a dtype that doesn't fit; an activation of another type than these.
         ValueError: a shape, device, range, activation or backend name that doesn't fit.
         RuntimeError: an explicit backend can't run here.
 
@@ -165,4 +170,5 @@ def conv_bias_act(
         # Vectors may be fp32 or in x's dtype: one in the dtype that x had before becomes fp32.
         bias, scale = (v.float() if isinstance(v, Tensor) and v.dtype != dtype else v for v in (bias, scale))
     check_operands(x, weight, bias, residual, scale, geometry)
+    activations.check_slopes(last, x, weight.shape[0])
     return run_checked(x, weight, bias, residual, scale, geometry, last, backend)

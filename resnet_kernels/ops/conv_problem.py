@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..kernels.activations import Activation
+from ..kernels.activations import Activation, without_slopes
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 
 
 class ConvProblem(NamedTuple):
-    """A convolution and what follows it, without tensors and batch. `str` is the key in a table, with sizes as C x H x W."""
+    """A convolution and what follows it, without tensors and batch. `str` is the key in a table, with sizes as C x H x W.
+
+    Attributes:
+        activation: PRELU for a PReLU.
+    """
 
     c_in: int
     in_h: int
@@ -43,7 +47,7 @@ class ConvProblem(NamedTuple):
         _, c_in, in_h, in_w = x.shape
         return cls(
             c_in, in_h, in_w, tuple(weight.shape), geometry,
-            scale is not None, bias is not None, residual is not None, activation,
+            scale is not None, bias is not None, residual is not None, without_slopes(activation),
         )  # fmt: skip
 
     def x_shape(self, batch: int) -> tuple[int, int, int, int]:

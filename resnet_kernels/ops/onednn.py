@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import activations
-from ..kernels.activations import RELU, Activation
+from ..kernels.activations import RELU, Last
 from ..kernels.geometry import Geometry
 from ..kernels.operands import ConvOperands
 from . import apart, reference
@@ -175,7 +175,7 @@ def run(
     bias: Tensor | None,
     residual: Tensor | None,
     arguments: tuple,
-    activation: Activation | None,
+    activation: Last,
     bound: float = math.inf,
     overwrite_residual: bool = False,
 ) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import activations
-from ..kernels.activations import RELU, Activation
+from ..kernels.activations import RELU, Last
 from ..kernels.geometry import Geometry
 
 
@@ -29,7 +29,7 @@ def conv_bias_act(
     residual: Tensor | None = None,
     scale: Tensor | None = None,
     geometry: Geometry = Geometry(),
-    activation: Activation | None = RELU,
+    activation: Last = RELU,
 ) -> Tensor:
     """Returns act(conv(x, weight) * scale + bias + residual); ConvOperands' fields are its arguments.
 
@@ -64,7 +64,7 @@ def batch_norm_act(
     training: bool,
     momentum: float,
     eps: float,
-    activation: Activation | None = RELU,
+    activation: Last = RELU,
 ) -> Tensor:
     """Returns act(BN(x) + residual), rounded to x's dtype after the BN and at the end."""
     y = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)

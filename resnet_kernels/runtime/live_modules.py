@@ -12,7 +12,7 @@ from ..graph import fusible
 from ..graph.fusible import BatchNorm
 from ..graph.layouts import prefixes
 from ..graph.reads import LiveReads, Reads
-from ..graph.recipe import CallStep, ConvStep, Recipe, Step
+from ..graph.recipe import CallStep, ConvStep, PReLUAt, Recipe, Step
 from .parts import CallPart, ConvPart, NormPart, PackName, Part, bn_tensors, pack_name
 
 
@@ -150,7 +150,7 @@ class LiveModules:
 
     def needs_gradients(self) -> bool:
         """Whether a weight or a bias that the steps read wants a gradient."""
-        return any(needs_gradient(module) for part in self.parts for module in part[1:3] if not isinstance(module, str))
+        return any(needs_gradient(module) for part in self.parts for module in part if isinstance(module, nn.Module))
 
     def is_refused(self, dtype: torch.dtype) -> bool:
         """Whether eager refuses to compute with the steps' tensors on an input of `dtype`: one is missing, or dtypes mix."""
@@ -164,6 +164,8 @@ class LiveModules:
                     or (bias is not None and bias.dtype != dtype)
                 ):
                     return True
+            if not isinstance(part, CallPart) and part.prelu is not None and _refuses(part, dtype):
+                return True
             if not isinstance(part, CallPart) and part.bn is not None:
                 tensors = bn_tensors(part.bn)
                 dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
@@ -186,13 +188,25 @@ def needs_gradient(child: nn.Module | None) -> bool:
     )
 
 
+def _refuses(part: ConvPart | NormPart, dtype: torch.dtype) -> bool:
+    """Whether eager's PReLU refuses what a part makes, or takes slopes in a form that our kernels don't."""
+    assert part.prelu is not None
+    slopes = part.prelu.weight
+    made_by = part.conv.weight if isinstance(part, ConvPart) else part.bn.running_mean
+    channels = None if made_by is None else made_by.shape[0]
+    return slopes is None or slopes.dtype != dtype or slopes.dim() != 1 or slopes.shape[0] not in (1, channels)
+
+
 def _part(module: nn.Module, step: Step) -> Part:
     # What is at a path is of the class that `wire` compared.
     if isinstance(step, CallStep):
         return CallPart(step, child_at(module, step.what) if step.is_module else None)
     bn: Any = None if step.bn is None else child_at(module, step.bn)
-    conv: Any = child_at(module, step.conv) if isinstance(step, ConvStep) else None
-    return ConvPart(step, conv, bn) if isinstance(step, ConvStep) else NormPart(step, bn)
+    prelu: Any = child_at(module, step.activation.module) if isinstance(step.activation, PReLUAt) else None
+    if isinstance(step, ConvStep):
+        conv: Any = child_at(module, step.conv)
+        return ConvPart(step, conv, bn, prelu=prelu)
+    return NormPart(step, bn, prelu=prelu)
 
 
 def _reader(part: ConvPart | NormPart) -> tuple[dict[str, Any], str, int, nn.Conv2d | None]:

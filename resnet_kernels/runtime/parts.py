@@ -8,18 +8,20 @@ from torch import Tensor, nn
 
 from ..graph import fusible
 from ..graph.fusible import BatchNorm
-from ..graph.recipe import CallStep, ConvStep, NormStep
+from ..graph.recipe import CallStep, ConvStep, NormStep, PReLUAt
+from ..kernels.activations import Last, PReLU
 from ..kernels.geometry import plain_pair
 from ..ops import reference
 
 
 class ConvPart(NamedTuple):
-    """A convolution and what follows it. path: the path of the block that the step is from."""
+    """A convolution and what follows it. path: the path of the block that the step is from. prelu: the step ends in it."""
 
     step: ConvStep
     conv: nn.Conv2d
     bn: BatchNorm | None
     path: str = ""
+    prelu: nn.PReLU | None = None
 
 
 class NormPart(NamedTuple):
@@ -28,6 +30,7 @@ class NormPart(NamedTuple):
     step: NormStep
     bn: BatchNorm
     path: str = ""
+    prelu: nn.PReLU | None = None
 
 
 class CallPart(NamedTuple):
@@ -39,6 +42,15 @@ class CallPart(NamedTuple):
 
 
 Part = ConvPart | NormPart | CallPart
+
+
+def last_of(part: ConvPart | NormPart) -> Last:
+    """What a part ends in: of a PReLU, with its slopes as they are now."""
+    activation = part.step.activation
+    if not isinstance(activation, PReLUAt):
+        return activation
+    assert part.prelu is not None
+    return PReLU(part.prelu.weight)
 
 
 def label(part: Part) -> str:

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from ..graph import fusible
 from ..graph.fusible import BatchNorm
 from ..kernels import activations
-from ..kernels.activations import RELU, Activation
+from ..kernels.activations import RELU, Last
 from ..kernels.geometry import Geometry
 from ..ops import add_relu, backends
 from ..ops.batch_norm_act import undispatched
 from ..ops.conv_bias_act import run_checked
 from . import profiler_ranges
-from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors
+from .parts import CallPart, ConvPart, NormPart, Part, bn_tensors, last_of
 
 Values = dict[int, Tensor]
 
@@ -68,7 +68,7 @@ def run_part(
         return _call(part, values, backend)
     x, residual = values[part.step.x], residual_of(part, values)
     if isinstance(part, NormPart):
-        return normalize(part.bn, x, residual, part.step.activation, backend)
+        return normalize(part.bn, x, residual, last_of(part), backend)
     return convolve(part, x, residual)
 
 
@@ -78,11 +78,11 @@ def residual_of(part: ConvPart | NormPart, values: Values) -> Tensor | None:
 
 
 def with_residual(
-    run: Callable[[Tensor | None, Activation | None], Tensor],
+    run: Callable[[Tensor | None, Last], Tensor],
     shape: Callable[[], Sequence[int]],
     dtype: torch.dtype,
     residual: Tensor | None,
-    activation: Activation | None,
+    activation: Last,
     backend: str,
 ) -> Tensor:
     """run(residual, activation) where a kernel can add the residual; else run(None, None), and both follow.
@@ -100,12 +100,12 @@ def with_residual(
     return add(run(None, None), residual, activation, backend)
 
 
-def add(x: Tensor, residual: Tensor, activation: Activation | None, backend: str) -> Tensor:
+def add(x: Tensor, residual: Tensor, activation: Last, backend: str) -> Tensor:
     """x + residual and what follows, channels_last. Shapes broadcast and dtypes promote as in eager."""
     return add_as_it_lies(x, residual, activation, backend).contiguous(memory_format=torch.channels_last)
 
 
-def add_as_it_lies(x: Tensor, residual: Tensor, activation: Activation | None, backend: str) -> Tensor:
+def add_as_it_lies(x: Tensor, residual: Tensor, activation: Last, backend: str) -> Tensor:
     """`add`, in the layout that eager's add gives."""
     same = x.shape == residual.shape and x.dtype == residual.dtype and x.stride() == residual.stride()
     if activation == RELU and same:
@@ -123,13 +123,13 @@ def convolve(
     scale: Tensor | None,
     shift: Tensor | None,
     residual: Tensor | None,
-    activation: Activation | None,
+    activation: Last,
     backend: str,
 ) -> Tensor:
     """ops.conv_bias_act with a module's geometry: act(conv(x, weight) * scale + shift + residual)."""
     geometry = Geometry.of_module(conv, x.shape[2:])
 
-    def run(residual: Tensor | None, activation: Activation | None) -> Tensor:
+    def run(residual: Tensor | None, activation: Last) -> Tensor:
         return run_checked(x, weight, shift, residual, scale, geometry, activation, backend)
 
     return with_residual(
@@ -137,7 +137,7 @@ def convolve(
     )  # fmt: skip
 
 
-def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, activation: Activation | None, backend: str) -> Tensor:
+def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, activation: Last, backend: str) -> Tensor:
     """ops.batch_norm_act: act(bn(x) + residual), with all that nn.BatchNorm2d does to its buffers on the way."""
     frozen = fusible.is_frozen(bn)
     weight, bias, mean, var = bn_tensors(bn)
@@ -145,7 +145,7 @@ def normalize(bn: BatchNorm, x: Tensor, residual: Tensor | None, activation: Act
         mean = var = None
     momentum = 0.0 if frozen else _count_batch(bn)
 
-    def run(residual: Tensor | None, activation: Activation | None) -> Tensor:
+    def run(residual: Tensor | None, activation: Last) -> Tensor:
         return undispatched(
             x, residual, weight, bias, mean, var, not frozen, momentum, fusible.eps_of(bn), activation, backend
         )

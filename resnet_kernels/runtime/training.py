@@ -22,7 +22,7 @@ from ..ops.dtypes import autocast_dtype
 from ..ops.layouts import CHANNELS_LAST, as_contiguous, has_channels_last_strides, is_channels_last
 from . import run_steps
 from .live_modules import needs_gradient
-from .parts import ConvPart, Part, scale_shift
+from .parts import ConvPart, Part, last_of, scale_shift
 from .run_steps import Values
 from .state import FusedRun, FusedState
 
@@ -47,7 +47,7 @@ def run_recipe(recipe: Recipe, state: FusedState[Any], run: FusedRun, x: Tensor)
 
 
 def _convolve_part(part: ConvPart, x: Tensor, residual: Tensor | None, backend: str) -> Tensor:
-    conv, bn, activation = part.conv, part.bn, part.step.activation
+    conv, bn, activation = part.conv, part.bn, last_of(part)
     if bn is not None and fusible.is_frozen(bn) and not needs_gradient(bn):
         dtype = autocast_dtype(x) or x.dtype
         scale, shift = scale_shift(conv.bias, bn)

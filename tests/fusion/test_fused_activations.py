@@ -302,11 +302,11 @@ class Learned(Block):
         return self.last(self.bn2(self.conv2(y)) + x)
 
 
-def test_a_prelu_is_called_as_itself(device):
-    """What is around it is fused; its weight is live."""
+def test_a_prelu_is_a_part_of_its_step(device):
+    """Its weight is live, and learns."""
     plain = randomise_batch_norms_(nn.Sequential(Learned(8), Learned(8))).eval()
     fused, x = rk.fuse(plain), torch.randn(2, 8, 9, 7)
-    assert [row.steps for row in rk.explain(fused).fused] == ["conv1+bn1 -> act -> conv2+bn2+add -> last"] * 2
+    assert [row.steps for row in rk.explain(fused).fused] == ["conv1+bn1+act -> conv2+bn2+add+last"] * 2
     assert_next_call_like_eager(plain, fused, x)
     with torch.no_grad():
         for model in (plain, fused):
@@ -322,6 +322,64 @@ def test_a_prelu_is_called_as_itself(device):
             loss = model(x.to(next(model.parameters()).dtype)).square().sum()
             found.append(torch.autograd.grad(loss, [*model.parameters()]))
         assert_all_within_budget(*found, backend)
+
+
+@pytest.mark.parametrize("backend", ("auto", "triton"))
+def test_slopes_alone_learn(backend, device):
+    """All else is frozen, so that each step is one operation."""
+    skip_unless_runnable("triton", device, torch.float32)
+    plain = randomise_batch_norms_(nn.Sequential(Learned(8), Learned(8))).eval().requires_grad_(False)
+    for block in plain:
+        block.act.requires_grad_(True), block.last.requires_grad_(True)
+    fused, x = rk.fuse(plain, backend=backend), torch.randn(2, 8, 9, 7)
+    found = []
+    for model, dtype in ((fused, torch.float32), (plain, torch.float32), (plain, torch.float64)):
+        model = copy.deepcopy(model).to(dtype)
+        y = model(x.to(dtype))
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        found.append([y.detach(), *torch.autograd.grad(y.square().sum(), wanted)])
+    assert len(found[0]) == 5
+    assert_all_within_budget(*found, backend)
+
+
+class Stem(nn.Module):
+    """A network's stem that ends in a PReLU, and blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1, self.act = nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.PReLU(8)
+        self.pool, self.layers = nn.MaxPool2d(3, 2, 1), nn.Sequential(Learned(8), Learned(8))
+        nn.init.normal_(self.act.weight)
+
+    def forward(self, x):
+        return self.layers(self.pool(self.act(self.bn1(self.conv1(x)))))
+
+
+def test_a_stem_ends_in_a_prelu():
+    plain = randomise_batch_norms_(Stem()).eval()
+    fused = rk.fuse(plain)
+    assert "conv1+bn1+act -> pool" in [row.steps for row in rk.explain(fused).fused]
+    for _ in range(2):
+        assert_next_call_like_eager(plain, fused, torch.randn(2, 3, 33, 30))
+        for model in (plain, fused):
+            model.act.weight.data.mul_(-1.5)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("training", (False, True), ids=("eval", "training"))
+def test_slopes_in_fp32_under_autocast(training, dtype, device):
+    skip_unless_runnable("triton", device, dtype)
+    plain = randomise_batch_norms_(nn.Sequential(Learned(8), Learned(8))).train(training)
+    x, found = torch.randn(2, 8, 9, 7), []
+    for model in (rk.fuse(plain, backend="triton"), copy.deepcopy(plain)):
+        with torch.autocast(device.type, dtype=dtype):
+            y = model(x)
+        found.append(torch.autograd.grad(y.float().sum(), [*model.parameters()]))
+    wide = copy.deepcopy(plain).double()
+    found.append(torch.autograd.grad(wide(x.double()).sum(), [*wide.parameters()]))
+    assert [gradient.dtype for gradient in found[0]] == [parameter.dtype for parameter in plain.parameters()]
+    ours, eager, oracle = (torch.cat([gradient.double().flatten() for gradient in each]) for each in found)
+    assert (ours - oracle).norm() <= 2 * (eager - oracle).norm() + torch.finfo(dtype).eps / 2 * oracle.norm()
 
 
 class Faces(nn.Module):
@@ -424,9 +482,9 @@ def test_an_edit_of_a_prelu_was_not_seen(edit, faces):
         assert not torch.equal(assert_next_call_like_eager(plain, fused, x, edit), y)
 
 
-def test_timms_prelu_is_called_as_itself():
+def test_timms_prelu_is_one_too():
     layers = pytest.importorskip("timm.layers", reason="needs timm")
     plain = randomise_batch_norms_(nn.Sequential(Learned(8, layers.PReLU(8)), Learned(8))).eval()
     fused = rk.fuse(plain)
-    assert len(rk.explain(fused).fused) == 2
+    assert [row.steps for row in rk.explain(fused).fused] == ["conv1+bn1+act -> conv2+bn2+add+last"] * 2
     assert_next_call_like_eager(plain, fused, torch.randn(2, 8, 9, 7))

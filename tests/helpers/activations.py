@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.oracle import assert_within_budget
-from resnet_kernels.kernels.activations import KINDS, Activation
+from resnet_kernels.kernels.activations import KINDS, Activation, PReLU
 
 # Slopes: no power of two, beyond 1, and one that turns the sign.
 EACH = (
@@ -40,13 +40,13 @@ def special(*shape: int) -> Tensor:
     return x
 
 
-def assert_activated(y: Tensor, activation: Activation, z: Tensor) -> None:
+def assert_activated(y: Tensor, activation: Activation | PReLU, z: Tensor) -> None:
     """y is an activation of z, fp32: NaN and inf where fp64 has them, exact far from zero, within the budget elsewhere."""
     truth, eager = activation(z.double()), activation(z)
     for kind in (torch.isnan, torch.isposinf, torch.isneginf):
         assert torch.equal(kind(y), kind(truth)), f"{activation}: {kind.__name__} differs from fp64"
     is_far, is_near = truth.isfinite() & (z.abs() > _FAR), truth.isfinite() & (z.abs() <= _FAR)
     # A slope is rounded before the product.
-    far = eager if activation.kind == "leaky_relu" else truth.float()
+    far = eager if activation.kind in ("leaky_relu", "prelu") else truth.float()
     assert torch.equal(y[is_far], far[is_far]), f"{activation} far from zero"
     assert_within_budget(y[is_near], eager[is_near], truth[is_near], str(activation))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from helpers.oracle import assert_within_budget
-from resnet_kernels.kernels.activations import RELU
+from resnet_kernels.kernels.activations import RELU, PReLU
 from resnet_kernels.ops import batch_norm_act, reference
 
 SETTINGS = dict(momentum=0.1, eps=1e-5)
@@ -18,14 +18,17 @@ def vectors(channels, device, dtype=torch.float32):
 
 
 def results(x, residual, given, upstream, dtype, function, **settings):
-    """y, the gradients of x, residual, weight and bias, and the running statistics, all computed in dtype."""
+    """y, the gradients of x, residual, weight, bias and PReLU's slopes, and the running statistics, computed in dtype."""
     x, residual, upstream = (None if t is None else t.to(dtype) for t in (x, residual, upstream))
     # In a half dtype the vectors stay in fp32, as autocast has them.
     vector_dtype = torch.float64 if dtype == torch.float64 else None
     given = {name: None if v is None else v.to(vector_dtype or v.dtype).clone() for name, v in given.items()}
     named = {"x": x, "residual": residual, "weight": given["weight"], "bias": given["bias"]}
+    named |= {"slopes": given["slopes"]} if "slopes" in given else {}
     leaves = {name: t.detach().requires_grad_() for name, t in named.items() if t is not None}
-    arguments = [leaves.get(name) for name in named]
+    arguments = [leaves.get(name) for name in ("x", "residual", "weight", "bias")]
+    if "slopes" in leaves:
+        settings["activation"] = PReLU(leaves["slopes"])
     y = function(*arguments, given["running_mean"], given["running_var"], **settings)
     gradients = torch.autograd.grad(y, list(leaves.values()), upstream)
     found = {"y": y.detach()} | {f"d{name}": g for name, g in zip(leaves, gradients)}
@@ -36,8 +39,12 @@ def on_triton(*arguments, **settings):
     return batch_norm_act(*arguments, **settings, backend="triton")
 
 
-def compare(x, residual, given, dtype, **settings):
-    """The op against fp64 and eager, all results of one call. settings: the op's; activation is an Activation or None."""
+def compare(x, residual, given, dtype, slopes=None, **settings):
+    """The op against fp64 and eager, all results of one call.
+
+    settings: the op's; activation is an Activation or None. slopes: of a PReLU in its place.
+    """
+    given = given if slopes is None else given | {"slopes": slopes}
     upstream = torch.randn(x.shape, device=x.device)
     settings = SETTINGS | settings
     relu = RELU if settings.pop("relu", True) else None

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from helpers.compile_cases import DTYPES, Case
-from resnet_kernels.kernels.activations import Activation, as_constexprs
+from resnet_kernels.kernels.activations import PRELU, Activation, as_constexprs
 
-# The longest formula, an exponential and a division, and one with a slope.
-_ACTIVATIONS = (Activation("gelu"), Activation("gelu_tanh"), Activation("leaky_relu", 0.1))
+# The longest formula, an exponential and a division, and those with slopes.
+_ACTIVATIONS = (Activation("gelu"), Activation("gelu_tanh"), Activation("leaky_relu", 0.1), PRELU)
 
 
 def activation_cases(cases: Sequence[Case]) -> list[Case]:
@@ -29,5 +29,11 @@ def _with(case: Case, activation: Activation) -> Case:
     constants = {**case.constants, **as_constexprs(activation)}
     if case.kernel in ("batch_norm_act reduce", "batch_norm_act backward"):
         constants |= batch_norm_tiles.blocks(split_of(256 * 112 * 112, 64, DTYPES[case.dtype].itemsize, activation))
+    arguments = dict(case.arguments)
+    if activation == PRELU:
+        arguments["slopes_ptr"] = "*fp32"
+        if case.kernel == "batch_norm_act reduce":
+            arguments["slopes_partial_ptr"] = "*fp64"
     config = "x".join(str(constants[name]) for name in ("BLOCK_ROWS", "BLOCK_CHANNELS") if name in constants)
-    return replace(case, layer=f"{case.layer}, {activation}", config=config or case.config, constants=constants)
+    layer = f"{case.layer}, {activation}"
+    return replace(case, layer=layer, config=config or case.config, arguments=arguments, constants=constants)

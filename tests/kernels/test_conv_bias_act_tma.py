@@ -327,7 +327,7 @@ BUGS = {
     "every other tile left out": (KERNEL, "SPLIT_K, tl.num_programs(0),", "SPLIT_K, 2 * tl.num_programs(0),"),
     "dropped residual": (PARTS, "if residual_desc is not None:", "if False:"),
     "residual of another tile": (PARTS, "residual_desc.load(at)", "residual_desc.load([0, 0, 0, 0])"),
-    "dropped ReLU": (PARTS, "elementwise.activate(acc, ACT, SLOPE)", "acc"),
+    "dropped ReLU": (PARTS, "elementwise.activate(acc, ACT,", "elementwise.activate(acc, None,"),
     "swapped scale and shift": (PARTS, "acc *= tl.load(scale_ptr + offs_c", "acc *= tl.load(bias_ptr + offs_c"),
     "second half's pixels": (PARTS, "PARTS // 2, FIRST + HALF, shortcut", "PARTS // 2, FIRST, shortcut"),
     "transposed taps": (PARTS, "r = tap // columns + skipped_r\n        s = tap % columns + skipped_s",

@@ -16,7 +16,7 @@ from helpers.tiny import tiny
 from helpers.tuned_tables import KEY, ran, small_model, table
 from helpers.tuned_tables import record as entry
 from resnet_kernels.cli import main as cli
-from resnet_kernels.kernels.activations import RELU
+from resnet_kernels.kernels.activations import PRELU, RELU
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates, error_budget, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
@@ -170,6 +170,16 @@ def test_a_convolutions_problem(dtype):
     assert built.bytes == dtype.itemsize * (5 * 8 * 30 + 16 * 8 * 9 + 2 * 5 * 16 * 6)
     record = autotuner.measure(built, 0.0)
     assert not any("refused" in row for row in record["candidates"].values()), record
+
+
+@pytest.mark.parametrize("asked", (CONV._replace(activation=PRELU), NormProblem(6, 5, 4, True, PRELU, True)), ids=str)
+def test_a_prelus_problem(asked, device):
+    (built,) = problems.build([(asked, 1)], [2], torch.float32, device)
+    record = autotuner.measure(built, 0.0)
+    assert not any("refused" in row for row in record["candidates"].values()), record
+    relu = problems.build([(asked._replace(activation=RELU), 1)], [2], torch.float32, device)[0]
+    y, other = (one.reference(*one.operands()) for one in (built, relu))
+    assert not torch.equal(*((values[0] if isinstance(values, tuple) else values) for values in (y, other)))
 
 
 def test_the_reference_goes_piece_by_piece(monkeypatch):

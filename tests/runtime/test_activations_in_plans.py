@@ -13,6 +13,7 @@ from helpers import pretend
 from helpers.activations import MODULES
 from helpers.oracle import assert_within_budget, skip_unless_runnable
 from helpers.stages import CHANNELS_LAST, FP16, bottlenecks, run
+from resnet_kernels.kernels.activations import PReLU
 from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.runtime.gpu import multi_layer
 
@@ -64,6 +65,74 @@ def test_auto_on_nvidia(name, device, monkeypatch):
         called.clear()
         assert_like_eager(plain, rk.fuse(plain, **options), x, name)
         assert set(called) == {"conv2d"}
+
+
+class Learned(nn.Module):
+    """Steps of every kind before a PReLU: BN + PReLU, with an add, after a bare convolution, and with one that broadcasts."""
+
+    def __init__(self):
+        super().__init__()
+        self.bn0, self.bn1, self.bn2 = (nn.BatchNorm2d(16) for _ in range(3))
+        self.conv1, self.conv2, self.conv3, self.side = (
+            nn.Conv2d(16, 16, kernel, padding=kernel // 2) for kernel in (3, 3, 1, 1)
+        )
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.acts = nn.ModuleList(nn.PReLU(number) for number in (16, 16, 1, 16))
+        for act in self.acts:
+            nn.init.uniform_(act.weight, -1, 2)
+
+    def forward(self, x):
+        y = self.acts[0](self.bn1(self.conv1(self.acts[3](self.bn0(x)))))
+        y = self.acts[1](self.bn2(self.conv2(y)) + x)
+        return self.acts[2](self.conv3(y) + self.side(self.pool(x)))
+
+
+def learned(device):
+    plain = randomise_batch_norms_(Learned()).eval().to(device)
+    return plain, torch.randn(2, 16, 6, 5, device=device).contiguous(memory_format=CHANNELS_LAST)
+
+
+def edit_slopes_(plain, fused):
+    with torch.no_grad():
+        for model in (plain, fused):
+            for act in model.acts:
+                act.weight.mul_(-1.5)
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("dtype", (torch.float32, FP16), ids=str)
+def test_prelus_on_triton(dtype, device):
+    skip_unless_runnable("triton", device, dtype)
+    plain, x = learned(device)
+    plain, x = plain.to(dtype), x.to(dtype)
+    fused = rk.fuse(plain, backend="triton")
+    assert [row.steps for row in rk.explain(fused).fused] == [
+        "bn0+acts.3 -> conv1+bn1+acts.0 -> conv2+bn2+add+acts.1 -> pool -> side -> conv3+add+acts.2"
+    ]
+    assert_like_eager(plain, fused, x, "prelu")
+    edit_slopes_(plain, fused)
+    assert_like_eager(plain, fused, x, "prelu, edited")
+
+
+def test_prelus_on_nvidia(device, monkeypatch):
+    """cuDNN's convolutions, each with one pass of ours behind it that ends in the PReLU; none of PyTorch's where ours can."""
+    skip_unless_runnable("triton", device, torch.float32)
+    if device.type != "cpu":
+        pytest.skip("the pretended GPU is the CPU")
+    from resnet_kernels.kernels import epilogue
+
+    called, passes = pretend.nvidia(monkeypatch), []
+    original = epilogue.launch
+    monkeypatch.setattr(epilogue, "launch", lambda *a, **k: (passes.append(a[6]), original(*a, **k))[1])
+    plain, x = learned(device)
+    for options in ({}, {"freeze": True}):
+        called.clear(), passes.clear()
+        fused = rk.fuse(plain, **options)
+        assert_like_eager(plain, fused, x, "prelu")
+        assert set(called) == {"conv2d"}
+        assert sum(isinstance(last, PReLU) for last in passes) == 2, "conv3's add broadcasts"
+        edit_slopes_(plain, fused)
+        assert_like_eager(plain, fused, x, "prelu, edited")
 
 
 @pytest.mark.parametrize("name", ("silu", "leaky_relu(0.1)"))

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..activations import KINDS as KINDS_OF_ACTIVATIONS
-from ..activations import RELU, Activation
+from ..activations import RELU, Last, as_arguments, slopes_of
 from . import large_pages, library
 from .library import Library
 from .plans import Pool, Shapes, plan_for
@@ -55,10 +55,27 @@ class Arguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in _POINTERS),
     ]
 
-    def activate(self, activation: Activation | None) -> None:
-        """Sets what comes last."""
-        self.activation = 0 if activation is None else 1 + KINDS_OF_ACTIVATIONS.index(activation.kind)
-        self.slope = 0.0 if activation is None else activation.slope
+    def activate(self, activation: Last) -> Tensor | None:
+        """Sets what comes last, behind `c_out` channels.
+
+        Returns:
+            What has to live as long as the arguments: a PReLU's slopes, which each call reads as they are then. One finite
+            slope for all channels becomes a part of the arguments.
+        """
+        slopes = slopes_of(activation)
+        if slopes is None:
+            kind, self.slope = as_arguments(activation)
+            self.activation = 0 if kind is None else 1 + KINDS_OF_ACTIVATIONS.index(kind)
+            return None
+        slopes = slopes.detach().resolve_neg()
+        if slopes.numel() == 1 and slopes.isfinite():
+            self.activation, self.slope = 1 + KINDS_OF_ACTIVATIONS.index("leaky_relu"), slopes.item()
+            return None
+        slopes = slopes if slopes.numel() != 1 else slopes.expand(self.c_out)
+        slopes = slopes.contiguous()
+        _check("slopes", slopes, (self.c_out,))
+        self.activation, self.slopes = _PRELU, slopes.data_ptr()
+        return slopes
 
 
 class Kernel(NamedTuple):
@@ -84,21 +101,6 @@ class Kernel(NamedTuple):
     keeps: tuple[Tensor | None, ...] = ()
     copies: bool = False
     residual_shape: tuple[int, ...] | None = None
-
-    def with_slopes(self, slopes: Tensor) -> Kernel:
-        """Returns it with nn.PReLU's activation at its end, in the place of none.
-
-        Args:
-            slopes: (C_out,), or (1,) for all channels, fp32, contiguous. A vector is read in each call, as it is then.
-        """
-        arguments = Arguments.from_buffer_copy(self.arguments)
-        assert not arguments.activation, "a kernel has one activation"
-        if slopes.numel() == 1:
-            arguments.activate(Activation("leaky_relu", slopes.item()))
-            return self._replace(arguments=arguments)
-        _check("slopes", slopes, self.out_shape[1:2])
-        arguments.activation, arguments.slopes = _PRELU, slopes.data_ptr()
-        return self._replace(arguments=arguments, keeps=(*self.keeps, slopes))
 
     @property
     def flops(self) -> int:
@@ -242,7 +244,7 @@ _TASKS, _MOST_FLOATS = 4, 2**14
 
 
 def elementwise(
-    x_shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, activation: Activation | None, threads: int
+    x_shape: tuple[int, ...], scale: Tensor | None, shift: Tensor | None, activation: Last, threads: int
 ) -> Kernel:
     """Returns the kernel of act(x * scale + shift + residual), on channels_last images.
 
@@ -257,12 +259,12 @@ def elementwise(
     pixels = n * height * width
     block = max(1, min(_MOST_FLOATS // channels, pixels // (_TASKS * threads)))
     arguments = Arguments(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=block)
-    arguments.activate(activation)
+    slopes = arguments.activate(activation)
     for name, vector in (("scale", scale), ("bias", shift)):
         if vector is not None:
             _check(name, vector, (channels,))
             setattr(arguments, name, vector.data_ptr())
-    return _kernel("elementwise", arguments, x_shape, x_shape)[1]._replace(keeps=(scale, shift))
+    return _kernel("elementwise", arguments, x_shape, x_shape)[1]._replace(keeps=(scale, shift, slopes))
 
 
 def pooling(kind: str, x_shape: tuple[int, ...], pool: Pool, threads: int) -> Kernel:
@@ -361,26 +363,26 @@ class Bound:
         self._scratch = kernel.scratch * threads
         self._convolve = functools.partial(_convolve, found, KINDS.index(name), threads, kernel.scratch)
 
-    def kernel(self, activation: Activation | None, preactivation: Preactivation | None = None) -> Kernel:
+    def kernel(self, activation: Last, preactivation: Preactivation | None = None) -> Kernel:
         """Returns it as a kernel of a program, for a channels_last x.
 
         Args:
             activation: comes last; None for none.
             preactivation: what x goes through first; `direct` has to copy for that, and `depthwise` never does.
         """
-        arguments = self._with(activation, preactivation)
+        arguments, slopes = self._with(activation, preactivation)
         if arguments.copies:
             _, c, h, w = self.shapes.x
             arguments.x_image, arguments.x_channel, arguments.x_row, arguments.x_column = c * h * w, 1, w * c, c
-        keeps = self._kernel.keeps
+        keeps = (*self._kernel.keeps, slopes)
         if preactivation is not None:
             keeps = (*keeps, preactivation.scale, preactivation.shift)
         return self._kernel._replace(arguments=arguments, keeps=keeps)
 
-    def _with(self, activation: Activation | None, preactivation: Preactivation | None) -> Arguments:
-        """A copy of the arguments: other threads may be in a call of the same ones."""
+    def _with(self, activation: Last, preactivation: Preactivation | None) -> tuple[Arguments, Tensor | None]:
+        """A copy of the arguments, as other threads may be in a call of the same ones; and what `activate` returns."""
         arguments = Arguments.from_buffer_copy(self._arguments)
-        arguments.activate(activation)
+        slopes = arguments.activate(activation)
         if preactivation is not None:
             if self.name == "depthwise" or (self.name == "direct" and not self.shapes.copies):
                 raise ValueError(f"{self.name} activates x only where it copies rows")
@@ -389,13 +391,13 @@ class Bound:
                 _check(what, vector, self.shapes.x[1:2])
             arguments.pre_scale, arguments.pre_shift = scale.data_ptr(), shift.data_ptr()
             arguments.pre_relu = relu
-        return arguments
+        return arguments, slopes
 
     def __call__(
         self,
         x: Tensor,
         residual: Tensor | None = None,
-        activation: Activation | None = RELU,
+        activation: Last = RELU,
         overwrite_residual: bool = False,
         preactivation: Preactivation | None = None,
     ) -> Tensor:
@@ -423,7 +425,7 @@ class Bound:
         self,
         x: Tensor,
         residual: Tensor | None,
-        activation: Activation | None,
+        activation: Last,
         overwrite_residual: bool,
         preactivation: Preactivation | None,
     ) -> Tensor:
@@ -442,7 +444,8 @@ class Bound:
             y = residual if overwrite_residual else None
         if y is None:
             y = torch.empty(self._out_shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
-        arguments = self._with(activation, preactivation)
+        # `_kept` has to live until the call is over.
+        arguments, _kept = self._with(activation, preactivation)
         arguments.x, arguments.y = x.data_ptr(), y.data_ptr()
         if residual is not None:
             arguments.residual = residual.data_ptr()

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launching
-from ..activations import Activation
+from ..activations import Activation, slopes_by_channel, without_slopes
 from ..geometry import Geometry
 from ..layouts import contiguous
 from ..operands import ConvOperands
@@ -52,10 +52,11 @@ def _conv_bias_act_tma_kernel(
     shortcut_w_desc,  # (c_out, shortcut's c_in) or None
     residual_desc,  # as y, or None
     y_desc,  # (n, out_h, out_w, c_out)
-    scale_ptr,  # (c_out,) or None, and so the next three
+    scale_ptr,  # (c_out,) or None, and so the next four
     bias_ptr,
     shortcut_scale_ptr,
     shortcut_bias_ptr,
+    slopes_ptr,  # PReLU's
     parked_ptr,  # fp32, BLOCK_N * BLOCK_M numbers a program, or a share of a tile at SPLIT_K > 1; or None
     counter_ptr,  # int32 zeros, (n_tiles,), at SPLIT_K > 1
     n_tiles,
@@ -117,6 +118,7 @@ def _conv_bias_act_tma_kernel(
             store_part(
                 acc, shortcut_scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
                 ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr, parked_ptr=own_ptr,
+                slopes_ptr=slopes_ptr,
             )  # fmt: skip
         else:
             acc = convolve(
@@ -135,6 +137,7 @@ def _conv_bias_act_tma_kernel(
                 store_part(
                     acc, scale_ptr if shortcut_desc is None else shortcut_scale_ptr, bias_ptr, residual_desc, y_desc, c_out,
                     n, h, w, channel, ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS, shortcut_bias_ptr=shortcut_bias_ptr,
+                    slopes_ptr=slopes_ptr,
                 )  # fmt: skip
 
 
@@ -172,7 +175,10 @@ def launch(operands: ConvOperands, config: TmaConfig | None = None, shortcut: Sh
     projection = None
     if shortcut is not None:
         projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
-    return Bound(conv, activation, x.dtype, x.device, config, projection)(*operands[:5], shortcut)
+    slopes = slopes_by_channel(activation, weight.shape[0])
+    return Bound(conv, without_slopes(activation), x.dtype, x.device, config, projection)(
+        *operands[:5], shortcut, slopes
+    )
 
 
 class Bound:
@@ -218,8 +224,9 @@ class Bound:
         residual: Tensor | None,
         scale: Tensor | None,
         shortcut: Shortcut | None = None,
+        slopes: Tensor | None = None,
     ) -> Tensor:
-        """Runs the kernel on operands of the known shapes, checked; returns y, channels_last."""
+        """Runs the kernel on operands of the known shapes, checked; returns y, channels_last. slopes: (C_out,), of PRELU."""
         todo, device = self.todo, x.device
         y = torch.empty(todo.y_shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
         x = aligned(x)
@@ -243,6 +250,7 @@ class Bound:
             shortcut_w_desc=None if w0 is None else aligned(w0),
             shortcut_scale_ptr=contiguous(scale0),
             shortcut_bias_ptr=contiguous(bias0),
+            slopes_ptr=slopes,
             parked_ptr=parked,
             counter_ptr=zeros(self.counters, device) if self.counters else None,
         )

@@ -255,6 +255,7 @@ def store_part(
     FIRST: tl.constexpr = 0,  # the part's first pixel in the box
     shortcut_bias_ptr=None,
     parked_ptr=None,
+    slopes_ptr=None,
 ):
     """Applies the epilogue to a tile, or a part of it, and stores it, in PARTS pieces."""
     if PARTS == 1:
@@ -272,7 +273,7 @@ def store_part(
         acc = acc.T
         if residual_desc is not None:
             acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
-        acc = elementwise.activate(acc, ACT, SLOPE)
+        acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))
         y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
     else:
         # In parts the residual takes less shared memory: at 128x128 a program has 104 KiB, not 128, and two fit on an SM.
@@ -280,9 +281,9 @@ def store_part(
         left, right = acc.reshape(acc.shape[0], 2, HALF).permute(0, 2, 1).split()
         store_part(
             left, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST, shortcut_bias_ptr, parked_ptr,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST, shortcut_bias_ptr, parked_ptr, slopes_ptr,
         )  # fmt: skip
         store_part(
             right, scale_ptr, bias_ptr, residual_desc, y_desc, c_out, n, h, w, channel,
-            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST + HALF, shortcut_bias_ptr, parked_ptr,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS // 2, FIRST + HALF, shortcut_bias_ptr, parked_ptr, slopes_ptr,
         )  # fmt: skip

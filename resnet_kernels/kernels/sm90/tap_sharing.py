@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import launching
-from ..activations import Activation, as_constexprs
+from ..activations import Activation, as_constexprs, slopes_by_channel, without_slopes
 from ..geometry import Geometry
 from ..layouts import contiguous
 from ..operands import ConvOperands
@@ -72,6 +72,7 @@ def _tap_sharing_tma_kernel(
     odd_y_desc,
     scale_ptr,  # (c_out,) or None
     bias_ptr,
+    slopes_ptr,  # PReLU's
     n_tiles,
     tiles_h,
     tiles_w,
@@ -119,11 +120,11 @@ def _tap_sharing_tma_kernel(
             odd = tl.dot(right, x3, odd)
         store_part(
             even, scale_ptr, bias_ptr, even_residual_desc, even_y_desc, c_out, n, h, w, channel,
-            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS, slopes_ptr=slopes_ptr,
         )  # fmt: skip
         store_part(
             odd, scale_ptr, bias_ptr, odd_residual_desc, odd_y_desc, c_out, n, h, w, channel,
-            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS,
+            ACT, SLOPE, BLOCK_M, BOX_H, BOX_W, PARTS, slopes_ptr=slopes_ptr,
         )  # fmt: skip
 
 
@@ -178,7 +179,7 @@ def launch(operands: ConvOperands, config: TmaConfig = CONFIGS[0]) -> Tensor:
         y, channels_last.
     """
     x, weight, bias, residual, scale, geometry, activation = operands
-    todo = plan(tuple(x.shape), weight.shape[0], activation, dot_needs_fp32(x.dtype), config)
+    todo = plan(tuple(x.shape), weight.shape[0], without_slopes(activation), dot_needs_fp32(x.dtype), config)
     y = torch.empty(
         geometry.out_shape(x.shape, weight.shape), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
     )
@@ -186,6 +187,7 @@ def launch(operands: ConvOperands, config: TmaConfig = CONFIGS[0]) -> Tensor:
     tensors = dict(
         even_desc=x, odd_desc=x, w_desc=aligned(weight), even_residual_desc=residual, odd_residual_desc=residual,
         even_y_desc=y, odd_y_desc=y, scale_ptr=contiguous(scale), bias_ptr=contiguous(bias),
+        slopes_ptr=slopes_by_channel(activation, weight.shape[0]),
     )  # fmt: skip
     # Programs: tiles of channels, then of pairs of columns, rows and images.
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device) * config.programs_per_sm)

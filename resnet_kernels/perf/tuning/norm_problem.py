@@ -10,7 +10,7 @@ from ...ops import backends
 from ...ops.batch_norm_act import NormProblem
 from ...ops.batch_norm_act import untuned as untuned_norm
 from .autotuner import Problem
-from .random_operands import Draw
+from .random_operands import Draw, with_slopes
 
 
 def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
@@ -19,6 +19,7 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
     In training (y, dx, dresidual, dweight, dbias) are the outputs.
     """
     shape = (batch, asked.channels, asked.height, asked.width)
+    activation = with_slopes(asked.activation, asked.channels, device)
 
     def operands() -> tuple:
         draw, vector = Draw(dtype, device), (asked.channels,)
@@ -35,12 +36,11 @@ def norm_problem(asked: NormProblem, batch: int, dtype: torch.dtype, device: tor
 
     def ours(backend: str):
         op = torch.ops.resnet_kernels.batch_norm_act.default
-        return lambda *tensors: run(
-            lambda *arguments: op(*arguments[:-1], *activations.as_arguments(arguments[-1]), backend)[0], *tensors
-        )
+        last = (*activations.as_arguments(activation), backend, activations.slopes_of(activation))
+        return lambda *tensors: run(lambda *arguments: op(*arguments[:-1], *last)[0], *tensors)
 
     def run(run_norm, x, residual, weight, bias, mean, var, dy):
-        settings = (asked.training, 0.1, 1e-5, asked.activation)
+        settings = (asked.training, 0.1, 1e-5, activation)
         if not asked.training:
             return run_norm(x, residual, weight, bias, mean, var, *settings)
         with torch.enable_grad():

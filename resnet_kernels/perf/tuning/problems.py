@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ...fusion.convert import fuse
-from ...kernels.activations import Activation
+from ...kernels.activations import Last
 from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import backends, conv_candidates, reference, tuned_table
@@ -26,7 +26,7 @@ from .autotuner import Problem
 from .multi_layer_problems import link_problem, stem_problem
 from .norm_problem import norm_problem
 from .packed_problem import packed_problem
-from .random_operands import Draw
+from .random_operands import Draw, with_slopes
 from .trained_problem import trained_problem
 
 # Most elements that the fp64 reference holds at a time.
@@ -75,7 +75,7 @@ _FLOPS_PER_BYTE = 184
 
 def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: torch.device, calls: int = 1) -> Problem:
     """Returns the problem of a convolution with its epilogue."""
-    geometry, activation = asked.geometry, asked.activation
+    geometry, activation = asked.geometry, with_slopes(asked.activation, asked.weight_shape[0], device)
     x_shape, weight_shape = asked.x_shape(batch), asked.weight_shape
     y_shape = geometry.out_shape(x_shape, weight_shape)
     x_size, y_size, weight_size = (torch.Size(shape).numel() for shape in (x_shape, y_shape, weight_shape))
@@ -123,7 +123,7 @@ def conv_problem(asked: ConvProblem, batch: int, dtype: torch.dtype, device: tor
     )
 
 
-def _runner(name: str, geometry: Geometry, activation: Activation | None) -> conv_candidates.Run:
+def _runner(name: str, geometry: Geometry, activation: Last) -> conv_candidates.Run:
     def run(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, scale: Tensor | None) -> Tensor:
         operands = ConvOperands(x, weight, bias, residual, scale, geometry, activation)
         # A plan folds for these candidates, and the copy's time is theirs.

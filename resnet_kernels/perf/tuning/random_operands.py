@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...kernels.activations import PRELU, Activation, Last, PReLU
 from ...ops.conv_problem import ConvProblem
 
 
@@ -36,6 +37,11 @@ def random_norm(channels: int, draw: Draw) -> nn.BatchNorm2d:
     for vector in (bn.weight, bn.bias, bn.running_mean):
         vector.copy_(1 + draw((channels,), 0.1, dtype=torch.float32))
     return bn
+
+
+def with_slopes(activation: Activation | None, channels: int, device: torch.device) -> Last:
+    """Returns the activation of a problem as operations take it: PRELU with slopes."""
+    return PReLU(torch.full((channels,), 0.25, device=device)) if activation == PRELU else activation
 
 
 class Draw:

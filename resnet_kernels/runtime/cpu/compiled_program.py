@@ -17,14 +17,14 @@ from torch import Tensor, nn
 
 from ...graph import fusible
 from ...graph.recipe import Recipe
-from ...kernels.activations import RELU, Activation
+from ...kernels.activations import RELU, Last, PReLU
 from ...kernels.cpu import convolution, plans
 from ...kernels.cpu.convolution import Kernel, Preactivation
 from ...kernels.cpu.program import Layer, Memories, Program, Slice
 from ...ops import tuned_table
 from ...ops.layouts import is_channels_last
 from .. import profiler_ranges
-from ..parts import CallPart, ConvPart, NormPart, pack_name, plain_setting
+from ..parts import CallPart, ConvPart, NormPart, last_of, pack_name, plain_setting
 from . import neighbors
 from .packed_conv import PackedConv
 from .packed_linear import PackedLinear
@@ -224,7 +224,6 @@ class _Layers:
         """Adds a recipe, on what the one before it made."""
         recipe, parts, packs = section.recipe, section.live.parts, section.copies.packs
         on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
-        prelus = neighbors.prelus_behind(parts, recipe.result)
         numbers = {0: self.result}  # of the program's values, by the recipe's
         pending: dict[int, Preactivation] = {}  # by the recipe's number of what the BN makes
         for part in parts:
@@ -234,14 +233,14 @@ class _Layers:
                 if part.child is not None:
                     self.pools.append((part.child, _settings(part.child)))
                 if part.step.out in numbers:
-                    continue  # the step before it has pooled, or activated
+                    continue  # the step before it has pooled
                 if any(value in pending for value in part.step.inputs):
                     raise _HasNoKernel
                 kernel, x, residual = self._call(part, [numbers[value] for value in part.step.inputs])
                 if kernel is None:
                     numbers[part.step.out] = x
                     continue
-                numbers[part.step.out] = self._activated(kernel, x, residual, label, prelus.get(part.step.out), numbers)
+                numbers[part.step.out] = self._layer(kernel, x, residual, label)
                 continue
             residual = None if part.step.residual is None else numbers[part.step.residual]
             if isinstance(part, NormPart):
@@ -255,14 +254,18 @@ class _Layers:
                     pending[part.step.out], numbers[part.step.out] = preactivation, x
                     continue
                 kernel = convolution.elementwise(
-                    shape, preactivation.scale, preactivation.shift, part.step.activation, self._threads
+                    shape, preactivation.scale, preactivation.shift, self._last(part, shape[1]), self._threads
                 )
             else:
                 pool = pools.get(part.step.out)
                 kernel = self._convolution(
-                    packs.get(pack_name(part)), shape, part.step.activation, pending.get(first), pool
+                    packs.get(pack_name(part)),
+                    shape,
+                    self._last(part, part.conv.weight.shape[0]),
+                    pending.get(first),
+                    pool,
                 )
-            numbers[part.step.out] = self._activated(kernel, x, residual, label, prelus.get(part.step.out), numbers)
+            numbers[part.step.out] = self._layer(kernel, x, residual, label)
             if isinstance(part, ConvPart) and kernel.arguments.pool_h:
                 reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)
                 numbers[reader.step.out] = numbers[part.step.out]
@@ -286,15 +289,12 @@ class _Layers:
             raise _HasNoKernel
         self.result = self._layer(bound.kernel(None), pooled, None, linear.path)
 
-    def _activated(
-        self, kernel: Kernel, x: int, residual: int | None, label: str, prelu: CallPart | None, numbers: dict[int, int]
-    ) -> int:
-        """`_layer`, with the PReLU that follows, whose value gets its number, too."""
-        if prelu is None or prelu.child is None:
-            return self._layer(kernel, x, residual, label)
-        out = self._layer(_with_prelu(kernel, prelu.child), x, residual, f"{label}+{prelu.step.what}")
-        numbers[prelu.step.out] = out
-        return out
+    def _last(self, part: ConvPart | NormPart, channels: int) -> Last:
+        """What a part ends in."""
+        if part.prelu is None:
+            return last_of(part)
+        self.pools.append((part.prelu, _settings(part.prelu)))
+        return _prelu(part.prelu, channels)
 
     def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
         """Adds a layer; returns the number of its output."""
@@ -309,7 +309,7 @@ class _Layers:
         self,
         pack: Any,
         shape: tuple[int, ...],
-        activation: Activation | None,
+        activation: Last,
         preactivation: Preactivation | None,
         pool: nn.MaxPool2d | None,
     ) -> Kernel:
@@ -337,17 +337,17 @@ class _Layers:
         if type(child) is nn.Identity:
             return None, x, None
         if fusible.is_prelu(child):
-            return _with_prelu(convolution.elementwise(shape, None, None, None, self._threads), child), x, None
+            return convolution.elementwise(shape, None, None, _prelu(child, shape[1]), self._threads), x, None
         kind, pool = _pool(child, shape[2:])
         return convolution.pooling(kind, shape, pool, self._threads), x, None
 
 
-def _with_prelu(kernel: Kernel, child: nn.Module) -> Kernel:
-    """A kernel that ends in a PReLU."""
-    slopes = neighbors.slopes_of(child, kernel.out_shape[1])
+def _prelu(child: nn.Module, channels: int) -> PReLU:
+    """A PReLU whose slopes a program reads where they are."""
+    slopes = neighbors.slopes_of(child, channels)
     if slopes is None:
         raise _HasNoKernel
-    return kernel.with_slopes(slopes)
+    return PReLU(slopes)
 
 
 def _runs_ours(pack: Any, size: torch.Size) -> bool:

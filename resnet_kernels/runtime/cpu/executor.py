@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from ...graph import fusible
 from ...graph.recipe import Recipe
-from ...kernels.activations import Activation
+from ...kernels.activations import Last
 from ...kernels.cpu import library
 from ...kernels.cpu.convolution import Preactivation
 from ...ops import onednn
 from .. import checked_calls, run_steps
-from ..parts import CallPart, ConvPart, NormPart, Part, pack_name
+from ..parts import CallPart, ConvPart, NormPart, Part, last_of, pack_name
 from ..run_steps import Values
 from ..state import FusedRun, FusedState
 from . import compiled_program, neighbors
@@ -88,13 +88,13 @@ def run(
         if overwrite and any(values.get(value) is residual for value in pending):
             overwrite = False  # its BN has not been read by all
 
-        def convolution(residual: Tensor | None, activation: Activation | None) -> Tensor:
+        def convolution(residual: Tensor | None, activation: Last) -> Tensor:
             if own is not None:
                 return own(x, residual, activation, overwrite, preactivation)
             return pack(x, residual, activation, bound, overwrite)
 
         return run_steps.with_residual(
-            convolution, lambda: pack.out_shape(x.shape), x.dtype, residual, step.activation, "cpu"
+            convolution, lambda: pack.out_shape(x.shape), x.dtype, residual, last_of(part), "cpu"
         )  # fmt: skip
 
     def run_part(part: Part, values: Values) -> Tensor:
@@ -113,7 +113,7 @@ def run(
             x = values[part.step.x]
             if pack_of(part, x).activated(x.shape) is None:  # a weight was changed since
                 norm, _ = pending.pop(part.step.x)
-                values[part.step.x] = run_steps.normalize(norm.bn, x, None, norm.step.activation, "cpu")
+                values[part.step.x] = run_steps.normalize(norm.bn, x, None, last_of(norm), "cpu")
         if isinstance(part, CallPart) and part.step.inputs[0] in done:
             return values[part.step.inputs[0]]
         y = run_steps.run_part(part, values, "cpu", convolve)

@@ -6,13 +6,11 @@ neither needs a pass over memory of its own.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ...graph import fusible
 from ...kernels.activations import RELU
 from ...kernels.cpu.convolution import Bound, Preactivation
 from ...kernels.cpu.plans import Pool
@@ -51,22 +49,6 @@ def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
             (reader, *more) = readers.get(part.step.out, [part])
             if not more and isinstance(reader, CallPart) and isinstance(reader.child, nn.MaxPool2d):
                 found[part.step.out] = reader.child
-    return found
-
-
-def prelus_behind(parts: Sequence[Part], result: int) -> dict[int, CallPart]:
-    """Returns calls of a PReLU by the number of the value that they alone read, and that a step of ours without one makes."""
-    readers = Counter(value for part in parts for value in part.step.inputs)
-    makers = {part.step.out: part for part in parts if part.step.out != result}
-    found = {}
-    for part in parts:
-        if isinstance(part, CallPart) and fusible.is_prelu(part.child) and readers[part.step.inputs[0]] == 1:
-            maker = makers.get(part.step.inputs[0])
-            is_able = isinstance(maker, (ConvPart, NormPart)) or (
-                isinstance(maker, CallPart) and maker.step.what == "add"
-            )
-            if maker is not None and is_able and maker.step.activation is None:
-                found[maker.step.out] = part
     return found
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph.fusible import BatchNorm
-from ...kernels.activations import RELU, Activation
+from ...kernels.activations import RELU, Last
 from ...kernels.cpu import convolution, plans
 from ...kernels.geometry import Geometry
 from ...ops import cpu_candidates, onednn, reference, tuned_table
@@ -254,9 +254,7 @@ class PackedConv:
         """Output shape for an input that it `fits`."""
         return torch.Size(self._at(x_shape).geometry.out_shape(x_shape, self._conv.weight.shape))
 
-    def call(
-        self, sized: SizedConv, residual: object, activation: Activation | None, overwrite_residual: bool
-    ) -> tuple[Any, ...]:
+    def call(self, sized: SizedConv, residual: object, activation: Last, overwrite_residual: bool) -> tuple[Any, ...]:
         """The single call that `__call__` makes if oneDNN's ReLU is safe, as onednn.call gives it; oneDNN has no other."""
         if sized.own is not None:
             return sized.own, False, (activation, overwrite_residual) if residual is not None else (None, activation)
@@ -269,7 +267,7 @@ class PackedConv:
         self,
         x: Tensor,
         residual: Tensor | None,
-        activation: Activation | None,
+        activation: Last,
         bound: float,
         overwrite_residual: bool,
     ) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...graph import fusible
 from ...graph.fusible import BatchNorm
-from ...graph.recipe import ConvStep, Recipe
+from ...graph.recipe import ConvStep, PReLUAt, Recipe
 from ...kernels.activations import RELU
 from ...kernels.cpu.program import Memories
 from ...ops import onednn, tuned_table
@@ -124,6 +124,8 @@ class PackedProgram:
             conv = packs[step.conv, step.bn].at(shapes[step.x])
             if conv is None or not conv.is_one_call or (conv.own is None and step.activation not in (None, RELU)):
                 return
+            if isinstance(step.activation, PReLUAt):
+                return  # its slopes may be others in each call
             sized[step.out] = conv
             shapes[step.out] = packs[step.conv, step.bn].out_shape(shapes[step.x])
             if step.residual is not None and shapes[step.residual] != shapes[step.out]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...graph.recipe import PReLUAt
 from ...kernels.geometry import Geometry
 from ...ops import backends, conv_candidates
 from ..parts import ConvPart, Part
@@ -70,6 +71,8 @@ def choose(
         step = part.step
         if not isinstance(part, ConvPart) or step.out in chosen:
             continue
+        if isinstance(part.step.activation, PReLUAt):
+            continue  # a form has no place for slopes: the op chooses in each call
         asked = multi_layer.conv_problem(part, shapes[part.step.x])
         broadcasts = multi_layer.broadcasts(part, shapes)
         if broadcasts:

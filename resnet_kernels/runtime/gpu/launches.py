@@ -17,7 +17,7 @@ from ...kernels.geometry import Geometry
 from ...kernels.operands import ConvOperands
 from ...ops import cudnn
 from .. import run_steps
-from ..parts import ConvPart, Part
+from ..parts import ConvPart, Part, last_of
 from ..run_steps import Values
 from .constants import Constants
 from .forms import Form
@@ -50,7 +50,7 @@ def run_part(part: Part, values: Values, constants: AllConstants, backend: str) 
     def convolve(part: ConvPart, x: Tensor, residual: Tensor | None) -> Tensor:
         scale, shift, _ = constants[part.step.out]
         weight = _weight(part, x, constants)
-        return run_steps.convolve(part.conv, x, weight, scale, shift, residual, part.step.activation, backend)
+        return run_steps.convolve(part.conv, x, weight, scale, shift, residual, last_of(part), backend)
 
     return run_steps.run_part(part, values, backend, convolve)
 
@@ -71,10 +71,10 @@ def convolve_as(part: ConvPart, form: Form, values: Values, constants: AllConsta
         y = form.run(x, weight, shift, inside, scale)
     else:
         own_scale, own_shift, _ = constants[form.adds]
-        operands = ConvOperands(x, weight, shift, inside, scale, form.geometry, step.activation)
+        operands = ConvOperands(x, weight, shift, inside, scale, form.geometry, last_of(part))
         y = cudnn.conv_then_epilogue(operands, own_scale, own_shift)
     if form.broadcasts and residual is not None:
-        y = run_steps.add(y, residual, step.activation, backend)
+        y = run_steps.add(y, residual, last_of(part), backend)
     values[step.out] = y
 
 
@@ -90,7 +90,7 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
         x0, _weight(link.shortcut, x, constants), projection_shift, projection_scale, _geometry(link.shortcut, x0)
     )
     weight, geometry = _weight(link.conv3, x, constants), _geometry(link.conv3, x)
-    operands = ConvOperands(x, weight, shift, None, scale, geometry, step.activation)
+    operands = ConvOperands(x, weight, shift, None, scale, geometry, last_of(link.conv3))
     values[step.out] = kernel.launch(operands, shortcut=shortcut)
 
 

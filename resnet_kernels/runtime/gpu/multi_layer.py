@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ...graph import fusible
+from ...graph.recipe import PReLUAt
 from ...kernels import target
-from ...kernels.activations import RELU
+from ...kernels.activations import PRELU, RELU
 from ...kernels.geometry import Geometry, plain_pair
 from ...ops import backends, tuned_table
 from ...ops.conv_problem import ConvProblem
@@ -226,7 +227,8 @@ def conv_problem(part: ConvPart, x_shape: Sequence[int]) -> ConvProblem:
     has_bn = part.bn is not None
     return ConvProblem(
         c_in, in_h, in_w, (c_out, c_in_group, kernel_h, kernel_w), Geometry.of_module(part.conv, (in_h, in_w)),
-        has_bn, has_bn or part.conv.bias is not None, part.step.residual is not None, part.step.activation,
+        has_bn, has_bn or part.conv.bias is not None, part.step.residual is not None,
+        PRELU if isinstance(part.step.activation, PReLUAt) else part.step.activation,
     )  # fmt: skip
 
 
