@@ -51,11 +51,11 @@ def _through(
         if kept_ptr is not None:
             z += tl.load(kept_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         if ACT == "prelu":
-            # Not `z <= 0`, which would leave a NaN out that PyTorch has in its sum. Outside of the data 0 * inf may be one.
-            at_slope = tl.where((z > 0) | (mask == 0), 0.0, dy * z)
+            # Outside of the data dy is 0, and 0 * inf would be NaN: an infinite slope or bias must not meet it.
+            z = tl.where(mask, z, 1.0)
+            # Not `z <= 0`, which would leave a NaN out that PyTorch has in its sum.
+            at_slope = tl.where(z > 0, 0.0, dy * z)
         dy = elementwise.activation_gradient(z, dy, ACT, slope)
-        if ACT == "prelu":
-            dy = tl.where(mask, dy, 0.0)
     return dy, at_slope
 
 
