@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from resnet_kernels.kernels.activations import RELU
+from resnet_kernels.kernels.activations import KINDS, PRELU, RELU, Activation
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.ops import conv_candidates
 from resnet_kernels.ops.batch_norm_act import NormProblem
@@ -72,6 +72,8 @@ PORTABLE_ONLY = {
     "grouped": (_conv(128, (14, 14), 128, 3, groups=32, **_PAD1), 3),
     "dilated, SAME": (_conv(64, (15, 15), 64, 3, padding=(2, 2, 2, 2), dilation=(2, 2)), 2),
 }
+# One of each formula, and PReLU, which reads its slopes.
+ACTIVATIONS = (*(Activation(kind) for kind in KINDS if kind != "relu"), PRELU)
 DRY = {"3x3 ragged, residual": (_conv(24, (5, 6), 16, 3, residual=True, **_PAD1), 2)}
 
 
@@ -102,6 +104,29 @@ def _conv_checks(candidate: str, dtype: torch.dtype) -> list[Check]:
             return check_problem(problem, candidate)
 
         checks.append(Check(f"{candidate} | {what} | {str(dtype)[6:]}", run, candidate))
+    return checks
+
+
+def _activation_checks(candidate: str) -> list[Check]:
+    """A candidate with every activation but ReLU behind a residual; for "norm", BN in training and in inference."""
+    checks = []
+    for last in ACTIVATIONS if is_cuda() else ACTIVATIONS[-1:]:
+        if candidate == "norm":
+            for training in (True, False):
+                checks += _problem_checks(NormProblem(72, 15, 13, True, last, training), 3, torch.bfloat16, "")
+            continue
+        asked, batch = next(iter(DRY.values())) if not is_cuda() else CONVOLUTIONS["3x3 ragged, residual"]
+        if candidate.startswith("shared "):
+            asked, batch = _conv(64, (14, 12), 40, 3, residual=True, **_PAD1), 3
+        asked = asked._replace(activation=last)
+
+        def run(asked=asked, batch=batch) -> Result:
+            problem = problems.conv_problem(asked, batch, torch.bfloat16, device())
+            if candidate not in problem.candidates:
+                return {"skipped": "not a candidate here"}
+            return check_problem(problem, candidate)
+
+        checks.append(Check(f"{candidate} | {last}", run, candidate))
     return checks
 
 
@@ -141,6 +166,8 @@ def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
         Job("norm", [c for asked, batch in rest[i::4] for c in _problem_checks(asked, batch, bf16, "")])
         for i in range(4)
     )
+    some = [next(name for name in tiles if name.startswith(kind)) for kind in ("pointer ", "tma ", "shared ")]
+    yield from (Job(f"activations {name}", _activation_checks(name)) for name in (*some, "cudnn+epilogue", "norm"))
     yield from (Job(name, _conv_checks(name, torch.float16)) for name in (ours[1], ours[-1]))
     yield from (Job(name, _conv_checks(name, torch.float32)) for name in tiles if name not in ours)
 

@@ -148,6 +148,11 @@ def training(name: str, backend: str, autocast: bool) -> Result:
 
 # (batch, image size)
 SIZES = ((8, 224), (1, 224), (3, 75))
+# Of other libraries: mixed forwards, gates, depthwise convolutions, other activations.
+OTHERS = (
+    "torchvision:densenet121", "torchvision:efficientnet_b0", "torchvision:mobilenet_v3_large", "timm:seresnet50",
+    "timm:darknet53", "timm:cspresnet50", "timm:res2net50_26w_4s", "timm:dla34",
+)  # fmt: skip
 
 
 def jobs() -> Iterator[tuple[str, list[Any]]]:
@@ -175,6 +180,12 @@ def jobs() -> Iterator[tuple[str, list[Any]]]:
             for dtype in (torch.float32, torch.float16)
         )
     )
+    for name in OTHERS:
+        yield job(
+            *((f"{name} {backend} 4x128", partial(inference, name, 4, 128, backend)) for backend in ("triton", "auto")),
+            (f"{name} auto captured", partial(captured, name, 2, 128, "auto")),
+            (f"{name} triton training", partial(training, name, "triton", False)),
+        )
     yield job(("resnet50 two streams", partial(two_streams, "resnet50", 128)))
     yield job(*((f"resnet50 {b} compiled", partial(compiled, "resnet50", b)) for b in ("auto", "triton")))
     for name in ("resnet18", "resnet_v2_50", "d2l_resnet18"):

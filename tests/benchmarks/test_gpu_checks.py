@@ -86,3 +86,23 @@ def test_jobs_are_noted_without_a_gpu_and_travel(tmp_path):
     assert kinds == {"ConvProblem", "LinkProblem", "StemProblem"}
     names = [job.name for job in gpu_checks.jobs([read])]
     assert {"stem", "link", "cudnn", "small"} <= set(names) and any(name.startswith("tma ") for name in names)
+
+
+def test_activations_are_checked(dry):
+    portable = next(name for name in gpu_checks.conv_candidates.tiles() if name.startswith("pointer "))
+    for candidate in (portable, "norm"):
+        rows = [check.run() for check in gpu_checks._activation_checks(candidate)]
+        assert rows and not any("refused" in row or "skipped" in row for row in rows), rows
+    names = [check.name for check in gpu_checks._activation_checks(portable)]
+    assert names == [f"{portable} | prelu"], "a GPU checks all"
+
+
+def test_networks_of_other_libraries_are_checked(monkeypatch):
+    pytest.importorskip("timm")
+    networks = importlib.import_module("benchmarks.gpu.networks")
+    monkeypatch.setattr(networks, "DEVICE", "cpu")
+    row = networks.inference("timm:seresnet18", 1, 64, "auto", torch.float32)
+    assert "refused" not in row and row["error"] > 0
+    monkeypatch.setattr(networks, "OTHERS", ("timm:seresnet18",))
+    names = [name for name, _ in networks.jobs()]
+    assert "timm:seresnet18 triton 4x128" in names
