@@ -24,7 +24,7 @@ def net():
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
 
 
-X = torch.randn(2, 3, 8, 8)
+X = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
 def captured(model, x=X, **options):

@@ -18,7 +18,7 @@ from resnet_kernels.runtime.checked_calls import Survey
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*such calls run the model's own PyTorch code")
 
-X = torch.randn(2, 3, 32, 32)
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 FLAG = True
 
 
@@ -85,7 +85,7 @@ CHANGES = {
     "numpy": lambda m: m.layer3[0].bn2.running_var.numpy().__imul__(2),
     "block": lambda m: m.layer3.__setitem__(1, nn.Identity()),
     "appended": lambda m: m.layer4.append(nn.ReLU()),
-    "head": lambda m: setattr(m, "fc", nn.Linear(512, 7).eval()),
+    "head": lambda m: setattr(m, "fc", nn.Linear(512, 700).eval()),
     "hook": lambda m: m.layer2[1].register_forward_hook(lambda module, args, y: y + 1),
     "hook inside": lambda m: m.layer2[1].conv1.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
     "forward": lambda m: setattr(m.layer1[1].conv2, "forward", lambda x: x * 3),
