@@ -427,6 +427,49 @@ def test_prelus_are_parts_of_programs(faces, programs):
     assert [label for label in labels if label.startswith("prelus")] == ["prelus.5"], "the others end other steps"
 
 
+class AddsLast(nn.Module):
+    """darknet's block with every kind of step before the add, and adds whose other side comes too late, or is read again."""
+
+    def __init__(self, act: nn.Module, channels: int = 20):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=groups, bias=False)
+            for kernel, groups in ((3, 1), (1, 1), (3, 5), (3, 20), (1, 1), (3, 1))
+        )
+        self.bns = nn.ModuleList(nn.BatchNorm2d(channels) for _ in range(7))
+        self.act, self.pool = act, nn.MaxPool2d(2)
+
+    def step(self, number, x):
+        return self.act(self.bns[number](self.convs[number](x)))
+
+    def forward(self, x):
+        for first, second in ((1, 0), (0, 1), (1, 2), (0, 3)):
+            x = self.step(second, self.step(first, x)) + x  # x dies here
+        y = self.act(self.bns[6](x)) + x
+        first, second = self.step(4, y), self.step(5, y)
+        return self.pool(first + second) + self.pool(first)
+
+
+@pytest.mark.parametrize("name", ("relu", "leaky_relu(0.1)", "silu", "prelu"))
+def test_an_add_behind_an_activation_is_a_part_of_its_step(name, programs, monkeypatch):
+    monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
+    torch.manual_seed(0)
+    act = nn.ReLU() if name == "relu" else nn.PReLU(20, -0.3) if name == "prelu" else MODULES[name]
+    plain = randomise_batch_norms_(AddsLast(act)).eval()
+    fused, x = rk.fuse(plain), torch.randn(3, 20, 12, 10)
+    for given in (x, x.contiguous(memory_format=CHANNELS_LAST)):
+        assert_next_call_like_eager(plain, fused, given)
+        before = given.clone()
+        with torch.no_grad():
+            fused(given)
+        assert torch.equal(given, before), "a result was written over the input"
+    assert set(programs) == {14}
+    (program, *_) = [p for p in fused._rk_state.copies.compiled.values() if p.runs]
+    labels = [layer.label for layer in program._program.layers]
+    assert [label.endswith("+add") for label in labels] == [False, True] * 4 + [True, False, True, False, False, False], labels
+    assert assert_next_call_like_eager(plain, fused, torch.full_like(x, float("nan"))).isnan().all()
+
+
 def _slope_of_all(prelu):
     prelu.weight = nn.Parameter(torch.tensor([0.3]))
 

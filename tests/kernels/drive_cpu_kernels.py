@@ -73,7 +73,9 @@ class Plain:
         self.address = self.array.ctypes.data
 
 
-def reference(x, weight, stride, dilation, padding, scale, bias, residual, last, slopes, pre, pool):
+def reference(
+    x, weight, stride, dilation, padding, scale, bias, residual, last, slopes, pre, pool, adds_last=False
+):  # fmt: skip
     """The convolution in int64; x is (N, H, W, C), weight (O, C of a group, kernel_h, kernel_w)."""
     x = x.astype(np.int64)
     if pre is not None:
@@ -96,8 +98,9 @@ def reference(x, weight, stride, dilation, padding, scale, bias, residual, last,
             y += np.concatenate([values @ taps.T for values, taps in parts], 3)
     y = y if scale is None else y * scale.astype(np.int64)
     y = y if bias is None else y + bias.astype(np.int64)
-    y = y if residual is None else y + residual.astype(np.int64)
-    y = drive_cpu_layers.activated(y, last, np.int64(slopes))
+    residual = 0 if residual is None else residual.astype(np.int64)
+    y = drive_cpu_layers.activated(y if adds_last else y + residual, last, np.int64(slopes))
+    y = y + residual if adds_last else y
     if pool is None:
         return y
     kernel, step, pad = pool
@@ -201,6 +204,7 @@ def example(driver, draw):
         integers(*shape) if draw.random() < 0.5 else None for shape in ((c_out,), (c_out,), (n, out_h, out_w, c_out))
     )
     last, pre, pool = drive_cpu_layers.any_activation(draw), None, None
+    adds_last = residual is not None and draw.random() < 0.3
     if (winograd or copies) and draw.random() < 0.4:
         pre = integers(c_in, most=2), integers(c_in, most=2), draw.random() < 0.5
     shape = (n, out_h, out_w, c_out)
@@ -210,7 +214,7 @@ def example(driver, draw):
         dilation_h=dilation[0], dilation_w=dilation[1], pad_top=padding[0], pad_left=padding[2],
         block=draw.randint(1, 14), panels=draw.randint(1, 5) * together, copies=copies,
         activation=last, slope=drive_cpu_layers.SLOPE,
-        pre_relu=pre is not None and pre[2], groups=groups,
+        pre_relu=pre is not None and pre[2], adds_last=adds_last, groups=groups,
     )  # fmt: skip
     if copies and kind == DIRECT and residual is None and min(out_h, out_w) > 2 and draw.random() < 0.5:
         pool = draw.choice(((2, 1, 0), (2, 2, 1), (3, 2, 1), (3, 1, 1)))
@@ -231,13 +235,13 @@ def example(driver, draw):
     for name, values in (("scale", scale), ("bias", bias), ("residual", residual)):
         if values is not None:
             buffers[name] = driver.make(values, at_end)
-    if residual is not None and draw.random() < 0.5:
+    if residual is not None and not adds_last and draw.random() < 0.5:
         buffers["y"] = buffers["residual"]
     if pre is not None:
         buffers["pre_scale"], buffers["pre_shift"] = (driver.make(v, at_end) for v in pre[:2])
     slopes, more = drive_cpu_layers.slopes_of(driver, draw, last, c_out, at_end)
     driver.convolve(kind, draw.choice((1, 1, 2, 3)), buffers | more, **sizes)
-    truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, last, slopes, pre, pool)
+    truth = reference(x, weight, stride, dilation, padding, scale, bias, residual, last, slopes, pre, pool, adds_last)
     if np.array_equal(buffers["y"].array.reshape(shape), truth):
         return None
     return f"kind={kind} pool={pool} pre={pre is not None} {sizes}"

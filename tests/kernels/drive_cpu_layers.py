@@ -45,12 +45,12 @@ def slopes_of(driver, draw, activation, channels, at_end):
     return slopes, {"slopes": driver.make(slopes, at_end)}
 
 
-def finished(x, scale, bias, residual, activation, slopes=SLOPE):
-    """act(x * scale + bias + residual)."""
+def finished(x, scale, bias, residual, activation, slopes=SLOPE, adds_last=False):
+    """act(x * scale + bias + residual), or act(x * scale + bias) + residual."""
     y = x if scale is None else x * scale
     y = y if bias is None else y + bias
-    y = y if residual is None else y + residual
-    return activated(y, activation, slopes)
+    residual = 0 if residual is None else residual
+    return activated(y, activation, slopes) + residual if adds_last else activated(y + residual, activation, slopes)
 
 
 def windows(x, kernel, stride, padding, size):
@@ -71,18 +71,18 @@ def elementwise(driver, draw):
     )
     sizes = dict(
         batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 8),
-        activation=any_activation(draw), slope=SLOPE,
+        activation=any_activation(draw), slope=SLOPE, adds_last=residual is not None and draw.random() < 0.3,
     )  # fmt: skip
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(x.shape, np.nan), at_end)}
     for name, values in (("scale", scale), ("bias", bias), ("residual", residual)):
         if values is not None:
             buffers[name] = driver.make(values, at_end)
-    if residual is not None and draw.random() < 0.5:
+    if residual is not None and not sizes["adds_last"] and draw.random() < 0.5:
         buffers["y"] = buffers["residual"]
     slopes, more = slopes_of(driver, draw, sizes["activation"], channels, at_end)
     driver.convolve(ELEMENTWISE, draw.choice((1, 1, 1, 2)), buffers | more, **sizes)
-    truth = finished(x, scale, bias, residual, sizes["activation"], slopes)
+    truth = finished(x, scale, bias, residual, sizes["activation"], slopes, sizes["adds_last"])
     return None if is_equal(buffers["y"].array, truth) else f"elementwise {[*buffers]} {sizes}"
 
 

@@ -109,15 +109,28 @@ static void prelu_floats(const float *slopes, float *p, int64_t count)
         p[k] = p[k] > 0 ? p[k] : p[k] * slopes[k];
 }
 
-/* Activates channels `first` to `end`, of which those below c_out exist, of `count` rows. Nothing is left to do behind a ReLU. */
+static void add_floats(const float *from, float *p, int64_t count)
+{
+    int64_t k = 0;
+    for (; k + WIDTH <= count; k += WIDTH)
+        store(p + k, load(p + k) + load(from + k));
+    for (; k < count; k++)
+        p[k] += from[k];
+}
+
+/* Activates channels `first` to `end`, of which those below c_out exist, of `count` rows, and adds what comes behind the activation.
+ * A ReLU is in the rows already. */
 static __attribute__((noinline)) void activate_rows(const Output *out, int64_t row, int64_t count, int64_t first, int64_t end)
 {
-    if (!out->later)
+    if (!out->later && !out->last)
         return;
     int64_t channels = least(end, out->c_out) - first;
-    for (float *y = out->y + row * out->step + first; count > 0; count--, y += out->step)
+    for (int64_t at = row * out->step + first; count > 0; count--, at += out->step) {
         if (out->later == PRELU)
-            prelu_floats(out->slopes + first, y, channels);
+            prelu_floats(out->slopes + first, out->y + at, channels);
         else
-            activate_floats(out->later, out->slope, y, channels);
+            activate_floats(out->later, out->slope, out->y + at, channels);
+        if (out->last)
+            add_floats(out->last + at, out->y + at, channels);
+    }
 }

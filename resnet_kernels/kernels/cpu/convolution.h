@@ -22,13 +22,14 @@ typedef struct {
     int64_t pool_h, pool_w;                      /* output of the max-pool behind the convolution; 0 without one */
     int64_t pool_kernel, pool_stride, pool_top, pool_left;
     int64_t activation, pre_relu;
+    int64_t adds_last; /* the residual comes behind the activation: y = act(conv * scale + bias) + residual, apart from y */
     int64_t groups;
     double slope; /* of LEAKY_RELU */
     const float *x, *weight; /* weight: packed by a function of run.c */
     const float *scale, *bias, *residual;
     const float *pre_scale, *pre_shift; /* (c_in), both or none */
     const float *slopes;                /* (c_out), of PRELU */
-    float *y;                           /* may be residual's memory */
+    float *y;                           /* may be residual's memory, unless `adds_last` */
 } Convolution;
 
 typedef struct {

@@ -33,7 +33,7 @@ _SIZES = (
     "x_image", "x_channel", "x_row", "x_column",
     "block", "panels", "copies",
     "pool_h", "pool_w", "pool_kernel", "pool_stride", "pool_top", "pool_left",
-    "activation", "pre_relu",
+    "activation", "pre_relu", "adds_last",
     "groups",
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
@@ -101,6 +101,12 @@ class Kernel(NamedTuple):
     keeps: tuple[Tensor | None, ...] = ()
     copies: bool = False
     residual_shape: tuple[int, ...] | None = None
+
+    def adding_last(self) -> Kernel:
+        """Returns it with the residual behind the activation: act(conv(x) * scale + bias) + residual, in memory of its own."""
+        arguments = Arguments.from_buffer_copy(self.arguments)
+        arguments.adds_last = 1
+        return self._replace(arguments=arguments)
 
     @property
     def flops(self) -> int:

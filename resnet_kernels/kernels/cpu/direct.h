@@ -134,7 +134,9 @@ static Output output_at(const Convolution *c, float *y, const float *residual, i
 {
     int relu = c->activation == RELU;
     int later = relu ? 0 : (int)c->activation;
-    return (Output){y, residual, c->scale, c->bias, step, c->c_out, relu, later, (float)c->slope, c->slopes};
+    const float *last = c->adds_last ? residual : NULL;
+    residual = c->adds_last ? NULL : residual;
+    return (Output){y, residual, c->scale, c->bias, step, c->c_out, relu, later, (float)c->slope, c->slopes, last};
 }
 
 static Output output_of(const Convolution *c, int64_t pixel)

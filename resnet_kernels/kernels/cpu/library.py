@@ -20,7 +20,7 @@ import torch
 ISA_VARIABLE = "RESNET_KERNELS_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512")
 # run.c, rk_interface: a library that an older version of this package left behind can't be called.
-_INTERFACE = 8
+_INTERFACE = 9
 _NAME = "_convolution"
 
 

@@ -218,7 +218,7 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
 
 def _over_residual(values: dict[int, _Value], layer: Layer, i: int) -> int:
     """The place of a layer's residual, if its result may be written over it; else -1."""
-    if layer.residual is None or layer.kernel.residual_shape is not None:
+    if layer.residual is None or layer.kernel.residual_shape is not None or layer.kernel.arguments.adds_last:
         return -1
     residual, out, images = values[layer.residual.value], values[layer.out.value], layer.kernel.out_shape[0]
     is_dead = residual.users[-1] == i and residual.users.count(i) == 1

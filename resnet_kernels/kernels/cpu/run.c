@@ -27,7 +27,7 @@ const Kernels *rk_kernels(int64_t number)
 }
 
 /* The version of this interface. Python refuses any other. */
-EXPORT int64_t rk_interface(void) { return 8; }
+EXPORT int64_t rk_interface(void) { return 9; }
 
 /* Output channels of a panel; 0 if this processor can't run the kernels of that number. */
 EXPORT int64_t rk_panel(int64_t number)

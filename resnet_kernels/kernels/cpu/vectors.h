@@ -30,7 +30,7 @@ typedef struct {
     int relu;
     int later; /* an activation other than ReLU, for activate_rows: once the rows are stored */
     float slope;
-    const float *slopes;
+    const float *slopes, *last; /* `last` is added behind the activation */
 } Output;
 
 #include "activations.h"

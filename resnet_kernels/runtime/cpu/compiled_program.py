@@ -224,6 +224,7 @@ class _Layers:
         """Adds a recipe, on what the one before it made."""
         recipe, parts, packs = section.recipe, section.live.parts, section.copies.packs
         on_load, pools = neighbors.norms_on_load(parts, recipe.result), neighbors.pools_behind(parts, recipe.result)
+        adds = neighbors.adds_behind(parts, recipe.result)
         numbers = {0: self.result}  # of the program's values, by the recipe's
         pending: dict[int, Preactivation] = {}  # by the recipe's number of what the BN makes
         for part in parts:
@@ -233,7 +234,7 @@ class _Layers:
                 if part.child is not None:
                     self.pools.append((part.child, _settings(part.child)))
                 if part.step.out in numbers:
-                    continue  # the step before it has pooled
+                    continue  # the step before it has pooled, or added
                 if any(value in pending for value in part.step.inputs):
                     raise _HasNoKernel
                 kernel, x, residual = self._call(part, [numbers[value] for value in part.step.inputs])
@@ -265,6 +266,11 @@ class _Layers:
                     pending.get(first),
                     pool,
                 )
+            add = adds.get(part.step.out)
+            if add is not None:
+                (other,) = (value for value in add.step.inputs if value != part.step.out)
+                kernel, residual, label = kernel.adding_last(), numbers[other], f"{label}+{add.step.what}"
+                numbers[add.step.out] = len(self._shapes)
             numbers[part.step.out] = self._layer(kernel, x, residual, label)
             if isinstance(part, ConvPart) and kernel.arguments.pool_h:
                 reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)

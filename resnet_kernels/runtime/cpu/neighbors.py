@@ -6,6 +6,7 @@ neither needs a pass over memory of its own.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +50,29 @@ def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
             (reader, *more) = readers.get(part.step.out, [part])
             if not more and isinstance(reader, CallPart) and isinstance(reader.child, nn.MaxPool2d):
                 found[part.step.out] = reader.child
+    return found
+
+
+def adds_behind(parts: Sequence[Part], result: int) -> dict[int, CallPart]:
+    """Returns adds by the number of a value that they alone read: the later one of the two, which an activation made.
+
+    The step that makes the value, a convolution or a BN without a residual of its own, can add the other one behind it.
+    """
+    readers = Counter(value for part in parts for value in part.step.inputs)
+    order = {part.step.out: i for i, part in enumerate(parts)}
+    found = {}
+    for part in parts:
+        if not isinstance(part, CallPart) or part.child is not None or part.step.what != "add":
+            continue
+        value = max(part.step.inputs, key=lambda number: order.get(number, -1))
+        maker = parts[order[value]] if value in order else None
+        if (
+            isinstance(maker, (ConvPart, NormPart))
+            and maker.step.activation is not None
+            and maker.step.residual is None
+        ):
+            if readers[value] == 1 and value != result:
+                found[value] = part
     return found
 
 
