@@ -466,7 +466,14 @@ def test_an_add_behind_an_activation_is_a_part_of_its_step(name, programs, monke
     assert set(programs) == {14}
     (program, *_) = [p for p in fused._rk_state.copies.compiled.values() if p.runs]
     labels = [layer.label for layer in program._program.layers]
-    assert [label.endswith("+add") for label in labels] == [False, True] * 4 + [True, False, True, False, False, False], labels
+    assert [label.endswith("+add") for label in labels] == [False, True] * 4 + [
+        True,
+        False,
+        True,
+        False,
+        False,
+        False,
+    ], labels
     assert assert_next_call_like_eager(plain, fused, torch.full_like(x, float("nan"))).isnan().all()
 
 

@@ -112,6 +112,45 @@ def test_forms_that_are_steps(form, programs, monkeypatch, threads_as_before):
     assert rk.verify(net, ours, x)
 
 
+class Excited(nn.Module):
+    """SE-ResNet's block: the gate is followed by the add, and by what `last` is."""
+
+    def __init__(self, form, last, c_in=20):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(c_in, 20, 3, padding=1, bias=False), nn.BatchNorm2d(20)
+        self.se, self.last = Gate(20, *form), last
+        self.down = None if c_in == 20 else nn.Sequential(nn.Conv2d(c_in, 20, 1, bias=False), nn.BatchNorm2d(20))
+
+    def forward(self, x):
+        y = self.se(self.bn1(self.conv1(x)))
+        return self.last(y + (x if self.down is None else self.down(x)))
+
+
+@pytest.mark.parametrize("last", ("relu", "silu", "identity"))
+@pytest.mark.parametrize("form", ("method", "pool of a pair", "bare"))
+def test_an_add_behind_a_gate_is_a_part_of_it(form, last, programs, monkeypatch):
+    monkeypatch.setenv(library.ISA_VARIABLE, skip_unless_compiled().isa)
+    torch.manual_seed(0)
+    act = {"relu": nn.ReLU(), "silu": nn.SiLU(), "identity": nn.Identity()}[last]
+    net = nn.Sequential(*(Excited(FORMS[form], act, c_in) for c_in in (12, 20, 20)))
+    net = randomise_batch_norms_(net).eval()
+    ours = rk.fuse(net)
+    for shape in ((1, 12, 9, 7), (4, 12, 30, 28)):
+        x = torch.randn(shape)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = x.contiguous(memory_format=layout)
+            before = given.clone()
+            assert_next_call_like_eager(net, ours, given, form)
+            assert torch.equal(given, before)
+    programs_made = [p for p in ours._rk_state.copies.compiled.values() if p.runs]
+    labels = [layer.label for layer in programs_made[-1]._program.layers]
+    # The first block's shortcut is made after its gate, so that its convolution adds.
+    ends = [label for label in labels if "mul" in label or "add" in label]
+    assert [("mul" in label, "add" in label) for label in ends[-3:]] == [(False, True), (True, True), (True, True)], (
+        labels
+    )
+
+
 class _TwoAverages(Gate):
     def forward(self, x):
         return x * torch.sigmoid(self.expand(_mean(x)[:, :6] + F.relu(self.reduce(_mean(x)))))

@@ -120,22 +120,28 @@ GATES = {0: lambda s: s, 9: lambda s: np.clip(s + 3, 0, 6) / 6, 8: lambda s: 1 /
 
 
 def gate(driver, draw):
-    """Images times a number a channel, NaN among both. A sigmoid's results are rounded."""
+    """Images times a number a channel, and what follows; NaN among all. A sigmoid's results are rounded."""
     n, height, width, channels = draw.randint(1, 3), draw.randint(1, 5), draw.randint(1, 5), draw.choice(CHANNELS)
     x, gates, kind = integers(draw, n, height, width, channels), integers(draw, n, channels), draw.choice([*GATES])
     gates *= 3 if kind == 9 else 1
+    residual = integers(draw, *x.shape) if draw.random() < 0.5 else None
     for values in (x, gates):
         values.ravel()[[draw.randrange(values.size) for _ in range(draw.randint(0, 2))]] = np.nan
     sizes = dict(
-        batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 30), activation=kind
-    )
+        batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 30), gate=kind,
+        activation=any_activation(draw), slope=SLOPE,
+    )  # fmt: skip
     at_end = draw.random() < 0.7
-    buffers = {"x": driver.make(x, at_end), "residual": driver.make(gates, at_end)}
+    buffers = {"x": driver.make(x, at_end), "gates": driver.make(gates, at_end)}
     buffers["y"] = driver.make(np.full(x.shape, np.nan), at_end)
-    driver.convolve(GATE, draw.choice((1, 1, 1, 2)), buffers, **sizes)
-    truth = x * GATES[kind](gates)[:, None, None]
+    if residual is not None:
+        buffers["residual"] = driver.make(residual, at_end)
+        buffers["y"] = buffers["residual"] if draw.random() < 0.5 else buffers["y"]
+    slopes, more = slopes_of(driver, draw, sizes["activation"], channels, at_end)
+    driver.convolve(GATE, draw.choice((1, 1, 1, 2)), buffers | more, **sizes)
+    truth = finished(x * GATES[kind](gates)[:, None, None], None, None, residual, sizes["activation"], slopes)
     found = buffers["y"].array.reshape(truth.shape)
-    right = np.allclose(found, truth, rtol=1e-6, atol=0, equal_nan=True) if kind == 8 else is_equal(found, truth)
+    right = np.allclose(found, truth, rtol=1e-6, atol=1e-5, equal_nan=True) if kind == 8 else is_equal(found, truth)
     return None if right else f"gate {kind} {sizes}"
 
 
@@ -144,7 +150,7 @@ def program(driver, draw):
     structure = driver.structure
     place = type("Place", (ctypes.Structure,), {"_fields_": [("base", ctypes.c_int64), ("at", ctypes.c_int64)]})
     fields = [(name, ctypes.c_int64) for name in ("kind", "needs", "tasks")]
-    fields += [(name, place) for name in ("x", "residual", "y")] + [("convolution", structure)]
+    fields += [(name, place) for name in ("x", "residual", "gates", "y")] + [("convolution", structure)]
     n, size, channels, count = draw.randint(1, 3), draw.randint(1, 6), draw.choice(CHANNELS), draw.randint(1, 12)
     layers = (type("Layer", (ctypes.Structure,), {"_fields_": fields}) * count)()
     shape = (n, size, size, channels)
@@ -185,6 +191,7 @@ def program(driver, draw):
             value = activated(values[x][..., order], last)
         layer.convolution = structure(**sizes)
         layer.kind, layer.x, layer.residual, layer.y = kind, places[x], places[residual], places[y]
+        layer.gates = places[None]
         layer.tasks = driver.calls.rk_tasks(driver.number, kind, ctypes.byref(layer.convolution))
         each = max(each, driver.calls.rk_scratch(driver.number, kind, ctypes.byref(layer.convolution)))
         layer.needs = max(written[x], used[y], 0 if residual is None else written[residual])

@@ -23,12 +23,13 @@ typedef struct {
     int64_t pool_kernel, pool_stride, pool_top, pool_left;
     int64_t activation, pre_relu;
     int64_t adds_last; /* the residual comes behind the activation: y = act(conv * scale + bias) + residual, apart from y */
-    int64_t groups;
+    int64_t groups, gate; /* gate: the activation that makes `gates` */
     double slope; /* of LEAKY_RELU */
     const float *x, *weight; /* weight: packed by a function of run.c */
     const float *scale, *bias, *residual;
     const float *pre_scale, *pre_shift; /* (c_in), both or none */
     const float *slopes;                /* (c_out), of PRELU */
+    const float *gates;                 /* (batch, c_out), of GATE */
     float *y;                           /* may be residual's memory, unless `adds_last` */
 } Convolution;
 
@@ -41,7 +42,7 @@ typedef struct {
 /* convolution.py, KINDS. The last four are no convolutions, and use the fields of one that they have:
  *
  *     ELEMENTWISE     act(x * scale + bias + residual)
- *     GATE            x * act(residual), with a residual of one pixel an image: squeeze-and-excitation
+ *     GATE            act(x * gate(gates) + residual), with gates of one pixel an image: squeeze-and-excitation
  *     MAX_POOL        a maximum, and a mean, over windows of which none lies in the padding alone
  *     AVERAGE_POOL
  */

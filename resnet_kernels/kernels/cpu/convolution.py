@@ -34,11 +34,11 @@ _SIZES = (
     "block", "panels", "copies",
     "pool_h", "pool_w", "pool_kernel", "pool_stride", "pool_top", "pool_left",
     "activation", "pre_relu", "adds_last",
-    "groups",
+    "groups", "gate",
 )  # fmt: skip
 # convolution.h's kinds of layers, by number.
 KINDS = ("direct", "winograd", "grouped", "depthwise", "elementwise", "gate", "max_pool", "average_pool")
-_POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "slopes", "y")
+_POINTERS = ("x", "weight", "scale", "bias", "residual", "pre_scale", "pre_shift", "slopes", "gates", "y")
 
 # convolution.h's number of nn.PReLU.
 _PRELU = 3 + len(KINDS_OF_ACTIVATIONS)
@@ -89,7 +89,7 @@ class Kernel(NamedTuple):
         tasks: their number.
         keeps: tensors whose addresses are among the arguments.
         copies: whether it reads x by its strides.
-        residual_shape: of its second input, where that is not out_shape.
+        gates_shape: of its gates; None for other kernels than `gate`'s.
     """
 
     kind: str
@@ -100,7 +100,7 @@ class Kernel(NamedTuple):
     tasks: int
     keeps: tuple[Tensor | None, ...] = ()
     copies: bool = False
-    residual_shape: tuple[int, ...] | None = None
+    gates_shape: tuple[int, ...] | None = None
 
     def adding_last(self) -> Kernel:
         """Returns it with the residual behind the activation: act(conv(x) * scale + bias) + residual, in memory of its own."""
@@ -295,19 +295,21 @@ def pooling(kind: str, x_shape: tuple[int, ...], pool: Pool, threads: int) -> Ke
 GATES = {"mul": 0, "sigmoid_mul": 1 + len(KINDS_OF_ACTIVATIONS), "hardsigmoid_mul": 2 + len(KINDS_OF_ACTIVATIONS)}
 
 
-def gate(name: str, x_shape: tuple[int, ...], threads: int) -> Kernel:
-    """Returns the kernel of x * act(gates), with gates of one pixel an image, (N, C, 1, 1), on channels_last images.
+def gate(name: str, x_shape: tuple[int, ...], activation: Last, threads: int) -> Kernel:
+    """Returns the kernel of squeeze-and-excitation's end on channels_last images, act(x * g(gates) + residual).
 
     Args:
-        name: of `GATES`, says what act is: nothing, a sigmoid, or its piecewise linear form.
-        x_shape: (N, C, H, W), not empty.
+        name: of `GATES`, says what g is: nothing, a sigmoid, or its piecewise linear form.
+        x_shape: (N, C, H, W), not empty. That of the gates is (N, C, 1, 1).
+        activation: comes last; None for none.
         threads: that a call may use.
     """
     n, channels, height, width = x_shape
     block = max(1, min(_MOST_FLOATS // channels, n * height * width // (_TASKS * threads), height * width))
     arguments = Arguments(batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=block)
-    arguments.activation = GATES[name]
-    return _kernel("gate", arguments, x_shape, x_shape)[1]._replace(residual_shape=(n, channels, 1, 1))
+    arguments.gate = GATES[name]
+    slopes = arguments.activate(activation)
+    return _kernel("gate", arguments, x_shape, x_shape)[1]._replace(keeps=(slopes,), gates_shape=(n, channels, 1, 1))
 
 
 def global_average(x_shape: tuple[int, ...], threads: int) -> Kernel:

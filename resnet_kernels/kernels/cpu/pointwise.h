@@ -6,6 +6,33 @@ static int64_t no_scratch(const Convolution *c)
     return 0;
 }
 
+/* One pixel: act(x * scale + bias + residual). */
+INLINE void finish_pixel(const Output *out, const float *x, int64_t channels)
+{
+    int64_t k = 0;
+    for (; k + WIDTH <= channels; k += WIDTH) {
+        Vector v = load(x + k);
+        if (out->scale)
+            v *= load(out->scale + k);
+        if (out->bias)
+            v += load(out->bias + k);
+        if (out->residual)
+            v += load(out->residual + k);
+        store(out->y + k, out->relu ? relu(v) : v);
+    }
+    for (; k < channels; k++) {
+        float v = x[k];
+        if (out->scale)
+            v *= out->scale[k];
+        if (out->bias)
+            v += out->bias[k];
+        if (out->residual)
+            v += out->residual[k];
+        out->y[k] = out->relu ? relu_one(v) : v;
+    }
+    activate_rows(out, 0, 1, 0, channels);
+}
+
 static int64_t elementwise_tasks(const Convolution *c) { return blocks(c->batch * c->out_h * c->out_w, c->block); }
 
 /* One task: `block` pixels. */
@@ -15,29 +42,7 @@ static void elementwise_run(const Convolution *c, int64_t task, float *scratch)
     (void)scratch;
     for (int64_t pixel = begin; pixel < end; pixel++) {
         Output out = output_of(c, pixel);
-        const float *x = c->x + pixel * channels;
-        int64_t k = 0;
-        for (; k + WIDTH <= channels; k += WIDTH) {
-            Vector v = load(x + k);
-            if (out.scale)
-                v *= load(out.scale + k);
-            if (out.bias)
-                v += load(out.bias + k);
-            if (out.residual)
-                v += load(out.residual + k);
-            store(out.y + k, out.relu ? relu(v) : v);
-        }
-        for (; k < channels; k++) {
-            float v = x[k];
-            if (out.scale)
-                v *= out.scale[k];
-            if (out.bias)
-                v += out.bias[k];
-            if (out.residual)
-                v += out.residual[k];
-            out.y[k] = out.relu ? relu_one(v) : v;
-        }
-        activate_rows(&out, 0, 1, 0, channels);
+        finish_pixel(&out, c->x + pixel * channels, channels);
     }
 }
 
@@ -45,21 +50,17 @@ static int64_t gate_tasks(const Convolution *c) { return c->batch * blocks(c->ou
 
 static int64_t gate_scratch(const Convolution *c) { return c->c_out; }
 
-/* One task: `block` pixels of an image. */
+/* One task: `block` pixels of an image, whose gates are their scale. */
 static void gate_run(const Convolution *c, int64_t task, float *gates)
 {
     int64_t area = c->out_h * c->out_w, per_image = blocks(area, c->block), image = task / per_image, channels = c->c_out;
-    int64_t begin = task % per_image * c->block, end = least(area, begin + c->block), at = (image * area + begin) * channels;
-    const float *x = c->x + at;
-    float *y = c->y + at;
-    memcpy(gates, c->residual + image * channels, sizeof(float) * channels);
-    activate_floats((int)c->activation, 0, gates, channels);
-    for (int64_t pixel = begin; pixel < end; pixel++, x += channels, y += channels) {
-        int64_t k = 0;
-        for (; k + WIDTH <= channels; k += WIDTH)
-            store(y + k, load(x + k) * load(gates + k));
-        for (; k < channels; k++)
-            y[k] = x[k] * gates[k];
+    int64_t begin = task % per_image * c->block, end = least(area, begin + c->block);
+    memcpy(gates, c->gates + image * channels, sizeof(float) * channels);
+    activate_floats((int)c->gate, 0, gates, channels);
+    for (int64_t pixel = image * area + begin; pixel < image * area + end; pixel++) {
+        Output out = output_of(c, pixel);
+        out.scale = gates;
+        finish_pixel(&out, c->x + pixel * channels, channels);
     }
 }
 

@@ -34,8 +34,8 @@ typedef struct {
     int64_t kind;  /* DIRECT, WINOGRAD, ... */
     int64_t needs; /* how many of the first layers have to be done before: it reads what they write, or writes over it */
     int64_t tasks;
-    Place x, residual, y;
-    Convolution convolution; /* without these three */
+    Place x, residual, gates, y;
+    Convolution convolution; /* without these four */
 } Layer;
 
 /* Of a call: how many tasks of a layer are taken, and done. One cache line each. */
@@ -134,6 +134,7 @@ static void take_part(void *argument)
         Convolution convolution = layer->convolution;
         convolution.x = address_of(call, layer->x);
         convolution.residual = address_of(call, layer->residual);
+        convolution.gates = address_of(call, layer->gates);
         convolution.y = address_of(call, layer->y);
         void (*run)(const Convolution *, int64_t, float *) = call->kernels->kinds[layer->kind].run;
         for (int64_t task; (task = atomic_fetch_add(&phase->taken, 1)) < layer->tasks;) {
@@ -204,8 +205,9 @@ EXPORT void rk_run(int64_t number, const Layer *layers, int64_t first, int64_t e
 EXPORT void rk_convolve(int64_t number, int64_t kind, const Convolution *convolution, int64_t threads, Parallel *parallel,
                         float *scratch, int64_t scratch_step)
 {
-    float *const bases[] = {(float *)convolution->x, (float *)convolution->residual, convolution->y};
-    Layer layer = {kind, 0, rk_tasks(number, kind, convolution), {0, 0}, {1, 0}, {2, 0}, *convolution};
+    float *const bases[] = {(float *)convolution->x, (float *)convolution->residual,
+                            (float *)convolution->gates, convolution->y};
+    Layer layer = {kind, 0, rk_tasks(number, kind, convolution), {0, 0}, {1, 0}, {2, 0}, {3, 0}, *convolution};
     Phase phase;
     rk_run(number, &layer, 0, 1, bases, &phase, threads, parallel, scratch, scratch_step);
 }

@@ -37,6 +37,7 @@ class _Layer(ctypes.Structure):
         ("tasks", ctypes.c_int64),
         ("x", _Place),
         ("residual", _Place),
+        ("gates", _Place),
         ("y", _Place),
         ("convolution", Arguments),
     ]
@@ -59,9 +60,9 @@ class Layer(NamedTuple):
 
     Attributes:
         kernel: with all but the addresses of x, residual and the result.
-        x, residual, out: what it reads and writes, as many images as the kernel's shapes say. residual: None for none; of a
-            gate, what multiplies x.
+        x, residual, out: what it reads and writes, as many images as the kernel's shapes say. residual: None for none.
         label: for profilers.
+        gates: what multiplies x, of a gate; None for other kernels.
     """
 
     kernel: Kernel
@@ -69,6 +70,7 @@ class Layer(NamedTuple):
     residual: Slice | None
     out: Slice
     label: str = ""
+    gates: Slice | None = None
 
 
 class _Value:
@@ -111,7 +113,7 @@ class Program:
         for structure, layer, need in zip(self._layers, layers, needs):
             structure.kind, structure.needs, structure.tasks = KINDS.index(layer.kernel.kind), need, layer.kernel.tasks
             structure.convolution = layer.kernel.arguments
-            for name in ("x", "residual", "out"):
+            for name in ("x", "residual", "gates", "out"):
                 part = getattr(layer, name)
                 place = _Place(-1, 0)
                 if part is not None:
@@ -170,7 +172,8 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
         kernel = layer.kernel
         for part, shape in (
             (layer.x, kernel.x_shape),
-            (layer.residual, kernel.residual_shape or kernel.out_shape),
+            (layer.residual, kernel.out_shape),
+            (layer.gates, kernel.gates_shape or ()),
             (layer.out, kernel.out_shape),
         ):
             if part is None:
@@ -207,7 +210,8 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
         elif value.base == _WORKSPACE:
             # Another slice of it: its memory is free since the first one was written.
             need = max((needs[user] for user in value.users if user < i), default=0)
-        for part, n in ((layer.x, layer.kernel.x_shape[0]), (layer.residual, layer.kernel.out_shape[0])):
+        images = layer.kernel.out_shape[0]
+        for part, n in ((layer.x, layer.kernel.x_shape[0]), (layer.residual, images), (layer.gates, images)):
             if part is not None:
                 for writer, first, count in values[part.value].written:
                     if writer < i and first < part.first + n and part.first < first + count:
@@ -218,7 +222,7 @@ def _planned(layers: Sequence[Layer], results: dict[int, tuple[int, ...]]) -> tu
 
 def _over_residual(values: dict[int, _Value], layer: Layer, i: int) -> int:
     """The place of a layer's residual, if its result may be written over it; else -1."""
-    if layer.residual is None or layer.kernel.residual_shape is not None or layer.kernel.arguments.adds_last:
+    if layer.residual is None or layer.kernel.arguments.adds_last:
         return -1
     residual, out, images = values[layer.residual.value], values[layer.out.value], layer.kernel.out_shape[0]
     is_dead = residual.users[-1] == i and residual.users.count(i) == 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ...graph import fusible
-from ...graph.recipe import Recipe
+from ...graph.recipe import CallStep, Recipe
 from ...kernels.activations import RELU, Last, PReLU
 from ...kernels.cpu import convolution, plans
 from ...kernels.cpu.convolution import Kernel, Preactivation
@@ -24,7 +24,7 @@ from ...kernels.cpu.program import Layer, Memories, Program, Slice
 from ...ops import tuned_table
 from ...ops.layouts import is_channels_last
 from .. import profiler_ranges
-from ..parts import CallPart, ConvPart, NormPart, last_of, pack_name, plain_setting
+from ..parts import CallPart, ConvPart, NormPart, Part, last_of, pack_name, plain_setting
 from . import neighbors
 from .packed_conv import PackedConv
 from .packed_linear import PackedLinear
@@ -89,13 +89,12 @@ class CompiledProgram:
             for start in range(0, x_shape[0], part.images):
                 values = {0: Slice(x, start), part.result: Slice(value, start)}
                 for layer in part.layers:
-                    for read in (layer.x, layer.residual, layer.out):
-                        if read is not None and read.value not in values:
-                            values[read.value] = Slice(next(numbers))
-                    residual = None if layer.residual is None else values[layer.residual.value]
-                    layers.append(
-                        layer._replace(x=values[layer.x.value], residual=residual, out=values[layer.out.value])
-                    )
+                    uses = {name: getattr(layer, name) for name in ("x", "residual", "gates", "out")}
+                    for name, use in uses.items():
+                        if use is not None and use.value not in values:
+                            values[use.value] = Slice(next(numbers))
+                        uses[name] = None if use is None else values[use.value]
+                    layers.append(layer._replace(**uses))
                 if part.average is not None:
                     results[values[part.average].value] = part.shape_of(part.average)
         results[value] = (x_shape[0], *parts[-1].out_shape[1:])
@@ -190,8 +189,8 @@ class _Layers:
     def can_read_contiguous(self) -> bool:
         """Whether all that read the input read it by its strides."""
         readers = [layer for layer in self.layers if layer.x.value == 0]
-        is_added = any(layer.residual is not None and layer.residual.value == 0 for layer in self.layers)
-        return not is_added and all(layer.kernel.copies for layer in readers)
+        others = [use for layer in self.layers for use in (layer.residual, layer.gates) if use is not None]
+        return all(use.value != 0 for use in others) and all(layer.kernel.copies for layer in readers)
 
     def read_contiguous(self) -> None:
         """Lets the input be contiguous instead of channels_last."""
@@ -237,11 +236,15 @@ class _Layers:
                     continue  # the step before it has pooled, or added
                 if any(value in pending for value in part.step.inputs):
                     raise _HasNoKernel
-                kernel, x, residual = self._call(part, [numbers[value] for value in part.step.inputs])
-                if kernel is None:
-                    numbers[part.step.out] = x
+                inputs = [numbers[value] for value in part.step.inputs]
+                if part.child is None and part.step.what in convolution.GATES:
+                    add, residual, label = self._add_behind(part, adds, numbers, label)
+                    last = None if add is None else add.activation
+                    kernel = convolution.gate(part.step.what, shape, last, self._threads)
+                    numbers[part.step.out] = self._layer(kernel, x, residual, label, inputs[1])
                     continue
-                numbers[part.step.out] = self._layer(kernel, x, residual, label)
+                called, x, residual = self._call(part, inputs)
+                numbers[part.step.out] = x if called is None else self._layer(called, x, residual, label)
                 continue
             residual = None if part.step.residual is None else numbers[part.step.residual]
             if isinstance(part, NormPart):
@@ -266,11 +269,9 @@ class _Layers:
                     pending.get(first),
                     pool,
                 )
-            add = adds.get(part.step.out)
+            add, other, label = self._add_behind(part, adds, numbers, label)
             if add is not None:
-                (other,) = (value for value in add.step.inputs if value != part.step.out)
-                kernel, residual, label = kernel.adding_last(), numbers[other], f"{label}+{add.step.what}"
-                numbers[add.step.out] = len(self._shapes)
+                kernel, residual = kernel.adding_last(), other
             numbers[part.step.out] = self._layer(kernel, x, residual, label)
             if isinstance(part, ConvPart) and kernel.arguments.pool_h:
                 reader = next(p for p in parts if isinstance(p, CallPart) and p.step.inputs[0] == part.step.out)
@@ -295,6 +296,17 @@ class _Layers:
             raise _HasNoKernel
         self.result = self._layer(bound.kernel(None), pooled, None, linear.path)
 
+    def _add_behind(
+        self, part: Part, adds: dict[int, CallPart], numbers: dict[int, int], label: str
+    ) -> tuple[CallStep | None, int | None, str]:
+        """The add that joins the layer of a part, which is made next; the number of what it adds; and their label."""
+        found = adds.get(part.step.out)
+        if found is None:
+            return None, None, label
+        (other,) = (value for value in found.step.inputs if value != part.step.out)
+        numbers[found.step.out] = len(self._shapes)
+        return found.step, numbers[other], f"{label}+{found.step.what}"
+
     def _last(self, part: ConvPart | NormPart, channels: int) -> Last:
         """What a part ends in."""
         if part.prelu is None:
@@ -302,13 +314,17 @@ class _Layers:
         self.pools.append((part.prelu, _settings(part.prelu)))
         return _prelu(part.prelu, channels)
 
-    def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str) -> int:
+    def _layer(self, kernel: Kernel, x: int, residual: int | None, label: str, gates: int | None = None) -> int:
         """Adds a layer; returns the number of its output."""
-        if residual is not None and self._shapes[residual] != (kernel.residual_shape or kernel.out_shape):
+        if residual is not None and self._shapes[residual] != kernel.out_shape:
             raise _HasNoKernel  # it broadcasts
+        if gates is not None and self._shapes[gates] != kernel.gates_shape:
+            raise _HasNoKernel
         out = len(self._shapes)
         self._shapes[out] = kernel.out_shape
-        self.layers.append(Layer(kernel, Slice(x), None if residual is None else Slice(residual), Slice(out), label))
+        others = (None if number is None else Slice(number) for number in (residual, gates))
+        residual_slice, gates_slice = others
+        self.layers.append(Layer(kernel, Slice(x), residual_slice, Slice(out), label, gates_slice))
         return out
 
     def _convolution(
@@ -331,11 +347,9 @@ class _Layers:
         return kernel
 
     def _call(self, part: CallPart, inputs: list[int]) -> tuple[Kernel | None, int, int | None]:
-        """The kernel of an add, an activation, a gate or a pool, what it reads, its residual; no kernel for an identity."""
+        """The kernel of an add, an activation or a pool, what it reads, its residual; no kernel for an identity."""
         x, other = inputs[0], inputs[1] if len(inputs) > 1 else None
         shape, child, what = self._shapes[x], part.child, part.step.what
-        if child is None and what in convolution.GATES:
-            return convolution.gate(what, shape, self._threads), x, other
         if what == "mean" if child is None else fusible.is_global_average(child):
             return convolution.global_average(shape, self._threads), x, None
         if child is None:

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ...graph.recipe import CallStep
 from ...kernels.activations import RELU
-from ...kernels.cpu.convolution import Bound, Preactivation
+from ...kernels.cpu.convolution import GATES, Bound, Preactivation
 from ...kernels.cpu.plans import Pool
 from ...models.same_padding import MaxPool2dSame
 from ..parts import CallPart, ConvPart, NormPart, Part, window_of
@@ -54,26 +55,26 @@ def pools_behind(parts: Sequence[Part], result: int) -> dict[int, nn.MaxPool2d]:
 
 
 def adds_behind(parts: Sequence[Part], result: int) -> dict[int, CallPart]:
-    """Returns adds by the number of a value that they alone read: the later one of the two, which an activation made.
+    """Returns adds by the number of a value that they alone read, the later one of the two, whose kernel can add the other.
 
-    The step that makes the value, a convolution or a BN without a residual of its own, can add the other one behind it.
+    A convolution or a BN without a residual of its own can add it behind an activation, and a gate whatever follows the add.
     """
     readers = Counter(value for part in parts for value in part.step.inputs)
     order = {part.step.out: i for i, part in enumerate(parts)}
     found = {}
     for part in parts:
-        if not isinstance(part, CallPart) or part.child is not None or part.step.what != "add":
+        if not isinstance(part, CallPart) or part.child is not None or not part.step.what.startswith("add"):
             continue
         value = max(part.step.inputs, key=lambda number: order.get(number, -1))
-        maker = parts[order[value]] if value in order else None
-        if (
-            isinstance(maker, (ConvPart, NormPart))
-            and maker.step.activation is not None
-            and maker.step.residual is None
-        ):
-            if readers[value] == 1 and value != result:
-                found[value] = part
+        if readers[value] == 1 and value != result and value in order and _adds_behind(parts[order[value]], part.step):
+            found[value] = part
     return found
+
+
+def _adds_behind(maker: Part, add: CallStep) -> bool:
+    if isinstance(maker, CallPart):
+        return maker.child is None and maker.step.what in GATES
+    return add.activation is None and maker.step.activation is not None and maker.step.residual is None
 
 
 def slopes_of(child: nn.Module, channels: int) -> Tensor | None:
