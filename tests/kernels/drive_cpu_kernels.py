@@ -198,12 +198,14 @@ def example(driver, draw):
     out_w = (width + padding[2] + padding[3] - reach[1]) // stride[1] + 1
     most = 1 if c_in == 300 else 2
     x = integers(n, height, width, c_in, most=most)
+    last, factor = drive_cpu_layers.any_activation(draw)
     # The transform divides by four.
-    weight = integers(c_out, c_in // groups, *kernel, most=most) * (4 if winograd else 1)
+    weight = integers(c_out, c_in // groups, *kernel, most=most) * (4 if winograd else 1) * factor
     scale, bias, residual = (
         integers(*shape) if draw.random() < 0.5 else None for shape in ((c_out,), (c_out,), (n, out_h, out_w, c_out))
     )
-    last, pre, pool = drive_cpu_layers.any_activation(draw), None, None
+    bias, residual = (None if values is None else factor * values for values in (bias, residual))
+    pre, pool = None, None
     adds_last = residual is not None and draw.random() < 0.3
     if (winograd or copies) and draw.random() < 0.4:
         pre = integers(c_in, most=2), integers(c_in, most=2), draw.random() < 0.5

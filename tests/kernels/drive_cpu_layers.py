@@ -22,18 +22,22 @@ def is_equal(found, truth):
 
 # Activations that leave integers integers, by convolution.h's numbers, and the slope of the last one.
 ACTIVATIONS, SLOPE = (0, 1, 2, 3), -2
-# The one with a slope a channel.
-PRELU = 10
+# The one with a slope a channel; and one that runs over stored rows, which leaves multiples of three integers.
+PRELU, HARDSWISH = 10, 7
 
 
 def any_activation(draw):
-    return draw.choice((*ACTIVATIONS, 1, PRELU))
+    """An activation, and a factor: behind the multiples of it results are exact."""
+    found = draw.choice((*ACTIVATIONS, 1, PRELU, HARDSWISH, HARDSWISH))
+    return found, 3 if found == HARDSWISH else 1
 
 
 def activated(y, activation, slopes=SLOPE):
     """NaN stays. slopes: one for all channels, or of PRELU one each."""
     if activation in (1, 2):
         return np.clip(y, 0, 6) if activation == 2 else np.maximum(y, 0)
+    if activation == HARDSWISH:
+        return y * np.clip(y + 3, 0, 6) / 6
     return np.where(y > 0, y, slopes * y) if activation in (3, PRELU) else y
 
 
@@ -64,14 +68,16 @@ def windows(x, kernel, stride, padding, size):
 def elementwise(driver, draw):
     """Images with NaN among them, which no ReLU may take away."""
     n, height, width, channels = draw.randint(1, 3), draw.randint(1, 5), draw.randint(1, 5), draw.choice(CHANNELS)
-    x = integers(draw, n, height, width, channels)
+    activation, factor = any_activation(draw)
+    x = factor * integers(draw, n, height, width, channels)
     x.ravel()[[draw.randrange(x.size) for _ in range(draw.randint(0, 3))]] = np.nan
     scale, bias, residual = (
         integers(draw, *shape) if draw.random() < 0.5 else None for shape in ((channels,), (channels,), x.shape)
     )
+    bias, residual = (None if values is None else factor * values for values in (bias, residual))
     sizes = dict(
         batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 8),
-        activation=any_activation(draw), slope=SLOPE, adds_last=residual is not None and draw.random() < 0.3,
+        activation=activation, slope=SLOPE, adds_last=residual is not None and draw.random() < 0.3,
     )  # fmt: skip
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "y": driver.make(np.full(x.shape, np.nan), at_end)}
@@ -123,13 +129,15 @@ def gate(driver, draw):
     """Images times a number a channel, and what follows; NaN among all. A sigmoid's results are rounded."""
     n, height, width, channels = draw.randint(1, 3), draw.randint(1, 5), draw.randint(1, 5), draw.choice(CHANNELS)
     x, gates, kind = integers(draw, n, height, width, channels), integers(draw, n, channels), draw.choice([*GATES])
+    activation, factor = any_activation(draw)
+    x *= 2 * factor
     gates *= 3 if kind == 9 else 1
-    residual = integers(draw, *x.shape) if draw.random() < 0.5 else None
+    residual = factor * integers(draw, *x.shape) if draw.random() < 0.5 else None
     for values in (x, gates):
         values.ravel()[[draw.randrange(values.size) for _ in range(draw.randint(0, 2))]] = np.nan
     sizes = dict(
         batch=n, c_in=channels, c_out=channels, out_h=height, out_w=width, block=draw.randint(1, 30), gate=kind,
-        activation=any_activation(draw), slope=SLOPE,
+        activation=activation, slope=SLOPE,
     )  # fmt: skip
     at_end = draw.random() < 0.7
     buffers = {"x": driver.make(x, at_end), "gates": driver.make(gates, at_end)}

@@ -1,4 +1,5 @@
-/* Activations other than ReLU, in place over rows that were just stored: they are in a cache, and the micro-kernels stay as they are.
+/* Activations. Those that take few instructions are inside the kernels. The others run in place over rows that were just stored: they
+ * are in a cache, and the micro-kernels stay as they are.
  *
  * All keep a NaN, and none makes one from a finite number. At -inf they give what PyTorch gives.
  */
@@ -53,7 +54,7 @@ INLINE Vector normal_cdf(Vector x)
 }
 
 INLINE Vector relu6_of(Vector v) { return select_of(v > 6, all_of(6), relu(v)); }
-INLINE Vector leaky_relu_of(Vector v, float slope) { return select_of(v > 0, v, v * slope); }
+INLINE Vector leaky_relu_of(Vector v, Vector slopes) { return select_of(v > 0, v, v * slopes); }
 INLINE Vector silu_of(Vector v) { return v * sigmoid(v); }
 INLINE Vector gelu_of(Vector v) { return v * normal_cdf(v); }
 /* 0.5 * (1 + tanh(u)) is sigmoid(2 * u). */
@@ -61,27 +62,69 @@ INLINE Vector gelu_tanh_of(Vector v) { return v * sigmoid(v * (1.59576912f + 0.0
 INLINE Vector hardsigmoid_of(Vector v) { return select_of(v > 3, all_of(6), relu(v + 3)) / 6; }
 INLINE Vector hardswish_of(Vector v) { return v * hardsigmoid_of(v); }
 
-/* Activates `count` floats. */
-static void activate_floats(int activation, float slope, float *p, int64_t count)
+/* The slopes of LEAKY_RELU and of PRELU. */
+INLINE Vector slopes_at(const Output *out, int64_t channel)
 {
-    float rest[WIDTH] = {0};
+    return out->quick == PRELU ? load(out->slopes + channel) : all_of(out->slope);
+}
+
+/* What is inside the kernels, for the channels from `channel` on. */
+INLINE Vector quick_of(const Output *out, Vector v, int64_t channel)
+{
+    if (out->quick == RELU)
+        return relu(v);
+    if (!out->quick)
+        return v;
+    return out->quick == RELU6 ? relu6_of(v) : leaky_relu_of(v, slopes_at(out, channel));
+}
+
+INLINE float quick_one(const Output *out, float v, int64_t channel)
+{
+    if (out->quick == RELU)
+        return relu_one(v);
+    if (!out->quick)
+        return v;
+    if (out->quick == RELU6)
+        return v > 6 ? 6 : relu_one(v);
+    return v > 0 ? v : v * (out->quick == PRELU ? out->slopes[channel] : out->slope);
+}
+
+/* Finishes a vector of sums, whose channels exist, and stores it. */
+INLINE void finish_vector(const Output *out, int64_t row, int64_t channel, Vector v)
+{
+    int64_t at = row * out->step + channel;
+    if (out->scale)
+        v *= load(out->scale + channel);
+    if (out->bias)
+        v += load(out->bias + channel);
+    if (out->residual)
+        v += load(out->residual + at);
+    v = quick_of(out, v, channel);
+    store(out->y + at, out->last ? v + load(out->last + at) : v);
+}
+
+/* Activates `count` floats, and adds `last` to the results unless it is NULL. */
+static void activate_floats(int activation, const float *last, float *p, int64_t count)
+{
 #define EACH_VECTOR(RESULT) \
-    for (; count >= WIDTH; count -= WIDTH, p += WIDTH) { \
-        Vector v = load(p); \
-        store(p, RESULT); \
-    } \
-    if (count) { \
-        memcpy(rest, p, sizeof(float) * count); \
-        Vector v = load(rest); \
-        store(rest, RESULT); \
-        memcpy(p, rest, sizeof(float) * count); \
-    } \
-    break;
+    { \
+        int64_t k = 0; \
+        for (; k + WIDTH <= count; k += WIDTH) { \
+            Vector v = load(p + k); \
+            v = RESULT; \
+            store(p + k, last ? v + load(last + k) : v); \
+        } \
+        if (k < count) { \
+            float rest[WIDTH] = {0}; \
+            memcpy(rest, p + k, sizeof(float) * (count - k)); \
+            Vector v = load(rest); \
+            store(rest, RESULT); \
+            for (int64_t i = 0; k < count; i++, k++) \
+                p[k] = last ? rest[i] + last[k] : rest[i]; \
+        } \
+        break; \
+    }
     switch (activation) {
-    case RELU6:
-        EACH_VECTOR(relu6_of(v))
-    case LEAKY_RELU:
-        EACH_VECTOR(leaky_relu_of(v, slope))
     case SILU:
         EACH_VECTOR(silu_of(v))
     case GELU:
@@ -98,39 +141,17 @@ static void activate_floats(int activation, float slope, float *p, int64_t count
 #undef EACH_VECTOR
 }
 
-static void prelu_floats(const float *slopes, float *p, int64_t count)
+static __attribute__((noinline)) void activate_later(const Output *out, int64_t row, int64_t count, int64_t first, int64_t end)
 {
-    int64_t k = 0;
-    for (; k + WIDTH <= count; k += WIDTH) {
-        Vector v = load(p + k);
-        store(p + k, select_of(v > 0, v, v * load(slopes + k)));
-    }
-    for (; k < count; k++)
-        p[k] = p[k] > 0 ? p[k] : p[k] * slopes[k];
-}
-
-static void add_floats(const float *from, float *p, int64_t count)
-{
-    int64_t k = 0;
-    for (; k + WIDTH <= count; k += WIDTH)
-        store(p + k, load(p + k) + load(from + k));
-    for (; k < count; k++)
-        p[k] += from[k];
-}
-
-/* Activates channels `first` to `end`, of which those below c_out exist, of `count` rows, and adds what comes behind the activation.
- * A ReLU is in the rows already. */
-static __attribute__((noinline)) void activate_rows(const Output *out, int64_t row, int64_t count, int64_t first, int64_t end)
-{
-    if (!out->later && !out->last)
-        return;
     int64_t channels = least(end, out->c_out) - first;
-    for (int64_t at = row * out->step + first; count > 0; count--, at += out->step) {
-        if (out->later == PRELU)
-            prelu_floats(out->slopes + first, out->y + at, channels);
-        else
-            activate_floats(out->later, out->slope, out->y + at, channels);
-        if (out->last)
-            add_floats(out->last + at, out->y + at, channels);
-    }
+    for (int64_t at = row * out->step + first; count > 0; count--, at += out->step)
+        activate_floats(out->later, out->later_last ? out->later_last + at : NULL, out->y + at, channels);
+}
+
+/* Activates channels `first` to `end`, of which those below c_out exist, of `count` rows, and adds what comes behind. Nothing is left
+ * to do behind an activation that is inside the kernels. */
+INLINE void activate_rows(const Output *out, int64_t row, int64_t count, int64_t first, int64_t end)
+{
+    if (out->later)
+        activate_later(out, row, count, first, end);
 }

@@ -18,16 +18,17 @@ typedef struct {
     int64_t row, count;        /* pixels: the first one's number, and how many are stored */
 } Pixels;
 
-/* Stores `count` pixels' sums of WIDTH channels from `at` on, of which those from `first` on are wanted. They lack the residual. */
+/* Stores `count` pixels' sums of WIDTH channels from `at` on, of which those from `first` on are wanted. Where something is added, they
+ * lack all from there on. */
 static void store_lanes(const Output *out, int64_t row, int64_t count, int64_t at, int64_t first, float sums[][WIDTH])
 {
     for (int64_t r = 0; r < count; r++) {
         int64_t begin = (row + r) * out->step + at, lane = first - at;
         float *y = out->y + begin, *lanes = sums[r];
         /* The channels before belong to another task, which may write over its share of the residual meanwhile. */
-        for (int64_t k = lane; out->residual && k < WIDTH; k++) {
-            float v = lanes[k] + out->residual[begin + k];
-            lanes[k] = out->relu ? relu_one(v) : v;
+        for (int64_t k = lane; k < WIDTH && (out->residual || out->last); k++) {
+            float v = quick_one(out, out->residual ? lanes[k] + out->residual[begin + k] : lanes[k], at + k);
+            lanes[k] = out->last ? v + out->last[begin + k] : v;
         }
         for (; lane % 4; lane++)
             y[lane] = lanes[lane];
@@ -75,10 +76,11 @@ INLINE void depthwise_pixels(const Pixels *p, const Output *out, const int pixel
             UNROLLED(r, pixels)
                 s[r] += bias;
         }
-        if (out->relu && !out->residual)
+        int adds = out->residual || out->last;
+        if (out->quick && !adds)
             UNROLLED(r, pixels)
-                s[r] = relu(s[r]);
-        if (!out->residual && at == k && p->count == pixels) {
+                s[r] = quick_of(out, s[r], at);
+        if (!adds && at == k && p->count == pixels) {
             float *y = out->y + p->row * channels + at;
             UNROLLED(r, pixels)
                 store(y + r * channels, s[r]);

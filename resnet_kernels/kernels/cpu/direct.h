@@ -132,11 +132,22 @@ static void convolve_copied(const Convolution *c, int64_t image, int64_t begin, 
 
 static Output output_at(const Convolution *c, float *y, const float *residual, int64_t step)
 {
-    int relu = c->activation == RELU;
-    int later = relu ? 0 : (int)c->activation;
+    int activation = (int)c->activation, is_quick = activation <= LEAKY_RELU || activation == PRELU;
     const float *last = c->adds_last ? residual : NULL;
-    residual = c->adds_last ? NULL : residual;
-    return (Output){y, residual, c->scale, c->bias, step, c->c_out, relu, later, (float)c->slope, c->slopes, last};
+    return (Output){
+        .y = y,
+        .residual = c->adds_last ? NULL : residual,
+        .scale = c->scale,
+        .bias = c->bias,
+        .step = step,
+        .c_out = c->c_out,
+        .quick = is_quick ? activation : NO_ACTIVATION,
+        .later = is_quick ? NO_ACTIVATION : activation,
+        .slope = (float)c->slope,
+        .slopes = c->slopes,
+        .last = is_quick ? last : NULL,
+        .later_last = is_quick ? NULL : last,
+    };
 }
 
 static Output output_of(const Convolution *c, int64_t pixel)

@@ -52,22 +52,15 @@
 #define MOVED_8(i) (MOVED_4(i) + EXCHANGED(4, (PAIR(i, 4, 5) + EXCHANGED(2, PAIR(i, 6, 7)))))
 
 /* Finishes a row's sums of channels `channel` to channel + WIDTH, of which those below c_out exist. */
-INLINE void finish_vector(const Output *out, int64_t row, int64_t channel, Vector v)
+INLINE void finish_lanes(const Output *out, int64_t row, int64_t channel, Vector v)
 {
-    int64_t at = row * out->step + channel;
-    if (channel + WIDTH > out->c_out) {
-        float sums[WIDTH];
-        store(sums, v);
-        finish_channels(out, row, 1, channel, sums, 0);
+    float sums[WIDTH];
+    if (channel + WIDTH <= out->c_out) {
+        finish_vector(out, row, channel, v);
         return;
     }
-    if (out->scale)
-        v *= load(out->scale + channel);
-    if (out->bias)
-        v += load(out->bias + channel);
-    if (out->residual)
-        v += load(out->residual + at);
-    store(out->y + at, out->relu ? relu(v) : v);
+    store(sums, v);
+    finish_channels(out, row, 1, channel, sums, 0);
 }
 
 /* GROUP sums of each of M pixels fill most registers. */

@@ -63,9 +63,21 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
 #define ADD_RESIDUAL(i) a##i += load(residual + i * out->step), b##i += load(residual + i * out->step + WIDTH);
         EACH(ADD_RESIDUAL)
     }
-    if (out->relu) {
-#define RELU(i) a##i = relu(a##i), b##i = relu(b##i);
-        EACH(RELU)
+    if (out->quick == RELU) {
+#define RECTIFY(i) a##i = relu(a##i), b##i = relu(b##i);
+        EACH(RECTIFY)
+    } else if (out->quick == RELU6) {
+#define CUT(i) a##i = relu6_of(a##i), b##i = relu6_of(b##i);
+        EACH(CUT)
+    } else if (out->quick) {
+        Vector s0 = slopes_at(out, channel), s1 = slopes_at(out, channel + WIDTH);
+#define LEAK(i) a##i = leaky_relu_of(a##i, s0), b##i = leaky_relu_of(b##i, s1);
+        EACH(LEAK)
+    }
+    if (out->last) {
+        const float *last = out->last + at;
+#define ADD_LAST(i) a##i += load(last + i * out->step), b##i += load(last + i * out->step + WIDTH);
+        EACH(ADD_LAST)
     }
     float *y = out->y + at;
 #define FINISH(i) store(y + i * out->step, a##i), store(y + i * out->step + WIDTH, b##i);
@@ -81,6 +93,9 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
 #undef SCALE
 #undef SHIFT
 #undef ADD_RESIDUAL
-#undef RELU
+#undef RECTIFY
+#undef CUT
+#undef LEAK
+#undef ADD_LAST
 #undef FINISH
 #undef M

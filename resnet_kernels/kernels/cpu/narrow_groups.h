@@ -34,7 +34,7 @@ static void JOIN(narrow_groups_, GROUP)(const float *const *pixels, int64_t coun
         }
 #define FINISH(i, _) \
     if (row + i < count) \
-        finish_vector(out, row + i, channel, MOVED(i));
+        finish_lanes(out, row + i, channel, MOVED(i));
         EACH(FINISH, _)
     }
 }

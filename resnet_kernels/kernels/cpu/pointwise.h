@@ -6,31 +6,22 @@ static int64_t no_scratch(const Convolution *c)
     return 0;
 }
 
-/* One pixel: act(x * scale + bias + residual). */
-INLINE void finish_pixel(const Output *out, const float *x, int64_t channels)
+/* Finishes `count` pixels from pixel `row` on: act(x * scale + bias + residual). */
+static void finish_pixels(const Output *out, int64_t row, int64_t count, const float *x)
 {
-    int64_t k = 0;
-    for (; k + WIDTH <= channels; k += WIDTH) {
-        Vector v = load(x + k);
-        if (out->scale)
-            v *= load(out->scale + k);
-        if (out->bias)
-            v += load(out->bias + k);
-        if (out->residual)
-            v += load(out->residual + k);
-        store(out->y + k, out->relu ? relu(v) : v);
+    int64_t channels = out->c_out, whole = channels / WIDTH * WIDTH;
+    int only_scales = out->scale && !out->bias && !out->residual && !out->quick && !out->last;
+    for (int64_t end = row + count; row < end; row++, x += channels) {
+        float *y = out->y + row * channels;
+        if (only_scales)
+            for (int64_t k = 0; k < whole; k += WIDTH)
+                store(y + k, load(x + k) * load(out->scale + k));
+        else
+            for (int64_t k = 0; k < whole; k += WIDTH)
+                finish_vector(out, row, k, load(x + k));
+        finish_channels(out, row, 1, whole, x + whole, 0);
+        activate_rows(out, row, 1, 0, channels);
     }
-    for (; k < channels; k++) {
-        float v = x[k];
-        if (out->scale)
-            v *= out->scale[k];
-        if (out->bias)
-            v += out->bias[k];
-        if (out->residual)
-            v += out->residual[k];
-        out->y[k] = out->relu ? relu_one(v) : v;
-    }
-    activate_rows(out, 0, 1, 0, channels);
 }
 
 static int64_t elementwise_tasks(const Convolution *c) { return blocks(c->batch * c->out_h * c->out_w, c->block); }
@@ -38,12 +29,10 @@ static int64_t elementwise_tasks(const Convolution *c) { return blocks(c->batch 
 /* One task: `block` pixels. */
 static void elementwise_run(const Convolution *c, int64_t task, float *scratch)
 {
-    int64_t begin = task * c->block, end = least(begin + c->block, c->batch * c->out_h * c->out_w), channels = c->c_out;
+    int64_t begin = task * c->block, end = least(begin + c->block, c->batch * c->out_h * c->out_w);
+    Output out = output_of(c, 0);
     (void)scratch;
-    for (int64_t pixel = begin; pixel < end; pixel++) {
-        Output out = output_of(c, pixel);
-        finish_pixel(&out, c->x + pixel * channels, channels);
-    }
+    finish_pixels(&out, begin, end - begin, c->x + begin * c->c_out);
 }
 
 static int64_t gate_tasks(const Convolution *c) { return c->batch * blocks(c->out_h * c->out_w, c->block); }
@@ -55,13 +44,11 @@ static void gate_run(const Convolution *c, int64_t task, float *gates)
 {
     int64_t area = c->out_h * c->out_w, per_image = blocks(area, c->block), image = task / per_image, channels = c->c_out;
     int64_t begin = task % per_image * c->block, end = least(area, begin + c->block);
+    Output out = output_of(c, image * area);
     memcpy(gates, c->gates + image * channels, sizeof(float) * channels);
-    activate_floats((int)c->gate, 0, gates, channels);
-    for (int64_t pixel = image * area + begin; pixel < image * area + end; pixel++) {
-        Output out = output_of(c, pixel);
-        out.scale = gates;
-        finish_pixel(&out, c->x + pixel * channels, channels);
-    }
+    activate_floats((int)c->gate, NULL, gates, channels);
+    out.scale = gates;
+    finish_pixels(&out, begin, end - begin, c->x + (image * area + begin) * channels);
 }
 
 /* Panels of channels of a task of a pool; all of them if nothing is said. */

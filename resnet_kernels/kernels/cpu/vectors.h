@@ -27,10 +27,11 @@ typedef struct {
     float *y;
     const float *residual, *scale, *bias;
     int64_t step, c_out;
-    int relu;
-    int later; /* an activation other than ReLU, for activate_rows: once the rows are stored */
+    int quick; /* an activation that takes few instructions: kernels have it inside */
+    int later; /* another one, for activate_rows: once the rows are stored */
     float slope;
-    const float *slopes, *last; /* `last` is added behind the activation */
+    const float *slopes;
+    const float *last, *later_last; /* as residual, added behind `quick` and behind `later` */
 } Output;
 
 #include "activations.h"
@@ -48,7 +49,8 @@ static void finish_channels(const Output *out, int64_t row, int64_t count, int64
                 sum += out->bias[k];
             if (out->residual)
                 sum += out->residual[at];
-            out->y[at] = out->relu ? relu_one(sum) : sum;
+            sum = quick_one(out, sum, k);
+            out->y[at] = out->last ? sum + out->last[at] : sum;
         }
 }
 

@@ -30,6 +30,17 @@ static Tile tile_at(const Convolution *c, int64_t tile)
     return (Tile){tile / (across * down), tile / across % down * 2, tile % across * 2};
 }
 
+/* The tile after another one, without a division. */
+INLINE Tile next_tile(const Convolution *c, Tile tile)
+{
+    tile.left += 2;
+    if (tile.left >= c->out_w)
+        tile.left = 0, tile.top += 2;
+    if (tile.top >= c->out_h)
+        tile.top = 0, tile.image++;
+    return tile;
+}
+
 /* Points to the 16 pixels of x below a tile; NULL in the padding. Returns whether there are any in the padding. */
 static int point_to_tile(const Convolution *c, Tile tile, const float **pixels)
 {
@@ -99,8 +110,14 @@ static void transform_tile(const Convolution *c, Tile tile, float *v, int64_t pl
 #undef LOAD_INSIDE
 }
 
+/* The number of a tile's pixel in row i and column j. */
+INLINE int64_t pixel_of(const Convolution *c, Tile tile, int64_t i, int64_t j)
+{
+    return (tile.image * c->out_h + tile.top + i) * c->out_w + tile.left + j;
+}
+
 /* A^T m A of one panel of a tile: m has 16 planes. Returns false, and writes nothing, if a sum is not finite. */
-static int transform_out(const Convolution *c, const float *m, int64_t plane, Tile tile, int64_t panel)
+static int transform_out(const Convolution *c, const Output *out, const float *m, int64_t plane, Tile tile, int64_t panel)
 {
     Vector y[4][2], strange = {0};
     for (int half = 0; half < 2; half++) {
@@ -127,27 +144,18 @@ static int transform_out(const Convolution *c, const float *m, int64_t plane, Ti
         return 0;
     for (int64_t i = 0; i < least(2, c->out_h - tile.top); i++)
         for (int64_t j = 0; j < least(2, c->out_w - tile.left); j++) {
-            Output out = output_of(c, (tile.image * c->out_h + tile.top + i) * c->out_w + tile.left + j);
             const Vector *sums = y[2 * i + j];
+            int64_t pixel = pixel_of(c, tile, i, j);
             if ((panel + 1) * PANEL > c->c_out) {
                 float rest[PANEL];
                 store(rest, sums[0]), store(rest + WIDTH, sums[1]);
-                finish_channels(&out, 0, 1, panel * PANEL, rest, 0);
-                activate_rows(&out, 0, 1, panel * PANEL, c->c_out);
+                finish_channels(out, pixel, 1, panel * PANEL, rest, 0);
+                activate_rows(out, pixel, 1, panel * PANEL, c->c_out);
                 continue;
             }
-            for (int half = 0; half < 2; half++) {
-                int64_t channel = panel * PANEL + half * WIDTH;
-                Vector sum = sums[half];
-                if (out.scale)
-                    sum *= load(out.scale + channel);
-                if (out.bias)
-                    sum += load(out.bias + channel);
-                if (out.residual)
-                    sum += load(out.residual + channel);
-                store(out.y + channel, out.relu ? relu(sum) : sum);
-            }
-            activate_rows(&out, 0, 1, panel * PANEL, (panel + 1) * PANEL);
+            for (int half = 0; half < 2; half++)
+                finish_vector(out, pixel, panel * PANEL + half * WIDTH, sums[half]);
+            activate_rows(out, pixel, 1, panel * PANEL, (panel + 1) * PANEL);
         }
     return 1;
 }
@@ -185,10 +193,21 @@ static void tile_directly(const Convolution *c, Tile tile, int64_t panel, const 
         for (int64_t j = 0; j < least(2, c->out_w - tile.left); j++) {
             for (int tap = 0; tap < 9; tap++)
                 rows[tap] = patch + ((i + tap / 3) * 4 + j + tap % 3) * c->c_in;
-            Output out = output_of(c, (tile.image * c->out_h + tile.top + i) * c->out_w + tile.left + j);
+            Output out = output_of(c, pixel_of(c, tile, i, j));
             /* The taps are those of this panel alone. */
             multiply(micro_kernels, rows, 1, 9, c->c_in, 1, taps - panel * 9 * c->c_in * PANEL, panel, panel + 1, total,
                      PANEL, &out, 0, taps, NULL);
+        }
+}
+
+/* Brings a panel of a tile's residual closer, which is scattered over memory in pieces of two cache lines. */
+static void fetch_residual(const Convolution *c, Tile tile, int64_t panel)
+{
+    for (int64_t i = 0; i < least(2, c->out_h - tile.top); i++)
+        for (int64_t j = 0; j < least(2, c->out_w - tile.left); j++) {
+            const float *residual = c->residual + pixel_of(c, tile, i, j) * c->c_out + panel * PANEL;
+            for (int line = 0; line < PANEL; line += LINE / 4)
+                __builtin_prefetch(residual + line, 0, 3);
         }
 }
 
@@ -201,9 +220,11 @@ static void winograd_run(const Convolution *c, int64_t task, float *scratch)
     int64_t depth = tile_depth(c), plane_in = c->block * depth + APART, plane = c->block * CHUNK * PANEL + APART;
     int large = 16 * panels * c->c_in * PANEL > LARGE;
     const float **rows = (const float **)scratch;
+    Output out = output_of(c, 0);
     float *v = scratch + 2 * 16 * c->block, *m = v + 16 * plane_in, *rest = m + 16 * plane;
-    for (int64_t t = 0; t < count; t++) {
-        transform_tile(c, tile_at(c, begin + t), v + t * depth, plane_in);
+    Tile first_tile = tile_at(c, begin), tile = first_tile;
+    for (int64_t t = 0; t < count; t++, tile = next_tile(c, tile)) {
+        transform_tile(c, tile, v + t * depth, plane_in);
         for (int i = 0; i < 16; i++)
             rows[i * c->block + t] = v + i * plane_in + t * depth;
     }
@@ -216,9 +237,12 @@ static void winograd_run(const Convolution *c, int64_t task, float *scratch)
         }
         for (int64_t panel = chunk; panel < chunk_end; panel++) {
             int has_taps = 0;
+            Tile next = first_tile;
             for (int64_t t = 0; t < count; t++) {
-                Tile tile = tile_at(c, begin + t);
-                if (transform_out(c, m + (t * CHUNK + panel - chunk) * PANEL, plane, tile, panel))
+                tile = next, next = next_tile(c, tile);
+                if (c->residual && t + 1 < count)
+                    fetch_residual(c, next, panel);
+                if (transform_out(c, &out, m + (t * CHUNK + panel - chunk) * PANEL, plane, tile, panel))
                     continue;
                 if (!has_taps)
                     taps_of(c, panel, rest);
