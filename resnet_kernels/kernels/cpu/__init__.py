@@ -8,6 +8,6 @@ direct.h, winograd.h, grouped.h    convolutions on one micro-kernel (micro_kerne
                have another one (narrow_groups.h)
 depthwise.h    groups of one channel
 pointwise.h    layers that are no convolutions: scale and shift, adds, gates, pools
-activations.h  what follows a layer, but ReLU, which the kernels have inside
+activations.h  what follows a layer: cheap activations, which kernels have inside, and others, which run over stored rows
 portable.c, avx2.c, avx512.c    the same kernels for each instruction set
 """
