@@ -19,6 +19,13 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
                                    const float *w, float *total, int64_t total_step, int adds, const Output *out,
                                    int64_t row, int64_t panel, const float *next, int64_t next_step)
 {
+    /* What is added is scattered over memory, two cache lines a row: it comes while the sums are made. */
+    const float *added = !out ? NULL : out->residual ? out->residual : out->last;
+    if (added && (panel + 1) * PANEL <= out->c_out) {
+        added += row * out->step + panel * PANEL;
+#define FETCH(i) fetch_line(added + i * out->step), fetch_line(added + i * out->step + WIDTH);
+        EACH(FETCH)
+    }
 #define DECLARE(i) Vector a##i = {0}, b##i = {0};
     EACH(DECLARE)
     for (int64_t tap = 0; tap < taps; tap++, rows += rows_step) {
@@ -85,6 +92,7 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
 }
 
 #undef EACH
+#undef FETCH
 #undef DECLARE
 #undef POINT
 #undef MULTIPLY

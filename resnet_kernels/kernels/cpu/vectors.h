@@ -71,6 +71,8 @@ enum { LINE = 64 }; /* bytes of a cache line */
 
 /* Brings a line closer. The L1 cache has room for two blocks of a panel of AVX2's; a block of AVX-512's fills it, so the next one
  * waits in the L2 cache: networks take 2 to 4% less time at batch 1 (AMD EPYC, Zen 4). */
+INLINE void fetch_line(const float *p) { __builtin_prefetch(p, 0, 3); }
+
 INLINE void fetch(const float *p)
 {
 #if WIDTH > 8

@@ -322,9 +322,8 @@ class _Layers:
             raise _HasNoKernel
         out = len(self._shapes)
         self._shapes[out] = kernel.out_shape
-        others = (None if number is None else Slice(number) for number in (residual, gates))
-        residual_slice, gates_slice = others
-        self.layers.append(Layer(kernel, Slice(x), residual_slice, Slice(out), label, gates_slice))
+        added, factors = (None if number is None else Slice(number) for number in (residual, gates))
+        self.layers.append(Layer(kernel, Slice(x), added, Slice(out), label, factors))
         return out
 
     def _convolution(
