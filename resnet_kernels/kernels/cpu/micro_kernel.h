@@ -23,7 +23,7 @@ static void JOIN(NAME, M)(const float *const *rows, int64_t rows_step, int64_t t
     const float *added = !out ? NULL : out->residual ? out->residual : out->last;
     if (added && (panel + 1) * PANEL <= out->c_out) {
         added += row * out->step + panel * PANEL;
-#define FETCH(i) fetch_line(added + i * out->step), fetch_line(added + i * out->step + WIDTH);
+#define FETCH(i) fetch_added(added + i * out->step), fetch_added(added + i * out->step + WIDTH);
         EACH(FETCH)
     }
 #define DECLARE(i) Vector a##i = {0}, b##i = {0};

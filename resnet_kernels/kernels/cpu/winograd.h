@@ -207,7 +207,7 @@ static void fetch_residual(const Convolution *c, Tile tile, int64_t panel)
         for (int64_t j = 0; j < least(2, c->out_w - tile.left); j++) {
             const float *residual = c->residual + pixel_of(c, tile, i, j) * c->c_out + panel * PANEL;
             for (int line = 0; line < PANEL; line += LINE / 4)
-                __builtin_prefetch(residual + line, 0, 3);
+                fetch_added(residual + line);
         }
 }
 
