@@ -161,7 +161,9 @@ def slopes_of(activation: Last) -> Tensor | None:
 def slopes_by_channel(activation: Last, channels: int) -> Tensor | None:
     """Returns a PReLU's slopes as our kernels read them, (channels,) and contiguous; None for another activation."""
     slopes = slopes_of(activation)
-    return None if slopes is None else slopes.detach().expand(channels).resolve_neg().contiguous()
+    if slopes is None or (slopes.shape[0] == channels and slopes.is_contiguous() and not slopes.is_neg()):
+        return slopes  # at once, because each call asks
+    return slopes.detach().expand(channels).resolve_neg().contiguous()
 
 
 def as_arguments(activation: Last) -> tuple[str | None, float]:

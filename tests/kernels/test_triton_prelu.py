@@ -51,6 +51,19 @@ def test_the_pass_after_a_convolution(triton_fp32, number, device):
             assert_activated(y.cpu(), on_cpu(last), z.cpu())
 
 
+def test_slopes_of_any_layout(triton_fp32, device):
+    """Strided, negated lazily, one expanded, and a parameter, which is read where it is."""
+    from resnet_kernels.kernels import activations, epilogue
+
+    x = torch.randn(2, 6, 5, 7, device=device).contiguous(memory_format=CHANNELS_LAST)
+    dense = slopes(6, device)
+    for given in (dense.repeat_interleave(2)[::2], torch._neg_view(-dense), dense[2:3].expand(6), dense[2:3]):
+        y = epilogue.launch(x, None, None, activation=PReLU(given))
+        torch.testing.assert_close(y, PReLU(given.clone())(x), rtol=1e-6, atol=1e-6)
+    parameter = torch.nn.Parameter(dense)
+    assert activations.slopes_by_channel(PReLU(parameter), 6) is parameter
+
+
 def portable(kernel, device):
     """The portable kernel's result on groups, its PReLU, and what that has to read, from the package's own kernel."""
     from resnet_kernels.kernels import conv_bias_act
