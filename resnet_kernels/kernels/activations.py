@@ -98,8 +98,6 @@ class PReLU:
     __slots__ = ("slopes",)
     kind = "prelu"
     slope = 0.0
-    # Slopes may be anything.
-    gain = math.inf
 
     def __init__(self, slopes: Tensor):
         """Wraps slopes, which operations read in each call, and differentiate.

@@ -158,7 +158,7 @@ def _forward_kernel(
     y = normalize(x - mean[None, :], scale, bias)
     if residual_ptr is not None:
         y += tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
-    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))
+    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c))
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -90,7 +90,7 @@ def _reduce_kernel(
     sum_dz = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     sum_dz_x = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
     sum_at_slope = tl.zeros((BLOCK_ROWS, BLOCK_CHANNELS), tl.float32)
-    slope = elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0)
+    slope = elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c)
     for row in tl.range(start, end, BLOCK_ROWS, num_stages=STAGES):
         mask = (row + lane < end)[:, None] & mask_c[None, :]
         dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
@@ -181,7 +181,7 @@ def _backward_kernel(
     mean, scale, bias = load_affine(mean_ptr, rstd_ptr, weight_ptr, bias_ptr, eps, offs_c, mask_c, VARIANCE)
     dz = tl.load(dy_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
     centered = tl.load(x_ptr + at + offs, mask=mask, other=0.0).to(tl.float32) - mean[None, :]
-    slope = elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0)
+    slope = elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c)
     dz, _ = _through(dz, kept_ptr, at, offs, mask, centered, scale, bias, x_ptr.dtype.element_ty, ACT, slope)
     if coefficient_ptr is not None:
         constant = tl.load(coefficient_ptr + offs_c, mask=mask_c, other=0.0)

@@ -206,7 +206,7 @@ def _conv_bias_act_kernel(
     mask_y = mask_m[:, None] & mask_n[None, :]
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + y_offset, mask=mask_y, other=0.0).to(tl.float32)
-    acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_n, 0))
+    acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_n))
     tl.store(y_ptr + y_offset, acc.to(y_ptr.dtype.element_ty), mask=mask_y)
 
 

@@ -45,13 +45,10 @@ def _tanh_argument(x):
 
 
 @triton.jit
-def slope_of(slopes_ptr, SLOPE: tl.constexpr, offs_c, mask_c, AXIS: tl.constexpr):
-    """The slope of the negative side: PReLU's of each channel, with a new AXIS; else SLOPE, Leaky ReLU's.
-
-    AXIS: the pixels' in a tile, 0 or 1.
-    """
+def slope_of(slopes_ptr, SLOPE: tl.constexpr, offs_c, mask_c):
+    """The slope of the negative side: PReLU's of each channel, for tiles of (pixels, channels); else SLOPE, Leaky ReLU's."""
     if slopes_ptr is not None:
-        return tl.expand_dims(tl.load(slopes_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32), AXIS)
+        return tl.load(slopes_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
     else:
         return SLOPE
 

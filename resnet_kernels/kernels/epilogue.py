@@ -73,7 +73,7 @@ def _epilogue_kernel(
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + at + offs, mask=mask, other=0.0).to(tl.float32)
         y += _affine(residual, residual_scale_ptr, residual_shift_ptr, offs_c, mask_c)
-    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))
+    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c))
     tl.store(y_ptr + at + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 

@@ -23,7 +23,7 @@ CASES = (
 )
 
 BUGS = {
-    "dropped ReLU": ("elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_n, 0))", "acc"),
+    "dropped ReLU": ("elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_n))", "acc"),
     "ReLU before the residual": ("if residual_ptr is not None:\n        acc +=",
                                  "if residual_ptr is not None:\n        acc = tl.maximum(acc, 0.0)\n        acc +="),
     "ragged tail of channels": ("mask_n = offs_n < c_out", "mask_n = offs_n < (c_out // 16) * 16"),
@@ -74,7 +74,7 @@ BATCH_NORM_BUGS = {
     "lanes' means taken for equal": ("lane_sum(squares + count * off_center * off_center)", "lane_sum(squares)"),
     "biased running variance": ("squares / (rows - 1)", "squares / rows"),
     "momentum the wrong way round": ("momentum * mean + (1 - momentum) * old", "(1 - momentum) * mean + momentum * old"),
-    "dropped ReLU": ("    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))\n", ""),
+    "dropped ReLU": ("    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c))\n", ""),
     "ReLU ignored in the backward": ("tl.where(y.to(tl.float32) <= 0, 0.0, dy)", "dy"),
     "ReLU's mask without the bias": ("normalize(centered, scale, bias).to(DTYPE)",
                                      "normalize(centered, scale, 0 * bias).to(DTYPE)"),
@@ -128,7 +128,7 @@ def test_nothing_planted_in_training_nothing_caught(tmp_path, device, monkeypatc
 
 
 EPILOGUE_BUGS = {
-    "dropped ReLU": ("    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))\n", ""),
+    "dropped ReLU": ("    y = elementwise.activate(y, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c))\n", ""),
     "ReLU before the residual": ("    if residual_ptr is not None:\n",
                                  "    y = tl.maximum(y, 0.0) if ACT == 'relu' else y\n    if residual_ptr is not None:\n"),
     "ragged tail of channels": ("mask_c = offs_c < n_channels", "mask_c = offs_c < (n_channels // 16) * 16"),

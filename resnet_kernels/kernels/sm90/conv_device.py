@@ -273,7 +273,7 @@ def store_part(
         acc = acc.T
         if residual_desc is not None:
             acc += residual_desc.load(at).reshape(acc.shape).to(tl.float32)
-        acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c, 0))
+        acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs_c, mask_c))
         y_desc.store(at, acc.to(y_desc.dtype).reshape(y_desc.block_shape))
     else:
         # In parts the residual takes less shared memory: at 128x128 a program has 104 KiB, not 128, and two fit on an SM.

@@ -156,7 +156,7 @@ class _Layers:
     """Layers of recipes that run one after the other on some images.
 
     Attributes:
-        layers: in order. pools: the pool modules among them, with their settings.
+        layers: in order. pools: the pools and PReLUs among them, with what programs rest on of theirs.
         images: their number. result: the number of the output. average: that of a head's averages, if the forward gets them.
     """
 
