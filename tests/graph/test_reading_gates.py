@@ -144,6 +144,10 @@ def test_an_add_behind_a_gate_is_a_part_of_it(form, last, programs, monkeypatch)
             assert torch.equal(given, before)
     programs_made = [p for p in ours._rk_state.copies.compiled.values() if p.runs]
     labels = [layer.label for layer in programs_made[-1]._program.layers]
+    structures, layers = programs_made[-1]._program._layers, programs_made[-1]._program.layers
+    written = {layer.out.value: i for i, layer in enumerate(layers)}
+    for structure, layer in zip(structures, layers):
+        assert layer.gates is None or structure.needs > written[layer.gates.value], "threads have to wait for its gates"
     # The first block's shortcut is made after its gate, so that its convolution adds.
     ends = [label for label in labels if "mul" in label or "add" in label]
     assert [("mul" in label, "add" in label) for label in ends[-3:]] == [(False, True), (True, True), (True, True)], (

@@ -189,8 +189,8 @@ class _Layers:
     def can_read_contiguous(self) -> bool:
         """Whether all that read the input read it by its strides."""
         readers = [layer for layer in self.layers if layer.x.value == 0]
-        others = [use for layer in self.layers for use in (layer.residual, layer.gates) if use is not None]
-        return all(use.value != 0 for use in others) and all(layer.kernel.copies for layer in readers)
+        is_added = any(layer.residual is not None and layer.residual.value == 0 for layer in self.layers)
+        return not is_added and all(layer.kernel.copies for layer in readers)
 
     def read_contiguous(self) -> None:
         """Lets the input be contiguous instead of channels_last."""
