@@ -66,12 +66,15 @@ CONVOLUTIONS = {
     "3x3 stride 2, odd": (_conv(64, (15, 13), 128, 3, stride=(2, 2), **_PAD1), 5),
     "1x1 stride 2": (_conv(256, (28, 28), 512, 1, relu=False, stride=(2, 2)), 6),
     "batch 1, late": (_conv(512, (7, 7), 512, 3, **_PAD1), 1),
+    "3x3 to ragged channels, residual": (_conv(128, (15, 13), 200, 3, residual=True, **_PAD1), 9),
 }
 PORTABLE_ONLY = {
     "7x7 stem": (_conv(3, (75, 75), 64, 7, stride=(2, 2), padding=(3, 3, 3, 3)), 2),
     "grouped": (_conv(128, (14, 14), 128, 3, groups=32, **_PAD1), 3),
     "dilated, SAME": (_conv(64, (15, 15), 64, 3, padding=(2, 2, 2, 2), dilation=(2, 2)), 2),
 }
+# Kernels for a part of the convolutions, on Hopper.
+HOPPER_ONLY = ("tma ", "shared ", "specialized ")
 # One of each formula, and PReLU, which reads its slopes.
 ACTIVATIONS = (*(Activation(kind) for kind in KINDS if kind != "relu"), PRELU)
 DRY = {"3x3 ragged, residual": (_conv(24, (5, 6), 16, 3, residual=True, **_PAD1), 2)}
@@ -93,7 +96,7 @@ def check_problem(problem: autotuner.Problem, name: str) -> Result:
 
 
 def _conv_checks(candidate: str, dtype: torch.dtype) -> list[Check]:
-    shapes = CONVOLUTIONS | (PORTABLE_ONLY if not candidate.startswith(("tma ", "shared ")) else {})
+    shapes = CONVOLUTIONS | (PORTABLE_ONLY if not candidate.startswith(HOPPER_ONLY) else {})
     checks = []
     for what, (asked, batch) in (shapes if is_cuda() else DRY).items():
 
@@ -116,8 +119,8 @@ def _activation_checks(candidate: str) -> list[Check]:
                 checks += _problem_checks(NormProblem(72, 15, 13, True, last, training), 3, torch.bfloat16, "")
             continue
         asked, batch = next(iter(DRY.values())) if not is_cuda() else CONVOLUTIONS["3x3 ragged, residual"]
-        if candidate.startswith("shared "):
-            asked, batch = _conv(64, (14, 12), 40, 3, residual=True, **_PAD1), 3
+        if candidate.startswith(HOPPER_ONLY[1:]):
+            asked, batch = _conv(64, (14, 12), 72, 3, residual=True, **_PAD1), 3
         asked = asked._replace(activation=last)
 
         def run(asked=asked, batch=batch) -> Result:
@@ -153,7 +156,7 @@ def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
             elif not isinstance(asked, ConvProblem):
                 links[str(asked)] = (asked, 8 if network.image_size > 100 else 3)
     tiles = [*conv_candidates.tiles(), "cudnn", "cudnn+epilogue"]
-    ours = [name for name in tiles if name.startswith(("tma", "shared"))]
+    ours = [name for name in tiles if name.startswith(HOPPER_ONLY)]
     # Networks take longest, as each compiles some forty kernels, so they come first.
     yield from (Job(name, checks, NETWORK_S) for name, checks in NETWORKS())
     yield from (Job(name, _conv_checks(name, bf16)) for name in ours)
@@ -166,7 +169,9 @@ def jobs(noted: list[gpu_jobs.Noted]) -> Iterator[Job]:
         Job("norm", [c for asked, batch in rest[i::4] for c in _problem_checks(asked, batch, bf16, "")])
         for i in range(4)
     )
-    some = [next(name for name in tiles if name.startswith(kind)) for kind in ("pointer ", "tma ", "shared ")]
+    # Gluon's kernels are absent from the interpreter.
+    first = (next((name for name in tiles if name.startswith(kind)), None) for kind in ("pointer ", *HOPPER_ONLY))
+    some = [name for name in first if name is not None]
     yield from (Job(f"activations {name}", _activation_checks(name)) for name in (*some, "cudnn+epilogue", "norm"))
     yield from (Job(name, _conv_checks(name, torch.float16)) for name in (ours[1], ours[-1]))
     yield from (Job(name, _conv_checks(name, torch.float32)) for name in tiles if name not in ours)

@@ -73,14 +73,14 @@ def launch(
     if known is not None:
         return known.launch(device, tensors, addresses)
     views = views or {}
-    describe = _descriptor if isinstance(kernel, triton.JITFunction) else _descriptor_for_the_interpreter
+    describe = _descriptor_of(kernel) if isinstance(kernel, triton.JITFunction) else _descriptor_for_the_interpreter
     arguments = {
         name: tensor if tensor is None or name not in views else describe(tensor, views[name])
         for name, tensor in tensors.items()
     }
     compiled = kernel[grid](**arguments, **fixed, **options)
     if compiled is not None:  # the interpreter compiles nothing
-        prepared[key] = Prepared(compiled, kernel.arg_names, grid, tensors, fixed, views)
+        prepared[key] = Prepared(compiled, kernel, grid, tensors, fixed, views)
 
 
 class Launcher:
@@ -114,13 +114,14 @@ class Prepared:
     def __init__(
         self,
         compiled: Any,
-        names: list[str],
+        kernel: Any,
         grid: tuple[int, ...],
         tensors: Mapping[str, Tensor | None],
         fixed: Mapping[str, Any],
         views: Mapping[str, View],
     ):
         self._compiled, self._grid, self._views = compiled, (*grid, 1, 1)[:3], views
+        self._describe, names = _descriptor_of(kernel), kernel.arg_names
         self._arguments = [fixed.get(name) for name in names]
         # The tensors that are not None, in the order of the kernel's arguments: number among `tensors`, name, place in the
         # kernel.
@@ -170,7 +171,7 @@ class Prepared:
         for _, name, place in self._tensors:
             tensor = tensors[name]
             if tensor is not None and name in self._views:
-                arguments[place] = _descriptor(tensor, self._views[name])
+                arguments[place] = self._describe(tensor, self._views[name])
             else:
                 arguments[place] = tensor if marks is None else marks[name]
         return arguments
@@ -244,10 +245,21 @@ class _Address:
         return self.address
 
 
+def _descriptor_of(kernel: Any) -> Callable[[Tensor, View], Any]:
+    """Returns the function that makes a kernel's descriptors, for views of tensors that are dense in memory."""
+    if not kernel.is_gluon():
+        return _descriptor
+    from .sm90.gluon_names import tensor_descriptor
+
+    return lambda tensor, view: tensor_descriptor(_address(tensor, view), view)
+
+
+def _address(tensor: Tensor, view: View) -> _Address:
+    return _Address(tensor.data_ptr() + view.offset * tensor.element_size(), tensor.dtype)
+
+
 def _descriptor(tensor: Tensor, view: View) -> TensorDescriptor:
-    """Returns a descriptor for a view of a tensor that is dense in memory."""
-    address = tensor.data_ptr() + view.offset * tensor.element_size()
-    return TensorDescriptor(_Address(address, tensor.dtype), *map(list, view[:3]))
+    return TensorDescriptor(_address(tensor, view), *map(list, view[:3]))
 
 
 def _descriptor_for_the_interpreter(tensor: Tensor, view: View) -> TensorDescriptor:

@@ -27,6 +27,16 @@ def is_interpreted() -> bool:
     return not isinstance(language.cdiv, JITFunction)
 
 
+@cache
+def has_gluon() -> bool:
+    """Whether kernels in Gluon can run: this Triton has the names that they need. Its interpreter has no Gluon."""
+    try:
+        from .sm90 import gluon_names  # noqa: F401
+    except (ImportError, AttributeError):  # Gluon is experimental: its names change
+        return False
+    return not is_interpreted()
+
+
 def dot_needs_fp32(dtype: torch.dtype) -> bool:
     """Whether kernels have to convert a product's operands to fp32: the interpreter's tl.dot is wrong in bf16.
 

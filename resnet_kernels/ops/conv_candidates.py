@@ -9,6 +9,7 @@ triton                    a kernel of ours with a tile that it chooses itself: H
 pointer 128x64x64 w4 s3   a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
 tma 128x64x64 w4 s4 p2    a tile of kernels/sm90/conv.py, with the parts of its epilogue
 shared 128x64x32 w4 s2 p4 a tile of kernels/sm90/tap_sharing.py
+specialized 128x128 c2 s4 b2    a tile of kernels/sm90/specialized_conv.py, with its consumers, stages and buffers
 
 Tables hold these names, and `tune` times the candidates.
 """
@@ -123,7 +124,7 @@ def _kernels() -> dict[str, Kernel]:
     """Returns our kernels with each of their tiles, by candidate, and those that choose a tile themselves."""
     # Imported at the first question: Triton may be absent.
     from ..kernels import conv_bias_act
-    from ..kernels.sm90 import conv, conv_layout, conv_tiles, tap_sharing
+    from ..kernels.sm90 import conv, conv_layout, conv_tiles, specialized_layout, tap_sharing
 
     why_not_by_shape = lru_cache(_CACHED)(conv_layout.why_not)
 
@@ -156,11 +157,32 @@ def _kernels() -> dict[str, Kernel]:
             lambda shapes, dtype, device: why_not_hopper(shapes, dtype, device) or tap_sharing.why_not(*shapes, dtype),
         )
 
+    specialized_tiles = specialized_layout.CONFIGS if target.has_gluon() else ()
+
+    def specialized(config: specialized_layout.SpecializedConfig) -> Kernel:
+        from ..kernels.sm90 import specialized_conv
+
+        def why_not(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str | None:
+            return (
+                why_not_hopper(shapes, dtype, device)
+                or specialized_layout.why_not(*shapes, dtype)
+                or specialized_layout.why_not_tile(conv_layout.ConvShape(*shapes), config)
+            )
+
+        return Kernel(
+            lambda operands: specialized_conv.launch(operands, config),
+            why_not,
+            lambda shapes, activation, dtype, device: specialized_conv.Bound(
+                conv_layout.ConvShape(*shapes), activation, dtype, device, config
+            ),
+        )
+
     return (
         dict(zip(_OWN_CHOICE, (pointer(None), tma(None))))
         | {f"pointer {config}": pointer(config) for config in conv_bias_act.CONFIGS}
         | {f"tma {config}": tma(config) for config in conv_tiles.CONFIGS}
         | {f"shared {config}": shared(config) for config in tap_sharing.CONFIGS}
+        | {f"specialized {config}": specialized(config) for config in specialized_tiles}
     )
 
 

@@ -14,7 +14,7 @@ import torch
 
 TMA_KERNEL, CHAIN_KERNEL = "conv_bias_act tma", "chain tma"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
-SHARING_KERNEL = "tap sharing tma"
+SHARING_KERNEL, SPECIALIZED_KERNEL = "tap sharing tma", "specialized conv"
 EPILOGUE_KERNEL, FOLD_KERNEL = "epilogue", "fold_weights"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -61,7 +61,7 @@ def kernel_named(name: str):
         epilogue,
         fold_weights,
     )
-    from resnet_kernels.kernels.sm90 import chain, stem, tap_sharing
+    from resnet_kernels.kernels.sm90 import chain, specialized_conv, stem, tap_sharing
     from resnet_kernels.kernels.sm90 import conv as sm90_conv
 
     if name.startswith("batch_norm_act "):
@@ -73,6 +73,7 @@ def kernel_named(name: str):
         CHAIN_KERNEL: chain._chain_tma_kernel,
         STEM_KERNEL: stem._stem_kernel,
         SHARING_KERNEL: tap_sharing._tap_sharing_tma_kernel,
+        SPECIALIZED_KERNEL: specialized_conv._specialized_conv_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         EPILOGUE_KERNEL: epilogue._epilogue_kernel,
         FOLD_KERNEL: fold_weights._fold_weights_kernel,

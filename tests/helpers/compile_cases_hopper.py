@@ -1,11 +1,20 @@
-"""Cases of Hopper's convolutions: the one for all sizes, and the 3x3 whose taps share their loads."""
+"""Cases of Hopper's convolutions: the one for all sizes, the 3x3 that shares loads, the one with specialized warps."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import replace
 
-from helpers.compile_cases import DTYPES, SHARING_KERNEL, TMA_KERNEL, Case, descriptor_type, label, specialize
+from helpers.compile_cases import (
+    DTYPES,
+    SHARING_KERNEL,
+    SPECIALIZED_KERNEL,
+    TMA_KERNEL,
+    Case,
+    descriptor_type,
+    label,
+    specialize,
+)
 from helpers.compile_cases_conv import layers
 from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
@@ -104,3 +113,56 @@ def sharing_cases() -> list[Case]:
                  aligned, constants | todo.constants)
         )  # fmt: skip
     return cases
+
+
+def specialized_cases() -> list[Case]:
+    """Every tile of the convolution with specialized warps, for each form of its loop at batch 256.
+
+    A form is compiled with a residual, and without one where there is a merged projection.
+    """
+    from resnet_kernels.kernels.sm90.conv_layout import ConvShape
+    from resnet_kernels.kernels.sm90.specialized_layout import (
+        CONFIGS,
+        MERGED,
+        plan,
+        why_not,
+        why_not_merged,
+        why_not_tile,
+    )
+
+    cases: dict[object, Case] = {}
+    for (weight_shape, geometry, in_size, shortcut), name in tma_layers().items():
+        conv = ConvShape((256, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
+        projection = None
+        if shortcut is not None:
+            shortcut_weight, step, size = shortcut
+            projection = ConvShape((256, shortcut_weight[1], *size), shortcut_weight, step)
+        if why_not(*conv, DTYPES["bf16"]) or (projection and why_not_merged(conv, projection, DTYPES["bf16"])):
+            continue
+        for config in (MERGED,) if projection else CONFIGS:
+            if why_not_tile(conv, config) is not None:
+                continue
+            todo = plan(conv, RELU, config, projection)
+            arguments, aligned, constants = specialize(todo.integers)
+            types = {
+                n: gluon_descriptor_type("bf16", view.box)
+                for n, view in todo.views.items()
+                if projection is None or n != "residual_desc"
+            }
+            types |= dict.fromkeys(("scale_ptr", "bias_ptr"), "*fp32")
+            if projection:
+                types |= dict.fromkeys(("shortcut_scale_ptr", "shortcut_bias_ptr", "parked_ptr"), "*fp32")
+            case = Case(
+                SPECIALIZED_KERNEL, str(config), "bf16", name, config.num_warps, 3, types | arguments, aligned,
+                constants | todo.constants,
+            )  # fmt: skip
+            form = (weight_shape[2:], *(todo.constants[n] for n in ("IN_PAIRS", "SKIP", "SHORTCUT_CHUNKS")))
+            cases.setdefault((config, form), case)
+    return list(cases.values())
+
+
+def gluon_descriptor_type(dtype: str, box) -> str:
+    """Type of a descriptor of 16-bit numbers in a Gluon kernel's signature."""
+    from resnet_kernels.kernels.sm90.gluon_names import gl
+
+    return descriptor_type(dtype, box)[:-1] + f",{gl.NVMMASharedLayout(128, 16, len(box))!r}>"

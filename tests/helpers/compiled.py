@@ -6,10 +6,19 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from helpers.compile_cases import CHAIN_KERNEL, SHARING_KERNEL, STEM_KERNEL, TMA_KERNEL, Case, kernel_named
+from helpers.compile_cases import (
+    CHAIN_KERNEL,
+    SHARING_KERNEL,
+    SPECIALIZED_KERNEL,
+    STEM_KERNEL,
+    TMA_KERNEL,
+    Case,
+    kernel_named,
+)
 from helpers.compile_targets import KIB, Target
 
 
@@ -33,6 +42,11 @@ def compile_case(job: tuple[Case, Target]) -> dict:
 
     case, target = job
     fn = kernel_named(case.kernel)
+    source: Callable = ASTSource
+    if fn.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source = GluonASTSource
     attrs = {}
     for i, name in enumerate(fn.arg_names):
         if case.arguments.get(name, "").startswith("*"):
@@ -43,7 +57,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
     record = {**asdict(case), "target": target.name, "error": None}
     try:
         compiled = triton.compile(
-            ASTSource(
+            source(
                 fn=fn,
                 signature={name: case.arguments.get(name, "constexpr") for name in fn.arg_names},
                 constexprs=case.constants,
@@ -58,10 +72,12 @@ def compile_case(job: tuple[Case, Target]) -> dict:
             ),
         )
         record["shared"] = compiled.metadata.shared
+        # With specialized warps, those that load count as well.
+        record["num_warps"] = compiled.metadata.num_warps
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["dot_loops"], record["loops_in_flight"] = _dot_loops(compiled.asm["ttgir"])
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL)
+        on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL, SPECIALIZED_KERNEL)
         record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
     except Exception as error:
@@ -113,6 +129,7 @@ def _read_nvidia(compiled, on_hopper: bool) -> dict:
             {int(n or 1) * int(b) // 8 for n, b in re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", ptx)}
         ),
         overwritten=overwritten_operands(sass),
+        k_loops=product_loops(sass),
         tma=sorted(set(re.findall(r"\b(UTMALDG\.\dD|UTMASTG\.\dD)\b", sass))),
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
@@ -138,16 +155,36 @@ def _read_amd(compiled) -> dict:
     )
 
 
+def _code_and_loops(sass: str) -> tuple[list[tuple[int, str, str]], list[tuple[int, int]]]:
+    """Instructions as (address, name, the rest), and loops as (first address, last one): where a jump leads back."""
+    line = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Za-z0-9_.]+)\s*(.*?);")
+    code = [(int(at, 16), name, rest) for at, name, rest in line.findall(sass)]
+    jumps = [(int(to.group(1), 16), at) for at, n, r in code if n == "BRA" and (to := re.search(r"0x([0-9a-f]+)", r))]
+    return code, [(first, last) for first, last in jumps if first < last]
+
+
+def product_loops(sass: str) -> list[dict[str, int]]:
+    """Instructions, barriers (BAR) and products (HGMMA), with their width, of each innermost loop that multiplies."""
+    code, loops = _code_and_loops(sass)
+    found = []
+    for first, last in loops:
+        body = [name for at, name, _ in code if first <= at <= last]
+        products = [name for name in body if name.startswith("HGMMA")]
+        is_innermost = not any(first <= a and b <= last and (a, b) != (first, last) for a, b in loops)
+        if products and is_innermost:
+            width = int(re.search(r"x(\d+)x", products[0]).group(1))  # type: ignore[union-attr]  # HGMMA.64x128x16
+            barriers = sum(name.startswith("BAR") for name in body)
+            found.append(dict(instructions=len(body), barriers=barriers, products=len(products), width=width))
+    return found
+
+
 def overwritten_operands(sass: str) -> list[str]:
     """Products whose left operand is loaded before their loop and overwritten in it, so that later turns use wrong data.
 
     ptxas of Triton 3.6.0 compiled a chain's projection like that, and its results on an H200 were wrong. Only the machine's
     own instructions show it.
     """
-    line = re.compile(r"\s+/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\d+\s+)?([A-Za-z0-9_.]+)\s*(.*?);")
-    code = [(int(at, 16), name, rest) for at, name, rest in line.findall(sass)]
-    jumps = [(int(to.group(1), 16), at) for at, n, r in code if n == "BRA" and (to := re.search(r"0x([0-9a-f]+)", r))]
-    loops = [(first, last) for first, last in jumps if first < last]
+    code, loops = _code_and_loops(sass)
 
     def writes(name: str, rest: str) -> set[int]:
         first = re.match(r"R(\d+)", rest)

@@ -4,7 +4,15 @@ import torch
 
 from resnet_kernels.kernels.geometry import Geometry
 from resnet_kernels.kernels.operands import ConvOperands
-from resnet_kernels.kernels.sm90 import chain, conv, stem, stem_layout, tap_sharing
+from resnet_kernels.kernels.sm90 import (
+    chain,
+    conv,
+    specialized_conv,
+    specialized_layout,
+    stem,
+    stem_layout,
+    tap_sharing,
+)
 from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
 
 FP16 = torch.float16
@@ -33,6 +41,18 @@ def convolution(residual: bool, split: int = 1, projection: bool = False) -> Non
     conv.launch(operands, config, shortcut)
 
 
+def specialized(projection: bool) -> None:
+    x, weight = copied(2, 128, 8, 8), copied(128, 128, 3, 3)
+    if projection:
+        shortcut = conv.Shortcut(copied(2, 64, 8, 8), copied(128, 64, 1, 1), vector(128), vector(128), POINTWISE)
+        specialized_conv.launch(ConvOperands(x, weight, vector(128), None, vector(128), SAME), shortcut=shortcut)
+        return
+    # Twice: the second launch goes past Triton's launcher.
+    for config in 2 * [config for config in specialized_layout.CONFIGS if not config.resident]:
+        operands = ConvOperands(x, weight, vector(128), copied(2, 128, 8, 8), vector(128), SAME)
+        specialized_conv.launch(operands, config)
+
+
 def shared_taps() -> None:
     x, residual = copied(2, 64, 8, 8), copied(2, 64, 8, 8)
     tap_sharing.launch(ConvOperands(x, copied(64, 64, 3, 3), vector(64), residual, vector(64), SAME))
@@ -58,6 +78,8 @@ LAUNCHES = {
     "convolution with a residual": lambda: convolution(True),
     "split convolution with a residual": lambda: convolution(True, split=4),
     "convolution with a projection": lambda: convolution(False, projection=True),
+    "specialized convolutions with a residual": lambda: specialized(False),
+    "specialized convolution with a projection": lambda: specialized(True),
     "convolution with a projection and a residual": lambda: convolution(True, projection=True),
     "shared taps": shared_taps,
     "chain": lambda: chained(False),

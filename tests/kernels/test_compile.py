@@ -17,6 +17,7 @@ from helpers.compile_cases import (
     EPILOGUE_KERNEL,
     FOLD_KERNEL,
     SHARING_KERNEL,
+    SPECIALIZED_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
     TMA_KERNEL,
@@ -93,7 +94,14 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
-    if record["kernel"] not in ("conv_bias_act", TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL):
+    if record["kernel"] not in (
+        "conv_bias_act",
+        TMA_KERNEL,
+        CHAIN_KERNEL,
+        STEM_KERNEL,
+        SHARING_KERNEL,
+        SPECIALIZED_KERNEL,
+    ):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
     whole_group = record["num_warps"] % 4 == 0
@@ -202,6 +210,28 @@ def shares_by_tma(record: dict, target: Target) -> str | None:
         return f"{record['programs']} programs fit on an SM, the grid counts on {promised}"
 
 
+def specialized_warps_only_multiply(record: dict, target: Target) -> str | None:
+    """All tensors travel by descriptor. A step is products of a tile's whole width, and little else."""
+    if record["kernel"] != SPECIALIZED_KERNEL:
+        return None
+    constants = record["constants"]
+    ranks = {2, 4, 5 if constants["IN_PAIRS"] else 4}
+    expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
+    if record["tma"] != expected or record["copy_bytes"]:
+        return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
+    loops = record["k_loops"]
+    if {loop["width"] for loop in loops} != {constants["BLOCK_N"]}:
+        return f"products are {[loop['width'] for loop in loops]} channels wide, expected {constants['BLOCK_N']}"
+    if constants["KERNEL_H"] * constants["KERNEL_W"] * constants["N_CHUNKS"] == 1:
+        return None  # a loop of one step is no loop: its instructions are the tile's
+    if record["operand_in_registers"]:
+        return "an operand takes the way through registers"
+    # A tile is 64 pixels for each group of four warps or a multiple: four products of 16 channels each.
+    step = max(loops, key=lambda loop: loop["instructions"])
+    if step["barriers"] > 2 or step["instructions"] > 40 + 5 * step["products"]:
+        return f"a step takes {step}"
+
+
 def stem_windows_stream(record: dict, target: Target) -> str | None:
     """Windows and weights come ahead of time, into shared memory, from where both are multiplied."""
     if record["kernel"] != STEM_KERNEL:
@@ -253,6 +283,7 @@ CHECKS = (
     travels_by_tma,
     chains_by_tma,
     shares_by_tma,
+    specialized_warps_only_multiply,
     stem_windows_stream,
     multiplies_while_it_loads,
 )
@@ -295,7 +326,7 @@ def test_one_configuration_of_each_kernel(tmp_path_factory):
         FOLD_KERNEL,
         *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),
     }
-    own = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
+    own = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL, SPECIALIZED_KERNEL}
     assert {r["kernel"] for r in records} == kernels | own and len(records) == len(kernels | own)
 
 
@@ -328,6 +359,12 @@ def test_no_configuration_is_left_out(target, records):
 
         chains = [r for r in records if r["kernel"] == CHAIN_KERNEL]
         assert {r["config"] for r in chains} == {chain_label(*of) for of in CHAIN_CONFIGS.items()}
+        from resnet_kernels.kernels.sm90.specialized_layout import CONFIGS as SPECIALIZED_CONFIGS
+
+        specialized = [r for r in records if r["kernel"] == SPECIALIZED_KERNEL]
+        assert {r["config"] for r in specialized} == {*map(str, SPECIALIZED_CONFIGS)}
+        forms = ("IN_PAIRS", "SKIP", "SHORTCUT_CHUNKS", "RESIDENT")
+        assert not [name for name in forms if not any(r["constants"][name] for r in specialized)]
         seen = {
             (r["constants"]["BLOCK_K"], r["constants"]["IN_PAIRS"], "norm_scale_desc" in r["arguments"]) for r in chains
         }

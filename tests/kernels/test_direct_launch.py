@@ -26,6 +26,9 @@ class Kernel:
         self.compiled, self.asked, self.launched, self.called = compiled, [], [], []
         self.fn = object()  # the Python function
 
+    def is_gluon(self):
+        return False
+
     def __getitem__(self, grid):
         def run(**arguments):
             self.asked.append((grid, arguments))

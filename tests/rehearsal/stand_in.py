@@ -27,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler, driver
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -130,7 +131,7 @@ class Shapes(TorchDispatchMode):
 
 def why_not(argument: object) -> str | None:
     """What is wrong with an argument of a launch: memory that is not there; None if nothing is."""
-    if isinstance(argument, TensorDescriptor):
+    if isinstance(argument, TensorDescriptor | GluonDescriptor):
         first, width = argument.base.data_ptr(), argument.base.dtype.itemsize
         last = first + sum((size - 1) * stride for size, stride in zip(argument.shape, argument.strides)) * width
         reason = MEMORY.why_not(first, last + width - 1)
@@ -272,7 +273,7 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
 
     from resnet_kernels.kernels import target
-    from resnet_kernels.kernels.sm90 import chain, conv, stem, tap_sharing
+    from resnet_kernels.kernels.sm90 import chain, conv, specialized_conv, stem, tap_sharing
     from resnet_kernels.ops import backends, onednn
     from resnet_kernels.runtime import eligibility
 
@@ -285,7 +286,7 @@ def install() -> None:
     backends.why_never.cache_clear()
     assert not target.is_interpreted(), "TRITON_INTERPRET must not be set"
     target.is_hopper = lambda device: True
-    for module in (conv, chain, stem, tap_sharing):
+    for module in (conv, chain, stem, tap_sharing, specialized_conv):
         module.multiprocessors = lambda device: 132
     # Shapes is a mode in which a fused model would run eager.
     eligibility.is_ordinary = lambda x: type(x) in (Tensor, torch.nn.Parameter)

@@ -112,11 +112,11 @@ def why_not_merged(conv: ConvShape, shortcut: ConvShape, dtype: torch.dtype) -> 
 def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
     """Returns why a tile can't run a convolution that `why_not` lets pass, or None if it can."""
     (batch, _, *in_size), (c_out, _, *kernel), geometry = conv
-    if _has_four_loops(conv, config.block_k) and not config.fits_four_loops:
+    if has_four_loops(conv, config.block_k) and not config.fits_four_loops:
         return "stride 2 on such sizes runs as four loops, and their stages don't fit into shared memory"
     if config.split_k == 1 and not config.flatten:
         return None
-    if _has_four_loops(conv, config.block_k):
+    if has_four_loops(conv, config.block_k):
         return "stride 2 on such sizes runs as four loops; only a single loop can be split or flattened"
     tiles = cdiv(batch * prod(geometry.out_size(in_size, kernel)), config.block_m) * cdiv(c_out, config.block_n)
     if config.flatten:
@@ -124,7 +124,7 @@ def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
     return None if tiles * config.split_k <= MOST_SHARES else f"{tiles} tiles fill a machine without being split"
 
 
-def _has_four_loops(conv: ConvShape, block_k: int) -> bool:
+def has_four_loops(conv: ConvShape, block_k: int) -> bool:
     """Whether each parity of rows and columns needs a loop of its own: stride 2 on odd sizes, or with a ragged last step.
 
     In the view of pairs a ragged step would read the other column's channels. Their weights are zero, but zero times NaN or
@@ -193,9 +193,9 @@ def plan(
     pad_h, pad_w = geometry.padding[0], geometry.padding[2]
     taps, stride = kernel_h * kernel_w, 1 if conv.is_pointwise else geometry.stride[0]
     config = config or choose_config(
-        prod(pixels), taps, c_in, c_out, may_split=shortcut is None, four_loops=_has_four_loops(conv, 64)
+        prod(pixels), taps, c_in, c_out, may_split=shortcut is None, four_loops=has_four_loops(conv, 64)
     )
-    ragged, four_loops = c_in % config.block_k != 0, _has_four_loops(conv, config.block_k)
+    ragged, four_loops = c_in % config.block_k != 0, has_four_loops(conv, config.block_k)
     in_pairs = stride == 2 and not four_loops
     assert config.split_k == 1 or not (shortcut or four_loops), f"{config} would split several loops"
     if all(shape.is_pointwise and shape.geometry.stride == (1, 1) for shape in (conv, shortcut or conv)):

@@ -69,7 +69,7 @@ def _problem_of_parts(
     device: torch.device,
     calls: int,
 ) -> Problem:
-    """Returns the problem of parts that could share launches. Candidates: APART, or a link's `roles`, whose parts share one.
+    """Returns the problem of parts that could share launches. Candidates: APART, or a link's `name`, whose parts share one.
 
     Apart, each layer runs as the current table says, so layers have to be measured before links.
 
@@ -122,13 +122,14 @@ def _problem_of_parts(
     if multi_layer.takes_links(device):
         found = (link for around in multi_layer.find(parts, results[-1]) for link in around)
         able = [link for link in found if multi_layer.why_not(link, shapes, dtype) is None]
+        able = multi_layer.forms_of(able, shapes, dtype)
     return Problem(
         key=str(asked),
         batch=batch,
         dtype=dtype,
         device=device,
         default=APART,
-        candidates={APART: partial(run, None, "auto")} | {link.roles: partial(run, link, "auto") for link in able},
+        candidates={APART: partial(run, None, "auto")} | {link.name: partial(run, link, "auto") for link in able},
         operands=operands,
         eager=partial(run, None, "eager"),
         reference=truth,

@@ -79,10 +79,15 @@ def convolve_as(part: ConvPart, form: Form, values: Values, constants: AllConsta
 
 
 def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
-    """A projection and the convolution that adds it: kernels/sm90/conv.py."""
+    """A projection and the convolution that adds it: kernels/sm90/conv.py, or specialized_conv.py."""
     from ...kernels.sm90 import conv as kernel
 
     assert link.shortcut is not None
+    launch: Callable[..., Tensor] = kernel.launch
+    if link.specialized:
+        from ...kernels.sm90 import specialized_conv
+
+        launch = specialized_conv.launch
     step, projection = link.conv3.step, link.shortcut.step
     x, x0 = values[step.x], values[projection.x]
     (scale, shift, _), (projection_scale, projection_shift, _) = constants[step.out], constants[projection.out]
@@ -91,7 +96,7 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
     )
     weight, geometry = _weight(link.conv3, x, constants), _geometry(link.conv3, x)
     operands = ConvOperands(x, weight, shift, None, scale, geometry, last_of(link.conv3))
-    values[step.out] = kernel.launch(operands, shortcut=shortcut)
+    values[step.out] = launch(operands, shortcut=shortcut)
 
 
 def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -31,6 +31,8 @@ from ..parts import CallPart, ConvPart, NormPart, Part, window_of
 
 # A table's name for a link whose layers run one by one, as they do without a table.
 APART = "apart"
+# What a table's name ends in if the launch is one of kernels/sm90/specialized_*.py.
+SPECIALIZED = " specialized"
 # The parts of a link, in an order in which they can run.
 ROLES = ("conv2", "shortcut", "conv3", "norm", "conv1")
 
@@ -40,7 +42,8 @@ class Link:
     """Steps for one launch, by their role in a bottleneck.
 
     conv3: adds the residual. shortcut: makes the residual, if this launch does. conv2: makes conv3's input, if this launch
-    does. norm, conv1: the next block's first layers, if they are in this launch.
+    does. norm, conv1: the next block's first layers, if they are in this launch. specialized: whether the kernel is the one
+    whose warps are specialized.
     """
 
     conv3: ConvPart
@@ -48,6 +51,7 @@ class Link:
     conv2: ConvPart | None = None
     norm: NormPart | None = None
     conv1: ConvPart | None = None
+    specialized: bool = False
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -58,6 +62,11 @@ class Link:
     def roles(self) -> str:
         """Roles of the link's parts, as in "conv2+conv3+conv1"."""
         return "+".join(role for role in ROLES if getattr(self, role) is not None)
+
+    @property
+    def name(self) -> str:
+        """Name in a table: the roles, and which kernel."""
+        return self.roles + (SPECIALIZED if self.specialized else "")
 
     @property
     def last(self) -> Part:
@@ -84,8 +93,8 @@ class Stem:
         return self.conv, self.pool
 
     @property
-    def roles(self) -> str:
-        """Roles of the stem's parts."""
+    def name(self) -> str:
+        """Name in a table."""
         return "conv+pool"
 
     @property
@@ -160,10 +169,20 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
         if able and backend == "tuned":
             # The longest contains all the others. A table says which of them one launch does.
             name = tuned_table.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device, _is_known)
-            able = [link for link in able if link.roles == name]
+            able = [form for form in forms_of(able, shapes, x.dtype) if form.name == name]
         if able:
             chosen.update((part.step.out, able[0]) for part in able[0].parts)
     return chosen
+
+
+def forms_of(links: Sequence[Link | Stem], shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> list[Link | Stem]:
+    """The links, each with the kernel that a table is not needed for, and, if it can do it, the specialized one."""
+    forms: list[Link | Stem] = []
+    for link in links:
+        forms.append(link)
+        if isinstance(link, Link) and _why_not_specialized(link, shapes, dtype) is None:
+            forms.append(replace(link, specialized=True))
+    return forms
 
 
 def _is_known(name: str, problem: LinkProblem | StemProblem, *where: object) -> bool:
@@ -171,7 +190,8 @@ def _is_known(name: str, problem: LinkProblem | StemProblem, *where: object) -> 
     if isinstance(problem, StemProblem):
         return name in (APART, "conv+pool")
     roles = [role for role, layer in zip(ROLES, problem) if layer]
-    return name == APART or ("conv3" in name.split("+") and set(name.split("+")) <= set(roles))
+    named = name.removesuffix(SPECIALIZED).split("+")
+    return name == APART or ("conv3" in named and set(named) <= set(roles))
 
 
 def takes_links(device: torch.device) -> bool:
@@ -267,6 +287,19 @@ def why_not(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dt
         None if projection is None else chain_layout.ShortcutShape(*projection),
         None if link.conv1 is None else tuple(link.conv1.conv.weight.shape),
     )  # fmt: skip
+
+
+def _why_not_specialized(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
+    """The reason why no kernel of specialized warps can do a link that `why_not` lets pass; None if one can."""
+    from ...kernels.sm90 import specialized_layout
+    from ...kernels.sm90.conv_layout import ConvShape
+
+    if not target.has_gluon():
+        return "Triton has no Gluon"
+    if link.conv2 is not None or link.shortcut is None:
+        return "only a projection is merged"
+    conv, projection = (ConvShape(*_conv_shape(part, shapes)) for part in (link.conv3, link.shortcut))
+    return specialized_layout.why_not_merged(conv, projection, dtype)
 
 
 def shapes_of(

@@ -1,0 +1,164 @@
+"""Layout of specialized_conv.py's launches: the shapes that the kernel takes, tiles as data, views of the tensors.
+
+conv_layout.py lays out the convolution; a tile is not cut into parts here. This module imports no Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import prod
+
+import torch
+
+from ..activations import Activation
+from ..geometry import Geometry
+from . import conv_layout
+from .conv_layout import ConvShape, LaunchPlan
+from .conv_tiles import TmaConfig
+
+# Shared memory of a program on Hopper, less what barriers take.
+MOST_SHARED = 227 * 1024 - 512
+# Plans kept: a net has some 25 layers that differ, times a few batch and image sizes.
+_CACHED = 512
+
+
+@dataclass(frozen=True)
+class SpecializedConfig:
+    """A tile's shape, and how its program shares the work out.
+
+    Attributes:
+        block_m: pixels.
+        block_n: output channels.
+        consumers: groups of warps that multiply, each a tile of its own. With two, one stores while the other multiplies.
+        num_warps: warps of a consumer.
+        num_stages: steps that are loading or in use at a time.
+        buffers: tiles of results, or of residuals before them, in shared memory; a multiple of `consumers`.
+        resident: whether the whole weight stays in shared memory.
+        parts: pieces in which the epilogue goes over the tile.
+    """
+
+    block_m: int
+    block_n: int
+    consumers: int
+    num_warps: int
+    num_stages: int
+    buffers: int
+    resident: bool = False
+    parts: int = 2
+
+    # Input channels of a step: 128 bytes, the widest that TMA's swizzle takes.
+    block_k = 64
+
+    def shared_bytes(self, steps: int) -> int:
+        """Bytes of shared memory for a convolution whose tiles take that many steps."""
+        weights = steps if self.resident else self.num_stages
+        stages = self.block_k * (self.num_stages * self.block_m + weights * self.block_n)
+        return 2 * (stages + self.buffers * self.block_m * self.block_n)
+
+    def __str__(self) -> str:
+        """Name in a measured table, different for each of CONFIGS."""
+        resident = " resident" if self.resident else ""
+        return f"{self.block_m}x{self.block_n} c{self.consumers} s{self.num_stages} b{self.buffers}{resident}"
+
+
+CONFIGS: tuple[SpecializedConfig, ...] = (
+    # Two consumers in turns: long loops and short ones.
+    SpecializedConfig(128, 128, consumers=2, num_warps=4, num_stages=4, buffers=2),
+    # Two residuals ahead for each consumer, where the residual is most of what is read.
+    SpecializedConfig(128, 128, consumers=2, num_warps=4, num_stages=3, buffers=4),
+    # The least traffic from L2, for long loops.
+    SpecializedConfig(128, 256, consumers=1, num_warps=8, num_stages=3, buffers=1, parts=4),
+    SpecializedConfig(256, 128, consumers=1, num_warps=8, num_stages=3, buffers=1),
+    # 64 output channels: the weight stays, or the tile is wide in pixels; 1x1 have more buffers.
+    SpecializedConfig(128, 64, consumers=2, num_warps=4, num_stages=6, buffers=2, resident=True),
+    SpecializedConfig(256, 64, consumers=2, num_warps=4, num_stages=4, buffers=2),
+    SpecializedConfig(128, 64, consumers=2, num_warps=4, num_stages=4, buffers=6),
+)
+# The tile of a convolution with a merged shortcut: one consumer of eight warps would spill.
+MERGED = replace(CONFIGS[0], parts=4)
+
+
+def why_not(
+    x_shape: Sequence[int], weight_shape: Sequence[int], geometry: Geometry, dtype: torch.dtype
+) -> str | None:  # fmt: skip
+    """Returns why the kernel can't run a convolution, or None if it can. Arguments: conv_layout.why_not."""
+    if (reason := conv_layout.why_not(x_shape, weight_shape, geometry, dtype)) is not None:
+        return reason
+    if x_shape[1] % SpecializedConfig.block_k:
+        return f"C_in must be a multiple of {SpecializedConfig.block_k}, got {x_shape[1]}"
+    if conv_layout.has_four_loops(ConvShape(tuple(x_shape), tuple(weight_shape), geometry), SpecializedConfig.block_k):
+        return f"stride 2 needs even sizes, got {x_shape[2]}x{x_shape[3]}"
+    return None
+
+
+def why_not_merged(conv: ConvShape, shortcut: ConvShape, dtype: torch.dtype) -> str | None:
+    """Returns why one kernel can't run a block's last convolution and its projection, or None if it can."""
+    for name, shape in (("the convolution", conv), ("the shortcut", shortcut)):
+        if (reason := why_not(*shape, dtype)) is not None:
+            return f"{name}: {reason}"
+    if shortcut.x[1] < 2 * SpecializedConfig.block_k:
+        # A loop of one step is unrolled, and with Triton 3.9.0 the kernel spills.
+        return f"the shortcut must have at least {2 * SpecializedConfig.block_k} input channels, got {shortcut.x[1]}"
+    return conv_layout.why_not_merged(conv, shortcut, dtype)
+
+
+def why_not_tile(conv: ConvShape, config: SpecializedConfig) -> str | None:
+    """Returns why a tile can't run a convolution that `why_not` lets pass, or None if it can."""
+    c_out, c_in, *kernel = conv.weight
+    if config.block_n >= 2 * max(c_out, 64):
+        return f"a tile of {config.block_n} channels would be half empty, C_out={c_out}"
+    steps = prod(kernel) * c_in // config.block_k
+    if config.resident and (c_out > config.block_n or config.shared_bytes(steps) > MOST_SHARED):
+        return f"a weight of {tuple(conv.weight)} can't stay in shared memory"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan(LaunchPlan):
+    """Launch of specialized_conv.py's kernel.
+
+    Attributes:
+        config: the tile.
+        y_shape: (N, C_out, out_h, out_w).
+    """
+
+    config: SpecializedConfig
+    y_shape: tuple[int, int, int, int]
+
+
+# Of conv.py's constants those that this kernel has, too.
+_SHARED_CONSTANTS = (
+    "KERNEL_H", "KERNEL_W", "N_CHUNKS", "SHORTCUT_CHUNKS", "IN_PAIRS", "SKEW_H", "SKEW_W", "SKIP", "ACT", "SLOPE",
+    "BOX_N", "BOX_H", "BOX_W", "BLOCK_N", "BLOCK_K",
+)  # fmt: skip
+
+
+@lru_cache(_CACHED)
+def plan(
+    conv: ConvShape, activation: Activation | None, config: SpecializedConfig, shortcut: ConvShape | None = None
+) -> Plan:  # fmt: skip
+    """Lays out a convolution that `why_not` and `why_not_tile` let pass, for the launcher and the tests.
+
+    Args:
+        conv: the convolution.
+        activation: comes last; None for none.
+        config: the tile.
+        shortcut: a projection that `why_not_merged` lets pass, or None.
+    """
+    tile = TmaConfig(
+        config.block_m, config.block_n, config.block_k, config.num_warps, config.num_stages, parts=1, programs_per_sm=1
+    )
+    base = conv_layout.plan(conv, activation, False, tile, shortcut)
+    constants = {name: base.constants[name] for name in _SHARED_CONSTANTS}
+    constants |= dict(
+        # A resident weight's steps are all there.
+        SKIP=constants["SKIP"] and not config.resident,
+        STAGES=config.num_stages,
+        BUFFERS=config.buffers,
+        RESIDENT=config.resident,
+        CONSUMERS=config.consumers,
+        PARTS=config.parts,
+    )
+    return Plan(base.views, base.integers, constants, config, base.y_shape)
