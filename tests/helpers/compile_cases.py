@@ -15,6 +15,7 @@ import torch
 TMA_KERNEL, CHAIN_KERNEL = "conv_bias_act tma", "chain tma"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
 SHARING_KERNEL, SPECIALIZED_KERNEL = "tap sharing tma", "specialized conv"
+SPECIALIZED_CHAIN_KERNEL = "specialized chain"
 EPILOGUE_KERNEL, FOLD_KERNEL = "epilogue", "fold_weights"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -61,7 +62,7 @@ def kernel_named(name: str):
         epilogue,
         fold_weights,
     )
-    from resnet_kernels.kernels.sm90 import chain, specialized_conv, stem, tap_sharing
+    from resnet_kernels.kernels.sm90 import chain, specialized_chain, specialized_conv, stem, tap_sharing
     from resnet_kernels.kernels.sm90 import conv as sm90_conv
 
     if name.startswith("batch_norm_act "):
@@ -74,6 +75,7 @@ def kernel_named(name: str):
         STEM_KERNEL: stem._stem_kernel,
         SHARING_KERNEL: tap_sharing._tap_sharing_tma_kernel,
         SPECIALIZED_KERNEL: specialized_conv._specialized_conv_kernel,
+        SPECIALIZED_CHAIN_KERNEL: specialized_chain._specialized_chain_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         EPILOGUE_KERNEL: epilogue._epilogue_kernel,
         FOLD_KERNEL: fold_weights._fold_weights_kernel,
@@ -96,6 +98,13 @@ def specialize(integers: dict[str, int]) -> tuple[dict[str, str], tuple[str, ...
 def descriptor_type(dtype: str, box) -> str:
     """Triton's type of a tensor descriptor whose loads take a box of this shape."""
     return f"tensordesc<{dtype}[{','.join(map(str, box))}]>"
+
+
+def gluon_descriptor_type(dtype: str, box) -> str:
+    """Type of a descriptor of 16-bit numbers in a Gluon kernel's signature."""
+    from resnet_kernels.kernels.sm90.gluon_names import gl
+
+    return descriptor_type(dtype, box)[:-1] + f",{gl.NVMMASharedLayout(128, 16, len(box))!r}>"
 
 
 def label(config) -> str:

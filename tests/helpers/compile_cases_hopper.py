@@ -12,6 +12,7 @@ from helpers.compile_cases import (
     TMA_KERNEL,
     Case,
     descriptor_type,
+    gluon_descriptor_type,
     label,
     specialize,
 )
@@ -159,10 +160,3 @@ def specialized_cases() -> list[Case]:
             form = (weight_shape[2:], *(todo.constants[n] for n in ("IN_PAIRS", "SKIP", "SHORTCUT_CHUNKS")))
             cases.setdefault((config, form), case)
     return list(cases.values())
-
-
-def gluon_descriptor_type(dtype: str, box) -> str:
-    """Type of a descriptor of 16-bit numbers in a Gluon kernel's signature."""
-    from resnet_kernels.kernels.sm90.gluon_names import gl
-
-    return descriptor_type(dtype, box)[:-1] + f",{gl.NVMMASharedLayout(128, 16, len(box))!r}>"

@@ -3,44 +3,75 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 
 from helpers.compile_cases import (
     CHAIN_KERNEL,
+    SPECIALIZED_CHAIN_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
     Case,
     descriptor_type,
+    gluon_descriptor_type,
     kernel_named,
     specialize,
 )
 from resnet_kernels.kernels.geometry import Geometry
 
 
-def chain_cases(everything: bool) -> list[Case]:
-    """Every kind of chain at 56x56 and 28x28: batch 256 and 1, v1 and v2, both strides, and channels that fill no block.
+class _Chain(NamedTuple):
+    """A chain's kind, and its shapes: chain_layout.plan's first six arguments."""
 
-    Without `everything`, one case of each kind, and one of each combination that leads to another loop.
-    """
-    from resnet_kernels.kernels.sm90.chain_layout import BLOCK_VECTORS, CONFIGS, ShortcutShape, plan, why_not
+    kind: Any
+    key: tuple
+    shapes: tuple
+    preact: bool
+    what: str
 
-    cases: dict[object, Case] = {}
-    names = kernel_named(CHAIN_KERNEL).arg_names
-    for kind, less, preact, stride, batch in itertools.product(CONFIGS, (0, 32), (False, True), (1, 2), (256, 1)):
+
+def _chains() -> Iterator[_Chain]:
+    """Every kind of chain at 56x56 and 28x28: batch 256 and 1, v1 and v2, both strides, and channels that fill no block."""
+    from resnet_kernels.kernels.sm90.chain_layout import CONFIGS, Kind, ShortcutShape
+
+    # Of the last one only specialized_chain.py has a kernel.
+    kinds = (*CONFIGS, Kind(64, 0, 64))
+    for kind, less, preact, stride, batch in itertools.product(kinds, (0, 32), (False, True), (1, 2), (256, 1)):
         width, c_next, c_shortcut = (channels and channels - less for channels in kind)
         if preact and not c_next:
             continue
         c_out, size = 4 * kind.width, 56 * 64 // kind.width
         geometry, step = Geometry((stride, stride), (1, 1, 1, 1)), Geometry((stride, stride))
         x_shape = (batch, width, size * stride, size * stride)
-        conv2, conv3, following = (width, width, 3, 3), (c_out, width, 1, 1), (c_next, c_out, 1, 1) if c_next else None
+        conv2, following = (width, width, 3, 3), (c_next, c_out, 1, 1) if c_next else None
         projection = (c_out, c_shortcut, 1, 1) if c_shortcut else None
         branch = ShortcutShape((batch, c_shortcut or c_out, *x_shape[2:]), projection, step)
         # The input itself, at stride 1, is an ordinary residual.
         shortcut = branch if projection or stride == 2 else None
+        what = f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
+        key = less, preact, stride, projection is None
+        yield _Chain(kind, key, (x_shape, conv2, geometry, c_out, shortcut, following), preact, what)
+
+
+def chain_cases(everything: bool) -> list[Case]:
+    """Cases of chain.py's kernel.
+
+    Without `everything`, one case of each kind, and one of each combination that leads to another loop.
+    """
+    from resnet_kernels.kernels.sm90.chain_layout import BLOCK_VECTORS, CONFIGS, plan, why_not
+
+    cases: dict[object, Case] = {}
+    names = kernel_named(CHAIN_KERNEL).arg_names
+    for kind, key, shapes, preact, what in _chains():
+        if kind not in CONFIGS:
+            continue
+        x_shape, conv2, geometry, c_out, shortcut, following = shapes
+        width, projection = conv2[0], shortcut and shortcut.weight
+        conv3 = (c_out, width, 1, 1)
         assert why_not(x_shape, conv2, geometry, conv3, torch.bfloat16, shortcut, following) is None
-        todo = plan(x_shape, conv2, geometry, c_out, shortcut, following, (True, not preact, True))
+        todo = plan(*shapes, (True, not preact, True))
         arguments, aligned, constants = specialize(todo.integers)
         absent: tuple[str, ...] = () if projection else ("shortcut_scale_desc", "shortcut_shift_desc")
         absent += () if preact else ("norm_scale_desc", "norm_shift_desc")
@@ -55,13 +86,12 @@ def chain_cases(everything: bool) -> list[Case]:
             types |= dict.fromkeys(pointers, "*fp32") | arguments
             given = constants | todo.constants
             config = todo.config
-            what = f"{width} to {c_out}, {'v2' if preact else 'v1'}, stride {stride}, batch {batch}"
             case = Case(
                 CHAIN_KERNEL, chain_label(kind, CONFIGS[kind]), dtype, what, config.num_warps, config.num_stages, types,
                 aligned, {name: given.get(name) for name in names if name not in types},
             )  # fmt: skip
-            for key in [repr(case)] if everything else [kind, (less, preact, stride, projection is None)]:
-                cases.setdefault(key, case)
+            for where in [repr(case)] if everything else [kind, key]:
+                cases.setdefault(where, case)
     return list({repr(case): case for case in cases.values()}.values())
 
 
@@ -69,6 +99,35 @@ def chain_label(kind, config) -> str:
     """The name of a chain's configuration: its kind and its tile. It is the same for steps of 32 and 64 input channels."""
     stages = f"s{config.num_stages}/{config.tail_stages}"
     return f"{'-'.join(map(str, kind))} {config.block_m}x{config.block_c} w{config.num_warps} {stages}"
+
+
+def specialized_chain_cases() -> list[Case]:
+    """Cases of specialized_chain.py's kernel: one of each combination that leads to another loop."""
+    from resnet_kernels.kernels.sm90.specialized_layout import plan_chain, why_not_chain
+
+    cases: dict[object, Case] = {}
+    names = kernel_named(SPECIALIZED_CHAIN_KERNEL).arg_names
+    for kind, key, shapes, preact, what in _chains():
+        x_shape, conv2, geometry, c_out, shortcut, following = shapes
+        conv3 = (c_out, conv2[0], 1, 1)
+        if why_not_chain(x_shape, conv2, geometry, conv3, torch.bfloat16, shortcut, following) is not None:
+            continue
+        todo = plan_chain(*shapes, (True, not preact, True))
+        arguments, aligned, constants = specialize(todo.integers)
+        pointers = ["scale2_ptr", "shift2_ptr", "scale3_ptr", "shift3_ptr"]
+        pointers += ["norm_scale_ptr", "norm_shift_ptr"] if preact else []
+        pointers += ["shortcut_scale_ptr", "shortcut_shift_ptr"] if shortcut and shortcut.weight else []
+        pointers += ["scale1_ptr", "shift1_ptr"] if following else []
+        types = {n: gluon_descriptor_type("bf16", view.box) for n, view in todo.views.items()}
+        types |= dict.fromkeys(pointers, "*fp32") | arguments
+        given = constants | todo.constants
+        config = f"s{given['STAGES']} b{given['BUFFERS']}"
+        case = Case(
+            SPECIALIZED_CHAIN_KERNEL, config, "bf16", what, 4, 3, types, aligned,
+            {name: given.get(name) for name in names if name not in types},
+        )  # fmt: skip
+        cases.setdefault((kind, key), case)
+    return list(cases.values())
 
 
 def stem_cases() -> list[Case]:

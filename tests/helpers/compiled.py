@@ -13,6 +13,7 @@ from pathlib import Path
 from helpers.compile_cases import (
     CHAIN_KERNEL,
     SHARING_KERNEL,
+    SPECIALIZED_CHAIN_KERNEL,
     SPECIALIZED_KERNEL,
     STEM_KERNEL,
     TMA_KERNEL,
@@ -77,10 +78,16 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["operand_in_registers"] = bool(re.search(r"warp_group_dot .*dot_op<", compiled.asm["ttgir"]))
         record["dot_loops"], record["loops_in_flight"] = _dot_loops(compiled.asm["ttgir"])
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
-        on_hopper = case.kernel in (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL, SPECIALIZED_KERNEL)
+        on_hopper = case.kernel in (
+            TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL, SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL
+        )  # fmt: skip
         record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)
-    except Exception as error:
+    except Exception as failure:
+        error: BaseException = failure
+        # A function that another one calls is to blame more often than its caller.
+        while (cause := error.__cause__ or error.__context__) is not None:
+            error = cause
         record["error"] = f"{type(error).__name__}: {error}"[:2000]
     return record
 

@@ -7,6 +7,7 @@ from resnet_kernels.kernels.operands import ConvOperands
 from resnet_kernels.kernels.sm90 import (
     chain,
     conv,
+    specialized_chain,
     specialized_conv,
     specialized_layout,
     stem,
@@ -58,14 +59,14 @@ def shared_taps() -> None:
     tap_sharing.launch(ConvOperands(x, copied(64, 64, 3, 3), vector(64), residual, vector(64), SAME))
 
 
-def chained(projection: bool) -> None:
+def chained(projection: bool, specialized: bool = False) -> None:
     layer = lambda *shape, relu=True: chain.Layer(copied(*shape), vector(shape[0]), vector(shape[0]), relu)  # noqa: E731
     residual: torch.Tensor | chain.Shortcut = copied(2, 256, 8, 8)
     if projection:
         residual = chain.Shortcut(copied(2, 64, 8, 8), layer(256, 64, 1, 1, relu=False), POINTWISE)
-    chain.launch(
+    (specialized_chain if specialized else chain).launch(
         copied(2, 64, 8, 8), layer(64, 64, 3, 3), SAME, layer(256, 64, 1, 1), residual,
-        (vector(256), vector(256)), layer(64, 256, 1, 1),
+        (vector(256), vector(256)), None if specialized and projection else layer(64, 256, 1, 1),
     )  # fmt: skip
 
 
@@ -84,5 +85,7 @@ LAUNCHES = {
     "shared taps": shared_taps,
     "chain": lambda: chained(False),
     "chain with a projection": lambda: chained(True),
+    "specialized chain": lambda: chained(False, specialized=True),
+    "specialized chain with a projection": lambda: chained(True, specialized=True),
     "stem": stem_and_pool,
 }

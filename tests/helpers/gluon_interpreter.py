@@ -129,12 +129,14 @@ class Partition:
         self._condition: Callable[[], bool] = lambda: True
         self._mine, self._theirs = threading.Semaphore(0), threading.Semaphore(0)
         self._failure: BaseException | None = None
+        self._inference = torch.is_inference_mode_enabled()  # modes are a thread's own
         self._thread = threading.Thread(target=self._run, args=(body,), daemon=True)
 
     def _run(self, body: Callable[[], None]) -> None:
         self._mine.acquire()
         try:
-            body()
+            with torch.inference_mode(self._inference), torch.no_grad():
+                body()
             assert not self.products, "the partition ends with a product in flight"
             assert all(self.stores), "the partition ends before its stores have read shared memory"
         except BaseException as failure:
@@ -437,7 +439,7 @@ class _Language:
     def NVMMADistributedLayout(self, *_):
         return None
 
-    NVMMASharedLayout = BlockedLayout = SliceLayout = num_warps = NVMMADistributedLayout
+    NVMMASharedLayout = BlockedLayout = DotOperandLayout = SliceLayout = num_warps = NVMMADistributedLayout
 
     def convert_layout(self, value: Value, layout) -> Value:
         return value

@@ -11,7 +11,7 @@ import pytest
 )
 def test_every_candidate_of_tune(model, batch, dtype, rehearse):
     tried = rehearse("tune", model, "--batch", batch, "--dtype", dtype)[batch]
-    kinds = {"triton"} | ({"tma", "shared", "stem"} if dtype == "bf16" else set())
+    kinds = {"triton"} | ({"tma", "shared", "stem", "specialized"} if dtype == "bf16" else set())
     if "v2" not in model:
         kinds.add("pointer")  # of its first convolution; a pre-activation net's is no layer of ours
     assert kinds <= {kind for kind, number in tried.items() if number}, tried

@@ -7,9 +7,14 @@ import torch
 from torch import nn
 
 import resnet_kernels as rk
+from helpers import gluon_interpreter
 from helpers.oracle import assert_within_budget
 from helpers.stages import Net, bottlenecks, image, preacts, prepared, run
 from helpers.tuned_tables import record, table
+from resnet_kernels.kernels import target
+from resnet_kernels.kernels.activations import RELU
+from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.ops.conv_problem import ConvProblem
 from resnet_kernels.perf.tuning import autotuner, multi_layer_problems, problems
 from resnet_kernels.runtime.gpu import launches
 from resnet_kernels.runtime.gpu.multi_layer import LinkProblem, StemProblem
@@ -101,3 +106,78 @@ def test_a_table_decides_how_much_is_one_launch(links_of, write, device, ran):
         [0, 0, 1, 0, 1, 0, 0, 0],
         [0, 3, 2, 0, 0],
     ]
+
+
+def layer(
+    c_in: int, size: int, c_out: int, kernel: int = 1, stride: int = 1, residual: bool = False, relu: bool = True
+):
+    pad = kernel // 2
+    geometry = Geometry((stride, stride), (pad,) * 4)
+    weight = c_out, c_in, kernel, kernel
+    return ConvProblem(c_in, size, size, weight, geometry, True, True, residual, RELU if relu else None)
+
+
+SPECIALIZED = {
+    "conv2+conv3+conv1 specialized": LinkProblem(
+        layer(64, 6, 64, 3), None, layer(64, 6, 256, residual=True), False, layer(256, 6, 64)
+    ),
+    "conv2+conv3 specialized": LinkProblem(layer(64, 6, 64, 3), None, layer(64, 6, 256, residual=True), False, None),
+    "conv2+shortcut+conv3 specialized": LinkProblem(
+        layer(64, 6, 64, 3), layer(64, 6, 256, relu=False), layer(64, 6, 256, residual=True), False, layer(256, 6, 64)
+    ),
+    "shortcut+conv3 specialized": LinkProblem(
+        layer(128, 6, 128, 3), layer(256, 6, 512, relu=False), layer(128, 6, 512, residual=True), False, None
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*which can't run here")
+@pytest.mark.parametrize("name", SPECIALIZED)
+def test_specialized_kernels_are_candidates(name, hopper, device, monkeypatch):
+    """On a GPU as they are; on a CPU in an interpreter of Gluon."""
+    pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
+    from resnet_kernels.kernels.sm90 import specialized_chain, specialized_conv
+
+    if device.type == "cpu":
+        monkeypatch.setattr(target, "has_gluon", lambda: True)
+        for module in (specialized_chain, specialized_conv):
+            monkeypatch.setattr(module, "launching", gluon_interpreter)
+    problem = multi_layer_problems.link_problem(SPECIALIZED[name], 2, FP16, device)
+    operands = problem.operands()
+    for y, *others in zip(
+        problem.candidates[name](*operands), problem.eager(*operands), problem.reference(*operands), strict=True
+    ):
+        assert_within_budget(y, *others, name)
+
+
+def test_without_gluon_there_are_no_specialized_candidates(hopper, device, monkeypatch):
+    monkeypatch.setattr(target, "has_gluon", lambda: False)
+    for asked in SPECIALIZED.values():
+        problem = multi_layer_problems.link_problem(asked, 2, FP16, device)
+        assert not any("specialized" in name for name in problem.candidates)
+
+
+@pytest.mark.filterwarnings("ignore:.*which can't run here")
+def test_a_table_names_the_specialized_kernel(monkeypatch, hopper, write, device):
+    pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
+    from resnet_kernels.kernels.sm90 import specialized_chain
+
+    launched = []
+    blocks = nn.Sequential(*(rk.models.resnet_v1.Bottleneck(256, 64) for _ in range(2)))
+    stage, x = prepared(lambda device: (blocks, torch.randn(2, 256, 6, 6, device=device)), device)
+    if device.type == "cpu":
+        monkeypatch.setattr(target, "has_gluon", lambda: True)
+        monkeypatch.setattr(specialized_chain, "launching", gluon_interpreter)
+    actual = specialized_chain.launch
+    monkeypatch.setattr(specialized_chain, "launch", lambda *given: launched.append(None) or actual(*given))
+    first, *_ = (asked for asked, _ in problems.note(stage, x) if isinstance(asked, LinkProblem))
+    fused, expected = rk.fuse(stage), copy.deepcopy(stage).double()(x.double())
+    for winner, count in (
+        ("conv2+conv3+conv1 specialized", 1),
+        ("conv2+conv3+conv1", 0),
+        ("conv2+conv9 specialized", 0),
+    ):
+        write(table(record(first, winner, 2, "fp16"), record("conv any", "eager", dtype="fp16")))
+        launched.clear()
+        assert_within_budget(run(fused, x), run(stage, x), expected)
+        assert len(launched) == count, winner

@@ -116,7 +116,26 @@ def why_not(
     shortcut: ShortcutShape | None = None,
     next_shape: Sequence[int] | None = None,
 ) -> str | None:
-    """Returns why the kernel can't run a chain, or None if it can.
+    """Returns why the kernel can't run a chain, or None if it can. Arguments: why_not_shapes."""
+    reason = why_not_shapes(x_shape, conv2_shape, geometry, conv3_shape, dtype, shortcut, next_shape)
+    if reason is not None:
+        return reason
+    kind = kind_of(conv2_shape, shortcut, next_shape)
+    if kind not in CONFIGS:
+        return f"no tile of {kind} has been seen to compile without spilling"
+    return None
+
+
+def why_not_shapes(
+    x_shape: Sequence[int],
+    conv2_shape: Sequence[int],
+    geometry: Geometry,
+    conv3_shape: Sequence[int],
+    dtype: torch.dtype,
+    shortcut: ShortcutShape | None = None,
+    next_shape: Sequence[int] | None = None,
+) -> str | None:
+    """Returns why no chain of Hopper's has these shapes, or None if one may have.
 
     Args:
         x_shape: (N, C_in, H, W), the 3x3's input.
@@ -152,9 +171,6 @@ def why_not(
             return f"shortcut: {reason}"
     if next_shape is not None and next_shape[0] % 8:
         return f"next conv1: C_out must be a multiple of 8, got {next_shape[0]}"
-    kind = kind_of(conv2_shape, shortcut, next_shape)
-    if kind not in CONFIGS:
-        return f"no tile of {kind} has been seen to compile without spilling"
     return None
 
 

@@ -1,6 +1,6 @@
-"""Layout of specialized_conv.py's launches: the shapes that the kernel takes, tiles as data, views of the tensors.
+"""Layouts of specialized_conv.py's and specialized_chain.py's launches: shapes that they take, tiles as data, views.
 
-conv_layout.py lays out the convolution; a tile is not cut into parts here. This module imports no Triton.
+conv_layout.py and chain_layout.py lay them out; here a tile is not cut into parts. This module imports no Triton.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import torch
 
 from ..activations import Activation
 from ..geometry import Geometry
-from . import conv_layout
+from . import chain_layout, conv_layout
+from .chain_layout import ChainConfig, ShortcutShape
 from .conv_layout import ConvShape, LaunchPlan
 from .conv_tiles import TmaConfig
 
@@ -162,3 +163,80 @@ def plan(
         PARTS=config.parts,
     )
     return Plan(base.views, base.integers, constants, config, base.y_shape)
+
+
+# The chain's tile: 64 pixels for each of two consumers, 64 channels of y at a time.
+_CHAIN_TILE = ChainConfig(64, 64, 64, num_warps=4, num_stages=4, tail_stages=1, programs_per_sm=1)
+# (stages of the 3x3, buffers of y for each consumer), best first: the first that fits beside the weights is taken.
+_CHAIN_RINGS = ((4, 3), (3, 3), (4, 2), (3, 2), (2, 2), (3, 1), (2, 1))
+
+
+def why_not_chain(
+    x_shape: Sequence[int],
+    conv2_shape: Sequence[int],
+    geometry: Geometry,
+    conv3_shape: Sequence[int],
+    dtype: torch.dtype,
+    shortcut: ShortcutShape | None = None,
+    next_shape: Sequence[int] | None = None,
+) -> str | None:
+    """Returns why specialized_chain.py can't run a chain, or None if it can. Arguments: chain_layout.why_not."""
+    reason = chain_layout.why_not_shapes(x_shape, conv2_shape, geometry, conv3_shape, dtype, shortcut, next_shape)
+    if reason is not None:
+        return reason
+    width, c_in, c_out = *conv2_shape[:2], conv3_shape[0]
+    kind = chain_layout.kind_of(conv2_shape, shortcut, next_shape)
+    if width > _CHAIN_TILE.block_c:
+        return f"conv2 must have at most {_CHAIN_TILE.block_c} output channels, got {width}"
+    for name, channels in (("conv2: C_in", c_in), ("conv3: C_out", c_out)):
+        if channels % _CHAIN_TILE.block_c:
+            return f"{name} must be a multiple of {_CHAIN_TILE.block_c}, got {channels}"
+    if kind.shortcut_in > _CHAIN_TILE.block_c:
+        return f"shortcut: C_in must be at most {_CHAIN_TILE.block_c}, got {kind.shortcut_in}"
+    if _chain_rings(conv2_shape, c_out, kind) is None:
+        return "the weights don't fit into shared memory"
+    return None
+
+
+def _chain_rings(conv2_shape: Sequence[int], c_out: int, kind: chain_layout.Kind) -> tuple[int, int] | None:
+    """Returns the stages of the 3x3 and the buffers of each consumer that fit beside the weights; None if none do."""
+    block, block_m = _CHAIN_TILE.block_c, _CHAIN_TILE.block_m
+    weights = block * prod(conv2_shape[1:]) + c_out * (block + kind.next_width + kind.shortcut_in)
+    inputs = 2 * block_m * (block + kind.shortcut_in)
+    for stages, buffers in _CHAIN_RINGS:
+        if 2 * (weights + inputs + block_m * block * (stages + 2 * buffers)) <= MOST_SHARED:
+            return stages, buffers
+    return None
+
+
+@lru_cache(_CACHED)
+def plan_chain(
+    x_shape: tuple[int, ...],
+    conv2_shape: tuple[int, ...],
+    geometry: Geometry,
+    c_out: int,
+    shortcut: ShortcutShape | None = None,
+    next_shape: tuple[int, ...] | None = None,
+    relus: tuple[bool, bool, bool] = (True, True, True),
+    keep_sum: bool = True,
+) -> LaunchPlan:
+    """Lays out a chain that `why_not_chain` lets pass. Arguments: chain_layout.plan."""
+    base = chain_layout.plan(
+        x_shape, conv2_shape, geometry, c_out, shortcut, next_shape, relus, keep_sum, config=_CHAIN_TILE
+    )
+    kind = chain_layout.kind_of(conv2_shape, shortcut, next_shape)
+    rings = _chain_rings(conv2_shape, c_out, kind)
+    assert rings is not None, "why_not_chain lets no such chain pass"
+    views = {name: view for name, view in base.views.items() if name not in chain_layout.BLOCK_VECTORS}
+    if "z_desc" in views:
+        z = views["z_desc"]
+        views["z_desc"] = z._replace(box=(*z.box[:-1], _CHAIN_TILE.block_c))
+    names = (
+        "KERNEL_H", "KERNEL_W", "N_CHUNKS", "IN_PAIRS", "SKEW_H", "SKEW_W", "WIDTH", "C_OUT", "NEXT_WIDTH",
+        "RELU_2", "RELU_3", "RELU_1", "KEEP_SUM", "BOX_N", "BOX_H", "BOX_W",
+    )  # fmt: skip
+    constants = {name: base.constants[name] for name in names}
+    constants |= dict(BLOCK_NEXT=kind.next_width or _CHAIN_TILE.block_c, STAGES=rings[0], BUFFERS=rings[1])
+    return LaunchPlan(
+        views, base.integers | dict(n_blocks=c_out // _CHAIN_TILE.block_c, in_h=x_shape[2], in_w=x_shape[3]), constants
+    )

@@ -120,9 +120,8 @@ def _problem_of_parts(
 
     able = []
     if multi_layer.takes_links(device):
-        found = (link for around in multi_layer.find(parts, results[-1]) for link in around)
-        able = [link for link in found if multi_layer.why_not(link, shapes, dtype) is None]
-        able = multi_layer.forms_of(able, shapes, dtype)
+        found = [link for around in multi_layer.find(parts, results[-1]) for link in around]
+        able = multi_layer.forms_of(found, shapes, dtype)
     return Problem(
         key=str(asked),
         batch=batch,

@@ -100,7 +100,7 @@ def merge(link: Link, values: Values, constants: AllConstants, backend: str) -> 
 
 
 def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> None:
-    """From a bottleneck's 3x3 into the next one's first 1x1: kernels/sm90/chain.py."""
+    """From a bottleneck's 3x3 into the next one's first 1x1: kernels/sm90/chain.py, or specialized_chain.py."""
     from ...kernels.sm90 import chain as kernel
 
     assert link.conv2 is not None and link.conv3.step.residual is not None
@@ -121,7 +121,12 @@ def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> 
         assert norm_scale is not None and norm_shift is not None
         norm = norm_scale, norm_shift
     conv1 = None if link.conv1 is None else layer(link.conv1)
-    y, z = kernel.launch(x, layer(link.conv2), _geometry(link.conv2, x), layer(link.conv3), residual, norm, conv1)
+    launch: Callable[..., tuple[Tensor, Tensor | None]] = kernel.launch
+    if link.specialized:
+        from ...kernels.sm90 import specialized_chain
+
+        launch = specialized_chain.launch
+    y, z = launch(x, layer(link.conv2), _geometry(link.conv2, x), layer(link.conv3), residual, norm, conv1)
     values[link.conv3.step.out] = y
     if link.conv1 is not None and z is not None:
         values[link.conv1.step.out] = z

@@ -165,21 +165,24 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
     chosen: dict[int, Link | Stem] = {}
     for around in find(parts, result):
         able = [link for link in around if all(part.step.out not in chosen for part in link.parts)]
-        able = [link for link in able if why_not(link, shapes, x.dtype) is None]
+        able = forms_of(able, shapes, x.dtype)
         if able and backend == "tuned":
             # The longest contains all the others. A table says which of them one launch does.
             name = tuned_table.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device, _is_known)
-            able = [form for form in forms_of(able, shapes, x.dtype) if form.name == name]
+            able = [form for form in able if form.name == name]
+        else:
+            able = [form for form in able if isinstance(form, Stem) or not form.specialized]
         if able:
             chosen.update((part.step.out, able[0]) for part in able[0].parts)
     return chosen
 
 
 def forms_of(links: Sequence[Link | Stem], shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> list[Link | Stem]:
-    """The links, each with the kernel that a table is not needed for, and, if it can do it, the specialized one."""
+    """The links that a kernel can do, once for each that can: the specialized one comes behind the other."""
     forms: list[Link | Stem] = []
     for link in links:
-        forms.append(link)
+        if why_not(link, shapes, dtype) is None:
+            forms.append(link)
         if isinstance(link, Link) and _why_not_specialized(link, shapes, dtype) is None:
             forms.append(replace(link, specialized=True))
     return forms
@@ -268,38 +271,61 @@ def why_not(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dt
     """The reason why no kernel can do a link; None if one can."""
     from ...kernels.sm90 import chain_layout, conv_layout, stem_layout
 
-    for part in link.parts:
-        if part.step.activation not in (None, RELU):
-            return f"runs ReLU alone, got {part.step.activation}"
+    if (reason := _why_not_any(link, shapes)) is not None:
+        return reason
     if isinstance(link, Stem):
         x_shape, weight_shape, geometry = _conv_shape(link.conv, shapes)
         return stem_layout.why_not(x_shape, dtype, weight_shape, geometry, link.window, dtype)
-    if link.shortcut is None and broadcasts(link.conv3, shapes):
-        return "the add broadcasts"
-
     projection = None if link.shortcut is None else _conv_shape(link.shortcut, shapes)
     if link.conv2 is None:
         assert projection is not None
         ConvShape = conv_layout.ConvShape
         return conv_layout.why_not_merged(ConvShape(*_conv_shape(link.conv3, shapes)), ConvShape(*projection), dtype)
-    return chain_layout.why_not(
+    return chain_layout.why_not(*_chain_shapes(link, shapes, dtype, projection))
+
+
+def _why_not_any(link: Link | Stem, shapes: dict[int, Sequence[int]]) -> str | None:
+    """What keeps every kernel of links from one."""
+    for part in link.parts:
+        if part.step.activation not in (None, RELU):
+            return f"runs ReLU alone, got {part.step.activation}"
+    if isinstance(link, Link) and link.shortcut is None and broadcasts(link.conv3, shapes):
+        return "the add broadcasts"
+    return None
+
+
+def _chain_shapes(
+    link: Link,
+    shapes: dict[int, Sequence[int]],
+    dtype: torch.dtype,
+    projection: tuple[tuple[int, ...], tuple[int, ...], Geometry] | None,
+) -> tuple[Any, ...]:
+    """The arguments of chain_layout.why_not for a link with a 3x3."""
+    from ...kernels.sm90.chain_layout import ShortcutShape
+
+    assert link.conv2 is not None
+    return (
         *_conv_shape(link.conv2, shapes), tuple(link.conv3.conv.weight.shape), dtype,
-        None if projection is None else chain_layout.ShortcutShape(*projection),
+        None if projection is None else ShortcutShape(*projection),
         None if link.conv1 is None else tuple(link.conv1.conv.weight.shape),
     )  # fmt: skip
 
 
 def _why_not_specialized(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
-    """The reason why no kernel of specialized warps can do a link that `why_not` lets pass; None if one can."""
+    """The reason why no kernel of specialized warps can do a link; None if one can."""
     from ...kernels.sm90 import specialized_layout
     from ...kernels.sm90.conv_layout import ConvShape
 
     if not target.has_gluon():
         return "Triton has no Gluon"
-    if link.conv2 is not None or link.shortcut is None:
-        return "only a projection is merged"
-    conv, projection = (ConvShape(*_conv_shape(part, shapes)) for part in (link.conv3, link.shortcut))
-    return specialized_layout.why_not_merged(conv, projection, dtype)
+    if (reason := _why_not_any(link, shapes)) is not None:
+        return reason
+    projection = None if link.shortcut is None else _conv_shape(link.shortcut, shapes)
+    if link.conv2 is None:
+        assert projection is not None
+        conv3 = ConvShape(*_conv_shape(link.conv3, shapes))
+        return specialized_layout.why_not_merged(conv3, ConvShape(*projection), dtype)
+    return specialized_layout.why_not_chain(*_chain_shapes(link, shapes, dtype, projection))
 
 
 def shapes_of(
