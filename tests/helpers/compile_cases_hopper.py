@@ -159,4 +159,7 @@ def specialized_cases() -> list[Case]:
             )  # fmt: skip
             form = (weight_shape[2:], *(todo.constants[n] for n in ("IN_PAIRS", "SKIP", "SHORTCUT_CHUNKS")))
             cases.setdefault((config, form), case)
+            if projection:  # pre-activation nets have no scales here
+                kept = {n: t for n, t in case.arguments.items() if "scale" not in n and n != "parked_ptr"}
+                cases.setdefault((config, "no scales"), replace(case, layer=f"{name}, no scales", arguments=kept))
     return list(cases.values())

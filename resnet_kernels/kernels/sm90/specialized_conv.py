@@ -133,9 +133,11 @@ def _compute(
             if parked_ptr is not None:
                 own_ptr = parked_ptr + (gl.program_id(0) * CONSUMERS + WHICH) * (BLOCK_M * BLOCK_N)
                 parked = is_far
-            if parked:
-                park(acc, own_ptr, scale_ptr, channel, c_out, BLOCK_N, PARTS)
-            acc = gl.where(parked, 0.0, acc * ratio[None, :])
+                if parked:
+                    park(acc, own_ptr, scale_ptr, channel, c_out, BLOCK_N, PARTS)
+                acc = gl.where(parked, 0.0, acc * ratio[None, :])
+            else:
+                acc *= ratio[None, :]
             acc, step = multiply_add(
                 acc, step, SHORTCUT_CHUNKS, xs, ws, full, empty, next_turn, True, STAGES, False
             )  # fmt: skip
