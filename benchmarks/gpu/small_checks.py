@@ -131,6 +131,48 @@ def ceilings_run() -> Result:
     return {} if all(row["right"] for row in found.values()) else {"refused": str(found)}
 
 
+@torch.no_grad()
+def early_launches(layers: int = 20, replays: int = 20) -> Result:
+    """Checks that launches which start early (programmatic dependent launch) wait for each other's results.
+
+    Convolutions of which each reads the one before it have to give the bits that they give when each waits for its turn, as
+    calls and in a graph.
+    """
+    from dataclasses import replace
+
+    from resnet_kernels.kernels.activations import RELU
+    from resnet_kernels.kernels.geometry import Geometry
+    from resnet_kernels.kernels.operands import ConvOperands
+    from resnet_kernels.kernels.sm90 import conv
+    from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS
+
+    def tensor(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE).to(BF16).contiguous(memory_format=torch.channels_last)
+
+    x, weight, pad = tensor(1, 256, 14, 14), tensor(256, 256, 3, 3) / 34, Geometry(padding=(1, 1, 1, 1))
+    wrong = []
+    for config in (config for config in CONFIGS if config.early):
+
+        def run(config=config) -> Tensor:
+            y = x
+            for _ in range(layers):
+                y = conv.launch(ConvOperands(y, weight, None, y, None, pad, RELU), config)
+            return y
+
+        expected = run(replace(config, early=False))
+        outputs = [run() for _ in range(3)]
+        if DEVICE == "cuda":
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = run()
+            for _ in range(replays):
+                graph.replay()
+                outputs.append(captured.clone())
+        if not all(torch.equal(y, expected) for y in outputs):
+            wrong.append(str(config))
+    return {"refused": f"other results when started early: {wrong}"} if wrong else {}
+
+
 def small_checks() -> dict[str, Callable[[], Result]]:
     if DEVICE == "cpu":
         return {"nothing, dry": dict}
@@ -138,6 +180,7 @@ def small_checks() -> dict[str, Callable[[], Result]]:
         "add_relu": add_relu,
         "bn_scale_shift": bn_scale_shift,
         "descriptors": descriptors,
+        "early launches": early_launches,
         "l2 kernel": ceilings_run,
         "uint8 stem": uint8_stem,
         **{

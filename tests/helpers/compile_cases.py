@@ -110,6 +110,6 @@ def gluon_descriptor_type(dtype: str, box) -> str:
 def label(config) -> str:
     """The name of a convolution's tile configuration: tile, warps, stages, and what the sum or the pixels are cut by."""
     tile = f"{config.block_m}x{config.block_n}x{config.block_k} w{config.num_warps} s{config.num_stages}"
-    if getattr(config, "split_k", 1) > 1:
-        return f"{tile} k{config.split_k}"
-    return f"{tile} flat" if getattr(config, "flatten", False) else tile
+    tile += f" k{config.split_k}" if getattr(config, "split_k", 1) > 1 else ""
+    tile += " flat" if getattr(config, "flatten", False) else ""
+    return f"{tile} early" if getattr(config, "early", False) else tile

@@ -71,7 +71,9 @@ def tma_cases(everything: bool) -> list[Case]:
         by_table = [c for c in CONFIGS if c.block_m == 256 or c.flatten]
         chosen = [None, *(c for c in by_table if shortcut is None and weight_shape in TABLE_LAYERS[c.block_n])]
         dtypes = ("fp16", "bf16") if everything else ("bf16",)
-        for dtype, (batch, tile) in itertools.product(dtypes, [(1, None), *((256, tile) for tile in chosen)]):
+        # Programs that start early differ by two instructions: one layer will do.
+        early = [(1, c) for c in CONFIGS if c.early and shortcut is None and weight_shape == (256, 256, 3, 3)]
+        for dtype, (batch, tile) in itertools.product(dtypes, [(1, None), *early, *((256, tile) for tile in chosen)]):
             conv = ConvShape((batch, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
             if why_not(*conv, DTYPES[dtype]) is not None or (tile and why_not_tile(conv, tile)):
                 continue

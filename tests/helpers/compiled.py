@@ -137,6 +137,7 @@ def _read_nvidia(compiled, on_hopper: bool) -> dict:
         ),
         overwritten=overwritten_operands(sass),
         k_loops=product_loops(sass),
+        reads_too_early=reads_before_the_wait(sass),
         tma=sorted(set(re.findall(r"\b(UTMALDG\.\dD|UTMASTG\.\dD)\b", sass))),
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
@@ -183,6 +184,14 @@ def product_loops(sass: str) -> list[dict[str, int]]:
             barriers = sum(name.startswith("BAR") for name in body)
             found.append(dict(instructions=len(body), barriers=barriers, products=len(products), width=width))
     return found
+
+
+def reads_before_the_wait(sass: str) -> bool | None:
+    """Whether global memory is read before the wait for the launch before (ACQBULK); None without such a wait."""
+    names = [name.split(".")[0] for _, name, _ in _code_and_loops(sass)[0]]
+    if "ACQBULK" not in names:
+        return None
+    return bool({"LDG", "UTMALDG", "LDGSTS", "ATOMG"} & set(names[: names.index("ACQBULK")]))
 
 
 def overwritten_operands(sass: str) -> list[str]:

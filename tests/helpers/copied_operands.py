@@ -32,8 +32,8 @@ def vector(count: int) -> torch.Tensor:
     return torch.zeros(count, 2)[:, 0]
 
 
-def convolution(residual: bool, split: int = 1, projection: bool = False) -> None:
-    config = next(c for c in CONFIGS if c.split_k == split)
+def convolution(residual: bool, split: int = 1, projection: bool = False, early: bool = False) -> None:
+    config = next(c for c in CONFIGS if c.split_k == split and c.early == early)
     shortcut = None
     if projection:
         shortcut = conv.Shortcut(copied(2, 64, 8, 8), copied(64, 64, 1, 1), vector(64), vector(64), POINTWISE)
@@ -78,6 +78,7 @@ def stem_and_pool() -> None:
 LAUNCHES = {
     "convolution with a residual": lambda: convolution(True),
     "split convolution with a residual": lambda: convolution(True, split=4),
+    "split convolution that starts early": lambda: convolution(True, split=4, early=True),
     "convolution with a projection": lambda: convolution(False, projection=True),
     "specialized convolutions with a residual": lambda: specialized(False),
     "specialized convolution with a projection": lambda: specialized(True),

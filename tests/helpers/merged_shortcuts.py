@@ -48,15 +48,25 @@ def merged_operands(merged: Merged, device, real=False):
     return conv, shortcut
 
 
-def merge(merged: Merged, conv, shortcut, use=(True,) * 4, relu=True, residual=False, config=None):
+def merge(
+    merged: Merged,
+    conv,
+    shortcut,
+    use=(True,) * 4,
+    relu=True,
+    residual=False,
+    config=None,
+    kernel=sm90_conv,
+    why_not=why_not_merged,
+):
     """(y, the definition in fp64); use: which of scale, bias, shortcut's scale, shortcut's bias there are."""
     (x, weight, bias, added, scale), (x0, weight0, bias0, _, scale0) = conv, shortcut
     scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
     added = added if residual else None
     geometries = [normalize(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
     shape, shape0 = ConvShape(x.shape, weight.shape, geometries[0]), ConvShape(x0.shape, weight0.shape, geometries[1])
-    assert why_not_merged(shape, shape0, x.dtype) is None
-    y = sm90_conv.launch(
+    assert why_not(shape, shape0, x.dtype) is None
+    y = kernel.launch(
         ConvOperands(x, weight, bias, added, scale, geometries[0], RELU if relu else None), config,
         sm90_conv.Shortcut(x0, weight0, bias0, scale0, geometries[1]),
     )  # fmt: skip

@@ -27,7 +27,7 @@ from helpers.compile_cases import (
 from helpers.compile_cases_batch_norm import BATCH_NORM_KERNELS
 from helpers.compile_cases_links import chain_label, stem_label
 from helpers.compile_targets import FP16_TARGET, KIB, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
-from helpers.compiled import find_cuobjdump, overwritten_operands
+from helpers.compiled import find_cuobjdump, overwritten_operands, reads_before_the_wait
 from helpers.compiled_table import describe, table
 
 pytestmark = pytest.mark.compile_only
@@ -276,6 +276,14 @@ def multiplies_while_it_loads(record: dict, target: Target) -> str | None:
         return f"{record['shared'] / KIB:.1f} KiB do not hold {record['num_stages']} stages of {stages / KIB:.0f} KiB"
 
 
+def waits_for_the_launch_before(record: dict, target: Target) -> str | None:
+    """A program that starts early reads nothing before the launch in front of it has ended."""
+    if record["kernel"] == TMA_KERNEL and record["reads_too_early"] is not (
+        False if record["constants"]["EARLY"] else None
+    ):
+        return f"starts early: {record['constants']['EARLY']}; reads before its wait: {record['reads_too_early']}"
+
+
 def keeps_operands_over_loops(record: dict, target: Target) -> str | None:
     if record.get("overwritten"):
         return f"operands that a loop needs again are lost in its first turn: {record['overwritten']}"
@@ -283,6 +291,7 @@ def keeps_operands_over_loops(record: dict, target: Target) -> str | None:
 
 CHECKS = (
     compiles,
+    waits_for_the_launch_before,
     keeps_operands_over_loops,
     fits_shared_memory,
     does_not_spill,
@@ -323,6 +332,14 @@ def test_an_operand_overwritten_in_its_loop_is_found():
     assert not overwritten_operands(_LOSES_R56.replace("0x200", "0x100"))  # loaded anew in each turn
     assert not overwritten_operands(_LOSES_R56.replace("MT88.4 R56", "MT88.4 R60"))
     assert not overwritten_operands(_LOSES_R56.replace("@P1 BRA", "MOV R56, R80 ;\n        /*0240*/ @P1 BRA"))
+
+
+def test_a_read_before_the_wait_is_found():
+    line = "        /*{:04x}*/                   {} R2, desc[UR4][R2.64] ;\n"
+    code = ["PREEXIT", "ACQBULK", "LDG.E"]
+    assert not reads_before_the_wait("".join(line.format(16 * i, name) for i, name in enumerate(code)))
+    assert reads_before_the_wait("".join(line.format(16 * i, name) for i, name in enumerate(reversed(code))))
+    assert reads_before_the_wait(line.format(0, "LDG.E")) is None
 
 
 def test_one_configuration_of_each_kernel(tmp_path_factory):

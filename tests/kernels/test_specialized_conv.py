@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import gluon_interpreter
+from helpers import gluon_interpreter, merged_shortcuts
 from helpers.convolutions import Case, operands, truth
 from helpers.merged_shortcuts import Merged, merged_operands
 from helpers.oracle import assert_within_budget
@@ -23,7 +23,6 @@ from resnet_kernels.kernels.operands import ConvOperands
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
 from resnet_kernels.kernels.sm90 import specialized_conv as kernel
-from resnet_kernels.kernels.sm90.conv import Shortcut
 from resnet_kernels.kernels.sm90.conv_layout import ConvShape
 from resnet_kernels.kernels.sm90.specialized_layout import (
     CONFIGS,
@@ -147,21 +146,7 @@ MERGED_CASES = (
 )
 
 
-def merge(merged, conv, shortcut, use=(True,) * 4, relu=True, residual=False):
-    """(y, the definition in fp64); use: which of scale, bias, shortcut's scale, shortcut's bias there are."""
-    (x, weight, bias, added, scale), (x0, weight0, bias0, _, scale0) = conv, shortcut
-    scale, bias, scale0, bias0 = (v if used else None for v, used in zip((scale, bias, scale0, bias0), use))
-    added = added if residual else None
-    geometries = [normalize(case.stride, case.padding, 1, 1) for case in (merged.conv, merged.shortcut)]
-    shapes = ConvShape(x.shape, weight.shape, geometries[0]), ConvShape(x0.shape, weight0.shape, geometries[1])
-    assert why_not_merged(*shapes, x.dtype) is None
-    y = kernel.launch(
-        ConvOperands(x, weight, bias, added, scale, geometries[0], RELU if relu else None),
-        shortcut=Shortcut(x0, weight0, bias0, scale0, geometries[1]),
-    )
-    expected = truth(merged.conv, x, weight, bias, added, scale, False)
-    expected = expected + truth(merged.shortcut, x0, weight0, bias0, None, scale0, False)
-    return y, expected.clamp_min(0) if relu else expected
+merge = partial(merged_shortcuts.merge, config=MERGED, kernel=kernel, why_not=why_not_merged)
 
 
 @pytest.mark.parametrize("merged", MERGED_CASES, ids=lambda merged: str(merged.conv))

@@ -114,11 +114,13 @@ def why_not_tile(conv: ConvShape, config: TmaConfig) -> str | None:
     (batch, _, *in_size), (c_out, _, *kernel), geometry = conv
     if has_four_loops(conv, config.block_k) and not config.fits_four_loops:
         return "stride 2 on such sizes runs as four loops, and their stages don't fit into shared memory"
-    if config.split_k == 1 and not config.flatten:
+    if config.split_k == 1 and not config.flatten and not config.early:
         return None
-    if has_four_loops(conv, config.block_k):
+    if has_four_loops(conv, config.block_k) and not (config.early and config.split_k == 1):
         return "stride 2 on such sizes runs as four loops; only a single loop can be split or flattened"
     tiles = cdiv(batch * prod(geometry.out_size(in_size, kernel)), config.block_m) * cdiv(c_out, config.block_n)
+    if config.early and tiles > MOST_SHARES:
+        return f"{tiles} tiles work so long that the time of a launch doesn't matter"
     if config.flatten:
         return None if tiles > FULL_MACHINE else f"{tiles} tiles are one for each program: there is no next one to load"
     return None if tiles * config.split_k <= MOST_SHARES else f"{tiles} tiles fill a machine without being split"
@@ -253,6 +255,7 @@ def plan(
             SKIP=box[1:] == (1, 1) and taps > 1 and not in_pairs and not shortcut,
             SPLIT_K=config.split_k,
             FLATTEN=config.flatten,
+            EARLY=config.early,
             **as_constexprs(activation),
             UPCAST=upcast,
             BOX_N=box[0],

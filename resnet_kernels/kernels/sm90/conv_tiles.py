@@ -23,6 +23,8 @@ class TmaConfig:
         programs_per_sm: programs that an SM holds at a time.
         split_k: programs that share a tile's steps; the last one adds their sums, in one order, and stores.
         flatten: whether the compiler makes one loop of a program's tiles and their steps.
+        early: whether programs start while the launch before them still runs, and wait for its end before they read or write
+            (programmatic dependent launch).
     """
 
     block_m: int
@@ -34,6 +36,7 @@ class TmaConfig:
     programs_per_sm: int
     split_k: int = 1
     flatten: bool = False
+    early: bool = False
 
     @property
     def fits_four_loops(self) -> bool:
@@ -44,7 +47,8 @@ class TmaConfig:
         """Name in a measured table, different for each of CONFIGS."""
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}"
         split = f" k{self.split_k}" if self.split_k > 1 else ""
-        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}{split}{' flat' if self.flatten else ''}"
+        marks = "".join(f" {mark}" for mark, is_so in (("flat", self.flatten), ("early", self.early)) if is_so)
+        return f"{tile} w{self.num_warps} s{self.num_stages} p{self.parts}{split}{marks}"
 
 
 CONFIGS: tuple[TmaConfig, ...] = (
@@ -68,6 +72,12 @@ CONFIGS: tuple[TmaConfig, ...] = (
     # it.
     TmaConfig(128, 256, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1, flatten=True),
     TmaConfig(256, 128, 64, num_warps=8, num_stages=4, parts=8, programs_per_sm=1, flatten=True),
+    # For so few tiles that a launch takes as long as its work: batch 1 and a few more. Only a table chooses them.
+    TmaConfig(128, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=2, early=True),
+    *(
+        TmaConfig(64, 64, 64, num_warps=4, num_stages=4, parts=2, programs_per_sm=3, split_k=n, early=True)
+        for n in (1, 4, 8, 16)
+    ),
 )
 
 # The fewest steps of a share of a split tile: with less, filling the pipeline and adding up would take most of the time.
@@ -105,7 +115,12 @@ def choose_config(
         return tall
     tiles, steps = cdiv(n_pixels, 64) * cdiv(c_out, 64), taps * cdiv(c_in, 64)
     for split in reversed(others) if may_split and not four_loops else ():
-        if split.split_k > 1 and steps >= _FEWEST_STEPS * split.split_k and tiles * split.split_k <= MOST_SHARES:
+        if (
+            split.split_k > 1
+            and not split.early
+            and steps >= _FEWEST_STEPS * split.split_k
+            and tiles * split.split_k <= MOST_SHARES
+        ):
             return split
     return square
 

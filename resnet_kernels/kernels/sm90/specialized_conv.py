@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from .. import launching
-from ..activations import Activation, slopes_by_channel, without_slopes
+from ..activations import Activation
 from ..layouts import contiguous
 from ..operands import ConvOperands
 from ..target import multiprocessors
-from .conv import Shortcut
+from .conv import Shortcut, launch_as
 from .conv_layout import ConvShape
 from .descriptors import aligned
 from .gluon_names import async_load, async_store, fence_async_shared, gl, gluon, mbarrier, store_wait
@@ -293,15 +293,7 @@ def launch(operands: ConvOperands, config: SpecializedConfig = MERGED, shortcut:
     Returns:
         y, channels_last.
     """
-    x, weight, _, _, _, geometry, activation = operands
-    conv = ConvShape(tuple(x.shape), tuple(weight.shape), geometry)
-    projection = None
-    if shortcut is not None:
-        projection = ConvShape(tuple(shortcut.x.shape), tuple(shortcut.weight.shape), shortcut.geometry)
-    slopes = slopes_by_channel(activation, weight.shape[0])
-    return Bound(conv, without_slopes(activation), x.dtype, x.device, config, projection)(
-        *operands[:5], shortcut, slopes
-    )
+    return launch_as(Bound, operands, config, shortcut)
 
 
 class Bound:

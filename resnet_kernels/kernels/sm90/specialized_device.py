@@ -126,7 +126,7 @@ def multiply_add(
 ):  # fmt: skip
     """acc (0 unless ADDS) + x * w over the next n_steps steps; and the number of the step behind them.
 
-    The last product is begun when `done`, if it is not None, is told.
+    Arrives at the mbarrier `done`, if there is one, as soon as the last product has begun.
     """
     for k in range(n_steps):
         stage = step % STAGES
@@ -190,7 +190,10 @@ def _halves(acc):
 def park(
     acc, parked_ptr, scale_ptr, channel, c_out, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, FIRST: gl.constexpr = 0
 ):  # fmt: skip
-    """Stores acc * scale of a tile, or of its channels from FIRST on, in memory, in PARTS pieces."""
+    """Stores acc * scale of a tile, or of its channels from FIRST on, in memory, in PARTS pieces.
+
+    `finish` loads them in the same pieces, so each thread finds its own numbers, and nobody has to wait for others.
+    """
     COLUMNS: gl.constexpr = acc.shape[1]
     if PARTS == 1:
         LAYOUT: gl.constexpr = acc.type.layout
