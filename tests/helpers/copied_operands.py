@@ -1,5 +1,7 @@
 """Launches whose every operand lies in a layout that no kernel reads, so that the launchers have to copy it."""
 
+from functools import partial
+
 import torch
 
 from resnet_kernels.kernels.geometry import Geometry
@@ -42,16 +44,12 @@ def convolution(residual: bool, split: int = 1, projection: bool = False, early:
     conv.launch(operands, config, shortcut)
 
 
-def specialized(projection: bool) -> None:
-    x, weight = copied(2, 128, 8, 8), copied(128, 128, 3, 3)
+def specialized(config: specialized_layout.SpecializedConfig, projection: bool = False) -> None:
+    x, weight, shortcut = copied(2, 128, 8, 8), copied(128, 128, 3, 3), None
     if projection:
-        shortcut = conv.Shortcut(copied(2, 64, 8, 8), copied(128, 64, 1, 1), vector(128), vector(128), POINTWISE)
-        specialized_conv.launch(ConvOperands(x, weight, vector(128), None, vector(128), SAME), shortcut=shortcut)
-        return
-    # Twice: the second launch goes past Triton's launcher.
-    for config in 2 * [config for config in specialized_layout.CONFIGS if not config.resident]:
-        operands = ConvOperands(x, weight, vector(128), copied(2, 128, 8, 8), vector(128), SAME)
-        specialized_conv.launch(operands, config)
+        shortcut = conv.Shortcut(copied(2, 128, 8, 8), copied(128, 128, 1, 1), vector(128), vector(128), POINTWISE)
+    residual = None if projection else copied(2, 128, 8, 8)
+    specialized_conv.launch(ConvOperands(x, weight, vector(128), residual, vector(128), SAME), config, shortcut)
 
 
 def shared_taps() -> None:
@@ -80,8 +78,12 @@ LAUNCHES = {
     "split convolution with a residual": lambda: convolution(True, split=4),
     "split convolution that starts early": lambda: convolution(True, split=4, early=True),
     "convolution with a projection": lambda: convolution(False, projection=True),
-    "specialized convolutions with a residual": lambda: specialized(False),
-    "specialized convolution with a projection": lambda: specialized(True),
+    **{
+        f"specialized convolution {config}": partial(specialized, config)
+        for config in specialized_layout.CONFIGS
+        if not config.resident
+    },
+    "specialized convolution with a projection": lambda: specialized(specialized_layout.MERGED, projection=True),
     "convolution with a projection and a residual": lambda: convolution(True, projection=True),
     "shared taps": shared_taps,
     "chain": lambda: chained(False),

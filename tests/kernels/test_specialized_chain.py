@@ -80,7 +80,7 @@ def test_the_chains_of_stage_1_are_among_them():
 @pytest.mark.parametrize("case", ABLE, ids=str)
 def test_exact_on_integers(case, device, monkeypatch):
     call = chain(case, device)
-    for seed in range(4):
+    for seed in range(2):
         interpret(monkeypatch, device, seed, multiprocessors=1 + seed % 2)
         assert not wrong(call)
     y, z = run(call)
@@ -208,16 +208,17 @@ BUGS = {
 }  # fmt: skip
 
 
-def failures(device, monkeypatch) -> int:
-    wrong_ones = 0
+def is_wrong(device, monkeypatch) -> bool:
+    """Whether one of several launches ends in a race, in a deadlock, or with other numbers."""
     for seed, case in enumerate(case for case in ABLE if case.name.startswith("several boxes") or case.name == "v2"):
         for offset in range(3):
             interpret(monkeypatch, device, 10 * seed + offset)
             try:
-                wrong_ones += wrong(chain(case, device))
+                if wrong(chain(case, device)):
+                    return True
             except AssertionError:  # a race, a deadlock, a stage that is not there
-                wrong_ones += 1
-    return wrong_ones
+                return True
+    return False
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -229,11 +230,11 @@ def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     for what, function in vars(module).items():
         if hasattr(function, "fn") and function.fn.__module__ == module.__name__:
             monkeypatch.setattr(kernel, what, function)
-    assert failures(device, monkeypatch) > 0
+    assert is_wrong(device, monkeypatch)
 
 
 def test_nothing_planted_nothing_caught(device, monkeypatch):
-    assert failures(device, monkeypatch) == 0
+    assert not is_wrong(device, monkeypatch)
 
 
 def test_layouts_and_addresses_do_not_matter(device, monkeypatch):

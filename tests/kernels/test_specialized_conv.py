@@ -210,7 +210,7 @@ def test_every_tile_fits_into_shared_memory():
     assert len({str(config) for config in CONFIGS}) == len(CONFIGS) and not MERGED.resident
 
 
-@pytest.mark.slow(unless=lambda name, batch: name == "d2l_resnet18" and batch == 1)
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", (1, 256))
 @pytest.mark.parametrize("name", ("resnet18", "resnet50", "resnet_v2_50", "d2l_resnet18"))
 def test_every_layer_of_the_networks_ends(name, batch, monkeypatch):
@@ -270,27 +270,27 @@ BUGS = {
 }  # fmt: skip
 
 
-def failures(device, monkeypatch) -> int:
-    wrong = 0
+def is_wrong(device, monkeypatch) -> bool:
+    """Whether one of several launches ends in a race, in a deadlock, or with other numbers."""
     for seed, (case, config) in enumerate(
         (
             (Case("", 3, 128, 8, 12, 72), CONFIGS[0]),
-            (Case("", 3, 128, 8, 12, 72), CONFIGS[1]),
-            (Case("", 130, 64, 3, 2, 72), CONFIGS[0]),
             (Case("", 4, 64, 9, 24, 40), CONFIGS[4]),
             (Case("", 9, 64, 8, 12, 128, (1, 1), padding=0), CONFIGS[0]),
+            (Case("", 3, 128, 8, 12, 72), CONFIGS[1]),
+            (Case("", 130, 64, 3, 2, 72), CONFIGS[0]),
         )
     ):
         x, weight, bias, residual, scale = operands(case, FP16, device)
-        for use in (residual, None):
-            interpret(monkeypatch, device, seed)
+        for offset, use in itertools.product(range(4), (residual, None)):
+            interpret(monkeypatch, device, 10 * seed + offset)
             try:
                 y = run(case, x, weight, bias, use, scale, RELU, config)
             except AssertionError:  # a race, a deadlock, a stage that is not there
-                wrong += 1
-            else:
-                wrong += not torch.equal(y.double().cpu(), truth(case, x, weight, bias, use, scale, True))
-    return wrong
+                return True
+            if not torch.equal(y.double().cpu(), truth(case, x, weight, bias, use, scale, True)):
+                return True
+    return False
 
 
 @pytest.mark.parametrize("name", BUGS)
@@ -302,11 +302,11 @@ def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     for name, function in vars(wrong).items():
         if hasattr(function, "fn") and function.fn.__module__ == wrong.__name__:
             monkeypatch.setattr(kernel, name, function, raising=False)
-    assert failures(device, monkeypatch) > 0
+    assert is_wrong(device, monkeypatch)
 
 
 def test_nothing_planted_nothing_caught(device, monkeypatch):
-    assert failures(device, monkeypatch) == 0
+    assert not is_wrong(device, monkeypatch)
 
 
 def test_the_interpreter_ends_a_deadlock(monkeypatch):
