@@ -71,8 +71,9 @@ class Program:
         self.current = Partition(self, "the kernel", lambda: None)
         self._functions: dict[object, types.FunctionType] = {}
         self._names = _names(self)
-        # How often a copy gets done before something else, and the partition that seldom gets its turn, if one does.
-        self._haste, self._slow = dice.choice((0.02, 0.3, 0.9)), dice.randrange(6)
+        # How often a copy gets done before something else, whether it is the newest one, and the partition that seldom gets
+        # its turn, if one does.
+        self._haste, self._newest_first, self._slow = dice.choice((0.02, 0.3, 0.9)), dice.random() < 0.5, dice.randrange(6)
 
     def function(self, kernel) -> types.FunctionType:
         """The Python function of a kernel, with what it calls interpreted as well."""
@@ -108,7 +109,7 @@ class Program:
                 raise Deadlock(f"program {self.index}: {waits}")
             # A copy is done at any time: at once, or when nothing else can go on.
             if self.started and (not ready or self.dice.random() < self._haste):
-                self.started.pop(self.dice.randrange(len(self.started)))()
+                self.started.pop(-1 if self._newest_first else self.dice.randrange(len(self.started)))()
                 continue
             others = [p for p in ready if self.partitions.index(p) != self._slow]
             self.current = self.dice.choice(others if others and self.dice.random() < 0.95 else ready)
