@@ -73,7 +73,11 @@ class Program:
         self._names = _names(self)
         # How often a copy gets done before something else, whether it is the newest one, and the partition that seldom gets
         # its turn, if one does.
-        self._haste, self._newest_first, self._slow = dice.choice((0.02, 0.3, 0.9)), dice.random() < 0.5, dice.randrange(6)
+        self._haste, self._newest_first, self._slow = (
+            dice.choice((0.02, 0.3, 0.9)),
+            dice.random() < 0.5,
+            dice.randrange(6),
+        )
 
     def function(self, kernel) -> types.FunctionType:
         """The Python function of a kernel, with what it calls interpreted as well."""
