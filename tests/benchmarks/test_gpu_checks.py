@@ -88,6 +88,7 @@ def test_jobs_are_noted_without_a_gpu_and_travel(tmp_path):
     assert {"stem", "link", "cudnn", "small"} <= set(names) and any(name.startswith("tma ") for name in names)
 
 
+@pytest.mark.slow
 def test_activations_are_checked(dry):
     portable = next(name for name in gpu_checks.conv_candidates.tiles() if name.startswith("pointer "))
     for candidate in (portable, "norm"):

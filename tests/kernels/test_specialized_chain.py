@@ -77,6 +77,7 @@ def test_the_chains_of_stage_1_are_among_them():
     assert not any("stage 2" in name for name in names)
 
 
+@pytest.mark.slow(unless=lambda case: case in ABLE[::3])
 @pytest.mark.parametrize("case", ABLE, ids=str)
 def test_exact_on_integers(case, device, monkeypatch):
     call = chain(case, device)
@@ -154,6 +155,7 @@ def test_the_predicate_says_why_not(name):
     assert said is None if reason is None else reason in said
 
 
+@pytest.mark.slow(unless=lambda batch, projection: batch == 1)
 @pytest.mark.parametrize("batch", (1, 256))
 @pytest.mark.parametrize("projection", (False, True))
 def test_the_chains_of_resnet50_end(batch, projection, monkeypatch):
@@ -221,6 +223,7 @@ def is_wrong(device, monkeypatch) -> bool:
     return False
 
 
+@pytest.mark.slow(unless=lambda name: name in [*BUGS][::6])
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     if device.type != "cpu":
@@ -233,6 +236,7 @@ def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     assert is_wrong(device, monkeypatch)
 
 
+@pytest.mark.slow
 def test_nothing_planted_nothing_caught(device, monkeypatch):
     assert not is_wrong(device, monkeypatch)
 

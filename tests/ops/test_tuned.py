@@ -204,11 +204,12 @@ def test_tuned_is_no_name_for_a_user():
 
 def test_candidates_have_names_of_their_own():
     pytest.importorskip("triton", reason="needs triton")
-    from resnet_kernels.kernels import conv_bias_act
-    from resnet_kernels.kernels.sm90 import conv_tiles, tap_sharing
+    from resnet_kernels.kernels import conv_bias_act, target
+    from resnet_kernels.kernels.sm90 import conv_tiles, specialized_layout, tap_sharing
 
     tiles = conv_candidates.tiles()
-    assert len(tiles) == sum(map(len, (conv_bias_act.CONFIGS, conv_tiles.CONFIGS, tap_sharing.CONFIGS)))
+    specialized = specialized_layout.CONFIGS if target.has_gluon() else ()
+    assert len(tiles) == sum(map(len, (conv_bias_act.CONFIGS, conv_tiles.CONFIGS, tap_sharing.CONFIGS, specialized)))
     assert {"pointer 128x64x64 w4 s3", "tma 128x128x64 w8 s3 p4"} <= tiles.keys()
 
 
@@ -253,11 +254,11 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     names = conv_candidates.candidates(asked, 2, torch.bfloat16, cuda)
     assert names[: len(first)] == first
     tma = [name for name in names if name.startswith("tma")]
-    # Ten tiles of TMA, three that share taps, and none that gathers with pointers.
-    assert len(tma) == 10 and len(names) == len(first) + 10 + 3
+    # Fifteen tiles of TMA, five of which start early, three that share taps, and none that gathers with pointers.
+    assert len(tma) == 15 and len(names) == len(first) + 15 + 3
     strided = asked._replace(geometry=Geometry((2, 2), (1, 1, 1, 1)))
     tma = [n for n in conv_candidates.candidates(strided, 2, torch.bfloat16, cuda) if n.startswith("tma")]
-    assert len(tma) == 5 and not any(" k" in name for name in tma)  # 64 does not divide 96: four loops
+    assert len(tma) == 7 and not any(" k" in name for name in tma)  # 64 does not divide 96: four loops
     many = [n for n in conv_candidates.candidates(asked, 4096, torch.bfloat16, cuda) if " k" in n]
     assert not many
     assert not [n for n in conv_candidates.candidates(asked, 2, torch.float32, cuda) if n.startswith("tma")]
