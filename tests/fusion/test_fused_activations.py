@@ -265,6 +265,7 @@ def test_steps_of_pickles_from_before_activations():
     assert pickle.loads(pickle.dumps(step)) == step and copy.deepcopy(step) == step
 
 
+@pytest.mark.slow
 def test_torch_compile():
     """Without and with gradients: the operation is there, and what it has no backward for follows it."""
     for name in ("silu", "leaky_relu(0.1)"):

@@ -122,7 +122,8 @@ def test_a_planted_need_is_caught():
         pytest.skip("needs PyTorch's OpenMP runtime: on one thread nobody waits")
     program._layers[2].needs = 0
     assert problems(program) == ["layer 2 does not wait for layer 0"]
-    assert not all(_is_slow_right(program, x) for _ in range(50))
+    # With other processes on all cores the second thread comes too late for hundreds of calls.
+    assert not all(_is_slow_right(program, x) for _ in range(2000))
 
 
 BUGS = {

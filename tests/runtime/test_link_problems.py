@@ -131,6 +131,7 @@ SPECIALIZED = {
 }
 
 
+@pytest.mark.slow(unless=lambda name: name == next(iter(SPECIALIZED)))
 @pytest.mark.filterwarnings("ignore:.*which can't run here")
 @pytest.mark.parametrize("name", SPECIALIZED)
 def test_specialized_kernels_are_candidates(name, hopper, device, monkeypatch):
