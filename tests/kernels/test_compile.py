@@ -406,8 +406,10 @@ def test_no_configuration_is_left_out(target, records):
         assert own == {label(config) for config in SHARING_CONFIGS}
         own = {r["config"] for r in records if r["kernel"] == STEM_KERNEL}
         assert own == {stem_label(config) for config in STEM_CONFIGS}
+    hopper = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
+    hopper |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL}
     kernels = {
-        *({TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL} if target == TMA_TARGET else ()),
+        *(hopper if target == TMA_TARGET else ()),
         "conv_bias_act",
         EPILOGUE_KERNEL,
         FOLD_KERNEL,

@@ -96,6 +96,7 @@ def test_every_relu_may_be_left_out(device, monkeypatch):
         assert not wrong(call | {layer: call[layer]._replace(relu=not call[layer].relu, shift=None)})
 
 
+@pytest.mark.slow(unless=lambda case: case is ABLE[0])
 @pytest.mark.parametrize("case", (ABLE[0], ABLE[3], ABLE[-3]), ids=str)
 def test_as_accurate_as_eager(case, device, monkeypatch):
     interpret(monkeypatch, device)

@@ -87,7 +87,7 @@ def test_exact_on_integers(case, config, device, monkeypatch):
         assert y.dtype == FP16 and y.is_contiguous(memory_format=torch.channels_last)
 
 
-@pytest.mark.slow(unless=lambda config: config in CONFIGS[:2])
+@pytest.mark.slow(unless=lambda config: config == CONFIGS[0])
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_any_order_of_events_gives_the_same(config, device, monkeypatch):
     """Twenty schedules: copies early and late, consumers ahead of each other."""
@@ -223,7 +223,9 @@ def test_every_layer_of_the_networks_ends(name, batch, monkeypatch):
     for number, conv in enumerate(convolutions_of(name, batch)):
         if why_not(*conv, FP16) is not None:
             continue
-        for config in (config for config in CONFIGS if why_not_tile(conv, config) is None):
+        able = [config for config in CONFIGS if why_not_tile(conv, config) is None]
+        # Half of the tiles for each layer: one layer's are another one's.
+        for config in able[number % 2 :: 2] or able:
             bound = kernel.Bound(conv, RELU, FP16, gluon_interpreter.META, config)
             launch = partial(gluon_interpreter.launch, seed=number, programs={0, bound.grid[0] - 1})
             monkeypatch.setattr(kernel, "launching", SimpleNamespace(launch=launch))
@@ -232,7 +234,7 @@ def test_every_layer_of_the_networks_ends(name, batch, monkeypatch):
             for residual in (empty(bound.todo.y_shape), None):
                 bound(empty(conv.x), empty(conv.weight), vector, residual, vector)
             ran += 1
-    assert ran > 8
+    assert ran > 4
 
 
 DEVICE, HOST = "sm90.specialized_device", "sm90.specialized_conv"
