@@ -228,7 +228,7 @@ def specialized_warps_only_multiply(record: dict, target: Target) -> str | None:
 
 
 def specialized_chains_keep_all_but_pixels(record: dict, target: Target) -> str | None:
-    """All tensors travel by descriptor; a block of y takes fewer instructions than half of chain.py's."""
+    """All tensors travel by descriptor; a block of y takes little more than half of chain.py's instructions."""
     if record["kernel"] != SPECIALIZED_CHAIN_KERNEL:
         return None
     constants, arguments = record["constants"], record["arguments"]
@@ -236,7 +236,7 @@ def specialized_chains_keep_all_but_pixels(record: dict, target: Target) -> str 
     expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
     if record["tma"] != expected or record["copy_bytes"]:
         return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
-    # Of four warps; chain.py's take 281 and more of eight warps for half a block of twice the pixels, which is as much.
+    # Of four warps. For as many elements of y chain.py takes 281 and more, of eight warps.
     block = max(record["k_loops"], key=lambda loop: loop["instructions"])
     most = 560 if "norm_scale_ptr" in arguments else 330
     if block["instructions"] > most or block["barriers"] > 5:
