@@ -203,7 +203,7 @@ def _launch(what: str) -> None:
     """Launches one kernel, without a reference: under compute-sanitizer everything is slow."""
     from resnet_kernels.kernels.geometry import Geometry
     from resnet_kernels.kernels.operands import ConvOperands
-    from resnet_kernels.kernels.sm90 import chain, conv, conv_tiles, stem
+    from resnet_kernels.kernels.sm90 import chain, conv, conv_tiles, specialized_stem, stem
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(DEVICE, BF16, memory_format=torch.channels_last)
@@ -217,6 +217,7 @@ def _launch(what: str) -> None:
         elif what == "stem":
             for config in stem_configs():
                 stem.launch(torch.randn(2, 3, 75, 75, device=DEVICE), draw(64, 3, 7, 7), None, None, config=config)
+            specialized_stem.launch(torch.randn(2, 3, 75, 75, device=DEVICE), draw(64, 3, 7, 7), None, None)
         else:
             layers = [
                 chain.Layer(draw(*shape), None, None, True)

@@ -5,7 +5,7 @@ compile_cases_*.py list the cases, a function for each kernel or two. This file 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +15,7 @@ import torch
 TMA_KERNEL, CHAIN_KERNEL = "conv_bias_act tma", "chain tma"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
 SHARING_KERNEL, SPECIALIZED_KERNEL = "tap sharing tma", "specialized conv"
-SPECIALIZED_CHAIN_KERNEL = "specialized chain"
+SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL = "specialized chain", "specialized stem"
 EPILOGUE_KERNEL, FOLD_KERNEL = "epilogue", "fold_weights"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -62,7 +62,14 @@ def kernel_named(name: str):
         epilogue,
         fold_weights,
     )
-    from resnet_kernels.kernels.sm90 import chain, specialized_chain, specialized_conv, stem, tap_sharing
+    from resnet_kernels.kernels.sm90 import (
+        chain,
+        specialized_chain,
+        specialized_conv,
+        specialized_stem,
+        stem,
+        tap_sharing,
+    )
     from resnet_kernels.kernels.sm90 import conv as sm90_conv
 
     if name.startswith("batch_norm_act "):
@@ -76,6 +83,7 @@ def kernel_named(name: str):
         SHARING_KERNEL: tap_sharing._tap_sharing_tma_kernel,
         SPECIALIZED_KERNEL: specialized_conv._specialized_conv_kernel,
         SPECIALIZED_CHAIN_KERNEL: specialized_chain._specialized_chain_kernel,
+        SPECIALIZED_STEM_KERNEL: specialized_stem._specialized_stem_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         EPILOGUE_KERNEL: epilogue._epilogue_kernel,
         FOLD_KERNEL: fold_weights._fold_weights_kernel,
@@ -84,15 +92,22 @@ def kernel_named(name: str):
     }[name]
 
 
-def specialize(integers: dict[str, int]) -> tuple[dict[str, str], tuple[str, ...], dict[str, object]]:
+def specialize(
+    integers: dict[str, int], unknown: Collection[str] = ()
+) -> tuple[dict[str, str], tuple[str, ...], dict[str, object]]:
     """Specializes a launch's integers as Triton does: 1 becomes a constant, and a multiple of 16 is known to be one.
+
+    Args:
+        integers: by name.
+        unknown: names of those that the kernel tells Triton not to specialize.
 
     Returns:
         The types of the run-time arguments, the names of those that are multiples of 16, and the constants.
     """
-    constants: dict[str, object] = {name: 1 for name, value in integers.items() if value == 1}
+    constants: dict[str, object] = {n: 1 for n, value in integers.items() if value == 1 and n not in unknown}
     arguments = {name: "i32" for name in integers if name not in constants}
-    return arguments, tuple(name for name in arguments if integers[name] % 16 == 0), constants
+    aligned = tuple(name for name in arguments if integers[name] % 16 == 0 and name not in unknown)
+    return arguments, aligned, constants
 
 
 def descriptor_type(dtype: str, box) -> str:
@@ -102,9 +117,9 @@ def descriptor_type(dtype: str, box) -> str:
 
 def gluon_descriptor_type(dtype: str, box) -> str:
     """Type of a descriptor of 16-bit numbers in a Gluon kernel's signature."""
-    from resnet_kernels.kernels.sm90.gluon_names import gl
+    from resnet_kernels.kernels.sm90.gluon_names import layout_of
 
-    return descriptor_type(dtype, box)[:-1] + f",{gl.NVMMASharedLayout(128, 16, len(box))!r}>"
+    return descriptor_type(dtype, box)[:-1] + f",{layout_of(box)!r}>"
 
 
 def label(config) -> str:

@@ -11,6 +11,7 @@ import torch
 from helpers.compile_cases import (
     CHAIN_KERNEL,
     SPECIALIZED_CHAIN_KERNEL,
+    SPECIALIZED_STEM_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
     Case,
@@ -130,14 +131,16 @@ def specialized_chain_cases() -> list[Case]:
     return list(cases.values())
 
 
+# Batch, size, output channels: one image; a batch of the usual size; images of an odd size, with fewer channels.
+_STEMS = ((1, 224, 64), (256, 224, 64), (8, 301, 48))
+
+
 def stem_cases() -> list[Case]:
     """Every configuration of Hopper's stem, and the kernel that packs its image and weight."""
     from resnet_kernels.kernels.sm90 import stem_layout
 
     cases: dict[str, Case] = {}
-    # One image; a batch of the usual size; images of an odd size, with fewer output channels.
-    sizes = ((1, 224, 64), (256, 224, 64), (8, 301, 48))
-    for dtype, (batch, size, c_out), config in itertools.product(("fp16", "bf16"), sizes, stem_layout.CONFIGS):
+    for dtype, (batch, size, c_out), config in itertools.product(("fp16", "bf16"), _STEMS, stem_layout.CONFIGS):
         todo = stem_layout.plan((batch, 3, size, size), c_out, 132, config)
         arguments, aligned, constants = specialize(todo.integers)
         types = dict.fromkeys(("w_ptr", "y_ptr"), "*" + dtype) | dict.fromkeys(("scale_ptr", "shift_ptr"), "*fp32")
@@ -160,6 +163,31 @@ def stem_cases() -> list[Case]:
         cases[layer] = Case(
             STEM_PACK_KERNEL, str(stem_layout.PACK_BLOCK), "bf16", layer, stem_layout.PACK_WARPS, 3, types, (), given
         )  # fmt: skip
+    return list(cases.values())
+
+
+def specialized_stem_cases() -> list[Case]:
+    """Cases of specialized_stem.py's kernel, one without scales."""
+    from resnet_kernels.kernels.sm90.specialized_layout import plan_stem
+
+    cases: dict[str, Case] = {}
+    kernel = kernel_named(SPECIALIZED_STEM_KERNEL)
+    names, unknown = kernel.arg_names, [param.name for param in kernel.params if param.do_not_specialize]
+    for dtype, (batch, size, c_out), scaled in itertools.product(("fp16", "bf16"), _STEMS, (True, False)):
+        todo = plan_stem((batch, 3, size, size), c_out, 132)
+        arguments, aligned, constants = specialize(todo.integers, unknown)
+        types = {n: gluon_descriptor_type(dtype, view.box) for n, view in todo.views.items()}
+        types |= dict.fromkeys(("scale_ptr", "shift_ptr") if scaled else ("shift_ptr",), "*fp32") | {
+            "y_ptr": "*" + dtype
+        }
+        types |= arguments
+        given = constants | todo.constants
+        what = f"{batch} x {size} x {size} to {c_out}{'' if scaled else ', no scales'}"
+        case = Case(
+            SPECIALIZED_STEM_KERNEL, f"{todo.constants['ROWS']} rows", dtype, what, 4, 3, types, aligned,
+            {name: given.get(name) for name in names if name not in types},
+        )  # fmt: skip
+        cases.setdefault(repr(case), case)
     return list(cases.values())
 
 

@@ -15,7 +15,7 @@ from helpers.compile_cases_activations import activation_cases
 from helpers.compile_cases_batch_norm import batch_norm_cases
 from helpers.compile_cases_conv import conv_cases, planted_case
 from helpers.compile_cases_hopper import sharing_cases, specialized_cases, tma_cases
-from helpers.compile_cases_links import chain_cases, specialized_chain_cases, stem_cases
+from helpers.compile_cases_links import chain_cases, specialized_chain_cases, specialized_stem_cases, stem_cases
 from helpers.compile_cases_pointwise import pointwise_cases
 from helpers.compile_targets import FP16_TARGET, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
 from helpers.compiled import compile_case
@@ -29,7 +29,7 @@ def jobs(everything: bool) -> list[tuple[Case, Target]]:
     cases += activation_cases(cases)
     chosen = [(c, t) for c in cases for t in TARGETS if everything or c.dtype != "fp16" or t.name == FP16_TARGET]
     own = [*tma_cases(everything), *chain_cases(everything), *stem_cases(), *sharing_cases(), *specialized_cases()]
-    own += specialized_chain_cases()
+    own += [*specialized_chain_cases(), *specialized_stem_cases()]
     own += activation_cases(own)
     chosen += [(c, t) for c in own for t in TARGETS if t.name == TMA_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen

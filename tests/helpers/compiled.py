@@ -15,6 +15,7 @@ from helpers.compile_cases import (
     SHARING_KERNEL,
     SPECIALIZED_CHAIN_KERNEL,
     SPECIALIZED_KERNEL,
+    SPECIALIZED_STEM_KERNEL,
     STEM_KERNEL,
     TMA_KERNEL,
     Case,
@@ -79,7 +80,8 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["dot_loops"], record["loops_in_flight"] = _dot_loops(compiled.asm["ttgir"])
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
         on_hopper = case.kernel in (
-            TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL, SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL
+            TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL,
+            SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL,
         )  # fmt: skip
         record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)

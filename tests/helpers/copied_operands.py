@@ -12,6 +12,7 @@ from resnet_kernels.kernels.sm90 import (
     specialized_chain,
     specialized_conv,
     specialized_layout,
+    specialized_stem,
     stem,
     stem_layout,
     tap_sharing,
@@ -91,4 +92,7 @@ LAUNCHES = {
     "specialized chain": lambda: chained(False, specialized=True),
     "specialized chain with a projection": lambda: chained(True, specialized=True),
     "stem": stem_and_pool,
+    "specialized stem": lambda: specialized_stem.launch(
+        copied(2, 3, 32, 32), copied(64, 3, 7, 7), vector(64), vector(64)
+    ),
 }

@@ -325,6 +325,43 @@ class Memory:
             raise Race(f"shared memory was written while {reader} could read it")
 
 
+class Rearranged(Memory):
+    """A view of shared memory by a SharedLinearLayout, to read only: `order` has the place of each element."""
+
+    def __init__(self, program: Program, flat: Tensor, order: Tensor, writes: list[set[Partition]]):
+        self.program, self.flat, self.order, self._writes = program, flat, order, writes
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        if self.flat.device == META:
+            return torch.empty(*self.flat.shape[:-1], *self.order.shape, dtype=self.flat.dtype, device=META)
+        return self.flat[..., self.order]
+
+    @property
+    def dtype(self):
+        return self.flat.dtype
+
+    def index(self, i: int) -> Rearranged:
+        assert self.flat.dim() == 2 and 0 <= i < len(self.flat), f"stage {i} of {len(self.flat)}"
+        return Rearranged(self.program, self.flat[i], self.order, self._writes[i : i + 1])
+
+    def permute(self, order) -> Rearranged:
+        return Rearranged(self.program, self.flat, self.order.permute(*order), self._writes)
+
+
+def places(bases: list[list[int]], shape: list[int]) -> Tensor:
+    """The place in memory of each element, by the element that each bit of a place leads to."""
+    order = torch.full(tuple(shape), -1)
+    for place in range(1 << len(bases)):
+        at = [0] * len(shape)
+        for bit, basis in enumerate(bases):
+            if place >> bit & 1:
+                at = [a ^ b for a, b in zip(at, basis)]
+        order[tuple(at)] = place
+    assert order.min() == 0, "the layout leaves elements out"
+    return order
+
+
 class Barrier:
     """An mbarrier: its phase ends when all arrivals, and all bytes that it expects, have come."""
 
@@ -405,7 +442,8 @@ class Pointer:
 
     @classmethod
     def to(cls, tensor: Tensor) -> Pointer:
-        return cls(tensor.flatten() if tensor.device != META else tensor, 0)
+        # The elements of a dense tensor as they lie in memory.
+        return cls(tensor.as_strided((tensor.numel(),), (1,)) if tensor.device != META else tensor, 0)
 
     def __add__(self, other) -> Pointer:
         return Pointer(self.base, self.offsets + _plain(other))
@@ -444,6 +482,10 @@ class _Language:
     def NVMMADistributedLayout(self, *_):
         return None
 
+    def SharedLinearLayout(self, offset_bases, alignment=16):
+        assert alignment >= 128, "TMA writes to multiples of 128 bytes"
+        return offset_bases
+
     NVMMASharedLayout = BlockedLayout = DotOperandLayout = SliceLayout = num_warps = NVMMADistributedLayout
 
     def convert_layout(self, value: Value, layout) -> Value:
@@ -456,7 +498,10 @@ class _Language:
         if layout == "mbarrier":
             return Barriers([None] * shape[0], None)
         data = torch.full(tuple(shape), float("nan"), dtype=dtype, device=self._program.device)
-        return Memory(self._program, data, [set() for _ in range(shape[0])])
+        writes: list[set[Partition]] = [set() for _ in range(shape[0])]
+        if layout is not None:
+            return Rearranged(self._program, data.view(shape[0], -1), places(layout, shape[1:]), writes)
+        return Memory(self._program, data, writes)
 
     def arange(self, first: int, last: int, layout=None) -> Value:
         return Value(torch.arange(first, last))
@@ -481,15 +526,25 @@ class _Language:
         values[inside] = base[offsets[inside]]
         return Value(values)
 
-    def store(self, pointers: Pointer, value: Value) -> None:
-        if pointers.base.device != META:
-            pointers.base[pointers.offsets] = value.data.to(pointers.base.dtype)
+    def store(self, pointers: Pointer, value: Value, mask=None) -> None:
+        if pointers.base.device == META:
+            return
+        inside = torch.ones(value.data.shape, dtype=torch.bool) if mask is None else _plain(mask)
+        pointers.base[pointers.offsets[inside]] = value.data[inside].to(pointers.base.dtype)
+
+    def gather(self, value: Value, index: Value, axis: int) -> Value:
+        return Value(value.data if value.data.device == META else value.data.gather(axis, index.data))
+
+    def cast(self, value: int, dtype) -> int:
+        return value
 
     def maximum(self, a, b, propagate_nan=None):
         a, b = _plain(a), _plain(b)
         if isinstance(a, int) and isinstance(b, int):
             return max(a, b)
-        assert propagate_nan == "all", "without propagate_nan a NaN turns into the other operand"
+        assert not a.is_floating_point() or propagate_nan == "all", (
+            "without propagate_nan a NaN turns into the other operand"
+        )
         return Value(torch.maximum(a, torch.as_tensor(b, dtype=a.dtype, device=a.device)))
 
     def minimum(self, a, b):
@@ -499,7 +554,10 @@ class _Language:
         return Value(value.data.amin(axis))
 
     def where(self, condition, a, b) -> Value:
-        return Value(torch.where(torch.as_tensor(_plain(condition)), _plain(a), _plain(b)))
+        parts = [torch.as_tensor(_plain(part)) for part in (condition, a, b)]
+        on_meta = any(part.device == META for part in parts)
+        condition, a, b = (part.to(META) if on_meta and part.dim() else part for part in parts)
+        return Value(torch.where(condition, a, b))
 
     def abs(self, value: Value) -> Value:
         return Value(value.data.abs())
@@ -573,6 +631,11 @@ def _names(program: Program) -> dict[str, object]:
 
         program.started.append(leaves)
 
+    def reinterpret(memory: Memory, dtype, shape, layout) -> Memory:
+        assert layout is None and dtype == memory.dtype
+        flat = memory.flat if isinstance(memory, Rearranged) else memory.data
+        return Memory(program, flat.view(tuple(shape)), memory._writes * shape[0])
+
     def store_wait(pendings: int) -> None:
         partition = program.current
         first = max(len(partition.stores) - pendings, 0)
@@ -605,6 +668,6 @@ def _names(program: Program) -> dict[str, object]:
     )
     return dict(
         gl=language, tl=language, mbarrier=mbarrier, async_load=async_load, async_store=async_store, store_wait=store_wait,
-        fence_async_shared=fence_async_shared, warpgroup_mma=warpgroup_mma, warpgroup_mma_init=warpgroup_mma_init,
-        warpgroup_mma_wait=warpgroup_mma_wait,
+        fence_async_shared=fence_async_shared, reinterpret=reinterpret, warpgroup_mma=warpgroup_mma,
+        warpgroup_mma_init=warpgroup_mma_init, warpgroup_mma_wait=warpgroup_mma_wait,
     )  # fmt: skip

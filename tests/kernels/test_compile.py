@@ -19,6 +19,7 @@ from helpers.compile_cases import (
     SHARING_KERNEL,
     SPECIALIZED_CHAIN_KERNEL,
     SPECIALIZED_KERNEL,
+    SPECIALIZED_STEM_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
     TMA_KERNEL,
@@ -95,7 +96,8 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
-    own = (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL, SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL)
+    own = (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL)
+    own += (SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL)
     if record["kernel"] not in ("conv_bias_act", *own):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
@@ -243,6 +245,22 @@ def specialized_chains_keep_all_but_pixels(record: dict, target: Target) -> str 
         return f"a block of y takes {block}"
 
 
+def specialized_stems_multiply_whole_rows(record: dict, target: Target) -> str | None:
+    """Rows travel by descriptor. A row of the convolution is 7 x 2 products of 128 columns, without im2col and spills."""
+    if record["kernel"] != SPECIALIZED_STEM_KERNEL:
+        return None
+    expected = ["UTMALDG.2D", "UTMALDG.3D"]
+    if record["tma"] != expected or record["copy_bytes"] or record["operand_in_registers"]:
+        return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
+    rows = [(loop["products"], loop["width"]) for loop in record["k_loops"]]
+    if rows != [(14, 128)] * 2:
+        return f"(products, columns) of a row are {rows}, for each consumer"
+    # Products take 64 cycles each, 896 a row. Both consumers' instructions have to fit in twice that.
+    most = max(loop["instructions"] for loop in record["k_loops"])
+    if most > 800:
+        return f"a row takes {most} instructions"
+
+
 def stem_windows_stream(record: dict, target: Target) -> str | None:
     """Windows and weights come ahead of time, into shared memory, from where both are multiplied."""
     if record["kernel"] != STEM_KERNEL:
@@ -305,6 +323,7 @@ CHECKS = (
     shares_by_tma,
     specialized_warps_only_multiply,
     specialized_chains_keep_all_but_pixels,
+    specialized_stems_multiply_whole_rows,
     stem_windows_stream,
     multiplies_while_it_loads,
 )
@@ -356,7 +375,7 @@ def test_one_configuration_of_each_kernel(tmp_path_factory):
         *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),
     }
     own = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
-    own |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL}
+    own |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL}
     assert {r["kernel"] for r in records} == kernels | own and len(records) == len(kernels | own)
 
 
@@ -407,7 +426,7 @@ def test_no_configuration_is_left_out(target, records):
         own = {r["config"] for r in records if r["kernel"] == STEM_KERNEL}
         assert own == {stem_label(config) for config in STEM_CONFIGS}
     hopper = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
-    hopper |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL}
+    hopper |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL}
     kernels = {
         *(hopper if target == TMA_TARGET else ()),
         "conv_bias_act",

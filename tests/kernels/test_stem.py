@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
+from helpers.stems import SIZES, integers, truth
 from resnet_kernels.kernels.geometry import Geometry
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -20,27 +21,10 @@ pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
 FP16, BF16 = torch.float16, torch.bfloat16
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# (N, H, W, C_out): even and odd sizes, several strips (of 31 and of 63 columns).
-SIZES = ((1, 16, 20, 64), (2, 11, 13, 16), (1, 6, 259, 32), (1, 1, 1, 16), (3, 4, 7, 48), (1, 2, 125, 16))
 
 
 def label(config) -> str:
     return f"{config.block_w}{' descriptor' if config.descriptor else ''}"
-
-
-def integers(n, h, w, c_out, device, dtype=FP16, most=3):
-    """Operands whose sums are exact: (x, weight, scale, shift), the scale of both signs."""
-    x = torch.randint(-most, most + 1, (n, 3, h, w), device=device).float()
-    weight = torch.randint(-2, 3, (c_out, 3, 7, 7), device=device).to(dtype)
-    scale, shift = torch.randint(-2, 3, (c_out,), device=device), torch.randint(-8, 9, (c_out,), device=device)
-    return x, weight, scale.float(), shift.float()
-
-
-def truth(x, weight, scale, shift):
-    z = F.conv2d(x.double().cpu(), weight.double().cpu(), None, 2, 3)
-    z = z if scale is None else z * scale.double().cpu()[:, None, None]
-    z = z if shift is None else z + shift.double().cpu()[:, None, None]
-    return F.max_pool2d(torch.relu(z), 3, 2, 1)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=label)
@@ -128,7 +112,7 @@ def packed_by_pytorch(x, dtype, todo, mean=None, std=None):
     if mean is not None:
         mean, std = (torch.tensor(s)[:, None, None] for s in (mean, std))
         v = ((v / 255 if x.dtype == torch.uint8 else v) - mean) / std
-    _, rows, columns, _ = todo.packed_shape
+    _, rows, columns, _ = todo.image_shape
     v = F.pad(v, (3, columns - 3 - x.shape[3], 3, rows - 3 - x.shape[2], 0, 1))
     return v.permute(0, 2, 3, 1).to(dtype)
 
@@ -141,16 +125,16 @@ def test_packing_is_pytorchs_own_bit_for_bit(x_dtype, statistics, device):
         x = (x * 255).to(x_dtype) if x_dtype == torch.uint8 else x.to(x_dtype)
         if channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        todo = plan(tuple(x.shape), 16, 1)
+        todo = plan(tuple(x.shape), 16, 1).packing
         weight = torch.randn(16, 3, 7, 7, device=device).half()
         packed, _ = stem.pack(x, weight, *statistics, todo)
-        assert torch.equal(packed.cpu(), packed_by_pytorch(x, FP16, todo, *statistics))
+        assert torch.equal(packed.cpu().view(todo.image_shape), packed_by_pytorch(x, FP16, todo, *statistics))
 
 
 def test_a_weight_is_packed_with_zeros_at_the_eighth_pixel_fourth_channel_and_behind(device):
     x = torch.zeros(1, 3, 8, 8, device=device)
     weight = torch.randn(32, 3, 7, 7, device=device).half().contiguous(memory_format=torch.channels_last)
-    _, packed = stem.pack(x, weight, None, None, plan((1, 3, 8, 8), 32, 1))
+    _, packed = stem.pack(x, weight, None, None, plan((1, 3, 8, 8), 32, 1).packing)
     assert packed.shape == (64, 7, 8, 4)
     assert torch.equal(packed[:32, :, :7, :3], weight.permute(0, 2, 3, 1))
     assert packed[32:].abs().max() == packed[:, :, 7].abs().max() == packed[..., 3].abs().max() == 0
@@ -205,11 +189,11 @@ def test_what_is_refused_and_why(reason):
 def test_layout_of_a_224_image():
     todo = plan((256, 3, 224, 224), 64, 132)
     assert todo.config is CONFIGS[0]
-    assert todo.packed_shape == (256, 229, 230, 4) and todo.y_shape == (256, 64, 56, 56)
+    assert todo.packing.image_shape == (256, 229, 230, 4) and todo.y_shape == (256, 64, 56, 56)
     assert (todo.integers["pairs"], todo.integers["tiles_w"]) == (56, 1)
     # Every window of the descriptor lies inside of the packed image.
     last = sum((size - 1) * stride for size, stride in zip(todo.windows.shape, todo.windows.strides))
-    assert last < todo.packed_shape[0] * 229 * 230 * 4
+    assert last < 256 * 229 * 230 * 4
 
 
 def test_strips_and_segments_fill_the_machine():
@@ -258,7 +242,7 @@ KERNEL_BUGS = {
     "first image for all": ("image = x + n.to(tl.int64)", "image = x + 0 * n.to(tl.int64)"),
 }  # fmt: skip
 PLAN_BUGS = {
-    "eighth pixel described": ("pairs, 28)", "pairs, 32)"),
+    "eighth pixel described": ("pooled_w, 28)", "pooled_w, 32)"),
     "row parity for column parity": ("packed_w * 4, 8, 16, 1)", "packed_w * 4, 16, 8, 1)"),
     "too few strips": ("cdiv(pooled_w - 1, config.block_w - 1)", "cdiv(pooled_w - 2, config.block_w)"),
     "too few segments": ("strips * segments,", "strips,"),

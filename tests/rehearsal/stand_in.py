@@ -273,7 +273,15 @@ def install() -> None:
     triton.runtime.driver.set_active(Driver())
 
     from resnet_kernels.kernels import target
-    from resnet_kernels.kernels.sm90 import chain, conv, specialized_chain, specialized_conv, stem, tap_sharing
+    from resnet_kernels.kernels.sm90 import (
+        chain,
+        conv,
+        specialized_chain,
+        specialized_conv,
+        specialized_stem,
+        stem,
+        tap_sharing,
+    )
     from resnet_kernels.ops import backends, onednn
     from resnet_kernels.runtime import eligibility
 
@@ -286,7 +294,7 @@ def install() -> None:
     backends.why_never.cache_clear()
     assert not target.is_interpreted(), "TRITON_INTERPRET must not be set"
     target.is_hopper = lambda device: True
-    for module in (conv, chain, stem, tap_sharing, specialized_conv, specialized_chain):
+    for module in (conv, chain, stem, tap_sharing, specialized_conv, specialized_chain, specialized_stem):
         module.multiprocessors = lambda device: 132
     # Shapes is a mode in which a fused model would run eager.
     eligibility.is_ordinary = lambda x: type(x) in (Tensor, torch.nn.Parameter)

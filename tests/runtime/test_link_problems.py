@@ -14,6 +14,7 @@ from helpers.tuned_tables import record, table
 from resnet_kernels.kernels import target
 from resnet_kernels.kernels.activations import RELU
 from resnet_kernels.kernels.geometry import Geometry
+from resnet_kernels.kernels.sm90 import stem_layout
 from resnet_kernels.ops.conv_problem import ConvProblem
 from resnet_kernels.perf.tuning import autotuner, multi_layer_problems, problems
 from resnet_kernels.runtime.gpu import launches
@@ -64,7 +65,10 @@ def test_a_stem(hopper, device):
     (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))
     assert str(asked) == "stem 3x18x20->16 7x7/2 p3,3,3,3 d1 g1 scale bias relu; max-pool 3 2 1 1 False"
     problem = multi_layer_problems.stem_problem(asked, 2, FP16, device)
-    assert list(problem.candidates) == ["apart", "conv+pool"]
+    if target.has_gluon():
+        assert list(problem.candidates) == ["apart", "conv+pool", "conv+pool specialized"]
+    else:
+        assert list(problem.candidates) == ["apart", "conv+pool"]
     assert not any("refused" in row for row in autotuner.measure(problem, 0.01)["candidates"].values())
 
 
@@ -128,7 +132,15 @@ SPECIALIZED = {
     "shortcut+conv3 specialized": LinkProblem(
         layer(128, 6, 128, 3), layer(256, 6, 512, relu=False), layer(128, 6, 512, residual=True), False, None
     ),
+    "conv+pool specialized": StemProblem(
+        ConvProblem(3, 18, 20, (16, 3, 7, 7), stem_layout.GEOMETRY, True, True, False, RELU), (3, 2, 1, 1, False)
+    ),
 }
+
+
+def problem_of(asked, device):
+    make = multi_layer_problems.link_problem
+    return (multi_layer_problems.stem_problem if isinstance(asked, StemProblem) else make)(asked, 2, FP16, device)
 
 
 @pytest.mark.slow(unless=lambda name: name == next(iter(SPECIALIZED)))
@@ -137,13 +149,13 @@ SPECIALIZED = {
 def test_specialized_kernels_are_candidates(name, hopper, device, monkeypatch):
     """On a GPU as they are; on a CPU in an interpreter of Gluon."""
     pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
-    from resnet_kernels.kernels.sm90 import specialized_chain, specialized_conv
+    from resnet_kernels.kernels.sm90 import specialized_chain, specialized_conv, specialized_stem
 
     if device.type == "cpu":
         monkeypatch.setattr(target, "has_gluon", lambda: True)
-        for module in (specialized_chain, specialized_conv):
+        for module in (specialized_chain, specialized_conv, specialized_stem):
             monkeypatch.setattr(module, "launching", gluon_interpreter)
-    problem = multi_layer_problems.link_problem(SPECIALIZED[name], 2, FP16, device)
+    problem = problem_of(SPECIALIZED[name], device)
     operands = problem.operands()
     for y, *others in zip(
         problem.candidates[name](*operands), problem.eager(*operands), problem.reference(*operands), strict=True
@@ -154,7 +166,7 @@ def test_specialized_kernels_are_candidates(name, hopper, device, monkeypatch):
 def test_without_gluon_there_are_no_specialized_candidates(hopper, device, monkeypatch):
     monkeypatch.setattr(target, "has_gluon", lambda: False)
     for asked in SPECIALIZED.values():
-        problem = multi_layer_problems.link_problem(asked, 2, FP16, device)
+        problem = problem_of(asked, device)
         assert not any("specialized" in name for name in problem.candidates)
 
 
@@ -182,3 +194,26 @@ def test_a_table_names_the_specialized_kernel(monkeypatch, hopper, write, device
         launched.clear()
         assert_within_budget(run(fused, x), run(stage, x), expected)
         assert len(launched) == count, winner
+
+
+@pytest.mark.filterwarnings("ignore:.*which can't run here")
+def test_a_table_names_the_specialized_stem(monkeypatch, hopper, write, device):
+    """It takes images as they come, as the other stem does."""
+    pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
+    from resnet_kernels.kernels.sm90 import specialized_stem
+
+    launched = []
+    net, x = prepared(lambda device: (Net(nn.MaxPool2d(3, 2, 1)), image(device)), device)
+    if device.type == "cpu":
+        monkeypatch.setattr(target, "has_gluon", lambda: True)
+        monkeypatch.setattr(specialized_stem, "launching", gluon_interpreter)
+    actual = specialized_stem.launch
+    monkeypatch.setattr(specialized_stem, "launch", lambda *given: launched.append(given[0]) or actual(*given))
+    (asked,) = (asked for asked, _ in problems.note(net, x) if isinstance(asked, StemProblem))
+    fused, expected = rk.fuse(net), copy.deepcopy(net).double()(x.double())
+    for winner, count in (("conv+pool specialized", 1), ("conv+pool", 0), ("conv+pool of another kind", 0)):
+        write(table(record(asked, winner, 2, "fp16"), record("conv any", "eager", dtype="fp16")))
+        launched.clear()
+        assert_within_budget(run(fused, x), run(net, x), expected)
+        assert len(launched) == count, winner
+        assert all(images is x for images in launched)

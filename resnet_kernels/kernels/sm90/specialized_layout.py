@@ -1,6 +1,7 @@
-"""Layouts of specialized_conv.py's and specialized_chain.py's launches: shapes that they take, tiles as data, views.
+"""Layouts of the specialized_*.py kernels' launches: shapes that they take, tiles as data, views.
 
-conv_layout.py and chain_layout.py lay them out; here a tile is not cut into parts. This module imports no Triton.
+conv_layout.py, chain_layout.py and stem_layout.py lay them out; here a tile is not cut into parts. This module imports no
+Triton.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ import torch
 
 from ..activations import Activation
 from ..geometry import Geometry
-from . import chain_layout, conv_layout
+from . import chain_layout, conv_layout, stem_layout
 from .chain_layout import ChainConfig, ShortcutShape
 from .conv_layout import ConvShape, LaunchPlan
-from .conv_tiles import TmaConfig
+from .conv_tiles import TmaConfig, cdiv
+from .descriptors import View, dense_view
 
 # Shared memory of a program on Hopper, less what barriers take.
 MOST_SHARED = 227 * 1024 - 512
@@ -240,3 +242,55 @@ def plan_chain(
     return LaunchPlan(
         views, base.integers | dict(n_blocks=c_out // _CHAIN_TILE.block_c, in_h=x_shape[2], in_w=x_shape[3]), constants
     )
+
+
+# A strip of a stem: columns of the convolution, elements of a cell (two pixels of four channels), boxes of a row and their
+# elements, and rows of the packed image that each of two consumers holds: a window's 7, and the next two.
+STEM_COLUMNS, STEM_CELL, STEM_BOXES, STEM_BOX, STEM_ROWS = 128, 8, 4, 256, 9
+
+
+@dataclass(frozen=True)
+class StemPlan(LaunchPlan):
+    """Launch of specialized_stem.py's kernel.
+
+    Attributes:
+        packing: of the kernel that packs the image.
+        y_shape: (N, C_out, pooled_h, pooled_w).
+        programs: programs of the kernel.
+    """
+
+    packing: stem_layout.Packing
+    y_shape: tuple[int, int, int, int]
+    programs: int
+
+
+@lru_cache(_CACHED)
+def plan_stem(x_shape: tuple[int, ...], c_out: int, multiprocessors: int) -> StemPlan:
+    """Lays out a stem that `stem_layout.why_not` lets pass. Arguments: stem_layout.plan."""
+    batch = x_shape[0]
+    out_h, out_w, pooled_h, pooled_w = stem_layout.sizes(x_shape)
+    # A box begins at any cell, and its 4 x 256 elements may end behind the last row.
+    packing = stem_layout.plan_packing(x_shape, tail=2 * STEM_BOX)
+    _, packed_h, packed_w, channels = packing.image_shape
+    row = packed_w * channels
+    rows_desc = View(
+        (batch * packed_h, cdiv(row, STEM_BOX), 2 * STEM_BOX), (row, STEM_BOX, 1), (1, STEM_BOXES, STEM_BOX)
+    )
+    # The first pixel of each cell: a descriptor reads zeros outside of its shape.
+    last_desc = View((batch * packed_h, row // STEM_CELL, channels), (row, STEM_CELL, 1), (1, STEM_COLUMNS, STEM_CELL))
+    tiles_w = max(cdiv(pooled_w - 1, STEM_COLUMNS // 2 - 1), 1)
+    segments, rows = stem_layout.split_rows(batch * tiles_w, pooled_h, 2 * multiprocessors)
+    items = batch * tiles_w * segments
+    weight = (stem_layout.BLOCK_C, prod(packing.weight_shape[1:]))
+    return StemPlan(
+        dict(rows_desc=rows_desc, last_desc=last_desc, w_desc=dense_view(weight, (stem_layout.BLOCK_C, weight[1] // 7))),
+        dict(
+            items=items, tiles_w=tiles_w, segments=segments, per_image=tiles_w * segments, rows=rows, packed_h=packed_h,
+            out_h=out_h, out_w=out_w, pooled_h=pooled_h, pooled_w=pooled_w, c_out=c_out,
+            y_image=pooled_h * pooled_w * c_out, y_row=pooled_w * c_out,
+        ),
+        dict(ROWS=STEM_ROWS),
+        packing,
+        (batch, c_out, pooled_h, pooled_w),
+        min(items, multiprocessors),
+    )  # fmt: skip

@@ -18,6 +18,7 @@ Cost: x once, the packed image twice (8 bytes a pixel), y once. At 224x224 in bf
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
 import triton
@@ -27,7 +28,7 @@ from torch import Tensor
 from .. import elementwise, launching, limits
 from ..layouts import contiguous
 from ..target import dot_needs_fp32, multiprocessors
-from .stem_layout import BLOCK_C, PACK_BLOCK, PACK_WARPS, Plan, StemConfig, plan
+from .stem_layout import BLOCK_C, PACK_BLOCK, PACK_WARPS, Packing, StemConfig, plan
 
 # Elements of a row of a window, 8 pixels x 4 channels, and of its 7 rows.
 _WINDOW = tl.constexpr(32)
@@ -258,7 +259,7 @@ def launch(
     todo = plan(tuple(x.shape), weight.shape[0], multiprocessors(x.device), config)
     config = todo.config
     y = torch.empty(todo.y_shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
-    packed, packed_weight = pack(x, weight, mean, std, todo)
+    packed, packed_weight = pack(x, weight, mean, std, todo.packing)
     tensors = dict(x=packed, w_ptr=packed_weight, scale_ptr=contiguous(scale), shift_ptr=contiguous(shift), y_ptr=y)
     fixed = todo.integers | dict(
         BLOCK_W=config.block_w, BLOCK_C=BLOCK_C, DESCRIPTOR=config.descriptor,
@@ -274,23 +275,23 @@ def launch(
 
 
 def pack(
-    x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, todo: Plan
+    x: Tensor, weight: Tensor, mean: Sequence[float] | None, std: Sequence[float] | None, todo: Packing
 ) -> tuple[Tensor, Tensor]:
-    """Returns the image as (N, rows, columns, 4) and the weight as (BLOCK_C, 7, 8, 4), both in the weight's dtype."""
+    """Returns the image, (N * rows * columns * 4 + tail,), and the weight, (BLOCK_C, 7, 8, 4), both in the weight's dtype."""
     # Images are apart by int64.
     x, weight = limits.with_near_elements(x, 1), limits.with_near_elements(weight, 0)
-    packed = torch.empty(todo.packed_shape, dtype=weight.dtype, device=x.device)
-    packed_weight = torch.empty(todo.packed_weight_shape, dtype=weight.dtype, device=x.device)
+    packed = torch.empty(prod(todo.image_shape) + todo.tail, dtype=weight.dtype, device=x.device)
+    packed_weight = torch.empty(todo.weight_shape, dtype=weight.dtype, device=x.device)
     statistics = (0.0,) * 6 if mean is None or std is None else (*map(float, mean), *map(float, std))
-    numbers = (*todo.pack_integers, *x.stride(), weight.shape[0], *weight.stride(), *statistics)
+    numbers = (*todo.integers, *x.stride(), weight.shape[0], *weight.stride(), *statistics)
     constants = dict(NORMALIZE=mean is not None, UNIT=x.dtype == torch.uint8, BLOCK=PACK_BLOCK)
-    if len(todo.packing) >= _MOST_LAYOUTS:
-        todo.packing.clear()
+    if len(todo.prepared) >= _MOST_LAYOUTS:
+        todo.prepared.clear()
     # Programs: blocks of pixels, image after image, then blocks of the weight.
     launching.launch(
-        _pack_kernel, (todo.pack_programs,), x.device,
+        _pack_kernel, (todo.programs,), x.device,
         dict(x_ptr=x, packed_ptr=packed, w_ptr=weight, packed_w_ptr=packed_weight),
-        dict(zip(_PACK_NUMBERS, numbers, strict=True)) | constants, todo.packing.setdefault((numbers, mean is None), {}),
+        dict(zip(_PACK_NUMBERS, numbers, strict=True)) | constants, todo.prepared.setdefault((numbers, mean is None), {}),
         num_warps=PACK_WARPS, enable_fp_fusion=True,
     )  # fmt: skip
     return packed, packed_weight

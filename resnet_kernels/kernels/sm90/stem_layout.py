@@ -90,10 +90,32 @@ def why_not(
     if 0 in x_shape:
         return f"x must not be empty, got shape {tuple(x_shape)}"
     todo = plan(tuple(x_shape), weight_shape[0], 1)
-    image = max(todo.packed_shape[1] * todo.packed_shape[2] * 4, todo.y_shape[2] * todo.y_shape[3] * todo.y_shape[1])
-    if image > _MOST_ELEMENTS or max(todo.pack_programs, x_shape[0] * todo.y_shape[2] * 64) > _MOST_ELEMENTS:
+    _, packed_h, packed_w, _ = todo.packing.image_shape
+    image = max(packed_h * packed_w * 4, todo.y_shape[2] * todo.y_shape[3] * todo.y_shape[1])
+    if image > _MOST_ELEMENTS or max(todo.packing.programs, x_shape[0] * todo.y_shape[2] * 64) > _MOST_ELEMENTS:
         return f"the image or the batch must be smaller, got shape {tuple(x_shape)}"
     return None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The part of the packing kernel's launch that depends on shapes only.
+
+    Attributes:
+        image_shape: (n, rows, columns, 4).
+        weight_shape: (BLOCK_C, 7, 8, 4).
+        tail: elements to allocate behind the packed image.
+        programs: programs of the kernel.
+        integers: its first run-time numbers.
+        prepared: for launching.launch to fill, by the arguments that do not follow from shapes.
+    """
+
+    image_shape: tuple[int, int, int, int]
+    weight_shape: tuple[int, int, int, int]
+    tail: int
+    programs: int
+    integers: tuple[int, ...]
+    prepared: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = field(default_factory=dict, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -101,30 +123,45 @@ class Plan:
     """The part of both launches that depends on shapes only.
 
     Attributes:
+        packing: of the packing kernel.
         config: the strip.
-        packed_shape: (n, rows, columns, 4).
-        packed_weight_shape: (BLOCK_C, 7, 8, 4).
         y_shape: (n, c_out, pooled_h, pooled_w).
         windows: the packed image as a descriptor sees it.
-        pack_programs: programs of the packing kernel.
-        pack_integers: its first run-time numbers.
         programs: programs of the stem kernel.
         integers: its run-time numbers by name.
         prepared: for launching.launch to fill, for the stem kernel.
-        packing: the same for the packing kernel, by the arguments that do not follow from shapes.
     """
 
+    packing: Packing
     config: StemConfig
-    packed_shape: tuple[int, int, int, int]
-    packed_weight_shape: tuple[int, int, int, int]
     y_shape: tuple[int, int, int, int]
     windows: View
-    pack_programs: int
-    pack_integers: tuple[int, ...]
     programs: int
     integers: dict[str, int]
     prepared: dict[tuple[Any, ...], Any] = field(default_factory=dict, compare=False, repr=False)
-    packing: dict[tuple[Any, ...], dict[tuple[Any, ...], Any]] = field(default_factory=dict, compare=False, repr=False)
+
+
+def sizes(x_shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """(rows, columns) of the convolution, and of the pool behind it."""
+    out_h, out_w = GEOMETRY.out_size(tuple(x_shape[2:]), (7, 7))
+    return out_h, out_w, cdiv(out_h, 2), cdiv(out_w, 2)
+
+
+def plan_packing(x_shape: Sequence[int], tail: int = 0) -> Packing:
+    """Lays out the packing of a stem that `why_not` lets pass."""
+    batch, _, in_h, in_w = x_shape
+    out_h, _, _, pairs = sizes(x_shape)  # of an even and an odd column
+    # Up to the last window of the last pair of columns, whose odd one may lie outside of the convolution.
+    packed_h, packed_w = 2 * out_h + 5, 4 * pairs + 6
+    blocks = cdiv(packed_h * packed_w, PACK_BLOCK)
+    weight_programs = cdiv(BLOCK_C * 7 * 32, PACK_BLOCK)
+    return Packing(
+        (batch, packed_h, packed_w, 4),
+        (BLOCK_C, 7, 8, 4),
+        tail,
+        batch * blocks + weight_programs,
+        (batch * blocks, blocks, in_h, in_w, packed_h, packed_w),
+    )
 
 
 @lru_cache(_CACHED)
@@ -137,34 +174,28 @@ def plan(x_shape: tuple[int, ...], c_out: int, multiprocessors: int, config: Ste
         multiprocessors: the device's.
         config: the strip; None to choose one.
     """
-    batch, _, in_h, in_w = x_shape
-    out_h, out_w = GEOMETRY.out_size((in_h, in_w), (7, 7))
-    pooled_h, pooled_w, pairs = cdiv(out_h, 2), cdiv(out_w, 2), cdiv(out_w, 2)
-    # Up to the last window of the last pair of columns, whose odd one may lie outside of the convolution.
-    packed_h, packed_w = 2 * out_h + 5, 4 * pairs + 6
+    batch = x_shape[0]
+    out_h, out_w, pooled_h, pooled_w = sizes(x_shape)
+    packing = plan_packing(x_shape)
+    _, packed_h, packed_w, _ = packing.image_shape
     config = config or choose_config(batch, pooled_h, pooled_w, multiprocessors)
     tiles_w = max(cdiv(pooled_w - 1, config.block_w - 1), 1)
     strips = batch * tiles_w
     segments, rows = split_rows(strips, pooled_h, multiprocessors * config.programs_per_sm)
-    blocks = cdiv(packed_h * packed_w, PACK_BLOCK)
-    weight_programs = cdiv(BLOCK_C * 7 * 32, PACK_BLOCK)
     return Plan(
+        packing,
         config,
-        (batch, packed_h, packed_w, 4),
-        (BLOCK_C, 7, 8, 4),
         (batch, c_out, pooled_h, pooled_w),
         # 28 of 32: a descriptor reads zeros outside of its shape, and the eighth pixel has to be zero.
         View(
-            (batch, packed_h, 2, pairs, 28),
+            (batch, packed_h, 2, pooled_w, 28),
             (packed_h * packed_w * 4, packed_w * 4, 8, 16, 1),
             (1, 1, 1, config.block_w, 32),
         ),
-        batch * blocks + weight_programs,
-        (batch * blocks, blocks, in_h, in_w, packed_h, packed_w),
         strips * segments,
         dict(
             packed_h=packed_h, packed_w=packed_w, out_h=out_h, out_w=out_w, pooled_h=pooled_h, pooled_w=pooled_w,
-            pairs=pairs, c_out=c_out, tiles_w=tiles_w, segments=segments, rows=rows,
+            pairs=pooled_w, c_out=c_out, tiles_w=tiles_w, segments=segments, rows=rows,
         ),
     )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 
 from torch import Tensor
 
@@ -133,11 +134,21 @@ def chain(link: Link, values: Values, constants: AllConstants, backend: str) -> 
 
 
 def stem_and_pool(link: Stem, values: Values, constants: AllConstants, backend: str) -> None:
-    """A network's first convolution and its max-pool: kernels/sm90/stem.py."""
-    from ...kernels.sm90 import stem as kernel
-
+    """A network's first convolution and its max-pool: kernels/sm90/stem.py, or specialized_stem.py."""
     x = values[link.conv.step.x]
-    values[link.pool.step.out] = kernel.launch(x, _weight(link.conv, x, constants), *constants[link.conv.step.out][:2])
+    launch = kernel_of(link).launch
+    values[link.pool.step.out] = launch(x, _weight(link.conv, x, constants), *constants[link.conv.step.out][:2])
+
+
+def kernel_of(link: Stem) -> ModuleType:
+    """The module whose `launch` does a stem."""
+    if link.specialized:
+        from ...kernels.sm90 import specialized_stem
+
+        return specialized_stem
+    from ...kernels.sm90 import stem
+
+    return stem
 
 
 def _weight(part: ConvPart, x: Tensor, constants: AllConstants) -> Tensor:

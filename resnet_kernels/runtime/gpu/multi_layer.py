@@ -76,10 +76,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Stem:
-    """Network's first convolution and the max-pool after it."""
+    """Network's first convolution and the max-pool after it. specialized: as in Link."""
 
     conv: ConvPart
     pool: CallPart
+    specialized: bool = False
 
     @property
     def window(self) -> tuple[Any, ...]:
@@ -95,7 +96,7 @@ class Stem:
     @property
     def name(self) -> str:
         """Name in a table."""
-        return "conv+pool"
+        return "conv+pool" + (SPECIALIZED if self.specialized else "")
 
     @property
     def last(self) -> Part:
@@ -171,7 +172,7 @@ def choose(parts: list[Part], result: int, x: Tensor, backend: str) -> dict[int,
             name = tuned_table.choice(problem(able[0], shapes), x.shape[0], x.dtype, x.device, _is_known)
             able = [form for form in able if form.name == name]
         else:
-            able = [form for form in able if isinstance(form, Stem) or not form.specialized]
+            able = [form for form in able if not form.specialized]
         if able:
             chosen.update((part.step.out, able[0]) for part in able[0].parts)
     return chosen
@@ -183,7 +184,7 @@ def forms_of(links: Sequence[Link | Stem], shapes: dict[int, Sequence[int]], dty
     for link in links:
         if why_not(link, shapes, dtype) is None:
             forms.append(link)
-        if isinstance(link, Link) and _why_not_specialized(link, shapes, dtype) is None:
+        if _why_not_specialized(link, shapes, dtype) is None:
             forms.append(replace(link, specialized=True))
     return forms
 
@@ -191,7 +192,7 @@ def forms_of(links: Sequence[Link | Stem], shapes: dict[int, Sequence[int]], dty
 def _is_known(name: str, problem: LinkProblem | StemProblem, *where: object) -> bool:
     """Whether a table's answer names some of a link's layers, or none. `choose` asks what a kernel can do."""
     if isinstance(problem, StemProblem):
-        return name in (APART, "conv+pool")
+        return name == APART or name.removesuffix(SPECIALIZED) == "conv+pool"
     roles = [role for role, layer in zip(ROLES, problem) if layer]
     named = name.removesuffix(SPECIALIZED).split("+")
     return name == APART or ("conv3" in named and set(named) <= set(roles))
@@ -311,13 +312,15 @@ def _chain_shapes(
     )  # fmt: skip
 
 
-def _why_not_specialized(link: Link, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
+def _why_not_specialized(link: Link | Stem, shapes: dict[int, Sequence[int]], dtype: torch.dtype) -> str | None:
     """The reason why no kernel of specialized warps can do a link; None if one can."""
     from ...kernels.sm90 import specialized_layout
     from ...kernels.sm90.conv_layout import ConvShape
 
     if not target.has_gluon():
         return "Triton has no Gluon"
+    if isinstance(link, Stem):
+        return why_not(link, shapes, dtype)
     if (reason := _why_not_any(link, shapes)) is not None:
         return reason
     projection = None if link.shortcut is None else _conv_shape(link.shortcut, shapes)

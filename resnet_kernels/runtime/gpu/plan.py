@@ -24,7 +24,7 @@ from ..state import FusedState
 from . import forms, multi_layer
 from .constants import Constants, LiveConstants
 from .frozen_constants import FrozenConstants
-from .launches import in_order, run_part
+from .launches import in_order, kernel_of, run_part
 from .multi_layer import Stem
 
 
@@ -106,7 +106,7 @@ class Plan:
 
     def run_images(self, x: Tensor, normalize: Normalize | None) -> Tensor | None:
         """Runs a stem on images of any layout, and normalizes them if asked to; None unless the plan is one stem's launch."""
-        from ...kernels.sm90 import stem, stem_layout
+        from ...kernels.sm90 import stem_layout
 
         if self._stem is None or x.dtype not in stem_layout.IMAGE_DTYPES:
             return None
@@ -115,7 +115,7 @@ class Plan:
         weight = conv.conv.weight.to(self.dtype) if weight is None else weight
         mean, std = (None, None) if normalize is None else (normalize.mean, normalize.std)
         for _ in profiler_ranges.around(self.launches, ""):
-            return stem.launch(x, weight, scale, shift, mean, std)
+            return kernel_of(self._stem).launch(x, weight, scale, shift, mean, std)
         return None
 
 
