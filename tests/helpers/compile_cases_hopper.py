@@ -71,7 +71,7 @@ def tma_cases(everything: bool) -> list[Case]:
         by_table = [c for c in CONFIGS if c.block_m == 256 or c.flatten]
         chosen = [None, *(c for c in by_table if shortcut is None and weight_shape in TABLE_LAYERS[c.block_n])]
         dtypes = ("fp16", "bf16") if everything else ("bf16",)
-        # Programs that start early differ by two instructions: one layer will do.
+        # Programs that start early differ in their first instructions: one layer will do.
         early = [(1, c) for c in CONFIGS if c.early and shortcut is None and weight_shape == (256, 256, 3, 3)]
         for dtype, (batch, tile) in itertools.product(dtypes, [(1, None), *early, *((256, tile) for tile in chosen)]):
             conv = ConvShape((batch, weight_shape[1] * geometry.groups, *in_size), weight_shape, geometry)
@@ -91,6 +91,8 @@ def tma_cases(everything: bool) -> list[Case]:
             config = todo.config
             if config.split_k > 1:
                 types |= {"parked_ptr": "*fp32", "counter_ptr": "*i32"}
+            if config.early:
+                types["w_ptr"] = "*" + dtype
             case = Case(
                 TMA_KERNEL, label(config), dtype, name, config.num_warps, config.num_stages, types | arguments, aligned,
                 constants | todo.constants, todo.max_registers,

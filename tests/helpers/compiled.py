@@ -139,7 +139,7 @@ def _read_nvidia(compiled, on_hopper: bool) -> dict:
         ),
         overwritten=overwritten_operands(sass),
         k_loops=product_loops(sass),
-        reads_too_early=reads_before_the_wait(sass),
+        before_the_wait=before_the_wait(sass),
         tma=sorted(set(re.findall(r"\b(UTMALDG\.\dD|UTMASTG\.\dD)\b", sass))),
         tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
     )
@@ -188,12 +188,13 @@ def product_loops(sass: str) -> list[dict[str, int]]:
     return found
 
 
-def reads_before_the_wait(sass: str) -> bool | None:
-    """Whether global memory is read before the wait for the launch before (ACQBULK); None without such a wait."""
+def before_the_wait(sass: str) -> list[str] | None:
+    """How global memory is used before the wait for the launch before (ACQBULK); None without such a wait."""
     names = [name.split(".")[0] for _, name, _ in _code_and_loops(sass)[0]]
     if "ACQBULK" not in names:
         return None
-    return bool({"LDG", "UTMALDG", "LDGSTS", "ATOMG"} & set(names[: names.index("ACQBULK")]))
+    uses = {"LDG", "UTMALDG", "LDGSTS", "ATOMG", "STG", "UTMASTG", "UBLKPF"}  # the last one is a prefetch to L2
+    return sorted(uses & set(names[: names.index("ACQBULK")]))
 
 
 def overwritten_operands(sass: str) -> list[str]:

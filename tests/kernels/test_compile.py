@@ -28,7 +28,7 @@ from helpers.compile_cases import (
 from helpers.compile_cases_batch_norm import BATCH_NORM_KERNELS
 from helpers.compile_cases_links import chain_label, stem_label
 from helpers.compile_targets import FP16_TARGET, KIB, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
-from helpers.compiled import find_cuobjdump, overwritten_operands, reads_before_the_wait
+from helpers.compiled import before_the_wait, find_cuobjdump, overwritten_operands
 from helpers.compiled_table import describe, table
 
 pytestmark = pytest.mark.compile_only
@@ -295,11 +295,12 @@ def multiplies_while_it_loads(record: dict, target: Target) -> str | None:
 
 
 def waits_for_the_launch_before(record: dict, target: Target) -> str | None:
-    """A program that starts early reads nothing before the launch in front of it has ended."""
-    if record["kernel"] == TMA_KERNEL and record["reads_too_early"] is not (
-        False if record["constants"]["EARLY"] else None
-    ):
-        return f"starts early: {record['constants']['EARLY']}; reads before its wait: {record['reads_too_early']}"
+    """A program that starts early asks L2 for its weights, and no more, before the launch in front of it has ended."""
+    if record["kernel"] == TMA_KERNEL:
+        weights = [] if record["constants"]["RAGGED"] else ["UBLKPF"]
+        expected = weights if record["constants"]["EARLY"] else None
+        if record["before_the_wait"] != expected:
+            return f"{record['before_the_wait']} before its wait for the launch before, expected {expected}"
 
 
 def keeps_operands_over_loops(record: dict, target: Target) -> str | None:
@@ -355,10 +356,10 @@ def test_an_operand_overwritten_in_its_loop_is_found():
 
 def test_a_read_before_the_wait_is_found():
     line = "        /*{:04x}*/                   {} R2, desc[UR4][R2.64] ;\n"
-    code = ["PREEXIT", "ACQBULK", "LDG.E"]
-    assert not reads_before_the_wait("".join(line.format(16 * i, name) for i, name in enumerate(code)))
-    assert reads_before_the_wait("".join(line.format(16 * i, name) for i, name in enumerate(reversed(code))))
-    assert reads_before_the_wait(line.format(0, "LDG.E")) is None
+    code = ["UBLKPF.L2", "ACQBULK", "LDG.E"]
+    assert before_the_wait("".join(line.format(16 * i, name) for i, name in enumerate(code))) == ["UBLKPF"]
+    assert before_the_wait("".join(line.format(16 * i, name) for i, name in enumerate(reversed(code)))) == ["LDG"]
+    assert before_the_wait(line.format(0, "LDG.E")) is None
 
 
 def test_one_configuration_of_each_kernel(tmp_path_factory):

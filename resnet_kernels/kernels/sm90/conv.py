@@ -13,8 +13,9 @@ accumulator. The first sum is multiplied by scale / scale2, then both by scale2.
 
 Few tiles with long loops are split (SPLIT_K): each share's sums go to memory, and the last share to finish adds all of them,
 always in the same order. Where a launch takes as long as its work, programs may start EARLY, while the launch before them
-still runs: CUDA's programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch"). They wait for
-its end before they read or write anything; what is saved is the time from one launch to the next. Not measured on a GPU.
+still runs: CUDA's programmatic dependent launch (CUDA C++ Programming Guide, "Programmatic Dependent Launch"). They ask L2 for
+their weights, which nobody has to have computed, and wait for that launch's end before they read or write anything. What is
+saved is the time from one launch to the next, and the weights' way from HBM. Not measured on a GPU.
 
 Cost: as in conv_bias_act.py; a 3x3 reads its input from L2 once a tap. On an H200, in bf16 at batch 256, it reaches 376
 TFLOP/s in ResNet-50's 3x3 of stage 1 and 585 to 674 in those of stages 2 to 4; cuBLAS reaches 653 in the same run.
@@ -38,7 +39,7 @@ from ..geometry import Geometry
 from ..layouts import contiguous
 from ..operands import ConvOperands
 from ..target import dot_needs_fp32, is_interpreted, multiprocessors
-from .conv_device import add_up, arrives_last, convolve, load_scales, multiply_add, must_park, park, store_part
+from .conv_device import add_up, arrives_last, convolve, load_scales, multiply_add, must_park, park, prefetch_weight, store_part
 from .conv_layout import ConvShape, plan
 from .conv_tiles import TmaConfig
 from .descriptors import aligned
@@ -63,6 +64,7 @@ def _conv_bias_act_tma_kernel(
     slopes_ptr,  # PReLU's
     parked_ptr,  # fp32, BLOCK_N * BLOCK_M numbers a program, or a share of a tile at SPLIT_K > 1; or None
     counter_ptr,  # int32 zeros, (n_tiles,), at SPLIT_K > 1
+    w_ptr,  # w_desc's tensor, if EARLY
     n_tiles,
     tiles_h,
     tiles_w,
@@ -100,6 +102,11 @@ def _conv_bias_act_tma_kernel(
     if EARLY:
         # The next launch may start as well, now that all programs of this one have. Then wait for the end of the one before.
         gdc_launch_dependents()
+        if not RAGGED:
+            prefetch_weight(
+                w_ptr, tl.program_id(0) // SPLIT_K % tiles_c * BLOCK_N, c_out, tl.program_id(0) % SPLIT_K,
+                KERNEL_H * KERNEL_W * N_CHUNKS, SPLIT_K, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         gdc_wait()
     for share in tl.range(tl.program_id(0), n_tiles * SPLIT_K, tl.num_programs(0), flatten=FLATTEN):
         tile = share // SPLIT_K
@@ -249,7 +256,7 @@ class Bound:
         """Runs the kernel on operands of the known shapes, checked; returns y, channels_last. slopes: (C_out,), of PRELU."""
         todo, device = self.todo, x.device
         y = torch.empty(todo.y_shape, dtype=self.dtype, device=device, memory_format=torch.channels_last)
-        x = aligned(x)
+        x, weight = aligned(x), aligned(weight)
         parity = x if "x01_desc" in todo.views else None
         x0, w0, bias0, scale0, _ = shortcut or (None,) * 5
         # Allocated in each call, so that the allocator knows which streams and graphs use it.
@@ -261,7 +268,7 @@ class Bound:
             x01_desc=parity,
             x10_desc=parity,
             x11_desc=parity,
-            w_desc=aligned(weight),
+            w_desc=weight,
             y_desc=y,
             residual_desc=None if residual is None else aligned(residual),
             scale_ptr=contiguous(scale),
@@ -273,6 +280,7 @@ class Bound:
             slopes_ptr=slopes,
             parked_ptr=parked,
             counter_ptr=zeros(self.counters, device) if self.counters else None,
+            w_ptr=weight if todo.config.early else None,
         )
         launching.launch(
             _conv_bias_act_tma_kernel, self.grid, device, tensors, todo.fixed, todo.prepared, todo.views, **self.options

@@ -166,6 +166,25 @@ def convolve(
 
 
 @triton.jit
+def prefetch_weight(
+    w_ptr, channel, c_out, part, STEPS: tl.constexpr, SPLIT_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Asks L2 for the weights of the part-th of SPLIT_K shares of a tile's STEPS steps: a row of them for each channel.
+
+    Another launch may still write them. All writes go to L2, so what is read from there later is right.
+    """
+    first = STEPS * part // SPLIT_K
+    steps = STEPS * (part + 1) // SPLIT_K - first
+    row = tl.minimum(channel + tl.arange(0, BLOCK_N), c_out - 1)
+    row_ptr = w_ptr + row.to(tl.int64) * (STEPS * BLOCK_K) + first * BLOCK_K
+    size = tl.zeros_like(row) + steps * (BLOCK_K * w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    if steps > 0:
+        tl.inline_asm_elementwise(
+            "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [row_ptr, size], tl.int32, False, 1
+        )  # fmt: skip
+
+
+@triton.jit
 def _parked_ptrs(
     parked_ptr, n_channels: tl.constexpr, n_pixels: tl.constexpr, BLOCK_M: tl.constexpr, FIRST: tl.constexpr = 0
 ):
