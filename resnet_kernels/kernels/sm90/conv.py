@@ -39,7 +39,17 @@ from ..geometry import Geometry
 from ..layouts import contiguous
 from ..operands import ConvOperands
 from ..target import dot_needs_fp32, is_interpreted, multiprocessors
-from .conv_device import add_up, arrives_last, convolve, load_scales, multiply_add, must_park, park, prefetch_weight, store_part
+from .conv_device import (
+    add_up,
+    arrives_last,
+    convolve,
+    load_scales,
+    multiply_add,
+    must_park,
+    park,
+    prefetch_weight,
+    store_part,
+)
 from .conv_layout import ConvShape, plan
 from .conv_tiles import TmaConfig
 from .descriptors import aligned
