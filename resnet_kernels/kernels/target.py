@@ -50,6 +50,11 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and _capability(device)[0] == 9
 
 
+def is_data_center_blackwell(device: torch.device) -> bool:
+    """Whether a device has compute capability 10. There Triton compiles kernels/sm90/conv.py to that generation's products."""
+    return device.type == "cuda" and torch.version.hip is None and _capability(device)[0] == 10
+
+
 @cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)

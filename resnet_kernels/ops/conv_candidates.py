@@ -7,7 +7,7 @@ winograd, direct, grouped, depthwise, onednn    our own CPU kernels and oneDNN's
 triton                    a kernel of ours with a tile that it chooses itself: Hopper's where that takes the convolution, else
                           the portable one. No table holds this name
 pointer 128x64x64 w4 s3   a tile of kernels/conv_bias_act.py: pixels x output channels x step, warps, stages
-tma 128x64x64 w4 s4 p2    a tile of kernels/sm90/conv.py, with the parts of its epilogue
+tma 128x64x64 w4 s4 p2    a tile of kernels/sm90/conv.py, with the parts of its epilogue; on data-center Blackwell, too
 shared 128x64x32 w4 s2 p4 a tile of kernels/sm90/tap_sharing.py
 specialized 128x128 c2 s4 b2    a tile of kernels/sm90/specialized_conv.py, with its consumers, stages and buffers
 
@@ -76,8 +76,10 @@ def candidates(problem: ConvProblem, batch: int, dtype: torch.dtype, device: tor
     if able("triton"):
         shapes = (problem.x_shape(batch), problem.weight_shape, problem.geometry)
         fitting = [name for name, kernel in tiles().items() if kernel.why_not(shapes, dtype, device) is None]
-        # Gathering with pointers has never come near to TMA: it is measured only where there is nothing else.
-        names += [name for name in fitting if not name.startswith("pointer ")] or fitting
+        if target.is_hopper(device):
+            # Gathering with pointers has never come near to TMA: it is measured only where there is nothing else.
+            fitting = [name for name in fitting if not name.startswith("pointer ")] or fitting
+        names += fitting
     return names
 
 
@@ -140,12 +142,16 @@ def _kernels() -> dict[str, Kernel]:
         )
 
     def tma(config: conv_tiles.TmaConfig | None) -> Kernel:
+        def why_not(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> str | None:
+            if config is None:
+                return why_not_hopper(shapes, dtype, device)
+            if not (target.is_hopper(device) or target.is_data_center_blackwell(device)):
+                return f"needs a GPU of compute capability 9 or 10, got {device}"
+            return why_not_by_shape(*shapes, dtype) or conv_layout.why_not_tile(conv_layout.ConvShape(*shapes), config)
+
         return Kernel(
             lambda operands: conv.launch(operands, config),
-            lambda shapes, dtype, device: (
-                why_not_hopper(shapes, dtype, device)
-                or (None if config is None else conv_layout.why_not_tile(conv_layout.ConvShape(*shapes), config))
-            ),
+            why_not,
             lambda shapes, activation, dtype, device: conv.Bound(
                 conv_layout.ConvShape(*shapes), activation, dtype, device, config
             ),

@@ -17,7 +17,7 @@ from helpers.compile_cases_conv import conv_cases, planted_case
 from helpers.compile_cases_hopper import sharing_cases, specialized_cases, tma_cases
 from helpers.compile_cases_links import chain_cases, specialized_chain_cases, specialized_stem_cases, stem_cases
 from helpers.compile_cases_pointwise import pointwise_cases
-from helpers.compile_targets import FP16_TARGET, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
+from helpers.compile_targets import BLACKWELL_TARGET, FP16_TARGET, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
 from helpers.compiled import compile_case
 
 WORKERS = 2
@@ -32,7 +32,19 @@ def jobs(everything: bool) -> list[tuple[Case, Target]]:
     own += [*specialized_chain_cases(), *specialized_stem_cases()]
     own += activation_cases(own)
     chosen += [(c, t) for c in own for t in TARGETS if t.name == TMA_TARGET]
+    chosen += [(c, t) for c in blackwell_cases() for t in TARGETS if t.name == BLACKWELL_TARGET]
     return [(planted_case(), t) for t in TARGETS if t.name in PLANTED_TARGETS] + chosen
+
+
+def blackwell_cases() -> list[Case]:
+    """Every tile of the convolution by TMA once, and every form of its loop. Links are Hopper's alone."""
+    found: dict[object, Case] = {}
+    for case in tma_cases(False):
+        if "shortcut_desc" not in case.arguments:
+            form = tuple(case.constants[name] for name in ("KERNEL_H", "IN_PAIRS", "RAGGED", "SKIP"))
+            for where in (case.config, form, "x01_desc" in case.arguments):
+                found.setdefault(where, case)
+    return list({repr(case): case for case in found.values()}.values())
 
 
 def one_of_each_kernel() -> list[tuple[Case, Target]]:

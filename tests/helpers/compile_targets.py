@@ -42,6 +42,8 @@ TARGETS = (
 )
 
 TMA_TARGET = "sm_90"
+# The convolution by TMA is a candidate there, too.
+BLACKWELL_TARGET = "sm_100"
 # fp16 and bf16 give nearly equal kernels: see compile_jobs.
 FP16_TARGET = "sm_90"
 # The planted case takes seconds on each. It spills on sm_90, and also exceeds the shared memory of gfx942.

@@ -27,7 +27,7 @@ from helpers.compile_cases import (
 )
 from helpers.compile_cases_batch_norm import BATCH_NORM_KERNELS
 from helpers.compile_cases_links import chain_label, stem_label
-from helpers.compile_targets import FP16_TARGET, KIB, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
+from helpers.compile_targets import BLACKWELL_TARGET, FP16_TARGET, KIB, PLANTED_TARGETS, TARGETS, TMA_TARGET, Target
 from helpers.compiled import before_the_wait, find_cuobjdump, overwritten_operands
 from helpers.compiled_table import describe, table
 
@@ -170,6 +170,8 @@ def travels_by_tma(record: dict, target: Target) -> str | None:
     expected = sorted({"UTMASTG.4D", *(f"UTMALDG.{rank}D" for rank in ranks)})
     if record["tma"] != expected or record["copy_bytes"]:
         return f"moves by {record['tma']} and copies of {record['copy_bytes']} bytes, expected {expected} alone"
+    if target.name != TMA_TARGET:
+        return None  # tiles and the grid were made for Hopper
     if record["operand_in_registers"] != constants["RAGGED"]:
         return "an operand takes the way through registers, not only that of ragged steps"
     (promised,) = (config.programs_per_sm for config in CONFIGS if label(config) == record["config"])
@@ -280,7 +282,7 @@ def stem_windows_stream(record: dict, target: Target) -> str | None:
 
 def multiplies_while_it_loads(record: dict, target: Target) -> str | None:
     """Every K loop keeps a product in flight over its end, and its stages of both operands in shared memory."""
-    if record["kernel"] != TMA_KERNEL or record["constants"]["RAGGED"]:
+    if record["kernel"] != TMA_KERNEL or record["constants"]["RAGGED"] or target.name != TMA_TARGET:
         return None
     constants = record["constants"]
     steps = constants["N_CHUNKS"] * constants["KERNEL_H"] * constants["KERNEL_W"]
@@ -398,7 +400,7 @@ def test_no_configuration_is_left_out(target, records):
     if target == TMA_TARGET:
         from resnet_kernels.kernels.sm90.conv_tiles import CONFIGS as TMA_CONFIGS
 
-        own = [r for r in records if r["kernel"] == TMA_KERNEL]
+        own = [r for r in records if r["kernel"] == TMA_KERNEL and r["target"] == target]
         assert {r["config"] for r in own} == {label(config) for config in TMA_CONFIGS}
         forms = {"1x1": lambda c: c["KERNEL_H"] == 1, "3x3": lambda c: c["KERNEL_H"] == 3 and not c["SKEW_H"]}
         forms |= {name: lambda c, name=name: c[name] for name in ("IN_PAIRS", "RAGGED", "SKIP", "SHORTCUT_CHUNKS")}
@@ -428,8 +430,12 @@ def test_no_configuration_is_left_out(target, records):
         assert own == {stem_label(config) for config in STEM_CONFIGS}
     hopper = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
     hopper |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL}
+    if target == BLACKWELL_TARGET:
+        tiles = {r["config"] for r in records if r["kernel"] == TMA_KERNEL and r["target"] == target}
+        assert tiles == {r["config"] for r in records if r["kernel"] == TMA_KERNEL and r["target"] == TMA_TARGET}
     kernels = {
         *(hopper if target == TMA_TARGET else ()),
+        *((TMA_KERNEL,) if target == BLACKWELL_TARGET else ()),
         "conv_bias_act",
         EPILOGUE_KERNEL,
         FOLD_KERNEL,

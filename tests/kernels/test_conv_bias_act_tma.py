@@ -279,7 +279,9 @@ def test_it_runs_on_compute_capability_9_alone(monkeypatch):
     for capability, expected in (((9, 0), True), ((8, 0), False), ((10, 0), False)):
         monkeypatch.setattr(target, "_capability", lambda device, value=capability: value)
         assert target.is_hopper(torch.device("cuda", 0)) is (expected and torch.version.hip is None)
-    assert not target.is_hopper(torch.device("cpu"))
+        is_blackwell = target.is_data_center_blackwell(torch.device("cuda", 0))
+        assert is_blackwell is (capability == (10, 0) and torch.version.hip is None)
+    assert not target.is_hopper(torch.device("cpu")) and not target.is_data_center_blackwell(torch.device("cpu"))
 
 
 def test_boxes_waste_nothing_where_they_need_not():

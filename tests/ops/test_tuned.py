@@ -21,7 +21,7 @@ from resnet_kernels.models.random_weights import randomise_batch_norms_
 from resnet_kernels.ops import backends, conv_candidates, reference, tuned_table
 from resnet_kernels.ops.batch_norm_act import NormProblem
 from resnet_kernels.runtime import eligibility
-from resnet_kernels.runtime.gpu.multi_layer import APART, ROLES
+from resnet_kernels.runtime.gpu.multi_layer import APART, ROLES, SPECIALIZED
 
 
 def choose(key="k", batch=256, dtype=torch.float32):
@@ -226,14 +226,15 @@ def test_shipped_winners_are_candidates_of_this_version(path):
         "conv": {"cudnn", "cudnn+epilogue", *conv_candidates.tiles()},
         "norm": {"eager", "triton"},
         tuned_table.TRAINING: {"eager", "triton"},
-        "stem": {APART, "conv+pool"},
+        "stem": {APART, "conv+pool", "conv+pool" + SPECIALIZED},
     }
     records = tuned_table.read(path, key)
     for entry in records:
         kind, rest = entry["key"].split(" ", 1)
         if kind == "link" and entry["winner"] != APART:
             roles = {layer.split()[0] for layer in rest.split("; ")}
-            assert roles <= {*ROLES} and {"conv3"} <= {*entry["winner"].split("+")} <= roles, entry["key"]
+            named = {*entry["winner"].removesuffix(SPECIALIZED).split("+")}
+            assert roles <= {*ROLES} and {"conv3"} <= named <= roles, entry["key"]
         else:
             assert entry["winner"] in known.get(kind, {APART}), entry["key"]
     assert {"conv", "norm", "link"} <= {entry["key"].split()[0] for entry in records}
@@ -262,6 +263,23 @@ def test_hopper_is_offered_what_fits(monkeypatch):
     many = [n for n in conv_candidates.candidates(asked, 4096, torch.bfloat16, cuda) if " k" in n]
     assert not many
     assert not [n for n in conv_candidates.candidates(asked, 2, torch.float32, cuda) if n.startswith("tma")]
+
+
+def test_blackwell_is_offered_hoppers_tiles_beside_the_portable_ones(monkeypatch):
+    """Only by name: nothing of it has run there, so "triton" stays the portable kernel."""
+    pytest.importorskip("triton", reason="needs triton")
+    from resnet_kernels.kernels import conv_bias_act, target
+
+    monkeypatch.setattr(target, "_capability", lambda device: (10, 0))
+    backends.why_never.cache_clear()
+    cuda = torch.device("cuda", 0)
+    asked = CONV._replace(c_in=64, weight_shape=(64, 64, 3, 3), in_h=8, in_w=8)
+    names = conv_candidates.candidates(asked, 2, torch.bfloat16, cuda)
+    kinds = [name.split()[0] for name in names if " " in name]
+    assert kinds.count("pointer") == len(conv_bias_act.CONFIGS)
+    assert kinds.count("tma") > 10 and {*kinds} == {"pointer", "tma"}
+    shapes = (asked.x_shape(2), asked.weight_shape, asked.geometry)
+    assert conv_candidates._by_triton(shapes, torch.bfloat16, cuda) == "pointer auto"
 
 
 def operands(residual=False):
