@@ -14,6 +14,7 @@ from helpers.compile_cases import (
     SPECIALIZED_STEM_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
+    WIDE_CHAIN_KERNEL,
     Case,
     descriptor_type,
     gluon_descriptor_type,
@@ -103,11 +104,10 @@ def chain_label(kind, config) -> str:
 
 
 def specialized_chain_cases() -> list[Case]:
-    """Cases of specialized_chain.py's kernel: one of each combination that leads to another loop."""
-    from resnet_kernels.kernels.sm90.specialized_layout import plan_chain, why_not_chain
+    """Cases of specialized_chain.py's kernels: one of each combination that leads to another loop."""
+    from resnet_kernels.kernels.sm90.specialized_layout import is_wide, plan_chain, why_not_chain
 
     cases: dict[object, Case] = {}
-    names = kernel_named(SPECIALIZED_CHAIN_KERNEL).arg_names
     for kind, key, shapes, preact, what in _chains():
         x_shape, conv2, geometry, c_out, shortcut, following = shapes
         conv3 = (c_out, conv2[0], 1, 1)
@@ -123,8 +123,10 @@ def specialized_chain_cases() -> list[Case]:
         types |= dict.fromkeys(pointers, "*fp32") | arguments
         given = constants | todo.constants
         config = f"s{given['STAGES']} b{given['BUFFERS']}"
+        kernel = WIDE_CHAIN_KERNEL if is_wide(conv2) else SPECIALIZED_CHAIN_KERNEL
+        names = kernel_named(kernel).arg_names
         case = Case(
-            SPECIALIZED_CHAIN_KERNEL, config, "bf16", what, 4, 3, types, aligned,
+            kernel, config, "bf16", what, 4, 3, types, aligned,
             {name: given.get(name) for name in names if name not in types},
         )  # fmt: skip
         cases.setdefault((kind, key), case)

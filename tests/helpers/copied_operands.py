@@ -69,6 +69,14 @@ def chained(projection: bool, specialized: bool = False) -> None:
     )  # fmt: skip
 
 
+def wide_chain() -> None:
+    layer = lambda *shape: chain.Layer(copied(*shape), vector(shape[0]), vector(shape[0]), True)  # noqa: E731
+    specialized_chain.launch(
+        copied(2, 128, 8, 8), layer(128, 128, 3, 3), SAME, layer(512, 128, 1, 1), copied(2, 512, 8, 8),
+        (vector(512), vector(512)), layer(128, 512, 1, 1),
+    )  # fmt: skip
+
+
 def stem_and_pool() -> None:
     config = next(c for c in stem_layout.CONFIGS if c.descriptor)
     stem.launch(copied(2, 3, 32, 32), copied(64, 3, 7, 7), vector(64), vector(64), config=config)
@@ -91,6 +99,7 @@ LAUNCHES = {
     "chain with a projection": lambda: chained(True),
     "specialized chain": lambda: chained(False, specialized=True),
     "specialized chain with a projection": lambda: chained(True, specialized=True),
+    "specialized chain of 128 channels": wide_chain,
     "stem": stem_and_pool,
     "specialized stem": lambda: specialized_stem.launch(
         copied(2, 3, 32, 32), copied(64, 3, 7, 7), vector(64), vector(64)

@@ -3,6 +3,7 @@
 On a Hopper GPU the same tests run the compiled kernel.
 """
 
+import inspect
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -19,8 +20,10 @@ from resnet_kernels.kernels.geometry import Geometry
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
 from resnet_kernels.kernels.sm90 import specialized_chain as kernel
+from resnet_kernels.kernels.sm90 import specialized_chain_device
+from resnet_kernels.kernels.sm90 import specialized_chain_wide as wide_kernel
 from resnet_kernels.kernels.sm90.chain_layout import ShortcutShape, kind_of
-from resnet_kernels.kernels.sm90.specialized_layout import plan_chain, why_not_chain
+from resnet_kernels.kernels.sm90.specialized_layout import MOST_SHARED, is_wide, plan_chain, why_not_chain
 
 pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
@@ -46,7 +49,15 @@ ABLE += (
         keep_sum=False,
     ),
     Case("one box", 1, 64, 8, 8, 40, 64, 0),
-)
+    Case("wide, several pairs of boxes", 5, 128, 12, 8, 128, 256, 128),
+    Case("wide, an odd number of boxes", 3, 64, 8, 8, 96, 128, 72),
+    Case("wide, v2, several pairs", 4, 128, 12, 8, 128, 128, 128, preact=True),
+    Case(
+        "wide, subsampled, without a sum", 3, 64, 16, 16, 128, 192, 40, shortcut=SUBSAMPLED, stride=2, preact=True,
+        keep_sum=False,
+    ),
+    Case("wide, without the next", 3, 128, 9, 7, 128, 256, 0),
+)  # fmt: skip
 
 
 def interpret(monkeypatch: pytest.MonkeyPatch, device, seed: int = 0, multiprocessors: int = 1) -> None:
@@ -71,10 +82,11 @@ def wrong(call: dict) -> bool:
     )
 
 
-def test_the_chains_of_stage_1_are_among_them():
+def test_the_chains_of_stages_1_and_2_are_among_them():
     names = {case.name for case in ABLE}
-    assert {"stage 1", "stage 1, last block", "stage 1 to 2", "v2", "v2, last unit"} <= names
-    assert not any("stage 2" in name for name in names)
+    assert {"stage 1", "stage 1, last block", "stage 1 to 2", "v2", "v2, last unit", "stage 2"} <= names
+    # A next block of 256 channels, and a projection beside 128.
+    assert not {"stage 2 to 3", "stage 2, first block"} & names
 
 
 @pytest.mark.slow(unless=lambda case: case in ABLE[::3])
@@ -136,7 +148,18 @@ WIDE = dict(x_shape=(2, 128, 8, 8), conv2_shape=(128, 128, 3, 3), conv3_shape=(5
 REASONS = {
     "nothing": ({}, None),
     "what chain.py refuses": (dict(dtype=torch.float32), "conv2: dtype must be float16 or bfloat16, got torch.float32"),
-    "128 channels": (WIDE, "conv2 must have at most 64 output channels, got 128"),
+    "128 channels": (WIDE, None),
+    "256 channels": (
+        dict(x_shape=(2, 256, 8, 8), conv2_shape=(256, 256, 3, 3), conv3_shape=(1024, 256, 1, 1), next_shape=None),
+        "conv2 must have at most 128 output channels, got 256",
+    ),
+    "a projection beside 128 channels": (
+        WIDE | dict(shortcut=ShortcutShape((2, 64, 8, 8), (512, 64, 1, 1), Geometry())),
+        "beside a projection conv2 must have at most 64 output channels, got 128",
+    ),
+    "128 channels, and 256 of the next block": (
+        WIDE | dict(next_shape=(256, 512, 1, 1)), "the next conv1 must have at most 128 output channels, got 256"
+    ),
     "half a step": (dict(x_shape=(2, 96, 8, 8), conv2_shape=(64, 96, 3, 3)), "conv2: C_in must be a multiple of 64, got 96"),
     "half a block": (dict(conv3_shape=(96, 64, 1, 1), next_shape=None), "conv3: C_out must be a multiple of 64, got 96"),
     "a wide projection": (
@@ -156,33 +179,39 @@ def test_the_predicate_says_why_not(name):
     assert said is None if reason is None else reason in said
 
 
-@pytest.mark.slow(unless=lambda batch, projection: batch == 1)
+@pytest.mark.slow(unless=lambda batch, what: batch == 1 and what != "a projection")
 @pytest.mark.parametrize("batch", (1, 256))
-@pytest.mark.parametrize("projection", (False, True))
-def test_the_chains_of_resnet50_end(batch, projection, monkeypatch):
+@pytest.mark.parametrize("what", ("stage 1", "a projection", "stage 2"))
+def test_the_chains_of_resnet50_end(batch, what, monkeypatch):
     """No deadlock: the first and the last program on 132 multiprocessors, without numbers."""
     meta = partial(torch.empty, dtype=FP16, device=gluon_interpreter.META)
     monkeypatch.setattr(kernel, "multiprocessors", lambda device: 132 if batch == 1 else 8 * 132)
-    case = replace(CASES[3], n=1, next_width=0) if projection else replace(CASES[0], n=1)
+    case, size = replace(CASES[0], n=1), 56
+    if what == "a projection":
+        case = replace(CASES[3], n=1, next_width=0)
+    elif what == "stage 2":
+        case, size = replace(CASES[4], n=1), 28
     call = chain(case, torch.device("cpu"))
 
     def without_numbers(value):
         if isinstance(value, torch.Tensor):
-            return meta((batch, value.shape[1], 56, 56) if value.dim() == 4 and value.shape[-1] > 3 else value.shape)
+            return meta(
+                (batch, value.shape[1], size, size) if value.dim() == 4 and value.shape[-1] > 3 else value.shape
+            )
         return (
             value._make(map(without_numbers, value)) if isinstance(value, tuple) and hasattr(value, "_make") else value
         )
 
     call = {name: without_numbers(value) for name, value in call.items()}
-    programs = min(49 * batch, kernel.multiprocessors(None))
+    boxes = size**2 // 64 * batch if what != "stage 2" else -(-(size**2) // 64 * batch) // 2
+    programs = min(boxes, kernel.multiprocessors(None))
     launch = partial(gluon_interpreter.launch, programs={0, programs - 1})
     monkeypatch.setattr(kernel, "launching", SimpleNamespace(launch=launch))
     y, z = run(call)
-    assert y.shape == (batch, 256, 56, 56)
-    assert z is None if projection else z.shape == (batch, 64, 56, 56)
+    assert y.shape == (batch, case.c_out, size, size)
+    assert z is None if what == "a projection" else z.shape == (batch, case.next_width, size, size)
 
 
-CHAIN = "sm90.specialized_chain"
 BUGS = {
     "no turns": ("mbarrier.wait(turns.index(WHICH), (i & 1) ^ (WHICH == 0))", "pass"),
     "both consumers take the same steps": ("        step += STEPS\n", ""),
@@ -204,16 +233,43 @@ BUGS = {
                                                   "mbarrier.arrive(stored.index(WHICH))\n"
                                                   "            mbarrier.wait(loaded.index(WHICH), i & 1)"),
     "the first block's vectors": ("shift3_ptr, channel, C_OUT)", "shift3_ptr, 0, C_OUT)"),
-    "h without its shift": ("_affine(hidden, scale2_ptr, shift2_ptr", "_affine(hidden, scale2_ptr, None"),
+    "h without its shift": ("affine(hidden, scale2_ptr, shift2_ptr", "affine(hidden, scale2_ptr, None"),
     "z of the sum, not of p": ("gl.convert_layout(p, gl.Dot", "gl.convert_layout(y, gl.Dot"),
     "the halves of z swapped": ("n, h, w, half * _BLOCK", "n, h, w, (1 - half) * _BLOCK"),
     "a dropped ReLU": ("            if RELU_3:\n                y = relu(y)\n", ""),
+    "the residual of the box before": ("box_of(tile + OFFSET", "box_of(tile"),
+}  # fmt: skip
+# Of the chain with 128 channels.
+WIDE_BUGS = {
+    "a stage empty for one consumer": ("mbarrier.init(empty.index(i), count=2)", "mbarrier.init(empty.index(i), count=1)"),
+    "a stage given away while conv1's product may read it": (
+        "mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=j > 0)", "mbarrier.arrive(empty.index(stage))"
+    ),
+    "the last stage of a box kept": (
+        "        if NEXT_WIDTH > 0:\n            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))\n",
+        "        if NEXT_WIDTH > 0:\n",
+    ),
+    "the other consumer's pixels": ("xs.index(2 * stage + WHICH)", "xs.index(2 * stage + 1 - WHICH)"),
+    "the other consumer's h": ("hs.index(2 * WHICH + 1), xs", "hs.index(1), xs"),
+    "h's right half twice": ("hs.index(2 * WHICH).store(left)", "hs.index(2 * WHICH).store(right)"),
+    "h without a fence": ("        fence_async_shared()\n        zeros", "        zeros"),
+    "fewer bytes than come": ("2 * x_desc.block_type.nbytes + w2", "x_desc.block_type.nbytes + w2"),
+    "one half of conv3's weight": ("[j * _BLOCK, _BLOCK]", "[j * _BLOCK, 0]"),
+    "both boxes at the same place": ("box_of(tile + 1,", "box_of(tile,"),
+    "the first block's vectors": ("shift3_ptr, channel, C_OUT)", "shift3_ptr, 0, C_OUT)"),
+    "z of the sum, not of p": ("gl.convert_layout(p, gl.Dot", "gl.convert_layout(y, gl.Dot"),
+    "a tap too far": ("r = k // (KERNEL_W * N_CHUNKS)", "r = k // (KERNEL_W * N_CHUNKS) + 1"),
+    "half of the input channels": ("c = k % N_CHUNKS * _BLOCK", "c = 0"),
+    "a residual that has not come": (
+        "mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)\n            residual", "residual"
+    ),
 }  # fmt: skip
 
 
-def is_wrong(device, monkeypatch) -> bool:
+def is_wrong(device, monkeypatch, wide: bool = False) -> bool:
     """Whether one of several launches ends in a race, in a deadlock, or with other numbers."""
-    for seed, case in enumerate(case for case in ABLE if case.name.startswith("several boxes") or case.name == "v2"):
+    names = ("wide",) if wide else ("several boxes", "v2", "wide, several")
+    for seed, case in enumerate(case for case in ABLE if case.name.startswith(names) and case.name[:3] != "v2,"):
         for offset in range(3):
             interpret(monkeypatch, device, 10 * seed + offset)
             try:
@@ -224,22 +280,41 @@ def is_wrong(device, monkeypatch) -> bool:
     return False
 
 
+def plant(name: str, old: str, new: str, tmp_path, monkeypatch) -> None:
+    """Puts a changed module's functions in the place of those that the kernels use."""
+    module = planted(f"sm90.{name}", tmp_path, old, new)
+    for what, function in vars(module).items():
+        if hasattr(function, "fn") and function.fn.__module__ == module.__name__:
+            for user in (kernel, wide_kernel):
+                if user.__name__.endswith(f".{name}") or (hasattr(user, what) and not what.startswith("_")):
+                    monkeypatch.setattr(user, what, function)
+
+
 @pytest.mark.slow(unless=lambda name: name in [*BUGS][::6])
 @pytest.mark.parametrize("name", BUGS)
 def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("a bug in the schedule may hang a GPU")
     old, new = BUGS[name]
-    module = planted(CHAIN, tmp_path, old, new)
-    for what, function in vars(module).items():
-        if hasattr(function, "fn") and function.fn.__module__ == module.__name__:
-            monkeypatch.setattr(kernel, what, function)
+    shared = inspect.getsource(specialized_chain_device)
+    plant("specialized_chain_device" if old in shared else "specialized_chain", old, new, tmp_path, monkeypatch)
     assert is_wrong(device, monkeypatch)
 
 
+@pytest.mark.slow(unless=lambda name: name in [*WIDE_BUGS][::7])
+@pytest.mark.parametrize("name", WIDE_BUGS)
+def test_planted_bug_with_128_channels_is_caught(name, tmp_path, device, monkeypatch):
+    if device.type != "cpu":
+        pytest.skip("a bug in the schedule may hang a GPU")
+    plant("specialized_chain_wide", *WIDE_BUGS[name], tmp_path, monkeypatch)
+    monkeypatch.setattr(kernel, "wide_chain_kernel", wide_kernel.wide_chain_kernel)
+    assert is_wrong(device, monkeypatch, wide=True)
+
+
 @pytest.mark.slow
-def test_nothing_planted_nothing_caught(device, monkeypatch):
-    assert not is_wrong(device, monkeypatch)
+@pytest.mark.parametrize("wide", (False, True))
+def test_nothing_planted_nothing_caught(wide, device, monkeypatch):
+    assert not is_wrong(device, monkeypatch, wide)
 
 
 def test_layouts_and_addresses_do_not_matter(device, monkeypatch):
@@ -253,6 +328,10 @@ def test_plans_fit_into_shared_memory():
         call = chain(case, torch.device("cpu"))
         x, conv2, geometry, conv3, _, shortcut, following = shapes(call)
         todo = plan_chain(tuple(x), tuple(conv2), geometry, conv3[0], shortcut, following and tuple(following))
+        if is_wide(conv2):
+            pieces = 4 * todo.constants["STAGES"] + 4 + 2 * todo.constants["BUFFERS"]
+            assert 2 * 64 * 64 * pieces <= MOST_SHARED
+            continue
         kind = kind_of(conv2, shortcut, following)
         weights = 64 * conv2[1:].numel() + conv3[0] * (64 + kind.next_width + kind.shortcut_in)
         tiles = todo.constants["STAGES"] + 2 * todo.constants["BUFFERS"] + 2 + 2 * bool(kind.shortcut_in)

@@ -1,4 +1,6 @@
-"""A bottleneck's 3x3, its last 1x1 and the next bottleneck's first 1x1 for Hopper, with specialized warps, for 64 channels.
+"""A bottleneck's 3x3, its last 1x1 and the next bottleneck's first 1x1 for Hopper, with specialized warps.
+
+Here is the kernel for up to 64 channels, and the launch of both; specialized_chain_wide.py has the one for up to 128.
 
 Formulas: chain.py, whose result this kernel gives, bit for bit but for the order of sums. There a program loads, multiplies
 and stores in turns, and reads its weights from L2 again for each box of pixels. Here all weights stay in shared memory (139
@@ -28,10 +30,10 @@ from ..geometry import Geometry
 from ..layouts import contiguous
 from ..target import multiprocessors
 from .chain import Layer, Shortcut
+from .conv_tiles import cdiv
 from .descriptors import aligned
 from .gluon_names import (
     async_load,
-    async_store,
     fence_async_shared,
     gl,
     gluon,
@@ -41,8 +43,10 @@ from .gluon_names import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
+from .specialized_chain_device import affine, load_residuals, store_block
+from .specialized_chain_wide import wide_chain_kernel
 from .specialized_device import box_of, load_tile, multiply_add
-from .specialized_layout import plan_chain
+from .specialized_layout import is_wide, plan_chain
 
 # Channels of y, and of a step of the 3x3, that are worked on at a time.
 _BLOCK = gl.constexpr(64)
@@ -82,58 +86,6 @@ def _load(
 
 
 @gluon.jit
-def _load_residuals(
-    residual_desc, ys, loaded, stored, n_tiles, tiles_h, tiles_w, WHICH: gl.constexpr,
-    BOX_N: gl.constexpr, BOX_H: gl.constexpr, BOX_W: gl.constexpr,
-    RESIDUALS: gl.constexpr, RESULTS: gl.constexpr, BUFFERS: gl.constexpr,
-):  # fmt: skip
-    """One warp: the residual of each box of a consumer, block by block, into the buffers that y will take.
-
-    With a projection it is the projection's input, a block a box. A box's last RESULTS blocks are z's: they get no residual.
-    """
-    use = 0
-    for tile in range(gl.program_id(0) + WHICH * gl.num_programs(0), n_tiles, 2 * gl.num_programs(0)):
-        n, h, w, _ = box_of(tile, tiles_h, tiles_w, 1, BOX_N, BOX_H, BOX_W, _BLOCK)
-        for j in range(RESIDUALS + RESULTS):
-            buffer = use % BUFFERS
-            ready = loaded.index(WHICH * BUFFERS + buffer)
-            mbarrier.wait(stored.index(WHICH * BUFFERS + buffer), (use // BUFFERS & 1) ^ 1)
-            if j < RESIDUALS:
-                mbarrier.expect(ready, residual_desc.block_type.nbytes)
-                async_load(residual_desc, [n, h, w, j * _BLOCK], ready, ys.index(WHICH * BUFFERS + buffer))
-            else:
-                mbarrier.arrive(ready)
-            use += 1
-
-
-@gluon.jit
-def _affine(acc, scale_ptr, shift_ptr, first, n):
-    """acc * scale + shift, with the vectors' elements from `first` on; of n channels, others are 0."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, acc.type.layout)
-    offs = first + gl.arange(0, acc.shape[1], layout=LAYOUT)
-    if scale_ptr is not None:
-        acc *= gl.load(scale_ptr + offs, mask=offs < n, other=0.0).to(gl.float32)[None, :]
-    if shift_ptr is not None:
-        acc += gl.load(shift_ptr + offs, mask=offs < n, other=0.0).to(gl.float32)[None, :]
-    return acc
-
-
-@gluon.jit
-def _store(
-    values, desc, ys, loaded, stored, use, n, h, w, channel, WHICH: gl.constexpr, BUFFERS: gl.constexpr,
-    HAS_RESIDUAL: gl.constexpr,
-):  # fmt: skip
-    """Stores a block from its buffer, and gives away the buffer that was stored from BUFFERS - 1 blocks ago."""
-    out = ys.index(WHICH * BUFFERS + use % BUFFERS)
-    out.reshape(values.shape).store(values)
-    fence_async_shared()
-    async_store(desc, [n, h, w, channel], out)
-    store_wait(BUFFERS - 1)
-    if HAS_RESIDUAL:
-        mbarrier.arrive(stored.index(WHICH * BUFFERS + (use + 1) % BUFFERS), pred=use >= BUFFERS - 1)
-
-
-@gluon.jit
 def _compute(
     y_desc, z_desc, scale2_ptr, shift2_ptr, scale3_ptr, shift3_ptr, shortcut_scale_ptr, shortcut_shift_ptr,
     norm_scale_ptr, norm_shift_ptr, scale1_ptr, shift1_ptr,
@@ -161,7 +113,7 @@ def _compute(
             False, STAGES, True,
         )  # fmt: skip
         step += STEPS
-        hidden = _affine(hidden, scale2_ptr, shift2_ptr, 0, WIDTH)
+        hidden = affine(hidden, scale2_ptr, shift2_ptr, 0, WIDTH)
         if RELU_2:
             hidden = relu(hidden)
         # Not in registers: the ptxas of Triton 3.6.0 lets a left operand that later turns of a loop need be overwritten by
@@ -184,22 +136,22 @@ def _compute(
                     use_acc=False, is_async=True,
                 )  # fmt: skip
                 y, residual, z = warpgroup_mma_wait(0, deps=(y, residual, z))
-                residual = _affine(residual, shortcut_scale_ptr, shortcut_shift_ptr, channel, C_OUT)
+                residual = affine(residual, shortcut_scale_ptr, shortcut_shift_ptr, channel, C_OUT)
             else:
                 y, z = warpgroup_mma_wait(0, deps=(y, z))
                 mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)
                 out = ys.index(WHICH * BUFFERS + use % BUFFERS).reshape([BLOCK_M, _BLOCK])
                 residual = out.load(Y).to(gl.float32)
             z = warpgroup_mma_init(z)
-            y = _affine(y, scale3_ptr, shift3_ptr, channel, C_OUT) + residual
+            y = affine(y, scale3_ptr, shift3_ptr, channel, C_OUT) + residual
             if RELU_3:
                 y = relu(y)
             y = y.to(DTYPE)
             p = y
             if norm_scale_ptr is not None:
-                p = relu(_affine(y.to(gl.float32), norm_scale_ptr, norm_shift_ptr, channel, C_OUT)).to(DTYPE)
-            _store(
-                y if KEEP_SUM else p, y_desc, ys, loaded, stored, use, n, h, w, channel, WHICH, BUFFERS, not HAS_PROJECTION
+                p = relu(affine(y.to(gl.float32), norm_scale_ptr, norm_shift_ptr, channel, C_OUT)).to(DTYPE)
+            store_block(
+                y if KEEP_SUM else p, y_desc, ys, stored, use, n, h, w, channel, WHICH, BUFFERS, not HAS_PROJECTION
             )  # fmt: skip
             use += 1
             if NEXT_WIDTH > 0:
@@ -211,22 +163,22 @@ def _compute(
         if HAS_PROJECTION:
             mbarrier.arrive(stored.index(WHICH))
         if NEXT_WIDTH > 0:
-            z = _affine(z, scale1_ptr, shift1_ptr, 0, NEXT_WIDTH)
+            z = affine(z, scale1_ptr, shift1_ptr, 0, NEXT_WIDTH)
             if RELU_1:
                 z = relu(z)
             z = z.to(DTYPE)
             if BLOCK_NEXT == _BLOCK:
                 if not HAS_PROJECTION:
                     mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)
-                _store(z, z_desc, ys, loaded, stored, use, n, h, w, 0, WHICH, BUFFERS, not HAS_PROJECTION)
+                store_block(z, z_desc, ys, stored, use, n, h, w, 0, WHICH, BUFFERS, not HAS_PROJECTION)
                 use += 1
             else:
                 halves = z.reshape([BLOCK_M, 2, _BLOCK]).permute(0, 2, 1).split()
                 for half in gl.static_range(2):
                     if not HAS_PROJECTION:
                         mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)
-                    _store(
-                        halves[half], z_desc, ys, loaded, stored, use, n, h, w, half * _BLOCK, WHICH, BUFFERS,
+                    store_block(
+                        halves[half], z_desc, ys, stored, use, n, h, w, half * _BLOCK, WHICH, BUFFERS,
                         not HAS_PROJECTION,
                     )  # fmt: skip
                     use += 1
@@ -340,12 +292,14 @@ def _specialized_chain_kernel(
             n_tiles, tiles_h, tiles_w, in_h, in_w, lead_h, lead_w, KERNEL_H, KERNEL_W, N_CHUNKS, C_OUT,
             IN_PAIRS, SKEW_H, SKEW_W, BOX_N, BOX_H, BOX_W, STAGES,
         )),
-        (_load_residuals, (
-            residual_desc, residuals, loaded, stored, n_tiles, tiles_h, tiles_w, 0, BOX_N, BOX_H, BOX_W,
+        (load_residuals, (
+            residual_desc, residuals, loaded, stored, gl.program_id(0), n_tiles, 2 * gl.num_programs(0), tiles_h, tiles_w,
+            0, 0, BOX_N, BOX_H, BOX_W,
             1 if HAS_PROJECTION else BLOCKS, RESULTS, 1 if HAS_PROJECTION else BUFFERS,
         )),
-        (_load_residuals, (
-            residual_desc, residuals, loaded, stored, n_tiles, tiles_h, tiles_w, 1, BOX_N, BOX_H, BOX_W,
+        (load_residuals, (
+            residual_desc, residuals, loaded, stored, gl.program_id(0) + gl.num_programs(0), n_tiles,
+            2 * gl.num_programs(0), tiles_h, tiles_w, 1, 0, BOX_N, BOX_H, BOX_W,
             1 if HAS_PROJECTION else BLOCKS, RESULTS, 1 if HAS_PROJECTION else BUFFERS,
         )),
     ], [4, 1, 1, 1], [232, 32, 32, 32])  # fmt: skip
@@ -404,8 +358,11 @@ def launch(
     tensors = {name: None if tensor is None else aligned(tensor) for name, tensor in described.items()}
     tensors |= {name: contiguous(vector) for name, vector in vectors.items()}
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device))
+    kernel = _specialized_chain_kernel
+    if is_wide(conv2.weight.shape):
+        kernel, programs = wide_chain_kernel, min(cdiv(todo.integers["n_tiles"], 2), multiprocessors(x.device))
+        del tensors["ws_desc"], tensors["shortcut_scale_ptr"], tensors["shortcut_shift_ptr"]
     launching.launch(
-        _specialized_chain_kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views,
-        num_warps=4, enable_fp_fusion=True,
+        kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views, num_warps=4, enable_fp_fusion=True
     )  # fmt: skip
     return y, z

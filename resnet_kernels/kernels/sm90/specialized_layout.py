@@ -169,6 +169,8 @@ def plan(
 
 # The chain's tile: 64 pixels for each of two consumers, 64 channels of y at a time.
 _CHAIN_TILE = ChainConfig(64, 64, 64, num_warps=4, num_stages=4, tail_stages=1, programs_per_sm=1)
+# Channels of the chain whose weights pass through a ring: (its stages, buffers of y for each consumer).
+_WIDE, _WIDE_RING = 128, (4, 3)
 # (stages of the 3x3, buffers of y for each consumer), best first: the first that fits beside the weights is taken.
 _CHAIN_RINGS = ((4, 3), (3, 3), (4, 2), (3, 2), (2, 2), (3, 1), (2, 1))
 
@@ -188,16 +190,27 @@ def why_not_chain(
         return reason
     width, c_in, c_out = *conv2_shape[:2], conv3_shape[0]
     kind = chain_layout.kind_of(conv2_shape, shortcut, next_shape)
-    if width > _CHAIN_TILE.block_c:
-        return f"conv2 must have at most {_CHAIN_TILE.block_c} output channels, got {width}"
+    if width > _WIDE:
+        return f"conv2 must have at most {_WIDE} output channels, got {width}"
     for name, channels in (("conv2: C_in", c_in), ("conv3: C_out", c_out)):
         if channels % _CHAIN_TILE.block_c:
             return f"{name} must be a multiple of {_CHAIN_TILE.block_c}, got {channels}"
+    if is_wide(conv2_shape):
+        if kind.shortcut_in:
+            return f"beside a projection conv2 must have at most {_CHAIN_TILE.block_c} output channels, got {width}"
+        if kind.next_width > _WIDE:
+            return f"the next conv1 must have at most {_WIDE} output channels, got {next_shape[0] if next_shape else 0}"
+        return None
     if kind.shortcut_in > _CHAIN_TILE.block_c:
         return f"shortcut: C_in must be at most {_CHAIN_TILE.block_c}, got {kind.shortcut_in}"
     if _chain_rings(conv2_shape, c_out, kind) is None:
         return "the weights don't fit into shared memory"
     return None
+
+
+def is_wide(conv2_shape: Sequence[int]) -> bool:
+    """Whether a chain's weights pass through shared memory, instead of staying there."""
+    return conv2_shape[0] > _CHAIN_TILE.block_c
 
 
 def _chain_rings(conv2_shape: Sequence[int], c_out: int, kind: chain_layout.Kind) -> tuple[int, int] | None:
@@ -222,13 +235,11 @@ def plan_chain(
     relus: tuple[bool, bool, bool] = (True, True, True),
     keep_sum: bool = True,
 ) -> LaunchPlan:
-    """Lays out a chain that `why_not_chain` lets pass. Arguments: chain_layout.plan."""
+    """Lays out a chain that `why_not_chain` lets pass, for the kernel that `is_wide` says. Arguments: chain_layout.plan."""
     base = chain_layout.plan(
         x_shape, conv2_shape, geometry, c_out, shortcut, next_shape, relus, keep_sum, config=_CHAIN_TILE
     )
     kind = chain_layout.kind_of(conv2_shape, shortcut, next_shape)
-    rings = _chain_rings(conv2_shape, c_out, kind)
-    assert rings is not None, "why_not_chain lets no such chain pass"
     views = {name: view for name, view in base.views.items() if name not in chain_layout.BLOCK_VECTORS}
     if "z_desc" in views:
         z = views["z_desc"]
@@ -238,10 +249,16 @@ def plan_chain(
         "RELU_2", "RELU_3", "RELU_1", "KEEP_SUM", "BOX_N", "BOX_H", "BOX_W",
     )  # fmt: skip
     constants = {name: base.constants[name] for name in names}
+    integers = base.integers | dict(n_blocks=c_out // _CHAIN_TILE.block_c)
+    if is_wide(conv2_shape):
+        views["w3_desc"] = views["w3_desc"]._replace(box=(_CHAIN_TILE.block_c, _CHAIN_TILE.block_c))
+        if "w1_desc" in views:
+            views["w1_desc"] = views["w1_desc"]._replace(box=(_WIDE, _CHAIN_TILE.block_c))
+        return LaunchPlan(views, integers, constants | dict(zip(("STAGES", "BUFFERS"), _WIDE_RING)))
+    rings = _chain_rings(conv2_shape, c_out, kind)
+    assert rings is not None, "why_not_chain lets no such chain pass"
     constants |= dict(BLOCK_NEXT=kind.next_width or _CHAIN_TILE.block_c, STAGES=rings[0], BUFFERS=rings[1])
-    return LaunchPlan(
-        views, base.integers | dict(n_blocks=c_out // _CHAIN_TILE.block_c, in_h=x_shape[2], in_w=x_shape[3]), constants
-    )
+    return LaunchPlan(views, integers | dict(in_h=x_shape[2], in_w=x_shape[3]), constants)
 
 
 # A strip of a stem: columns of the convolution, elements of a cell (two pixels of four channels), boxes of a row and their
