@@ -24,3 +24,25 @@ def truth(x, weight, scale, shift):
     z = z if scale is None else z * scale.double().cpu()[:, None, None]
     z = z if shift is None else z + shift.double().cpu()[:, None, None]
     return F.max_pool2d(torch.relu(z), 3, 2, 1)
+
+
+def reals(n, h, w, device):
+    """Operands as a network has them, (x, weight, scale, shift), and eager's result."""
+    x, weight = torch.randn(n, 3, h, w, device=device).half(), torch.randn(64, 3, 7, 7, device=device).half() / 12
+    scale, shift = torch.randn(64, device=device), torch.randn(64, device=device)
+    z = F.conv2d(x, weight, None, 2, 3)
+    # Variance and eps add up to 1: some versions of PyTorch refuse an eps of 0.
+    z = F.batch_norm(z, torch.zeros_like(scale), torch.full_like(scale, 0.5), scale, shift, eps=0.5)
+    return (x, weight, scale, shift), F.max_pool2d(torch.relu(z), 3, 2, 1)
+
+
+def with_value(value, h, w, device):
+    """Operands with NaN or inf at one pixel, in which no sum of two infinities is NaN; and the result in fp64."""
+    x, weight, scale, shift = integers(1, 20, 20, 16, device)
+    weight = weight.abs() + 1
+    scale[scale == 0] = 1
+    x[0, 1, h, w] = value
+    operands = (x, weight, scale, shift)
+    expected = truth(*operands)
+    assert 0 < expected.isfinite().sum() < expected.numel()
+    return operands, expected

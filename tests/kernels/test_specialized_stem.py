@@ -9,12 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from helpers import gluon_interpreter
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
-from helpers.stems import FP16, SIZES, integers, truth
+from helpers.stems import FP16, SIZES, integers, reals, truth, with_value
 
 pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is not installed")
 
@@ -87,25 +86,15 @@ def test_nan_and_inf_spread_as_in_eager_and_no_further(value, device, monkeypatc
     """Each column parity and both edges: the eighth pixel of a window has no say, zero weight or not."""
     interpret(monkeypatch, device)
     for h, w in ((7, 0), (8, 7), (9, 8), (0, 10), (10, 19), (19, 18)):
-        x, weight, scale, shift = integers(1, 20, 20, 16, device)
-        weight = weight.abs() + 1  # inf - inf is NaN as well, but in an order of its own
-        scale[scale == 0] = 1
-        x[0, 1, h, w] = value
-        expected = truth(x, weight, scale, shift)
-        assert 0 < expected.isfinite().sum() < expected.numel()
-        y = kernel.launch(x, weight, scale, shift)
+        operands, expected = with_value(value, h, w, device)
+        y = kernel.launch(*operands)
         torch.testing.assert_close(y.double().cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_as_accurate_as_eager(device, monkeypatch):
     interpret(monkeypatch, device)
-    x, weight = torch.randn(2, 3, 18, 22, device=device).half(), torch.randn(64, 3, 7, 7, device=device).half() / 12
-    scale, shift = torch.randn(64, device=device), torch.randn(64, device=device)
-    z = F.conv2d(x, weight, None, 2, 3)
-    # Variance and eps add up to 1: some versions of PyTorch refuse an eps of 0.
-    z = F.batch_norm(z, torch.zeros_like(scale), torch.full_like(scale, 0.5), scale, shift, eps=0.5)
-    eager = F.max_pool2d(torch.relu(z), 3, 2, 1)
-    assert_within_budget(kernel.launch(x, weight, scale, shift), eager, truth(x, weight, scale, shift))
+    operands, eager = reals(2, 18, 22, device)
+    assert_within_budget(kernel.launch(*operands), eager, truth(*operands))
 
 
 @pytest.mark.slow(unless=lambda batch: batch == 1)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from helpers.oracle import assert_within_budget
 from helpers.planted import planted
-from helpers.stems import SIZES, integers, truth
+from helpers.stems import SIZES, integers, reals, truth, with_value
 from resnet_kernels.kernels.geometry import Geometry
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -73,13 +73,8 @@ def test_bfloat16_is_exact(device):
 def test_nan_and_inf_spread_as_in_eager_and_no_further(value, config, device):
     """Each column parity and both edges: the eighth pixel of a window has no say, zero weight or not."""
     for h, w in ((7, 0), (8, 7), (9, 8), (5, 9), (0, 10), (10, 19), (19, 18)):
-        x, weight, scale, shift = integers(1, 20, 20, 16, device)
-        weight = weight.abs() + 1  # inf - inf is NaN as well, but in an order of its own
-        scale[scale == 0] = 1
-        x[0, 1, h, w] = value
-        expected = truth(x, weight, scale, shift)
-        assert 0 < expected.isfinite().sum() < expected.numel()
-        y = stem.launch(x, weight, scale, shift, config=config)
+        operands, expected = with_value(value, h, w, device)
+        y = stem.launch(*operands, config=config)
         torch.testing.assert_close(y.double().cpu(), expected, rtol=0, atol=0, equal_nan=True)
 
 
@@ -94,13 +89,8 @@ def test_nan_in_the_vectors_and_the_weight_stays(device):
 
 @pytest.mark.parametrize("config", CONFIGS[::2], ids=label)
 def test_as_accurate_as_eager(config, device):
-    x, weight = torch.randn(2, 3, 30, 34, device=device).half(), torch.randn(64, 3, 7, 7, device=device).half() / 12
-    scale, shift = torch.randn(64, device=device), torch.randn(64, device=device)
-    z = F.conv2d(x, weight, None, 2, 3)
-    # Variance and eps add up to 1: some versions of PyTorch refuse an eps of 0.
-    z = F.batch_norm(z, torch.zeros_like(scale), torch.full_like(scale, 0.5), scale, shift, eps=0.5)
-    eager = F.max_pool2d(torch.relu(z), 3, 2, 1)
-    assert_within_budget(stem.launch(x, weight, scale, shift, config=config), eager, truth(x, weight, scale, shift))
+    operands, eager = reals(2, 30, 34, device)
+    assert_within_budget(stem.launch(*operands, config=config), eager, truth(*operands))
 
 
 # What the packing pass makes.
