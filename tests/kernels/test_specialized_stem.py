@@ -129,8 +129,8 @@ BUGS = {
     "a strip's first rows not waited for": ("            mbarrier.wait(full.index(WHICH * ROWS + (use + r) % ROWS), "
                                             "(use + r) // ROWS & 1)\n        highest", "            pass\n        highest"),
     "a row that is still read is overwritten": ("mbarrier.wait(empty.index(slot), (use // ROWS & 1) ^ 1)", "pass"),
-    "a row given away too early": ("empty.index(WHICH * ROWS + (use + r) % ROWS))\n    if scale",
-                                   "empty.index(WHICH * ROWS + (use + r + 2) % ROWS))\n    if scale"),
+    "a row given away too early": ("empty.index(WHICH * ROWS + (use + r) % ROWS))\n    return row",
+                                   "empty.index(WHICH * ROWS + (use + r + 2) % ROWS))\n    return row"),
     "the last rows of a strip kept": ("        use += _TAPS - 2\n", ""),
     "weights that have not come": ("    mbarrier.wait(ws_full, 0)\n", ""),
     "the other consumer's ring": ("slot = WHICH * ROWS + (use + r)", "slot = (1 - WHICH) * ROWS + (use + r)"),
@@ -145,7 +145,7 @@ BUGS = {
     "a window that is never ended": ("| (h == bottom - 1)", "| (h < 0)"),
     "the row above a segment is stored": ("(h >= 2 * first) &", "(h >= 0) &"),
     "the row above a segment is left out": ("gl.maximum(2 * first - 1, 0)", "2 * first"),
-    "the scale left out": ("row *= scale[:, None]", "pass"),
+    "the scale left out": ("row * scale[:, None]", "row"),
     "the wrong image": ("gl.cast(n, gl.int64)", "gl.cast(0, gl.int64)"),
 }  # fmt: skip
 
