@@ -16,7 +16,7 @@ TMA_KERNEL, CHAIN_KERNEL = "conv_bias_act tma", "chain tma"
 STEM_KERNEL, STEM_PACK_KERNEL = "stem", "stem pack"
 SHARING_KERNEL, SPECIALIZED_KERNEL = "tap sharing tma", "specialized conv"
 SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL = "specialized chain", "specialized stem"
-WIDE_CHAIN_KERNEL = "specialized wide chain"
+RING_CHAIN_KERNEL = "specialized chain, ring"
 EPILOGUE_KERNEL, FOLD_KERNEL = "epilogue", "fold_weights"
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32, "tf32": torch.float32}
 
@@ -66,7 +66,7 @@ def kernel_named(name: str):
     from resnet_kernels.kernels.sm90 import (
         chain,
         specialized_chain,
-        specialized_chain_wide,
+        specialized_chain_ring,
         specialized_conv,
         specialized_stem,
         stem,
@@ -85,7 +85,7 @@ def kernel_named(name: str):
         SHARING_KERNEL: tap_sharing._tap_sharing_tma_kernel,
         SPECIALIZED_KERNEL: specialized_conv._specialized_conv_kernel,
         SPECIALIZED_CHAIN_KERNEL: specialized_chain._specialized_chain_kernel,
-        WIDE_CHAIN_KERNEL: specialized_chain_wide.wide_chain_kernel,
+        RING_CHAIN_KERNEL: specialized_chain_ring.ring_chain_kernel,
         SPECIALIZED_STEM_KERNEL: specialized_stem._specialized_stem_kernel,
         STEM_PACK_KERNEL: stem._pack_kernel,
         EPILOGUE_KERNEL: epilogue._epilogue_kernel,

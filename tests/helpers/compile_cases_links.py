@@ -10,11 +10,11 @@ import torch
 
 from helpers.compile_cases import (
     CHAIN_KERNEL,
+    RING_CHAIN_KERNEL,
     SPECIALIZED_CHAIN_KERNEL,
     SPECIALIZED_STEM_KERNEL,
     STEM_KERNEL,
     STEM_PACK_KERNEL,
-    WIDE_CHAIN_KERNEL,
     Case,
     descriptor_type,
     gluon_descriptor_type,
@@ -105,7 +105,7 @@ def chain_label(kind, config) -> str:
 
 def specialized_chain_cases() -> list[Case]:
     """Cases of specialized_chain.py's kernels: one of each combination that leads to another loop."""
-    from resnet_kernels.kernels.sm90.specialized_layout import is_wide, plan_chain, why_not_chain
+    from resnet_kernels.kernels.sm90.specialized_layout import plan_chain, why_not_chain
 
     cases: dict[object, Case] = {}
     for kind, key, shapes, preact, what in _chains():
@@ -123,7 +123,7 @@ def specialized_chain_cases() -> list[Case]:
         types |= dict.fromkeys(pointers, "*fp32") | arguments
         given = constants | todo.constants
         config = f"s{given['STAGES']} b{given['BUFFERS']}"
-        kernel = WIDE_CHAIN_KERNEL if is_wide(conv2) else SPECIALIZED_CHAIN_KERNEL
+        kernel = RING_CHAIN_KERNEL if todo.in_ring else SPECIALIZED_CHAIN_KERNEL
         names = kernel_named(kernel).arg_names
         case = Case(
             kernel, config, "bf16", what, 4, 3, types, aligned,

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from helpers.compile_cases import (
     CHAIN_KERNEL,
+    RING_CHAIN_KERNEL,
     SHARING_KERNEL,
     SPECIALIZED_CHAIN_KERNEL,
     SPECIALIZED_KERNEL,
     SPECIALIZED_STEM_KERNEL,
     STEM_KERNEL,
     TMA_KERNEL,
-    WIDE_CHAIN_KERNEL,
     Case,
     kernel_named,
 )
@@ -82,7 +82,7 @@ def compile_case(job: tuple[Case, Target]) -> dict:
         record["loads_in_loop"] = _loads_in_loop(compiled.asm["ttgir"])
         on_hopper = case.kernel in (
             TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL,
-            SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, WIDE_CHAIN_KERNEL,
+            SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, RING_CHAIN_KERNEL,
         )  # fmt: skip
         record |= _read_nvidia(compiled, on_hopper) if target.nvidia else _read_amd(compiled)
         record["programs"] = _programs(record, target)

@@ -16,6 +16,7 @@ from helpers.compile_cases import (
     CHAIN_KERNEL,
     EPILOGUE_KERNEL,
     FOLD_KERNEL,
+    RING_CHAIN_KERNEL,
     SHARING_KERNEL,
     SPECIALIZED_CHAIN_KERNEL,
     SPECIALIZED_KERNEL,
@@ -23,7 +24,6 @@ from helpers.compile_cases import (
     STEM_KERNEL,
     STEM_PACK_KERNEL,
     TMA_KERNEL,
-    WIDE_CHAIN_KERNEL,
     label,
 )
 from helpers.compile_cases_batch_norm import BATCH_NORM_KERNELS
@@ -98,7 +98,7 @@ def has_room_for_a_program(record: dict, target: Target) -> str | None:
 
 def multiplies_on_tensor_cores(record: dict, target: Target) -> str | None:
     own = (TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, SHARING_KERNEL)
-    own += (SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, WIDE_CHAIN_KERNEL)
+    own += (SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, RING_CHAIN_KERNEL)
     if record["kernel"] not in ("conv_bias_act", *own):
         return None
     # wgmma and tcgen05 take a group of four warps; smaller programs fall back to Ampere's instruction.
@@ -234,7 +234,7 @@ def specialized_warps_only_multiply(record: dict, target: Target) -> str | None:
 
 def specialized_chains_keep_all_but_pixels(record: dict, target: Target) -> str | None:
     """All tensors travel by descriptor; a block of y takes little more than half of chain.py's instructions."""
-    if record["kernel"] not in (SPECIALIZED_CHAIN_KERNEL, WIDE_CHAIN_KERNEL):
+    if record["kernel"] not in (SPECIALIZED_CHAIN_KERNEL, RING_CHAIN_KERNEL):
         return None
     constants, arguments = record["constants"], record["arguments"]
     ranks = {2, 4, 5 if constants["IN_PAIRS"] else 4}
@@ -244,7 +244,7 @@ def specialized_chains_keep_all_but_pixels(record: dict, target: Target) -> str 
     # Of four warps. For as many elements of y chain.py takes 281 and more, of eight warps.
     block = max(record["k_loops"], key=lambda loop: loop["instructions"])
     most, most_barriers = 560 if "norm_scale_ptr" in arguments else 330, 5
-    if record["kernel"] == WIDE_CHAIN_KERNEL:  # two products more, and a stage of the ring to wait for and to give away
+    if record["kernel"] == RING_CHAIN_KERNEL:  # two products more, and a stage of the ring to wait for and to give away
         most, most_barriers = most + 60, 7
     if block["instructions"] > most or block["barriers"] > most_barriers:
         return f"a block of y takes {block}"
@@ -381,7 +381,7 @@ def test_one_configuration_of_each_kernel(tmp_path_factory):
         *(f"batch_norm_act {name}" for name in BATCH_NORM_KERNELS),
     }
     own = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
-    own |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, WIDE_CHAIN_KERNEL}
+    own |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, RING_CHAIN_KERNEL}
     assert {r["kernel"] for r in records} == kernels | own and len(records) == len(kernels | own)
 
 
@@ -432,7 +432,7 @@ def test_no_configuration_is_left_out(target, records):
         own = {r["config"] for r in records if r["kernel"] == STEM_KERNEL}
         assert own == {stem_label(config) for config in STEM_CONFIGS}
     hopper = {TMA_KERNEL, CHAIN_KERNEL, STEM_KERNEL, STEM_PACK_KERNEL, SHARING_KERNEL}
-    hopper |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, WIDE_CHAIN_KERNEL}
+    hopper |= {SPECIALIZED_KERNEL, SPECIALIZED_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, RING_CHAIN_KERNEL}
     if target == BLACKWELL_TARGET:
         tiles = {r["config"] for r in records if r["kernel"] == TMA_KERNEL and r["target"] == target}
         assert tiles == {r["config"] for r in records if r["kernel"] == TMA_KERNEL and r["target"] == TMA_TARGET}

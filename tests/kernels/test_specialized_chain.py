@@ -21,9 +21,9 @@ pytest.importorskip("triton.experimental.gluon", reason="Triton with Gluon is no
 
 from resnet_kernels.kernels.sm90 import specialized_chain as kernel
 from resnet_kernels.kernels.sm90 import specialized_chain_device
-from resnet_kernels.kernels.sm90 import specialized_chain_wide as wide_kernel
+from resnet_kernels.kernels.sm90 import specialized_chain_ring as ring_kernel
 from resnet_kernels.kernels.sm90.chain_layout import ShortcutShape, kind_of
-from resnet_kernels.kernels.sm90.specialized_layout import MOST_SHARED, is_wide, plan_chain, why_not_chain
+from resnet_kernels.kernels.sm90.specialized_layout import MOST_SHARED, plan_chain, why_not_chain
 
 pytestmark = pytest.mark.usefixtures("hopper_with_nan_outputs")
 
@@ -57,6 +57,9 @@ ABLE += (
         keep_sum=False,
     ),
     Case("wide, without the next", 3, 128, 9, 7, 128, 256, 0),
+    Case("ring, a projection and z", 5, 64, 12, 8, 64, 256, 64, shortcut=64),
+    Case("ring, v2, a projection and z, stride 2", 3, 64, 16, 16, 64, 256, 40, shortcut=40, stride=2, preact=True),
+    Case("ring, 128 input channels", 3, 128, 8, 8, 64, 320, 64),
 )  # fmt: skip
 
 
@@ -158,7 +161,7 @@ REASONS = {
         "beside a projection conv2 must have at most 64 output channels, got 128",
     ),
     "128 channels, and 256 of the next block": (
-        WIDE | dict(next_shape=(256, 512, 1, 1)), "the next conv1 must have at most 128 output channels, got 256"
+        WIDE | dict(next_shape=(256, 512, 1, 1)), "so the next conv1 must have at most 128 channels, got 256"
     ),
     "half a step": (dict(x_shape=(2, 96, 8, 8), conv2_shape=(64, 96, 3, 3)), "conv2: C_in must be a multiple of 64, got 96"),
     "half a block": (dict(conv3_shape=(96, 64, 1, 1), next_shape=None), "conv3: C_out must be a multiple of 64, got 96"),
@@ -167,7 +170,8 @@ REASONS = {
         "shortcut: C_in must be at most 64, got 256",
     ),
     "weights": (
-        dict(x_shape=(2, 128, 8, 8), conv2_shape=(64, 128, 3, 3), next_shape=(128, 256, 1, 1)), "don't fit into shared memory"
+        dict(x_shape=(2, 128, 8, 8), conv2_shape=(64, 128, 3, 3), next_shape=(128, 256, 1, 1)),
+        "don't fit into shared memory, so the next conv1 must have at most 64 channels, got 128",
     ),
 }  # fmt: skip
 
@@ -179,9 +183,9 @@ def test_the_predicate_says_why_not(name):
     assert said is None if reason is None else reason in said
 
 
-@pytest.mark.slow(unless=lambda batch, what: batch == 1 and what != "a projection")
+@pytest.mark.slow(unless=lambda batch, what: batch == 1 and "projection" not in what)
 @pytest.mark.parametrize("batch", (1, 256))
-@pytest.mark.parametrize("what", ("stage 1", "a projection", "stage 2"))
+@pytest.mark.parametrize("what", ("stage 1", "a projection", "a projection and z", "stage 2"))
 def test_the_chains_of_resnet50_end(batch, what, monkeypatch):
     """No deadlock: the first and the last program on 132 multiprocessors, without numbers."""
     meta = partial(torch.empty, dtype=FP16, device=gluon_interpreter.META)
@@ -189,6 +193,8 @@ def test_the_chains_of_resnet50_end(batch, what, monkeypatch):
     case, size = replace(CASES[0], n=1), 56
     if what == "a projection":
         case = replace(CASES[3], n=1, next_width=0)
+    elif what == "a projection and z":
+        case = replace(CASES[3], n=1)
     elif what == "stage 2":
         case, size = replace(CASES[4], n=1), 28
     call = chain(case, torch.device("cpu"))
@@ -203,8 +209,9 @@ def test_the_chains_of_resnet50_end(batch, what, monkeypatch):
         )
 
     call = {name: without_numbers(value) for name, value in call.items()}
-    boxes = size**2 // 64 * batch if what != "stage 2" else -(-(size**2) // 64 * batch) // 2
-    programs = min(boxes, kernel.multiprocessors(None))
+    boxes = -(-(size**2) // 64) * batch
+    in_ring = what in ("a projection and z", "stage 2")
+    programs = min(-(-boxes // 2) if in_ring else boxes, kernel.multiprocessors(None))
     launch = partial(gluon_interpreter.launch, programs={0, programs - 1})
     monkeypatch.setattr(kernel, "launching", SimpleNamespace(launch=launch))
     y, z = run(call)
@@ -239,8 +246,8 @@ BUGS = {
     "a dropped ReLU": ("            if RELU_3:\n                y = relu(y)\n", ""),
     "the residual of the box before": ("box_of(tile + OFFSET", "box_of(tile"),
 }  # fmt: skip
-# Of the chain with 128 channels.
-WIDE_BUGS = {
+# Of the chain whose weights pass through a ring.
+RING_BUGS = {
     "a stage empty for one consumer": ("mbarrier.init(empty.index(i), count=2)", "mbarrier.init(empty.index(i), count=1)"),
     "a stage given away while conv1's product may read it": (
         "mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=j > 0)", "mbarrier.arrive(empty.index(stage))"
@@ -250,25 +257,29 @@ WIDE_BUGS = {
         "        if NEXT_WIDTH > 0:\n",
     ),
     "the other consumer's pixels": ("xs.index(2 * stage + WHICH)", "xs.index(2 * stage + 1 - WHICH)"),
-    "the other consumer's h": ("hs.index(2 * WHICH + 1), xs", "hs.index(1), xs"),
+    "the other consumer's h": ("hs.index(HALVES * WHICH + half)", "hs.index(half)"),
     "h's right half twice": ("hs.index(2 * WHICH).store(left)", "hs.index(2 * WHICH).store(right)"),
     "h without a fence": ("        fence_async_shared()\n        zeros", "        zeros"),
     "fewer bytes than come": ("2 * x_desc.block_type.nbytes + w2", "x_desc.block_type.nbytes + w2"),
-    "one half of conv3's weight": ("[j * _BLOCK, _BLOCK]", "[j * _BLOCK, 0]"),
+    "one half of conv3's weight": ("[j * _BLOCK, half * _BLOCK]", "[j * _BLOCK, 0]"),
     "both boxes at the same place": ("box_of(tile + 1,", "box_of(tile,"),
     "the first block's vectors": ("shift3_ptr, channel, C_OUT)", "shift3_ptr, 0, C_OUT)"),
     "z of the sum, not of p": ("gl.convert_layout(p, gl.Dot", "gl.convert_layout(y, gl.Dot"),
     "a tap too far": ("r = k // (KERNEL_W * N_CHUNKS)", "r = k // (KERNEL_W * N_CHUNKS) + 1"),
     "half of the input channels": ("c = k % N_CHUNKS * _BLOCK", "c = 0"),
     "a residual that has not come": (
-        "mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)\n            residual", "residual"
+        "mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)\n                out", "out"
     ),
+    "a projection's input that has not come": ("mbarrier.wait(loaded.index(WHICH), i & 1)", "pass"),
+    "a projection's input kept": ("mbarrier.arrive(stored.index(WHICH))", "pass"),
+    "the projection's bytes forgotten": ("w3_desc.block_type.nbytes + WS_BYTES", "w3_desc.block_type.nbytes"),
+    "the projection's first vectors": ("shortcut_shift_ptr, channel, C_OUT)", "shortcut_shift_ptr, 0, C_OUT)"),
 }  # fmt: skip
 
 
-def is_wrong(device, monkeypatch, wide: bool = False) -> bool:
+def is_wrong(device, monkeypatch, in_ring: bool = False) -> bool:
     """Whether one of several launches ends in a race, in a deadlock, or with other numbers."""
-    names = ("wide",) if wide else ("several boxes", "v2", "wide, several")
+    names = ("wide", "ring") if in_ring else ("several boxes", "v2", "wide, several")
     for seed, case in enumerate(case for case in ABLE if case.name.startswith(names) and case.name[:3] != "v2,"):
         for offset in range(3):
             interpret(monkeypatch, device, 10 * seed + offset)
@@ -285,7 +296,7 @@ def plant(name: str, old: str, new: str, tmp_path, monkeypatch) -> None:
     module = planted(f"sm90.{name}", tmp_path, old, new)
     for what, function in vars(module).items():
         if hasattr(function, "fn") and function.fn.__module__ == module.__name__:
-            for user in (kernel, wide_kernel):
+            for user in (kernel, ring_kernel):
                 if user.__name__.endswith(f".{name}") or (hasattr(user, what) and not what.startswith("_")):
                     monkeypatch.setattr(user, what, function)
 
@@ -301,20 +312,20 @@ def test_planted_bug_is_caught(name, tmp_path, device, monkeypatch):
     assert is_wrong(device, monkeypatch)
 
 
-@pytest.mark.slow(unless=lambda name: name in [*WIDE_BUGS][::7])
-@pytest.mark.parametrize("name", WIDE_BUGS)
-def test_planted_bug_with_128_channels_is_caught(name, tmp_path, device, monkeypatch):
+@pytest.mark.slow(unless=lambda name: name in [*RING_BUGS][::7])
+@pytest.mark.parametrize("name", RING_BUGS)
+def test_planted_bug_in_the_ring_is_caught(name, tmp_path, device, monkeypatch):
     if device.type != "cpu":
         pytest.skip("a bug in the schedule may hang a GPU")
-    plant("specialized_chain_wide", *WIDE_BUGS[name], tmp_path, monkeypatch)
-    monkeypatch.setattr(kernel, "wide_chain_kernel", wide_kernel.wide_chain_kernel)
-    assert is_wrong(device, monkeypatch, wide=True)
+    plant("specialized_chain_ring", *RING_BUGS[name], tmp_path, monkeypatch)
+    monkeypatch.setattr(kernel, "ring_chain_kernel", ring_kernel.ring_chain_kernel)
+    assert is_wrong(device, monkeypatch, in_ring=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("wide", (False, True))
-def test_nothing_planted_nothing_caught(wide, device, monkeypatch):
-    assert not is_wrong(device, monkeypatch, wide)
+@pytest.mark.parametrize("in_ring", (False, True))
+def test_nothing_planted_nothing_caught(in_ring, device, monkeypatch):
+    assert not is_wrong(device, monkeypatch, in_ring)
 
 
 def test_layouts_and_addresses_do_not_matter(device, monkeypatch):
@@ -328,11 +339,12 @@ def test_plans_fit_into_shared_memory():
         call = chain(case, torch.device("cpu"))
         x, conv2, geometry, conv3, _, shortcut, following = shapes(call)
         todo = plan_chain(tuple(x), tuple(conv2), geometry, conv3[0], shortcut, following and tuple(following))
-        if is_wide(conv2):
-            pieces = 4 * todo.constants["STAGES"] + 4 + 2 * todo.constants["BUFFERS"]
-            assert 2 * 64 * 64 * pieces <= MOST_SHARED
-            continue
         kind = kind_of(conv2, shortcut, following)
+        if todo.in_ring:
+            width = kind.width // 64
+            pieces = (2 + width) * todo.constants["STAGES"] + 2 * width + 2 * todo.constants["BUFFERS"]
+            assert 2 * 64 * 64 * (pieces + 2 * bool(kind.shortcut_in)) <= MOST_SHARED
+            continue
         weights = 64 * conv2[1:].numel() + conv3[0] * (64 + kind.next_width + kind.shortcut_in)
         tiles = todo.constants["STAGES"] + 2 * todo.constants["BUFFERS"] + 2 + 2 * bool(kind.shortcut_in)
         assert 2 * (weights + 64 * 64 * tiles) <= 227 * 1024 - 512

@@ -1,6 +1,7 @@
 """A bottleneck's 3x3, its last 1x1 and the next bottleneck's first 1x1 for Hopper, with specialized warps.
 
-Here is the kernel for up to 64 channels, and the launch of both; specialized_chain_wide.py has the one for up to 128.
+Here is the kernel whose weights all stay in shared memory, and the launch of both. Where they don't fit, with 128 channels or
+with a projection and z, the kernel is specialized_chain_ring.py's.
 
 Formulas: chain.py, whose result this kernel gives, bit for bit but for the order of sums. There a program loads, multiplies
 and stores in turns, and reads its weights from L2 again for each box of pixels. Here all weights stay in shared memory (139
@@ -44,9 +45,9 @@ from .gluon_names import (
     warpgroup_mma_wait,
 )
 from .specialized_chain_device import affine, load_residuals, store_block
-from .specialized_chain_wide import wide_chain_kernel
+from .specialized_chain_ring import ring_chain_kernel
 from .specialized_device import box_of, load_tile, multiply_add
-from .specialized_layout import is_wide, plan_chain
+from .specialized_layout import plan_chain
 
 # Channels of y, and of a step of the 3x3, that are worked on at a time.
 _BLOCK = gl.constexpr(64)
@@ -359,9 +360,8 @@ def launch(
     tensors |= {name: contiguous(vector) for name, vector in vectors.items()}
     programs = min(todo.integers["n_tiles"], multiprocessors(x.device))
     kernel = _specialized_chain_kernel
-    if is_wide(conv2.weight.shape):
-        kernel, programs = wide_chain_kernel, min(cdiv(todo.integers["n_tiles"], 2), multiprocessors(x.device))
-        del tensors["ws_desc"], tensors["shortcut_scale_ptr"], tensors["shortcut_shift_ptr"]
+    if todo.in_ring:  # a program has two boxes at a time
+        kernel, programs = ring_chain_kernel, min(cdiv(todo.integers["n_tiles"], 2), multiprocessors(x.device))
     launching.launch(
         kernel, (programs,), x.device, tensors, todo.fixed, todo.prepared, todo.views, num_warps=4, enable_fp_fusion=True
     )  # fmt: skip

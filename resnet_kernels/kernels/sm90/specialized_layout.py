@@ -169,9 +169,9 @@ def plan(
 
 # The chain's tile: 64 pixels for each of two consumers, 64 channels of y at a time.
 _CHAIN_TILE = ChainConfig(64, 64, 64, num_warps=4, num_stages=4, tail_stages=1, programs_per_sm=1)
-# Channels of the chain whose weights pass through a ring: (its stages, buffers of y for each consumer).
-_WIDE, _WIDE_RING = 128, (4, 3)
-# (stages of the 3x3, buffers of y for each consumer), best first: the first that fits beside the weights is taken.
+# Where weights pass through the ring, by the channels of a stage: (stages, buffers of y for each consumer).
+_WEIGHT_RINGS = {64: (5, 3), 128: (4, 3)}
+# Where they stay: (stages of the 3x3, buffers of y for each consumer); the first that fits beside them is taken.
 _CHAIN_RINGS = ((4, 3), (3, 3), (4, 2), (3, 2), (2, 2), (3, 1), (2, 1))
 
 
@@ -190,38 +190,43 @@ def why_not_chain(
         return reason
     width, c_in, c_out = *conv2_shape[:2], conv3_shape[0]
     kind = chain_layout.kind_of(conv2_shape, shortcut, next_shape)
-    if width > _WIDE:
-        return f"conv2 must have at most {_WIDE} output channels, got {width}"
+    if width > max(_WEIGHT_RINGS):
+        return f"conv2 must have at most {max(_WEIGHT_RINGS)} output channels, got {width}"
     for name, channels in (("conv2: C_in", c_in), ("conv3: C_out", c_out)):
         if channels % _CHAIN_TILE.block_c:
             return f"{name} must be a multiple of {_CHAIN_TILE.block_c}, got {channels}"
-    if is_wide(conv2_shape):
-        if kind.shortcut_in:
-            return f"beside a projection conv2 must have at most {_CHAIN_TILE.block_c} output channels, got {width}"
-        if kind.next_width > _WIDE:
-            return f"the next conv1 must have at most {_WIDE} output channels, got {next_shape[0] if next_shape else 0}"
-        return None
+    if kind.shortcut_in and width > _CHAIN_TILE.block_c:
+        return f"beside a projection conv2 must have at most {_CHAIN_TILE.block_c} output channels, got {width}"
     if kind.shortcut_in > _CHAIN_TILE.block_c:
         return f"shortcut: C_in must be at most {_CHAIN_TILE.block_c}, got {kind.shortcut_in}"
-    if _chain_rings(conv2_shape, c_out, kind) is None:
-        return "the weights don't fit into shared memory"
+    if kind.next_width > kind.width and _beside_weights(conv2_shape, c_out, kind) is None:
+        need = f"the next conv1 must have at most {kind.width} channels"
+        return f"the weights don't fit into shared memory, so {need}, got {next_shape[0] if next_shape else 0}"
     return None
 
 
-def is_wide(conv2_shape: Sequence[int]) -> bool:
-    """Whether a chain's weights pass through shared memory, instead of staying there."""
-    return conv2_shape[0] > _CHAIN_TILE.block_c
-
-
-def _chain_rings(conv2_shape: Sequence[int], c_out: int, kind: chain_layout.Kind) -> tuple[int, int] | None:
+def _beside_weights(conv2_shape: Sequence[int], c_out: int, kind: chain_layout.Kind) -> tuple[int, int] | None:
     """Returns the stages of the 3x3 and the buffers of each consumer that fit beside the weights; None if none do."""
     block, block_m = _CHAIN_TILE.block_c, _CHAIN_TILE.block_m
+    if kind.width > block:
+        return None
     weights = block * prod(conv2_shape[1:]) + c_out * (block + kind.next_width + kind.shortcut_in)
     inputs = 2 * block_m * (block + kind.shortcut_in)
     for stages, buffers in _CHAIN_RINGS:
         if 2 * (weights + inputs + block_m * block * (stages + 2 * buffers)) <= MOST_SHARED:
             return stages, buffers
     return None
+
+
+@dataclass(frozen=True)
+class SpecializedChainPlan(LaunchPlan):
+    """Launch of one of the two kernels.
+
+    Attributes:
+        in_ring: whether weights pass through shared memory (specialized_chain_ring.py) instead of staying there.
+    """
+
+    in_ring: bool
 
 
 @lru_cache(_CACHED)
@@ -234,8 +239,8 @@ def plan_chain(
     next_shape: tuple[int, ...] | None = None,
     relus: tuple[bool, bool, bool] = (True, True, True),
     keep_sum: bool = True,
-) -> LaunchPlan:
-    """Lays out a chain that `why_not_chain` lets pass, for the kernel that `is_wide` says. Arguments: chain_layout.plan."""
+) -> SpecializedChainPlan:
+    """Lays out a chain that `why_not_chain` lets pass. Arguments: chain_layout.plan."""
     base = chain_layout.plan(
         x_shape, conv2_shape, geometry, c_out, shortcut, next_shape, relus, keep_sum, config=_CHAIN_TILE
     )
@@ -250,15 +255,15 @@ def plan_chain(
     )  # fmt: skip
     constants = {name: base.constants[name] for name in names}
     integers = base.integers | dict(n_blocks=c_out // _CHAIN_TILE.block_c)
-    if is_wide(conv2_shape):
+    rings = _beside_weights(conv2_shape, c_out, kind)
+    if rings is None:
+        stages, buffers = _WEIGHT_RINGS[kind.width]
+        # In halves, if there are 128 channels: each lies where pixels of one of the two boxes may lie.
         views["w3_desc"] = views["w3_desc"]._replace(box=(_CHAIN_TILE.block_c, _CHAIN_TILE.block_c))
-        if "w1_desc" in views:
-            views["w1_desc"] = views["w1_desc"]._replace(box=(_WIDE, _CHAIN_TILE.block_c))
-        return LaunchPlan(views, integers, constants | dict(zip(("STAGES", "BUFFERS"), _WIDE_RING)))
-    rings = _chain_rings(conv2_shape, c_out, kind)
-    assert rings is not None, "why_not_chain lets no such chain pass"
+        constants |= dict(BLOCK_WIDTH=kind.width, STAGES=stages, BUFFERS=buffers)
+        return SpecializedChainPlan(views, integers, constants, True)
     constants |= dict(BLOCK_NEXT=kind.next_width or _CHAIN_TILE.block_c, STAGES=rings[0], BUFFERS=rings[1])
-    return LaunchPlan(views, integers | dict(in_h=x_shape[2], in_w=x_shape[3]), constants)
+    return SpecializedChainPlan(views, integers | dict(in_h=x_shape[2], in_w=x_shape[3]), constants, False)
 
 
 # A strip of a stem: columns of the convolution, elements of a cell (two pixels of four channels), boxes of a row and their
