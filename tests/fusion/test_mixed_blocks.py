@@ -152,6 +152,7 @@ def test_a_hook_fires_on_each_module(name):
     assert convolutions_that_ran(fused, x)
 
 
+@pytest.mark.slow(unless=lambda name: name in [*CASES][::3])
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:resnet_kernels")
 def test_one_module_in_train_mode(name):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
-from helpers.compile_cases import RING_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL, Case
+from helpers.compile_cases import Case
 from helpers.compile_cases_activations import activation_cases
 from helpers.compile_cases_batch_norm import batch_norm_cases
 from helpers.compile_cases_conv import conv_cases, planted_case
@@ -47,15 +47,11 @@ def blackwell_cases() -> list[Case]:
     return list({repr(case): case for case in found.values()}.values())
 
 
-# They take the compiler several seconds each: they are left to the slow tests, beside others of their kind.
-SLOW_TO_COMPILE = {RING_CHAIN_KERNEL, SPECIALIZED_STEM_KERNEL}
-
-
 def one_of_each_kernel() -> list[tuple[Case, Target]]:
-    """One job of each kernel but SLOW_TO_COMPILE, on Hopper; they compile in seconds."""
+    """One job of each kernel, on Hopper; they compile in seconds."""
     first: dict[str, tuple[Case, Target]] = {}
     for case, target in jobs(everything=False):
-        if target.name == TMA_TARGET and not case.planted and case.kernel not in SLOW_TO_COMPILE:
+        if target.name == TMA_TARGET and not case.planted:
             first.setdefault(case.kernel, (case, target))
     return [*first.values()]
 

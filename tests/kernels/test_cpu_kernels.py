@@ -43,6 +43,7 @@ def _compile(folder: Path, sources: Path, width: int, rows: int, *flags: str) ->
     return library
 
 
+@pytest.mark.slow(unless=lambda isa: isa == "avx2")  # which nearly every machine has
 @pytest.mark.parametrize("isa", ISAS)
 def test_integers_are_exact_and_no_buffer_is_left(isa):
     """Also for images of more than 2**31 elements."""

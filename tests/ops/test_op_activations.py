@@ -197,6 +197,7 @@ def test_cudnn_fuses_relu_alone(monkeypatch):
     assert names == ["cudnn", *["cudnn+epilogue"] * 4]
 
 
+@pytest.mark.slow(unless=lambda training, backend: training and backend == "triton")
 @pytest.mark.parametrize("training", (True, False), ids=("training", "eval"))
 @pytest.mark.parametrize("backend", ("triton", "eager"))
 def test_compile(training, backend, device):

@@ -8,7 +8,7 @@ import pytest
     ("model", "batch", "dtype", "every"),
     # Each net and batch once, at a second of compiling a kernel; rehearse.py takes any.
     [
-        ("resnet50", "256", "bf16", "1"),
+        ("resnet50", "256", "bf16", "2"),
         ("resnet_v2_50", "1", "bf16", "3"),
         ("resnet18", "2", "bf16", "3"),
         ("resnet18", "1", "fp32", "3"),

@@ -250,6 +250,7 @@ def _strides(block, stride):
     block.conv1.stride = block.downsample[0].stride = stride
 
 
+@pytest.mark.slow(unless=lambda edit: edit in [*EDITS][::3])
 @pytest.mark.parametrize("edit", EDITS, ids=[name.replace(" ", "_") for name in EDITS])
 def test_the_next_call_sees_an_edit(edit, programs, x):
     change, expected = EDITS[edit]

@@ -96,6 +96,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow(unless=lambda change: change in [*CHANGES.values()][::3])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_was_known_is_not_relied_on_after_a_change(change, looks):
     model = network()

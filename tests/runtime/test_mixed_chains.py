@@ -166,6 +166,7 @@ EDITS = {
 }
 
 
+@pytest.mark.slow(unless=lambda name: name in [*EDITS][::3])
 @pytest.mark.parametrize("name", EDITS)
 def test_an_edit_was_not_seen(name, nets, x, programs):
     net, ours = nets

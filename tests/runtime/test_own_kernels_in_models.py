@@ -85,6 +85,7 @@ def _conv_bn(c_in, c_out, kernel=3, **options):
     return nn.Sequential(nn.Conv2d(c_in, c_out, kernel, **options), nn.BatchNorm2d(c_out), nn.ReLU())
 
 
+@pytest.mark.slow(unless=lambda channels: channels == (1, 1))
 @pytest.mark.parametrize("channels", ((1, 1), (1, 20), (16, 1), (17, 33)), ids=str)
 def test_a_small_size_was_not_as_eager(channels, calls_of_ours):
     """No images, single pixels, one channel, one output channel."""

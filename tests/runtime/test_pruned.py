@@ -43,6 +43,7 @@ def network(block):
 BLOCKS = {"basic": (lambda: BasicBlock(16, 16), 2), "bottleneck": (lambda: Bottleneck(16, 4), 3)}
 
 
+@pytest.mark.slow(unless=lambda backend, when, block: block == "basic" or backend == "auto")
 @pytest.mark.parametrize("backend", ("auto", "triton"))
 @pytest.mark.parametrize("block", BLOCKS)
 @pytest.mark.parametrize("when", ("before fusing", "after fusing", "after a call"))
