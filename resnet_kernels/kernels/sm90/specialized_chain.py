@@ -46,7 +46,7 @@ from .gluon_names import (
 )
 from .specialized_chain_device import affine, load_residuals, store_block
 from .specialized_chain_ring import ring_chain_kernel
-from .specialized_device import box_of, load_tile, multiply_add
+from .specialized_device import box_of, halves, load_tile, multiply_add
 from .specialized_layout import plan_chain
 
 # Channels of y, and of a step of the 3x3, that are worked on at a time.
@@ -174,12 +174,11 @@ def _compute(
                 store_block(z, z_desc, ys, stored, use, n, h, w, 0, WHICH, BUFFERS, not HAS_PROJECTION)
                 use += 1
             else:
-                halves = z.reshape([BLOCK_M, 2, _BLOCK]).permute(0, 2, 1).split()
                 for half in gl.static_range(2):
                     if not HAS_PROJECTION:
                         mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)
                     store_block(
-                        halves[half], z_desc, ys, stored, use, n, h, w, half * _BLOCK, WHICH, BUFFERS,
+                        halves(z)[half], z_desc, ys, stored, use, n, h, w, half * _BLOCK, WHICH, BUFFERS,
                         not HAS_PROJECTION,
                     )  # fmt: skip
                     use += 1

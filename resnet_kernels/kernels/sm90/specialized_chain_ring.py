@@ -25,21 +25,10 @@ from .gluon_names import (
     warpgroup_mma_wait,
 )
 from .specialized_chain_device import affine, load_residuals, store_block
-from .specialized_device import box_of
+from .specialized_device import box_of, halves, load_pixels
 
 # Channels of y, and of a step of the 3x3, that are worked on at a time.
 _BLOCK = gl.constexpr(64)
-
-
-@gluon.jit
-def _load_x(x_desc, ready, x, n, h, w, c, r, s, N_CHUNKS: gl.constexpr, IN_PAIRS: gl.constexpr):
-    """A box's pixels for one tap and 64 input channels from c on, as in specialized_device.load_tile."""
-    if IN_PAIRS:
-        async_load(
-            x_desc, [n, h + r // 2, r % 2, w + s // 2, c + s % 2 * (N_CHUNKS * _BLOCK)], ready, x.reshape(x_desc.block_shape)
-        )  # fmt: skip
-    else:
-        async_load(x_desc, [n, h + r, w + s, c], ready, x.reshape(x_desc.block_shape))
 
 
 @gluon.jit
@@ -62,19 +51,20 @@ def _load(
         for k in range(KERNEL_H * KERNEL_W * N_CHUNKS):
             r = k // (KERNEL_W * N_CHUNKS)
             s = k // N_CHUNKS % KERNEL_W
-            if IN_PAIRS:
-                r += SKEW_H
-                s += SKEW_W
             c = k % N_CHUNKS * _BLOCK
             stage = step % STAGES
             ready = full.index(stage)
             mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             mbarrier.expect(ready, 2 * x_desc.block_type.nbytes + w2_desc.block_type.nbytes)
             async_load(w2_desc, [0, k * _BLOCK], ready, ws.index(stage))
-            _load_x(x_desc, ready, xs.index(2 * stage), n, h - lead_h, w - lead_w, c, r, s, N_CHUNKS, IN_PAIRS)
-            _load_x(
-                x_desc, ready, xs.index(2 * stage + 1), n_2, h_2 - lead_h, w_2 - lead_w, c, r, s, N_CHUNKS, IN_PAIRS
-            )
+            load_pixels(
+                x_desc, ready, xs.index(2 * stage), n, h - lead_h, w - lead_w, r, s, c,
+                N_CHUNKS * _BLOCK, IN_PAIRS, SKEW_H, SKEW_W,
+            )  # fmt: skip
+            load_pixels(
+                x_desc, ready, xs.index(2 * stage + 1), n_2, h_2 - lead_h, w_2 - lead_w, r, s, c,
+                N_CHUNKS * _BLOCK, IN_PAIRS, SKEW_H, SKEW_W,
+            )  # fmt: skip
             step += 1
         for j in range(n_blocks):
             stage = step % STAGES
@@ -88,12 +78,6 @@ def _load(
             if w1_desc is not None:
                 async_load(w1_desc, [0, j * _BLOCK], ready, ws.index(stage))
             step += 1
-
-
-@gluon.jit
-def _halves(values):
-    """The left and the right half of a tile's channels."""
-    return values.reshape([values.shape[0], 2, values.shape[1] // 2]).permute((0, 2, 1)).split()
 
 
 @gluon.jit
@@ -137,7 +121,7 @@ def _compute(
         if HALVES == 1:
             hs.index(WHICH).store(gl.convert_layout(hidden.to(DTYPE), Y))
         else:
-            left, right = _halves(hidden.to(DTYPE))
+            left, right = halves(hidden.to(DTYPE))
             hs.index(2 * WHICH).store(left)
             hs.index(2 * WHICH + 1).store(right)
         fence_async_shared()
@@ -202,7 +186,7 @@ def _compute(
                 if not HAS_PROJECTION:
                     mbarrier.wait(loaded.index(WHICH * BUFFERS + use % BUFFERS), use // BUFFERS & 1)
                 store_block(
-                    z if HALVES == 1 else _halves(z)[half], z_desc, ys, stored, use, n, h, w, half * _BLOCK, WHICH, BUFFERS,
+                    z if HALVES == 1 else halves(z)[half], z_desc, ys, stored, use, n, h, w, half * _BLOCK, WHICH, BUFFERS,
                     not HAS_PROJECTION,
                 )  # fmt: skip
                 use += 1

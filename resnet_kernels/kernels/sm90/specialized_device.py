@@ -66,6 +66,21 @@ def taps_of_tile(
 
 
 @gluon.jit
+def load_pixels(
+    x_desc, ready, x, n, h, w, r, s, c, C_IN: gl.constexpr, IN_PAIRS: gl.constexpr, SKEW_H: gl.constexpr, SKEW_W: gl.constexpr
+):  # fmt: skip
+    """Loads a box's pixels for the tap (r, s), from input channel c on."""
+    if IN_PAIRS:
+        # r and s count from an even row and column at or before the first tap.
+        row = r + SKEW_H
+        column = s + SKEW_W
+        at = [n, h + row // 2, row % 2, w + column // 2, c + column % 2 * C_IN]
+    else:
+        at = [n, h + r, w + s, c]
+    async_load(x_desc, at, ready, x.reshape(x_desc.block_shape))
+
+
+@gluon.jit
 def load_tile(
     step,
     x_desc,
@@ -107,15 +122,9 @@ def load_tile(
                     mbarrier.expect(ready, x_desc.block_type.nbytes + w_desc.block_type.nbytes)
                     k = (r * KERNEL_W + s) * (N_CHUNKS * BLOCK_K) + c
                     async_load(w_desc, [channel, k], ready, ws.index(stage))
-                x = xs.index(stage).reshape(x_desc.block_shape)
-                if IN_PAIRS:
-                    # r and s count from an even row and column at or before the first tap.
-                    row = r + SKEW_H
-                    column = s + SKEW_W
-                    c += column % 2 * (N_CHUNKS * BLOCK_K)
-                    async_load(x_desc, [n, h + row // 2, row % 2, w + column // 2, c], ready, x)
-                else:
-                    async_load(x_desc, [n, h + r, w + s, c], ready, x)
+                load_pixels(
+                    x_desc, ready, xs.index(stage), n, h, w, r, s, c, N_CHUNKS * BLOCK_K, IN_PAIRS, SKEW_H, SKEW_W
+                )  # fmt: skip
                 step += 1
     return step
 
@@ -182,7 +191,8 @@ def _parked_at(
 
 
 @gluon.jit
-def _halves(acc):
+def halves(acc):
+    """The left and the right half of a tile's channels."""
     return acc.reshape([acc.shape[0], 2, acc.shape[1] // 2]).permute(0, 2, 1).split()
 
 
@@ -202,7 +212,7 @@ def park(
             acc *= _load_vector(scale_ptr, offs, offs < c_out, 1.0)[None, :]
         gl.store(_parked_at(parked_ptr, acc.shape[0], COLUMNS, BLOCK_N, FIRST, LAYOUT), acc)
     else:
-        left, right = _halves(acc)
+        left, right = halves(acc)
         park(left, parked_ptr, scale_ptr, channel, c_out, BLOCK_N, PARTS // 2, FIRST)
         park(right, parked_ptr, scale_ptr, channel, c_out, BLOCK_N, PARTS // 2, FIRST + COLUMNS // 2)
 
@@ -246,7 +256,7 @@ def finish(
         acc = elementwise.activate(acc, ACT, elementwise.slope_of(slopes_ptr, SLOPE, offs, mask))
         part.store(acc.to(out.dtype))
     else:
-        left, right = _halves(acc)
+        left, right = halves(acc)
         finish(
             left, out, scale_ptr, bias_ptr, shortcut_bias_ptr, slopes_ptr, parked_ptr, parked, c_out, channel,
             HAS_RESIDUAL, ACT, SLOPE, PARTS // 2, FIRST,
